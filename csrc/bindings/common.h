@@ -1,0 +1,48 @@
+// What the bindings of all families share. Python passes integers (pointers, sizes, strides, codes); here is checked what a
+// pointer cannot say. Only pyrepr/ops calls the module: torch's dispatcher has then resolved fake, negated and conjugated
+// tensors. A binding reads every Python object first, then releases the GIL and calls.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+#include "cpu/dispatch.h"
+
+namespace pyrepr {
+
+namespace py = pybind11;
+
+// The instruction set in use, chosen when the module is imported.
+const cpu::Level& current_level();
+
+// (data pointer, rows, cols, row stride, col stride), as made by `matrix` in pyrepr/ops/_native.py
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+
+template <class T>
+T* pointer(uintptr_t address, const char* what, bool may_be_null = false) {
+  if (!address && !may_be_null)
+    throw std::invalid_argument(std::string(what) + " has no memory (a fake or meta tensor, or a freed storage)");
+  return reinterpret_cast<T*>(address);
+}
+
+inline DType dtype_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("dtype code " + std::to_string(code) + " is unknown");
+  return static_cast<DType>(code);
+}
+
+inline void check(Status status) {
+  if (status == Status::out_of_memory) throw std::bad_alloc();
+}
+
+// One function per family, each in the file of its name.
+void bind_gram(py::module_& m);
+
+}  // namespace pyrepr

@@ -1,0 +1,62 @@
+#include "cpu/dispatch.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pyrepr::cpu {
+namespace {
+
+#if defined(__x86_64__)
+// The processor must have the instructions and the operating system must save the registers (XCR0).
+struct Processor {
+  bool avx2 = false, avx512 = false, bf16 = false;
+
+  Processor() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool fma = c & bit_FMA, f16c = c & bit_F16C;
+    if (!(c & bit_OSXSAVE)) return;
+    unsigned low = 0, high = 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = ymm && fma && f16c && (b & bit_AVX2);
+    avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = avx512 && (a & (1u << 5));
+  }
+};
+#endif
+
+}  // namespace
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = [] {
+    std::vector<Level> found{{"baseline", true, baseline::gram_functions}};
+#if defined(__x86_64__)
+    const Processor cpu;
+    found.push_back({"avx2", cpu.avx2, avx2::gram_functions});
+    found.push_back({"avx512", cpu.avx512, avx512::gram_functions});
+    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+const Level& choose_level(const std::string& name) {
+  std::string possible;
+  const Level* best = nullptr;
+  for (const Level& level : levels()) {
+    if (!level.supported) continue;
+    if (level.name == name) return level;
+    possible += std::string(possible.empty() ? "" : ", ") + level.name;
+    best = &level;
+  }
+  if (name.empty()) return *best;
+  throw std::runtime_error("PYREPR_SIMD must be one of " + possible + " on this machine, got " + name);
+}
+
+}  // namespace pyrepr::cpu

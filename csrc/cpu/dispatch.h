@@ -1,0 +1,24 @@
+// Which instruction sets this build holds and this machine can run. Chosen once, when the module is imported.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/gram.h"
+
+namespace pyrepr::cpu {
+
+struct Level {
+  const char* name;
+  bool supported;                  // by this machine's processor and operating system
+  GramFunctions (*gram)();
+};
+
+// Every level of this build, worst first; "baseline" runs anywhere the module loads.
+const std::vector<Level>& levels();
+
+// The level with this name, or the best supported one for an empty name. Throws std::runtime_error that lists what is
+// possible if the name is unknown or the machine cannot run it.
+const Level& choose_level(const std::string& name);
+
+}  // namespace pyrepr::cpu

@@ -1,0 +1,675 @@
+// Family `gram` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in gram.h.
+//
+// Work, at best: stats n^2 D + n^2 M^2 / 2 flops on n D elements read n / 224 times (from L3 or memory);
+// stats_by_features n D^2; matrix 2 n m d; apply 2 n m d. All of it runs in gemm.h's micro-kernel.
+//
+// Determinism: tasks are cut from the sizes alone, and what several tasks add to is added in task order
+// (`omp ordered`), so results have the same bits for any number of threads.
+#include "cpu/gram.h"
+
+#include <omp.h>
+
+#include <type_traits>
+
+#include "cpu/gemm.h"
+
+namespace pyrepr::cpu {
+namespace {
+
+constexpr int64_t kTile = 224;                 // rows of a tile: a multiple of MR = 14 and of NR = 32
+constexpr int64_t kTileMemory = int64_t(16) << 20;  // bytes of tiles a thread may hold when there are many layers
+
+// Edges of the sample tiles, from the sizes alone: small problems get small tiles, so that they can be shared out.
+struct TileShape {
+  int64_t rows, cols, row_blocks, col_blocks;
+  TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item) {
+    int64_t edge = smaller(kTile, ceil_div(larger(n, m), 8));
+    while (edge > unit_cols && edge * edge * layers * item > kTileMemory) edge -= unit_cols;
+    rows = larger(unit_rows, edge / unit_rows * unit_rows);
+    cols = round_up(larger<int64_t>(edge, 1), unit_cols);
+    row_blocks = ceil_div(n, rows);
+    col_blocks = ceil_div(m, cols);
+  }
+};
+
+template <class S>
+class Gram {
+ public:
+  using T = typename S::T;
+  using Memory_ = typename S::Memory;
+  static constexpr int W = Lanes<T>::W;
+  static constexpr int MR = Block<T>::MR;
+  static constexpr int NR = Block<T>::NR;
+
+  static Status stats(const GramProblem& p, const GramStats& out) {
+    const Prepared prepared(p, shift_invariant(p.kernel));
+    if (!prepared.ok()) return Status::out_of_memory;
+    const bool linear = p.kernel == GramKernel::linear;
+    prepared.norms(out.d);
+    for (int64_t l = 0; l < p.count; l++) out.shift[l] = linear ? 0 : prepared.mean_kernel(l, out.d + l * p.n);
+
+    const TileShape shape(p.n, p.n, MR, NR, p.count, sizeof(T));
+    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
+    const int64_t buffers_size = TileBuffers<T>::size(shape.rows, shape.cols);
+    const int64_t sums_size = p.count * p.count + (linear ? 0 : p.count * (shape.rows + shape.cols));
+    const int64_t bytes = round_up((buffers_size + p.count * tile_size) * sizeof(T), 64) + round_up(sums_size * 8, 64);
+    const Memory memory(bytes * p.threads);
+    if (!memory.ok()) return Status::out_of_memory;
+
+    for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] = 0;
+    if (!linear)
+      for (int64_t i = 0; i < p.count * p.n; i++) out.r[i] = 0;
+
+    const int64_t tasks = shape.row_blocks * shape.col_blocks;
+#pragma omp parallel for ordered schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
+      const int64_t rows = smaller(shape.rows, p.n - r0), cols = smaller(shape.cols, p.n - c0);
+      const bool needed = r0 <= c0 + cols - 1;
+      T* const tiles = memory.as<T>(bytes * thread_number());
+      double* const inner = memory.as<double>(bytes * thread_number() +
+                                              round_up((buffers_size + p.count * tile_size) * sizeof(T), 64));
+      double* const row_sums = inner + p.count * p.count;
+      double* const col_sums = row_sums + p.count * shape.rows;
+      if (needed) {
+        const TileBuffers<T> buffers(tiles + p.count * tile_size, shape.rows, shape.cols);
+        for (int64_t l = 0; l < p.count; l++) {
+          T* const tile = tiles + l * tile_size;
+          const Source<S> x = prepared.samples(l);
+          tile_product(x, r0, rows, x, c0, cols, p.layers[l].cols, true, buffers, tile, shape.cols);
+          if (out.dots) keep(tile, shape.cols, r0, rows, c0, cols, p.n, static_cast<T*>(out.dots) + l * p.n * p.n);
+          const double* const q = out.d + l * p.n;
+          if (!linear)
+            apply_kernel(p, l, tile, shape.cols, rows, cols, q + r0, q + c0, static_cast<T>(out.shift[l]));
+          drop_lower(tile, shape.cols, r0, rows, c0, cols);
+          if (!linear)
+            row_and_column_sums(tile, shape.cols, rows, cols, row_sums + l * shape.rows, col_sums + l * shape.cols);
+        }
+        inner_products(tiles, p.count, tile_size, rows * shape.cols, inner);
+      }
+#pragma omp ordered
+      if (needed) {
+        for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] += 2 * inner[i];
+        if (!linear)
+          for (int64_t l = 0; l < p.count; l++) {
+            for (int64_t i = 0; i < rows; i++) out.r[l * p.n + r0 + i] += row_sums[l * shape.rows + i];
+            for (int64_t j = 0; j < cols; j++) out.r[l * p.n + c0 + j] += col_sums[l * shape.cols + j];
+          }
+      }
+    }
+    finish(p, out);
+    return Status::ok;
+  }
+
+  static Status stats_by_features(const GramProblem& p, int64_t split, const GramStats& out) {
+    const Prepared prepared(p, true);
+    const Memory pairs_memory(p.count * p.count * 16);
+    if (!prepared.ok() || !pairs_memory.ok()) return Status::out_of_memory;
+    prepared.norms(out.d);
+    int64_t* const pairs = pairs_memory.template as<int64_t>();
+    int64_t pair_count = 0;
+    for (int64_t a = 0; a < p.count; a++)
+      for (int64_t b = a; b < p.count; b++) {
+        out.s[a * p.count + b] = out.s[b * p.count + a] = __builtin_nan("");
+        if (split > 0 && a != b && !(a < split && b >= split)) continue;
+        pairs[2 * pair_count] = a;
+        pairs[2 * pair_count + 1] = b;
+        pair_count++;
+        out.s[a * p.count + b] = 0;
+      }
+    const Status status = feature_tiles(
+        p, prepared, pairs, pair_count,
+        [&](T* tile, int64_t ldc, int64_t pair, int64_t r0, int64_t rows, int64_t c0, int64_t cols, bool same) {
+          double diagonal = 0, inner = 0;
+          if (same) {
+            for (int64_t i = r0; i < r0 + rows; i++)
+              if (i >= c0 && i < c0 + cols) {
+                const double x = tile[(i - r0) * ldc + i - c0];
+                diagonal += x * x;
+              }
+            drop_lower(tile, ldc, r0, rows, c0, cols);
+          }
+          inner_products(tile, 1, 0, rows * ldc, &inner);
+          (void)pair;
+          return same ? diagonal + 2 * inner : inner;
+        },
+        [&](double value, int64_t pair) { out.s[pairs[2 * pair] * p.count + pairs[2 * pair + 1]] += value; });
+    for (int64_t a = 0; a < p.count; a++)
+      for (int64_t b = a; b < p.count; b++) {
+        double qq = 0;
+        for (int64_t i = 0; i < p.n; i++) qq += out.d[a * p.n + i] * out.d[b * p.n + i];
+        out.s[b * p.count + a] = out.s[a * p.count + b] -= qq;
+      }
+    for (int64_t l = 0; l < p.count; l++) out.shift[l] = 0;
+    finish(p, out);
+    return status;
+  }
+
+  static Status moments(const GramProblem& p, const int64_t* pairs, int64_t pair_count, double* const* blocks) {
+    const Prepared prepared(p, false);
+    if (!prepared.ok()) return Status::out_of_memory;
+    return feature_tiles(
+        p, prepared, pairs, pair_count,
+        [&](const T* tile, int64_t ldc, int64_t pair, int64_t r0, int64_t rows, int64_t c0, int64_t cols, bool same) {
+          const int64_t width = p.layers[pairs[2 * pair + 1]].cols;
+          for (int64_t i = 0; i < rows; i++) {
+            double* const row = blocks[pair] + (r0 + i) * width + c0;
+            for (int64_t j = same ? larger<int64_t>(0, r0 + i - c0) : 0; j < cols; j++) row[j] += tile[i * ldc + j];
+          }
+          return 0.0;
+        },
+        [](double, int64_t) {});
+  }
+
+  static Status matrix(const GramProblem& p, bool centre, void* out_) {
+    T* const out = static_cast<T*>(out_);
+    const bool symmetric = p.count == 1;
+    const Prepared prepared(p, centre, !symmetric);
+    const int64_t n = p.layers[0].rows, m = p.layers[p.count - 1].rows;
+    const Memory norms((n + m) * 8);
+    const TileShape shape(n, m, MR, NR, 1, sizeof(T));
+    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const Memory memory(bytes * p.threads);
+    if (!prepared.ok() || !norms.ok() || !memory.ok()) return Status::out_of_memory;
+    double* const q_rows = norms.as<double>();
+    double* const q_cols = symmetric ? q_rows : q_rows + n;
+    if (p.kernel != GramKernel::linear) {
+      prepared.norms(0, q_rows);
+      if (!symmetric) prepared.norms(1, q_cols);
+    }
+    const Source<S> x = prepared.samples(0), y = prepared.samples(p.count - 1);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
+      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
+      const int64_t rows = smaller(shape.rows, n - r0), cols = smaller(shape.cols, m - c0);
+      if (symmetric && r0 > c0 + cols - 1) continue;
+      T* const tile = memory.as<T>(bytes * thread_number());
+      const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
+      tile_product(x, r0, rows, y, c0, cols, p.layers[0].cols, symmetric, buffers, tile, shape.cols);
+      if (p.kernel != GramKernel::linear)
+        apply_kernel(p, 0, tile, shape.cols, rows, cols, q_rows + r0, q_cols + c0, T(0));
+      if (symmetric) {
+        if (shift_invariant(p.kernel) && p.kernel != GramKernel::linear)  // exactly 1, not 1 - rounding
+          for (int64_t i = larger(r0, c0); i < smaller(r0 + rows, c0 + cols); i++)
+            if (q_rows[i] == q_rows[i]) tile[(i - r0) * shape.cols + i - c0] = 1;
+        keep(tile, shape.cols, r0, rows, c0, cols, n, out);
+      } else {
+        for (int64_t i = 0; i < rows; i++)
+          std::memcpy(out + (r0 + i) * m + c0, tile + i * shape.cols, static_cast<size_t>(cols) * sizeof(T));
+      }
+    }
+    return Status::ok;
+  }
+
+  static Status median(const GramProblem& p, double* median) {
+    const Prepared prepared(p, true);
+    const TileShape shape(p.n, p.n, MR, NR, 1, sizeof(T));
+    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
+    const int64_t tile_bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const int64_t bytes = tile_bytes + 2 * kBins * 8;
+    const Memory memory(bytes * p.threads), norms(p.n * 8);
+    if (!prepared.ok() || !memory.ok() || !norms.ok()) return Status::out_of_memory;
+    double* const q = norms.as<double>();
+    const int64_t pair_count = p.n * (p.n - 1) / 2;
+    for (int64_t l = 0; l < p.count; l++) {
+      const Source<S> x = prepared.samples(l);
+      prepared.norms(l, q);
+      // The two middle order statistics of the squared distances, 16 bits of their bit pattern at a time: a
+      // non-negative float sorts like its bits.
+      uint64_t prefix[2] = {0, 0};
+      int64_t rank[2] = {(pair_count - 1) / 2, pair_count / 2};
+      for (int shift = 8 * int(sizeof(T)) - 16; shift >= 0; shift -= 16) {
+        for (int t = 0; t < p.threads; t++) zero(memory.as<int64_t>(bytes * t + tile_bytes), 2 * kBins);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+        for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
+          const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
+          const int64_t rows = smaller(shape.rows, p.n - r0), cols = smaller(shape.cols, p.n - c0);
+          if (r0 > c0 + cols - 1) continue;
+          T* const tile = memory.as<T>(bytes * thread_number());
+          int64_t* const bins = memory.as<int64_t>(bytes * thread_number() + tile_bytes);
+          const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
+          tile_product(x, r0, rows, x, c0, cols, p.layers[l].cols, true, buffers, tile, shape.cols);
+          for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = larger<int64_t>(0, r0 + i + 1 - c0); j < cols; j++) {
+              const uint64_t key = bits(squared_distance(tile[i * shape.cols + j], q[r0 + i], q[c0 + j]));
+              for (int which = 0; which < 2; which++)
+                if ((key >> shift >> 16) == prefix[which]) bins[which * kBins + (key >> shift & 0xffff)]++;
+            }
+        }
+        for (int which = 0; which < 2; which++) {
+          int64_t bin = 0;
+          for (;; bin++) {
+            int64_t here = 0;
+            for (int t = 0; t < p.threads; t++)
+              here += memory.as<int64_t>(bytes * t + tile_bytes)[which * kBins + bin];
+            if (rank[which] < here || bin == kBins - 1) break;
+            rank[which] -= here;
+          }
+          prefix[which] = prefix[which] << 16 | static_cast<uint64_t>(bin);
+        }
+      }
+      median[l] = (__builtin_sqrt(from_bits(prefix[0])) + __builtin_sqrt(from_bits(prefix[1]))) / 2;
+    }
+    return Status::ok;
+  }
+
+  static Status apply(const GramProblem& p, bool centre, const void* weights, int64_t rows_total, void* out_) {
+    T* const out = static_cast<T*>(out_);
+    const Prepared prepared(p, centre);
+    const int64_t d = p.layers[0].cols;
+    const TileShape shape(rows_total, d, MR, NR, 1, sizeof(T));
+    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const Memory memory(bytes * p.threads);
+    if (!prepared.ok() || !memory.ok()) return Status::out_of_memory;
+    using Full = std::conditional_t<sizeof(T) == 4, StoreF32, StoreF64>;
+    Source<Full> w;
+    w.data = static_cast<const T*>(weights);
+    w.r_stride = p.n;
+    w.k_stride = 1;
+    const Source<S> x = prepared.features(0);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
+      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
+      const int64_t rows = smaller(shape.rows, rows_total - r0), cols = smaller(shape.cols, d - c0);
+      T* const tile = memory.as<T>(bytes * thread_number());
+      const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
+      tile_product(w, r0, rows, x, c0, cols, p.n, false, buffers, tile, shape.cols);
+      for (int64_t i = 0; i < rows; i++)
+        std::memcpy(out + (r0 + i) * d + c0, tile + i * shape.cols, static_cast<size_t>(cols) * sizeof(T));
+    }
+    return Status::ok;
+  }
+
+ private:
+  static constexpr int64_t kBins = 65536;
+
+  static bool shift_invariant(GramKernel k) { return k != GramKernel::polynomial && k != GramKernel::cosine; }
+
+  // The layers with their mean rows: what every function starts from.
+  class Prepared {
+   public:
+    // With `centre`, means are of the problem's rows; with `shared`, layer 1 is shifted by the mean of layer 0 too.
+    Prepared(const GramProblem& p, bool centre, bool shared = false)
+        : p_(p), centre_(centre), shared_(shared), memory_(2 * total(p) * int64_t(sizeof(T))) {
+      if (!ok() || !centre) return;
+      const int64_t layers = shared ? 1 : p.count;
+      int64_t offset = 0;
+      for (int64_t l = 0; l < layers; l++) {
+        mean_rows(l, memory_.template as<T>() + offset, memory_.template as<T>() + total(p) + offset);
+        offset += p.layers[l].cols;
+      }
+    }
+    bool ok() const { return memory_.ok(); }
+
+    // Rows of the source are samples, the sum runs over features.
+    Source<S> samples(int64_t l) const {
+      Source<S> s;
+      s.data = static_cast<const Memory_*>(p_.layers[l].data);
+      s.r_stride = p_.layers[l].row_stride;
+      s.k_stride = p_.layers[l].col_stride;
+      s.r_index = p_.index;
+      if (centre_) {
+        s.mean_high = memory_.template as<T>() + offset(l);
+        s.mean_low = s.mean_high + total(p_);
+      }
+      return s;
+    }
+    // Rows of the source are features, the sum runs over samples.
+    Source<S> features(int64_t l) const {
+      Source<S> s = samples(l);
+      const int64_t stride = s.r_stride;
+      s.r_stride = s.k_stride;
+      s.k_stride = stride;
+      s.k_index = s.r_index;
+      s.r_index = nullptr;
+      s.mean_along_k = false;
+      return s;
+    }
+
+    // q [rows] = squared norms of the centred rows, in double.
+    void norms(int64_t l, double* q) const {
+      const Source<S> s = samples(l);
+      const int64_t rows = p_.index ? p_.n : p_.layers[l].rows, d = p_.layers[l].cols;
+#pragma omp parallel for schedule(static) num_threads(p_.threads)
+      for (int64_t i = 0; i < rows; i++) q[i] = row_product(s, i, i, d);
+    }
+    void norms(double* q) const {
+      for (int64_t l = 0; l < p_.count; l++) norms(l, q + l * p_.n);
+    }
+
+    // The mean of the kernel over up to 1024 pairs (i, i + n/2): close to the mean over all, and always the same.
+    double mean_kernel(int64_t l, const double* q) const {
+      const int64_t pairs = smaller<int64_t>(p_.n, 1024);
+      if (p_.n < 2) return 0;
+      const Source<S> s = samples(l);
+      double sum = 0;
+      for (int64_t t = 0; t < pairs; t++) {
+        const int64_t i = t * p_.n / pairs, j = (i + p_.n / 2) % p_.n;
+        alignas(64) T one[NR] = {static_cast<T>(row_product(s, i, j, p_.layers[l].cols))};
+        apply_kernel(p_, l, one, NR, 1, 1, q + i, q + j, T(0));
+        sum += one[0];
+      }
+      return sum / static_cast<double>(pairs);
+    }
+
+   private:
+    static int64_t total(const GramProblem& p) {
+      int64_t sum = 0;
+      for (int64_t l = 0; l < p.count; l++) sum += p.layers[l].cols;
+      return sum;
+    }
+    int64_t offset(int64_t l) const {
+      int64_t sum = 0;
+      if (!shared_)
+        for (int64_t i = 0; i < l; i++) sum += p_.layers[i].cols;
+      return sum;
+    }
+
+    static double row_product(const Source<S>& s, int64_t i, int64_t j, int64_t d) {
+      constexpr int64_t chunk = 256;
+      alignas(64) T x[chunk], y[chunk];
+      using Wide = typename Lanes<T>::Wide;
+      Wide sum{};
+      for (int64_t k0 = 0; k0 < d; k0 += chunk) {
+        const int64_t kc = smaller(chunk, d - k0);
+        if (kc < chunk) {
+          zero(x, chunk);
+          zero(y, chunk);
+        }
+        if (s.k_stride == 1) {
+          read_along_k(s, i, 1, k0, kc, x, chunk);
+          if (j != i) read_along_k(s, j, 1, k0, kc, y, chunk);
+        } else {
+          for (int64_t k = 0; k < kc; k++) {
+            x[k] = s.at(i, k0 + k);
+            y[k] = s.at(j, k0 + k);
+          }
+        }
+        const T* const other = j == i ? x : y;
+        for (int64_t k = 0; k < kc; k += W)
+          sum += __builtin_convertvector(load<T>(x + k), Wide) * __builtin_convertvector(load<T>(other + k), Wide);
+      }
+      double total = 0;
+      for (int w = 0; w < W; w++) total += sum[w];
+      return total;
+    }
+
+    // The mean row, as first row + mean of the differences to it: exact for constant columns, however large.
+    void mean_rows(int64_t l, T* high, T* low) const {
+      constexpr int64_t chunk = 128;
+      const View& v = p_.layers[l];
+      const int64_t rows = p_.index ? p_.n : v.rows;
+      Source<S> s = samples(l);
+      s.mean_high = s.mean_low = nullptr;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p_.threads)
+      for (int64_t k0 = 0; k0 < v.cols; k0 += chunk) {
+        const int64_t kc = smaller(chunk, v.cols - k0);
+        double first[chunk], sum[chunk] = {};
+        alignas(64) T x[chunk] = {};
+        for (int64_t i = 0; i < rows; i++) {
+          if (s.k_stride == 1) {
+            read_along_k(s, i, 1, k0, kc, x, chunk);
+          } else {
+            for (int64_t k = 0; k < kc; k++) x[k] = s.at(i, k0 + k);
+          }
+          if (i == 0)
+            for (int64_t k = 0; k < chunk; k++) first[k] = x[k];
+          for (int64_t k = 0; k < chunk; k++) sum[k] += static_cast<double>(x[k]) - first[k];
+        }
+        for (int64_t k = 0; k < kc; k++) {
+          const double mean = rows ? first[k] + sum[k] / static_cast<double>(rows) : 0;
+          high[k0 + k] = static_cast<T>(mean);
+          low[k0 + k] = static_cast<T>(mean - static_cast<double>(high[k0 + k]));
+        }
+      }
+    }
+
+    const GramProblem& p_;
+    bool centre_;
+    bool shared_;
+    Memory memory_;
+  };
+
+  static double squared_distance(T dot, double q_i, double q_j) {
+    const double d = q_i + q_j - 2 * static_cast<double>(dot);
+    return d < 0 ? 0 : d;
+  }
+  static uint64_t bits(double x) {
+    const T value = static_cast<T>(x);
+    uint64_t u = 0;
+    std::memcpy(&u, &value, sizeof value);
+    return u;
+  }
+  static double from_bits(uint64_t u) {
+    T value;
+    std::memcpy(&value, &u, sizeof value);
+    return static_cast<double>(value);
+  }
+
+  // The kernel of a tile of inner products, in place, minus `shift`. Columns past `cols` hold rubbish afterwards.
+  static void apply_kernel(const GramProblem& p, int64_t layer, T* tile, int64_t ldc, int64_t rows, int64_t cols,
+                           const double* q_rows, const double* q_cols, T shift) {
+    const double scale = p.scale[layer];
+    const T rbf = static_cast<T>(-1 / (2 * scale * scale)), laplacian = static_cast<T>(-1 / scale);
+    alignas(64) T q[kTile + NR] = {};
+    for (int64_t j = 0; j < cols; j++)
+      q[j] = static_cast<T>(p.kernel == GramKernel::cosine ? inverse_norm(q_cols[j]) : q_cols[j]);
+    for (int64_t i = 0; i < rows; i++) {
+      const T q_i = static_cast<T>(p.kernel == GramKernel::cosine ? inverse_norm(q_rows[i]) : q_rows[i]);
+      for (int64_t j = 0; j < cols; j += W) {
+        T* const at = tile + i * ldc + j;
+        const Vec<T> dot = load<T>(at);
+        Vec<T> distance = (q_i + load<T>(q + j)) - T(2) * dot;
+        distance = distance < T(0) ? Vec<T>{} : distance;
+        Vec<T> k = dot;
+        switch (p.kernel) {
+          case GramKernel::linear:
+            break;
+          case GramKernel::rbf:
+            k = exp_nonpositive<T>(distance * rbf);
+            break;
+          case GramKernel::laplacian:
+            k = exp_nonpositive<T>(square_root<T>(distance) * laplacian);
+            break;
+          case GramKernel::polynomial: {
+            const Vec<T> base = dot * static_cast<T>(scale) + static_cast<T>(p.coef0);
+            k = base;
+            for (int power = 1; power < p.degree; power++) k *= base;
+            break;
+          }
+          case GramKernel::cosine:
+            k = dot * q_i * load<T>(q + j);
+            break;
+        }
+        store<T>(at, k - shift);
+      }
+    }
+  }
+  // A zero row has no direction: its cosine with everything is 0, as in scikit-learn.
+  static double inverse_norm(double q) { return q == 0 ? 0 : 1 / __builtin_sqrt(q); }
+
+  // Zeroes what must not be counted: entries on or below the diagonal, and columns past the end.
+  static void drop_lower(T* tile, int64_t ldc, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
+    const bool crosses = r0 + rows - 1 >= c0;
+    if (!crosses && cols == ldc) return;
+    for (int64_t i = 0; i < rows; i++) {
+      if (crosses) zero(tile + i * ldc, smaller(ldc, larger<int64_t>(0, r0 + i + 1 - c0)));
+      zero(tile + i * ldc + cols, ldc - cols);
+    }
+  }
+
+  // Writes the entries on and above the diagonal to out [n, n], and their mirror image.
+  static void keep(const T* tile, int64_t ldc, int64_t r0, int64_t rows, int64_t c0, int64_t cols, int64_t n, T* out) {
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t from = smaller(cols, larger<int64_t>(0, r0 + i - c0));
+      std::memcpy(out + (r0 + i) * n + c0 + from, tile + i * ldc + from, static_cast<size_t>(cols - from) * sizeof(T));
+    }
+    constexpr int64_t strip = 16;  // columns at a time, so that the mirrored rows stay in L1
+    for (int64_t j0 = 0; j0 < cols; j0 += strip)
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = larger(j0, r0 + i - c0); j < smaller(cols, j0 + strip); j++)
+          out[(c0 + j) * n + r0 + i] = tile[i * ldc + j];
+  }
+
+  static void row_and_column_sums(const T* tile, int64_t ldc, int64_t rows, int64_t cols, double* row_sums,
+                                  double* col_sums) {
+    for (int64_t j = 0; j < ldc; j++) col_sums[j] = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      Vec<T> sum{};
+      for (int64_t j = 0; j < ldc; j += W) sum += load<T>(tile + i * ldc + j);
+      row_sums[i] = lane_sum<T>(sum);
+    }
+    for (int64_t j = 0; j < cols; j += W) {
+      Vec<T> sum{};
+      for (int64_t i = 0; i < rows; i++) sum += load<T>(tile + i * ldc + j);
+      for (int w = 0; w < W; w++) col_sums[j + w] = static_cast<double>(sum[w]);
+    }
+  }
+
+  // inner [layers, layers] = inner products of `layers` arrays of `size` elements, `stride` apart: 4 x 4 arrays at a
+  // time in registers, 2048 elements at a time in T, their sums in double. Only a <= b is computed; both are written.
+  static void inner_products(const T* arrays, int64_t layers, int64_t stride, int64_t size, double* inner) {
+    constexpr int64_t chunk = 2048;
+    for (int64_t i = 0; i < layers * layers; i++) inner[i] = 0;
+    for (int64_t from = 0; from < size; from += chunk) {
+      const int64_t count = smaller(chunk, size - from);  // a multiple of W: rows have NR-padded length
+      for (int64_t a = 0; a < layers; a += 4)
+        for (int64_t b = a; b < layers; b += 4) {
+          const int64_t as = smaller<int64_t>(4, layers - a), bs = smaller<int64_t>(4, layers - b);
+          const T* x[4];
+          const T* y[4];
+          for (int i = 0; i < 4; i++) {  // short blocks repeat their last array
+            x[i] = arrays + (a + smaller<int64_t>(i, as - 1)) * stride + from;
+            y[i] = arrays + (b + smaller<int64_t>(i, bs - 1)) * stride + from;
+          }
+          Vec<T> sum[4][4] = {};
+          for (int64_t e = 0; e < count; e += W) {
+            Vec<T> right[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) right[j] = load<T>(y[j] + e);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+              const Vec<T> left = load<T>(x[i] + e);
+#pragma GCC unroll 4
+              for (int j = 0; j < 4; j++) sum[i][j] += left * right[j];
+            }
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+              if (i < as && j < bs) inner[(a + i) * layers + b + j] += lane_sum<T>(sum[i][j]);
+        }
+    }
+    for (int64_t a = 0; a < layers; a++)
+      for (int64_t b = 0; b < a; b++) inner[a * layers + b] = inner[b * layers + a];
+  }
+
+  // Walks the tiles of X_a^T X_b for all pairs. `use(tile, ldc, pair, r0, rows, c0, cols, same)` runs in parallel and
+  // may change its tile; `commit(its value, pair)` runs in task order.
+  template <class Use, class Commit>
+  static Status feature_tiles(const GramProblem& p, const Prepared& prepared, const int64_t* pairs, int64_t pair_count,
+                              Use use, Commit commit) {
+    int64_t widest = 1;
+    for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
+    const TileShape shape(widest, widest, MR, NR, 1, sizeof(T));
+    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const Memory memory(bytes * p.threads), firsts((pair_count + 1) * 8);
+    if (!memory.ok() || !firsts.ok()) return Status::out_of_memory;
+    int64_t* const first = firsts.as<int64_t>();  // [pairs + 1] number of a pair's first task
+    first[0] = 0;
+    for (int64_t i = 0; i < pair_count; i++)
+      first[i + 1] = first[i] + ceil_div(p.layers[pairs[2 * i]].cols, shape.rows) *
+                                    ceil_div(p.layers[pairs[2 * i + 1]].cols, shape.cols);
+#pragma omp parallel for ordered schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t task = 0; task < first[pair_count]; task++) {
+      int64_t pair = 0;
+      for (int64_t step = pair_count; step > 0; step /= 2)
+        while (pair + step < pair_count && first[pair + step] <= task) pair += step;
+      const int64_t a = pairs[2 * pair], b = pairs[2 * pair + 1];
+      const int64_t across = ceil_div(p.layers[b].cols, shape.cols), at = task - first[pair];
+      const int64_t r0 = at / across * shape.rows, c0 = at % across * shape.cols;
+      const int64_t rows = smaller(shape.rows, p.layers[a].cols - r0), cols = smaller(shape.cols, p.layers[b].cols - c0);
+      const bool same = a == b, needed = !same || r0 <= c0 + cols - 1;
+      double value = 0;
+      if (needed) {
+        T* const tile = memory.as<T>(bytes * thread_number());
+        const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
+        tile_product(prepared.features(a), r0, rows, prepared.features(b), c0, cols, p.n, same, buffers, tile,
+                     shape.cols);
+        value = use(tile, shape.cols, pair, r0, rows, c0, cols, same);
+      }
+#pragma omp ordered
+      if (needed) commit(value, pair);
+    }
+    return Status::ok;
+  }
+
+  // Turns the squared norms in d into the kernel's diagonal, and gives a linear kernel its row sums: centred rows add
+  // up to zero, so the sum over j != i is minus the diagonal.
+  static void finish(const GramProblem& p, const GramStats& out) {
+    for (int64_t l = 0; l < p.count; l++)
+      for (int64_t i = 0; i < p.n; i++) {
+        double& d = out.d[l * p.n + i];
+        switch (p.kernel) {
+          case GramKernel::linear:
+            out.r[l * p.n + i] = -d;
+            break;
+          case GramKernel::rbf:
+          case GramKernel::laplacian:
+            d = d == d ? 1 - out.shift[l] : d;
+            break;
+          case GramKernel::polynomial: {
+            const double base = d * p.scale[l] + p.coef0;
+            d = base;
+            for (int power = 1; power < p.degree; power++) d *= base;
+            d -= out.shift[l];
+            break;
+          }
+          case GramKernel::cosine:
+            d = (d == 0 ? 0 : d / d) - out.shift[l];
+            break;
+        }
+      }
+  }
+
+  static int64_t thread_number() { return omp_get_thread_num(); }
+};
+
+// Calls Gram<storage type>::function.
+#define PYREPR_BY_DTYPE(p, call)                        \
+  switch ((p).dtype) {                                  \
+    case DType::f64:                                    \
+      return Gram<StoreF64>::call;                      \
+    case DType::bf16:                                   \
+      return Gram<StoreBf16>::call;                     \
+    case DType::f16:                                    \
+      return Gram<StoreF16>::call;                      \
+    default:                                            \
+      return Gram<StoreF32>::call;                      \
+  }
+
+Status stats(const GramProblem& p, const GramStats& out) { PYREPR_BY_DTYPE(p, stats(p, out)) }
+Status stats_by_features(const GramProblem& p, int64_t split, const GramStats& out) {
+  PYREPR_BY_DTYPE(p, stats_by_features(p, split, out))
+}
+Status matrix(const GramProblem& p, bool centre, void* out) { PYREPR_BY_DTYPE(p, matrix(p, centre, out)) }
+Status median(const GramProblem& p, double* out) { PYREPR_BY_DTYPE(p, median(p, out)) }
+Status moments(const GramProblem& p, const int64_t* pairs, int64_t pair_count, double* const* blocks) {
+  PYREPR_BY_DTYPE(p, moments(p, pairs, pair_count, blocks))
+}
+Status apply(const GramProblem& p, bool centre, const void* weights, int64_t rows, void* out) {
+  PYREPR_BY_DTYPE(p, apply(p, centre, weights, rows, out))
+}
+#undef PYREPR_BY_DTYPE
+
+}  // namespace
+
+namespace PYREPR_LEVEL {
+GramFunctions gram_functions() { return {stats, stats_by_features, matrix, median, moments, apply}; }
+}  // namespace PYREPR_LEVEL
+
+}  // namespace pyrepr::cpu

@@ -1,0 +1,69 @@
+// Family `gram` on the CPU: what csrc/bindings/gram.cpp calls and gram.cpp defines once per instruction set.
+//
+// M layers of n samples each; X_l is [n, d_l], D = sum of d_l. With m_l the mean row of a layer (0 where the kernel is
+// not shift-invariant) and q_li = |x_li - m_l|^2, every similarity measure of the family is a function of
+//   S [M, M]  sums over i != j of k_a(i, j) k_b(i, j)
+//   R [M, n]  sums over j != i of k_l(i, j)
+//   D [M, n]  k_l(i, i)
+// and no n x n matrix has to exist. k is the kernel minus a constant `shift` near its mean: the measures do not notice a
+// constant, sums in finite precision do. All four are float64; tiles are made in float32 (float64 for float64 inputs).
+#pragma once
+
+#include "common.h"
+
+namespace pyrepr::cpu {
+
+// The codes Python passes; `KERNELS` in pyrepr/similarity/_kernel.py holds the same order.
+enum class GramKernel : int { linear = 0, rbf = 1, laplacian = 2, polynomial = 3, cosine = 4 };
+
+struct GramProblem {
+  const View* layers;    // [M], all with the same number of rows
+  int64_t count;         // M
+  DType dtype;           // of every layer
+  const int64_t* index;  // [n] the rows that count, or null for all
+  int64_t n;
+  GramKernel kernel;
+  const double* scale;   // [M]: sigma of rbf and laplacian, gamma of polynomial
+  int degree;            // polynomial: (gamma <x, y> + coef0)^degree
+  double coef0;
+  int threads;
+};
+
+struct GramStats {
+  double* s;      // [M, M]
+  double* r;      // [M, n]
+  double* d;      // [M, n]
+  double* shift;  // [M]
+  void* dots;     // [M, n, n] inner products of the centred rows, in the accumulation type; null: not kept
+};
+
+struct GramFunctions {
+  // Gram route: n^2 D multiply-adds (half of them by symmetry), tiles only.
+  Status (*stats)(const GramProblem&, const GramStats&);
+  // Feature route, linear kernel only: n D^2 multiply-adds (half by symmetry), S_ab = |X_a^T X_b|^2.
+  // With split > 0 only the pairs (a < split, b >= split) and (a, a) are computed, the others are NaN.
+  Status (*stats_by_features)(const GramProblem&, int64_t split, const GramStats&);
+  // out [n, m] = kernel of every row of layer 0 with every row of layer 1 (with itself when count is 1).
+  Status (*matrix)(const GramProblem&, bool centre, void* out);
+  // median [M] of the off-diagonal distances |x_i - x_j|, exact, by radix selection.
+  Status (*median)(const GramProblem&, double* median);
+  // blocks[p] [d_a, d_b] += X_a^T X_b for (a, b) = pairs[p]; of a pair (a, a) only the upper triangle.
+  Status (*moments)(const GramProblem&, const int64_t* pairs, int64_t pair_count, double* const* blocks);
+  // out [rows, d] = weights [rows, n] X, for the one layer of the problem, with X minus its mean row under `centre`.
+  Status (*apply)(const GramProblem&, bool centre, const void* weights, int64_t rows, void* out);
+};
+
+namespace baseline {
+GramFunctions gram_functions();
+}
+namespace avx2 {
+GramFunctions gram_functions();
+}
+namespace avx512 {
+GramFunctions gram_functions();
+}
+namespace avx512_bf16 {
+GramFunctions gram_functions();
+}
+
+}  // namespace pyrepr::cpu

@@ -1,0 +1,223 @@
+// Vectors of one instruction set, in the compiler's own vector types: one source for every level.
+// Included by level units only; everything is in an anonymous namespace so that no function compiled for one
+// instruction set can be linked in for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "common.h"
+
+namespace pyrepr {
+namespace {
+
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
+constexpr int kVectorBytes = 64;
+#elif defined(PYREPR_LEVEL_avx2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Lanes<T>: the vector types that go with accumulation type T (float or double). `u` types may be unaligned.
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int W = kVectorBytes / 4;
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef float Vu __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Hu __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef double Wide __attribute__((vector_size(kVectorBytes * 2)));  // as many doubles as V has floats
+  using Int = int32_t;
+};
+template <>
+struct Lanes<double> {
+  static constexpr int W = kVectorBytes / 8;
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef double Vu __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  using Wide = V;
+  using Int = int64_t;
+};
+template <class T>
+using Vec = typename Lanes<T>::V;
+
+template <class T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::Vu*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Lanes<T>::Vu*>(p) = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// Storage types: how an element is kept in memory, and the type it is computed in.
+struct StoreF32 {
+  using T = float;
+  using Memory = float;
+};
+struct StoreF64 {
+  using T = double;
+  using Memory = double;
+};
+struct StoreBf16 {
+  using T = float;
+  using Memory = uint16_t;
+};
+struct StoreF16 {
+  using T = float;
+  using Memory = uint16_t;
+};
+
+using U32 = Lanes<float>::U;
+
+inline Vec<float> bits_to_float(U32 u) {
+  Vec<float> v;
+  std::memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+template <class S>
+inline Vec<typename S::T> load_as(const typename S::Memory* p) {
+  return load<typename S::T>(p);
+}
+template <>
+inline Vec<float> load_as<StoreBf16>(const uint16_t* p) {
+  const U32 wide = __builtin_convertvector(*reinterpret_cast<const Lanes<float>::Hu*>(p), U32);
+  return bits_to_float(wide << 16);
+}
+// fp16 by integer arithmetic, right for denormals, infinities and NaN: put the magnitude where fp32 keeps it, rescale
+// the exponent by 2^112, and give an all-ones exponent back its meaning.
+template <>
+inline Vec<float> load_as<StoreF16>(const uint16_t* p) {
+  const U32 wide = __builtin_convertvector(*reinterpret_cast<const Lanes<float>::Hu*>(p), U32);
+  const U32 magnitude = (wide & 0x7fffu) << 13;
+  const Vec<float> rescaled = bits_to_float(magnitude) * 0x1p112f;
+  U32 bits;
+  std::memcpy(&bits, &rescaled, sizeof bits);
+  bits |= reinterpret_cast<U32>((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bits_to_float(bits | ((wide & 0x8000u) << 16));
+}
+
+template <class S>
+inline typename S::T load_one(const typename S::Memory* p) {
+  if constexpr (sizeof(typename S::Memory) == 2) {
+    uint16_t padded[Lanes<float>::W] = {*p};
+    return load_as<S>(padded)[0];
+  } else {
+    return *p;
+  }
+}
+
+// The sum of all lanes in double, always in the same order.
+template <class T>
+inline double lane_sum(Vec<T> v) {
+  double sum = 0;
+  for (int i = 0; i < Lanes<T>::W; i++) sum += static_cast<double>(v[i]);
+  return sum;
+}
+
+// e^x for x <= 0 (what every decaying kernel needs): x = m ln 2 + r, Taylor series of e^r, times 2^m.
+// |r| <= ln(2)/2, so the first term left out is below half a unit in the last place (degree 7 in fp32, 13 in fp64).
+template <class T>
+inline Vec<T> exp_nonpositive(Vec<T> x) {
+  using L = Lanes<T>;
+  using I = typename L::I;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T lowest = single ? T(-87) : T(-708);
+  constexpr T ln2_high = single ? T(0.693145751953125) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = single ? T(1.42860682030941723e-06) : T(1.90821492927058770002e-10);
+  constexpr int degree = single ? 7 : 13;
+  constexpr int mantissa_bits = single ? 23 : 52;
+  constexpr typename L::Int exponent_bias = single ? 127 : 1023;
+  constexpr T to_integer = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa_bits): rounds to nearest
+
+  const Vec<T> clamped = x < lowest ? splat<T>(lowest) : x;
+  const Vec<T> m = (clamped * T(1.4426950408889634074) + to_integer) - to_integer;
+  const Vec<T> r = (clamped - m * ln2_high) - m * ln2_low;
+  T coefficient = 1;
+  for (int i = 2; i <= degree; i++) coefficient /= T(i);
+  Vec<T> sum = splat<T>(coefficient);
+  for (int i = degree; i > 0; i--) {
+    coefficient *= T(i);
+    sum = sum * r + coefficient;
+  }
+  const I bits = (__builtin_convertvector(m, I) + exponent_bias) << mantissa_bits;
+  Vec<T> scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x < lowest ? splat<T>(0) : sum * scale;
+}
+
+// For x >= 0 (or NaN); the compiler turns the loop into the level's square-root instruction.
+template <class T>
+inline Vec<T> square_root(Vec<T> x) {
+  Vec<T> root;
+  for (int i = 0; i < Lanes<T>::W; i++) root[i] = __builtin_sqrt(x[i]);
+  return root;
+}
+template <>
+inline Vec<float> square_root<float>(Vec<float> x) {
+  Vec<float> root;
+  for (int i = 0; i < Lanes<float>::W; i++) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+}
+
+// Transposes a W x W block held in W vectors: log2(W) rounds that swap the off-diagonal quarters of ever larger blocks.
+#if defined(__clang__) || __GNUC__ >= 12
+#define PYREPR_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PYREPR_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, typename Lanes<T>::I{__VA_ARGS__})
+#endif
+template <class T, int S, int... L>
+inline void swap_quarters(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int W = Lanes<T>::W;
+  const Vec<T> upper = PYREPR_SHUFFLE(T, a, b, ((L & S) ? W + L - S : L)...);
+  const Vec<T> lower = PYREPR_SHUFFLE(T, a, b, ((L & S) ? W + L : L + S)...);
+  a = upper;
+  b = lower;
+}
+template <class T, int S = 1>
+inline void transpose_registers(Vec<T> (&v)[Lanes<T>::W]) {
+  constexpr int W = Lanes<T>::W;
+  if constexpr (S < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & S)) swap_quarters<T, S>(v[i], v[i + S], std::make_integer_sequence<int, W>{});
+    transpose_registers<T, S * 2>(v);
+  }
+}
+#undef PYREPR_SHUFFLE
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i, j < W.
+template <class T>
+inline void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> v[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) v[i] = load<T>(in + i * in_stride);
+  transpose_registers<T>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) store<T>(out + i * out_stride, v[i]);
+}
+
+}  // namespace
+}  // namespace pyrepr

@@ -1,0 +1,24 @@
+"""Kernels for neural representations: fused CKA and Gram matrices, delta-rule scans, hashed lookup layers."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares, before _C is loaded)
+
+from pyrepr import nn
+from pyrepr.backend import backends, use_backend
+from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DegenerateInputWarning",
+    "Kernel",
+    "StreamingCKA",
+    "backends",
+    "cka",
+    "cka_matrix",
+    "gram",
+    "hsic",
+    "nn",
+    "use_backend",
+]

@@ -1,0 +1,163 @@
+"""Which implementations exist, which can run here, and which one an op takes.
+
+Four backends: ``reference`` (plain PyTorch, any device, the truth), ``cpu`` (``pyrepr._C``, compiled C++),
+``triton`` and ``cuda`` (GPU). Left alone, an op takes the fastest one that is proven on the tensors' device.
+:func:`use_backend` and the environment variable ``PYREPR_BACKEND`` force one; forcing one that cannot run is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["Backend", "backends", "use_backend"]
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+# What an op takes on a device type when nothing is forced, best first. A GPU backend stands here once it has been
+# measured on a GPU; until then GPU tensors take the reference, and `use_backend("cuda")` asks for the kernel.
+DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of :func:`backends`: its name, whether it can run here, and how or why not."""
+
+    name: str
+    available: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<10} {'available' if self.available else 'unavailable':<12} {self.detail}"
+
+
+class BackendTable(dict[str, Backend]):
+    """A dict from backend name to :class:`Backend` that prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(backend) for backend in self.values())
+
+    __repr__ = __str__
+
+
+@functools.cache
+def native() -> tuple[ModuleType | None, str]:
+    """The compiled module and ``""``, or ``None`` and the reason why there is none."""
+    try:
+        from pyrepr import _C
+    except ImportError as error:
+        return None, build_info().get("reason") or f"pyrepr._C could not be imported: {error}"
+    return _C, ""
+
+
+@functools.cache
+def build_info() -> dict:
+    """What the build wrote down about itself (see setup.py); empty if it wrote nothing."""
+    path = Path(__file__).with_name("_build_info.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _cpu() -> tuple[bool, str]:
+    module, reason = native()
+    if module is None:
+        return False, reason
+    possible = ", ".join(module.simd_levels())
+    return True, f"SIMD level {module.simd_level()} (this machine can run: {possible})"
+
+
+def _triton() -> tuple[bool, str]:
+    return False, "no Triton kernel in this version"
+
+
+def _cuda() -> tuple[bool, str]:
+    module, reason = native()
+    if module is None:
+        return False, reason
+    if not module.has_cuda:
+        return False, build_info().get("cuda_reason") or "built without CUDA kernels"
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "compiled for sm_80, sm_90a and sm_100; PyTorch sees no CUDA device"
+    return True, f"compiled for sm_80, sm_90a and sm_100; device {torch.cuda.get_device_name()}"
+
+
+_PROBES: dict[str, Callable[[], tuple[bool, str]]] = {
+    "reference": lambda: (True, "plain PyTorch, any device"),
+    "cpu": _cpu,
+    "triton": _triton,
+    "cuda": _cuda,
+}
+
+
+def backends() -> BackendTable:
+    """Every backend, whether it can run here, and how or why not.
+
+    Returns:
+        A dict from name (``reference``, ``cpu``, ``triton``, ``cuda``) to :class:`Backend`; printing it shows a table.
+    """
+    return BackendTable((name, Backend(name, *_PROBES[name]())) for name in NAMES)
+
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyrepr_backend", default=None)
+
+
+def _check_available(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    available, detail = _PROBES[name]()
+    if not available:
+        raise RuntimeError(f"{source} asks for backend {name!r}, which is unavailable: {detail}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every pyrepr op inside the ``with`` block (of this thread or task).
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        RuntimeError: if it is unavailable here, with the reason; also later, if an op called in the block has no
+            implementation of that backend for its tensors' device. It never falls back silently.
+    """
+    _check_available(name, "use_backend")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend forced by :func:`use_backend` or ``PYREPR_BACKEND``, checked; ``None`` if the choice is free."""
+    name = _forced.get()
+    if name is None and (name := os.environ.get("PYREPR_BACKEND") or None):
+        _check_available(name, "PYREPR_BACKEND")
+    return name
+
+
+def choose(op: str, implementations: dict[str, Callable], device: str) -> Callable:
+    """The implementation of `op` that tensors on a device of this type get (see the module's text)."""
+    forced = forced_backend()
+    if forced is None:
+        for name in DEFAULT_ORDER.get(device, ("reference",)):
+            if name in implementations and (name == "reference" or _PROBES[name]()[0]):
+                return implementations[name]
+    on = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced or "reference", device)
+    if forced not in implementations:
+        raise RuntimeError(f"{op} has no implementation in backend {forced!r}, which use_backend or PYREPR_BACKEND forces")
+    if on != device:
+        raise RuntimeError(f"backend {forced!r} runs on {on} tensors, but {op} was given {device} tensors")
+    return implementations[forced]

@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from pyrepr.nn.gram import CKALoss
+
+__all__ = ["CKALoss"]

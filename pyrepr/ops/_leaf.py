@@ -1,0 +1,57 @@
+"""How a leaf op is made: one schema, one fake, one reference, any number of faster implementations.
+
+Leaf ops go to the dispatcher by ``Library.define``/``impl``, not by ``torch.library.custom_op``, whose autograd fails
+under ``torch.func.grad``. Being behind the dispatcher also means that lazily negated or conjugated views are resolved
+before an implementation reads a pointer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pyrepr.backend import choose
+
+LIBRARY = torch.library.Library("pyrepr", "DEF")
+
+
+def _tensors(args: tuple) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found.extend(a for a in arg if isinstance(a, torch.Tensor))
+    return found
+
+
+def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Callable[..., Any]:
+    """Registers ``pyrepr::<schema>`` and returns the function to call.
+
+    Args:
+        schema: name and signature in torch's schema language, without the namespace.
+        fake: allocates the outputs, with the shapes, dtypes and strides of the real ones.
+        implementations: backend name → function with the op's arguments. ``reference`` must be among them.
+    """
+    name = schema.split("(", 1)[0]
+
+    def run(*args: Any) -> Any:
+        return choose(name, implementations, _tensors(args)[0].device.type)(*args)
+
+    def refuse_autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+            raise RuntimeError(
+                f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
+                "which is differentiable"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, refuse_autograd, "Autograd")
+    torch.library.register_fake(f"pyrepr::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.pyrepr, name).default
+    return op

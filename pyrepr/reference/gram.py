@@ -1,0 +1,161 @@
+"""Family `gram` in plain PyTorch.
+
+The first half is the textbook: kernel matrices, HSIC and CKA with explicit centring matrices, against which everything
+else is tested. The second half are the reference implementations of the leaf ops, with whole n × n matrices.
+
+Arithmetic is in float32, or float64 for float64 inputs: call with float64 tensors for the truth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
+SHIFT_INVARIANT = ("linear", "rbf", "laplacian")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype products are accumulated in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i − y_j|². x: [n, d], y: [m, d] -> [n, m]."""
+    return ((x * x).sum(1)[:, None] + (y * y).sum(1)[None, :] - 2 * (x @ y.T)).clamp_min(0)
+
+
+def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float, degree: int, coef0: float) -> Tensor:
+    """k(x_i, y_j). x: [n, d], y: [m, d] -> [n, m].
+
+    ``scale`` is σ of rbf, exp(−|x−y|²/(2σ²)), and of laplacian, exp(−|x−y|/σ) with the Euclidean norm, and γ of
+    polynomial, (γ⟨x,y⟩ + coef0)^degree. The cosine with a zero row is 0.
+    """
+    if kernel == "linear":
+        return x @ y.T
+    if kernel == "polynomial":
+        return (scale * (x @ y.T) + coef0) ** degree
+    if kernel == "cosine":
+        x_norm, y_norm = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
+        return (x / torch.where(x_norm == 0, 1, x_norm)) @ (y / torch.where(y_norm == 0, 1, y_norm)).T
+    mean = x.mean(0)
+    distance = squared_distances(x - mean, y - mean)
+    if kernel == "rbf":
+        return torch.exp(distance / (-2 * scale**2))
+    # The square root has no derivative at 0; identical rows contribute none.
+    positive = distance > 0
+    return torch.exp(-torch.where(positive, torch.where(positive, distance, 1).sqrt(), 0) / scale)
+
+
+def median_distance(x: Tensor) -> Tensor:
+    """Median of |x_i − x_j| over i < j; of an even number the mean of the middle two. x: [n, d] -> scalar."""
+    n = x.shape[0]
+    x = x - x.mean(0)
+    upper = torch.triu_indices(n, n, 1, device=x.device)
+    distances = squared_distances(x, x)[upper[0], upper[1]].sqrt().sort().values
+    count = distances.numel()
+    return (distances[(count - 1) // 2] + distances[count // 2]) / 2
+
+
+def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor:  # noqa: E741
+    """HSIC of two kernel matrices, word for word. k, l: [n, n] -> scalar.
+
+    biased: tr(KHLH)/(n−1)² (Gretton et al. 2005); unbiased: Song et al. 2012, eq. 5.
+    """
+    n = k.shape[0]
+    if estimator == "biased":
+        h = torch.eye(n, dtype=k.dtype, device=k.device) - 1 / n
+        return torch.trace(k @ h @ l @ h) / (n - 1) ** 2
+    off = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
+    k, l = k * off, l * off  # noqa: E741
+    one = torch.ones(n, dtype=k.dtype, device=k.device)
+    total = torch.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    return total / (n * (n - 3))
+
+
+def hsic(x: Tensor, y: Tensor, kernel: str = "linear", sigma: float = 1.0, estimator: str = "unbiased") -> Tensor:
+    """HSIC of the rows of x: [n, p] and y: [n, q] -> scalar; σ the same for both."""
+    k, l = (kernel_matrix(a, a, kernel, sigma, 3, 1.0) for a in (x, y))  # noqa: E741
+    return hsic_of_kernels(k, l, estimator)
+
+
+def cka(x: Tensor, y: Tensor, kernel: str = "linear", sigma: float = 1.0, estimator: str = "unbiased") -> Tensor:
+    """HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), Kornblith et al. 2019. x: [n, p], y: [n, q] -> scalar."""
+    xy, xx, yy = (hsic(a, b, kernel, sigma, estimator) for a, b in ((x, y), (x, x), (y, y)))
+    return xy / (xx * yy).sqrt()
+
+
+# The leaf ops of pyrepr/ops/gram.py, same arguments, same results.
+
+
+def _centred(x: Tensor) -> Tensor:
+    x = x - x[:1]
+    return x - x.mean(0)
+
+
+def gram_stats(
+    xs: list[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    kernel: str,
+    degree: int,
+    coef0: float,
+    by_features: bool,
+    split: int,
+    keep_dots: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """S [M, M], R [M, n], D [M, n], shift [M] in float64 and the inner products [M, n, n] (or [0]); see `ops.gram`."""
+    m, n = len(xs), xs[0].shape[0]
+    rows = slice(None) if mask is None else mask.nonzero()[:, 0]
+    dtype = compute_dtype(xs[0].dtype)
+    inputs = [x[rows].to(dtype) for x in xs]
+    if kernel in SHIFT_INVARIANT:
+        inputs = [_centred(x) for x in inputs]
+    kernels = torch.stack(
+        [
+            kernel_matrix(x, x, kernel, s, degree, coef0)
+            for x, s in zip(inputs, scale.tolist(), strict=True)
+        ]
+    ).double()
+    d = kernels.diagonal(dim1=1, dim2=2).clone()
+    off = kernels - torch.diag_embed(d)
+    s = torch.einsum("aij,bij->ab", off, off)
+    r = -d if kernel == "linear" else off.sum(2)
+    dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else kernels.new_empty(0, dtype=dtype)
+    if mask is not None:
+        r, d = (a.new_zeros(m, n).index_copy(1, rows, a) for a in (r, d))
+    return s, r, d, s.new_zeros(m), dots
+
+
+def gram_matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:
+    """Kernel matrix [n, m] in float32 (float64 for float64). With `centre`, both are shifted by the mean row of x."""
+    dtype = compute_dtype(x.dtype)
+    x = x.to(dtype)
+    y = x if y is None else y.to(dtype)
+    if centre and x.shape[0]:
+        mean = x[0] + (x - x[:1]).mean(0)
+        x, y = x - mean, y - mean
+    return kernel_matrix(x, y, kernel, float(scale[0]), degree, coef0)
+
+
+def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Median off-diagonal distance of each layer, [M] float64."""
+    rows = slice(None) if mask is None else mask
+    return torch.stack([median_distance(x[rows].to(compute_dtype(x.dtype))).double() for x in xs])
+
+
+def gram_moments_(blocks: list[Tensor], xs: list[Tensor], pairs: list[int]) -> None:
+    """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
+    for p, block in enumerate(blocks):
+        a, b = pairs[2 * p], pairs[2 * p + 1]
+        dtype = compute_dtype(xs[a].dtype)
+        product = (xs[a].to(dtype).T @ xs[b].to(dtype)).double()
+        block += product.triu() if a == b else product
+
+
+def gram_apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
+    """weights @ X, X minus its mean row under `centre`. weights: [m, n], x: [n, d] -> [m, d] in weights' dtype."""
+    x = x.to(weights.dtype)
+    return weights @ (_centred(x) if centre and math.prod(x.shape) else x)

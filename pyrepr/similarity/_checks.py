@@ -1,0 +1,72 @@
+"""Checks of the tensors that measures take. Each failure is one sentence: argument, expectation, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ESTIMATORS = ("unbiased", "biased")
+
+
+def shape_of(x: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in x.shape) + "]"
+
+
+def check_layer(name: str, x: object) -> Tensor:
+    """x as a [n, d] tensor of a dtype the kernels take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape [n, d], got {shape_of(x)}; flatten samples and features first")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def check_estimator(estimator: str) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be 'unbiased' or 'biased', got {estimator!r}")
+
+
+def check_layers(names: Sequence[str], xs: Sequence[object]) -> list[Tensor]:
+    """All layers [n, d_l] with one n, dtype and device. Under autocast, mixed dtypes become the widest of them."""
+    layers = [check_layer(name, x) for name, x in zip(names, xs, strict=True)]
+    first = layers[0]
+    for name, x in zip(names, layers, strict=True):
+        if x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {x.device}")
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name} must have the n of {names[0]}, {first.shape[0]} samples, got {x.shape[0]}; row i of every "
+                "layer belongs to the same sample"
+            )
+    if any(x.dtype != first.dtype for x in layers):
+        if not torch.is_autocast_enabled(first.device.type):
+            name, x = next((name, x) for name, x in zip(names, layers, strict=True) if x.dtype != first.dtype)
+            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {x.dtype}")
+        widest = first.dtype
+        for x in layers:
+            widest = torch.promote_types(widest, x.dtype)
+        layers = [x.to(widest) for x in layers]
+    return layers
+
+
+def check_mask(mask: object, n: int, device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor of shape [n], got {came}")
+    if mask.shape != (n,):
+        raise ValueError(f"mask must have shape [n] = [{n}], got {shape_of(mask)}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the device of x, {device}, got {mask.device}")
+    return mask
+
+
+def check_count(n: int, estimator: str, where: str = "x") -> None:
+    """The unbiased estimator divides by n − 3, the biased one by n − 1."""
+    least = 4 if estimator == "unbiased" else 2
+    if n < least:
+        raise ValueError(f"{where} must have at least {least} samples for the {estimator} estimator, got {n}")

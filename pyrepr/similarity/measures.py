@@ -1,0 +1,285 @@
+"""Gram matrices, HSIC and CKA of one pair or of all pairs of layers.
+
+Everything but :func:`gram` is computed tile by tile (``csrc/cpu/gram.h``): no n × n matrix is ever held.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyrepr.ops.gram import gram_stats, matrix_op, route_costs
+from pyrepr.reference.gram import SHIFT_INVARIANT, compute_dtype
+from pyrepr.similarity._checks import check_count, check_estimator, check_layer, check_layers, check_mask
+from pyrepr.similarity._kernel import Kernel, as_kernel
+
+log = logging.getLogger("pyrepr")
+
+
+class DegenerateInputWarning(UserWarning):
+    """A layer whose samples are all alike: its similarity to anything is undefined, and NaN is returned."""
+
+
+def gram(
+    x: Tensor,  # [n, d]
+    y: Tensor | None = None,  # [m, d]
+    *,
+    kernel: str | Kernel = "linear",
+    bandwidth: float = 1.0,
+    sigma: float | None = None,
+    center: bool = False,
+) -> Tensor:  # [n, m]
+    """The kernel matrix k(x_i, y_j), stored.
+
+    Args:
+        x: [n, d], float32, float64, bfloat16 or float16; any strides.
+        y: [m, d] of the same dtype and device; ``None`` means x, and costs half.
+        kernel: ``"linear"``, ``"rbf"``, ``"laplacian"``, ``"polynomial"``, ``"cosine"`` or a :class:`pyrepr.Kernel`.
+        bandwidth: σ of rbf and laplacian in units of the median distance between rows of x.
+        sigma: σ itself; overrides ``bandwidth``.
+        center: subtract row and column means and add the grand mean (H K H for y = None).
+
+    Returns:
+        [n, m], float64 for float64 inputs, else float32 (products of 16-bit inputs accumulate in float32).
+        Differentiable in x and y for ``"linear"``; for the other kernels see Raises.
+
+    Raises:
+        ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
+        RuntimeError: if a gradient is asked of a kernel other than ``"linear"``; the measures are differentiable in
+            all kernels, and ``pyrepr.reference.gram.kernel_matrix`` is plain differentiable PyTorch.
+    """
+    spec = as_kernel(kernel, bandwidth, sigma)
+    check_layer("x", x)
+    if y is not None:
+        check_layer("y", y)
+        if y.shape[1] != x.shape[1]:
+            raise ValueError(f"y must have the width of x, {x.shape[1]}, got {y.shape[1]}")
+        if y.dtype != x.dtype:
+            raise TypeError(f"y must have the dtype of x, {x.dtype}, got {y.dtype}")
+        if y.device != x.device:
+            raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
+    if spec.name in ("rbf", "laplacian") and spec.sigma is None and x.shape[0] < 2:
+        raise ValueError(f"x must have at least 2 rows for a median distance, got {x.shape[0]}; or give sigma")
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+    if spec.name == "linear" and (wants_grad or center):
+        dtype = compute_dtype(x.dtype)
+        left, right = x.to(dtype), (x if y is None else y).to(dtype)
+        if center:  # H X (H Y)ᵀ = H X Yᵀ H, without the cancellation of centring the products
+            left, right = left - left.mean(0), right - right.mean(0)
+        return left @ right.T if wants_grad else matrix_op(left, None if y is None else right, *_linear(x))
+    if wants_grad:
+        raise RuntimeError(
+            f"gram is differentiable for kernel='linear' only, got kernel={spec.name!r}; cka and hsic are "
+            "differentiable in every kernel"
+        )
+    centre = spec.name in ("rbf", "laplacian")
+    k = matrix_op(x, y, spec.scales([x]), spec.name, spec.degree, spec.coef0, centre)
+    if center:
+        rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
+        k = (k - rows - columns + rows.mean()).to(k.dtype)
+    return k
+
+
+def _linear(x: Tensor) -> tuple[Tensor, str, int, float, bool]:
+    return torch.ones(1, dtype=torch.float64, device=x.device), "linear", 1, 0.0, False
+
+
+def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> Tensor | int:
+    """n, or the number of rows the mask leaves, checked where checking needs no tracing."""
+    if mask is None:
+        check_count(xs[0].shape[0], estimator)
+        return xs[0].shape[0]
+    count = mask.sum()
+    if not torch.compiler.is_compiling():
+        check_count(int(count), estimator, "mask")
+    return count.double()
+
+
+def _hsic_table(
+    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+) -> tuple[Tensor, Tensor]:
+    """HSIC of every layer with every layer, [M, M] float64, and the smallest self-HSIC that is not rounding, [M].
+
+    S, R and D are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
+    biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
+    unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
+    """
+    n = _valid_count(xs, mask, estimator)
+    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    if estimator == "biased":
+        r = r + d
+        total = r.sum(1)
+        table = (s + d @ d.T - (2 / n) * (r @ r.T) + torch.outer(total, total) / n**2) / (n - 1) ** 2
+    else:
+        total = r.sum(1)
+        table = s + torch.outer(total, total) / ((n - 1) * (n - 2)) - (2 / (n - 2)) * (r @ r.T)
+        table = table / (n * (n - 3))
+    # Kernels that are not shift-invariant leave rounding errors of their mean value behind.
+    eps = torch.finfo(compute_dtype(xs[0].dtype)).eps
+    return table, (8 * eps * shift).square()
+
+
+def _out_dtype(xs: Sequence[Tensor]) -> torch.dtype:
+    return compute_dtype(xs[0].dtype)
+
+
+def hsic(
+    x: Tensor,  # [n, p]
+    y: Tensor,  # [n, q]
+    *,
+    kernel: str | Kernel = "linear",
+    bandwidth: float = 1.0,
+    sigma: float | None = None,
+    estimator: str = "unbiased",
+) -> Tensor:
+    """Hilbert–Schmidt independence criterion of two representations of the same n samples.
+
+    Args:
+        x, y: [n, p] and [n, q], one floating dtype and device, any strides and widths.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
+        estimator: ``"unbiased"`` (Song et al. 2012, eq. 5; n ≥ 4; may be negative) or ``"biased"``
+            (tr(KHLH)/(n−1)², Gretton et al. 2005).
+
+    Returns:
+        Scalar, float64 for float64 inputs, else float32. Differentiable in x and y; σ = bandwidth × median counts as
+        a constant. NaN or infinite inputs give NaN.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
+    spec = as_kernel(kernel, bandwidth, sigma)
+    check_estimator(estimator)
+    xs = check_layers(["x", "y"], [x, y])
+    table, _ = _hsic_table(xs, spec, estimator, split=1)
+    return table[0, 1].to(_out_dtype(xs))
+
+
+def _normalise(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """CKA from HSIC: cross [Lx, Ly], left [Lx], right [Ly]. Two roots, so that the product cannot over- or underflow."""
+    return cross / (left.sqrt()[:, None] * right.sqrt()[None, :])
+
+
+def _warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Tensor:
+    """Self-HSIC that is no more than rounding becomes NaN, with a warning that names the layer."""
+    degenerate = own <= floor
+    if not torch.compiler.is_compiling() and own.device.type == "cpu" and degenerate.any():
+        which = ", ".join(name for name, bad in zip(names, degenerate.tolist(), strict=True) if bad)
+        warnings.warn(
+            f"{which}: all samples have the same features, so CKA is undefined; returning NaN",
+            DegenerateInputWarning,
+            stacklevel=4,
+        )
+    return torch.where(degenerate, torch.nan, own)
+
+
+def cka(
+    x: Tensor,  # [n, p]
+    y: Tensor,  # [n, q]
+    *,
+    kernel: str | Kernel = "linear",
+    bandwidth: float = 1.0,
+    sigma: float | None = None,
+    estimator: str = "unbiased",
+    mask: Tensor | None = None,  # [n] bool
+) -> Tensor:
+    """Centred kernel alignment HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) (Kornblith et al. 2019).
+
+    Args:
+        x, y: [n, p] and [n, q], one floating dtype and device, any strides and widths; row i of both is one sample.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
+        estimator: of HSIC. ``"unbiased"`` is the default because the biased value of independent Gaussians is about
+            d / (d + n − 1): 0.99 for n = 100, d = 10⁴. It needs n ≥ 4, and can be negative or above 1; it is not clamped.
+        mask: [n] bool, the rows that count (tokens that are not padding); ``None`` counts all.
+
+    Returns:
+        Scalar, float64 for float64 inputs, else float32. Differentiable in x and y; only what requires a gradient is
+        computed, so a frozen guide costs its forward. No epsilon: a layer whose samples are all alike gives NaN and a
+        :class:`pyrepr.DegenerateInputWarning`.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
+    spec = as_kernel(kernel, bandwidth, sigma)
+    check_estimator(estimator)
+    xs = check_layers(["x", "y"], [x, y])
+    if mask is not None:
+        check_mask(mask, xs[0].shape[0], xs[0].device)
+    table, floor = _hsic_table(xs, spec, estimator, mask, split=1)
+    own = _warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
+    return _normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(_out_dtype(xs))
+
+
+def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None = None) -> str:
+    """The route :func:`cka_matrix` takes for a linear kernel: ``"gram"`` (n × n tiles) or ``"features"`` (d × d tiles).
+
+    Both are exact. The rule is the smaller number of multiply-adds, n²(D + M²/2)/2 against n·(½Σd_l² + Σ d_a d_b over
+    the pairs asked for), with M layers of D features in all; roughly: features when n > D.
+    """
+    costs = route_costs(n, [*widths, *(widths_y or ())], len(widths) if widths_y else 0)
+    return "features" if costs[1] < costs[0] else "gram"
+
+
+def _layer_list(name: str, xs: object) -> tuple[list[str], list]:
+    if isinstance(xs, Tensor):
+        if xs.dim() != 3:
+            came = "[" + ", ".join(map(str, xs.shape)) + "]"
+            raise ValueError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {came}")
+        xs = list(xs.unbind())
+    if not isinstance(xs, (list, tuple)):
+        raise TypeError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {type(xs).__name__}")
+    if not xs:
+        raise ValueError(f"{name} must hold at least one layer, got none")
+    return [f"{name}[{i}]" for i in range(len(xs))], list(xs)
+
+
+def cka_matrix(
+    xs: Sequence[Tensor] | Tensor,  # Lx times [n, d_l], or [Lx, n, d]
+    ys: Sequence[Tensor] | Tensor | None = None,  # Ly times [n, d_l], or [Ly, n, d]
+    *,
+    kernel: str | Kernel = "linear",
+    bandwidth: float = 1.0,
+    sigma: float | None = None,
+    estimator: str = "unbiased",
+) -> Tensor:  # [Lx, Ly]
+    """CKA of all layers of one network with all layers of another (or with each other), in one pass.
+
+    Every layer's Gram tiles are made once, whatever the number of pairs, and only their symmetric half. With a linear
+    kernel the cheaper of two exact routes is taken (:func:`choose_route`; the choice is logged to logger ``pyrepr``).
+
+    Args:
+        xs: Lx layers as a list of [n, d_l] (widths may differ) or one tensor [Lx, n, d].
+        ys: the same for the other network; ``None`` compares xs with itself.
+        kernel, bandwidth, sigma, estimator: as in :func:`cka`; σ = bandwidth × median is chosen for each layer.
+
+    Returns:
+        [Lx, Ly], float64 for float64 inputs, else float32. Differentiable in every layer. Memory beside the inputs:
+        a few tiles a thread, independent of n.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
+    spec = as_kernel(kernel, bandwidth, sigma)
+    check_estimator(estimator)
+    names, layers = _layer_list("xs", xs)
+    split = 0
+    if ys is not None:
+        split = len(layers)
+        more_names, more = _layer_list("ys", ys)
+        names, layers = names + more_names, layers + more
+    layers = check_layers(names, layers)
+    if spec.name == "linear" and log.isEnabledFor(logging.DEBUG):
+        widths = [x.shape[1] for x in layers]
+        route = choose_route(layers[0].shape[0], widths[: split or None], widths[split:] if split else None)
+        log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), layers[0].shape[0], sum(widths), route)
+    table, floor = _hsic_table(layers, spec, estimator, split=split)
+    own = _warn_if_degenerate(table.diagonal(), floor, names)
+    if ys is None:
+        return _normalise(table, own, own).to(_out_dtype(layers))
+    return _normalise(table[:split, split:], own[:split], own[split:]).to(_out_dtype(layers))
+
+
+__all__ = ["SHIFT_INVARIANT", "DegenerateInputWarning", "choose_route", "cka", "cka_matrix", "gram", "hsic"]
