@@ -54,6 +54,16 @@ class CMakeBuild(build_ext):
             print(f"warning: pyrepr is installed without compiled kernels: {error}", file=sys.stderr)
         (module.parent / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the module, if there is one, and the build's own account of it."""
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            target = ROOT / self.get_ext_filename(ext.name)
+            target.unlink(missing_ok=True)
+            if built.exists():
+                self.copy_file(str(built), str(target))
+            self.copy_file(str(built.with_name("_build_info.json")), str(target.with_name("_build_info.json")))
+
     def build_with_cuda_if_possible(self, module: Path, info: dict[str, object]) -> None:
         """CUDA kernels are built where nvcc is found; if they fail to build, the CPU kernels still get built."""
         if os.environ.get("PYREPR_CUDA") == "0":

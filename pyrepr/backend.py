@@ -157,7 +157,9 @@ def choose(op: str, implementations: dict[str, Callable], device: str) -> Callab
                 return implementations[name]
     on = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced or "reference", device)
     if forced not in implementations:
-        raise RuntimeError(f"{op} has no implementation in backend {forced!r}, which use_backend or PYREPR_BACKEND forces")
+        raise RuntimeError(
+            f"{op} has no implementation in backend {forced!r}, which use_backend or PYREPR_BACKEND forces"
+        )
     if on != device:
         raise RuntimeError(f"backend {forced!r} runs on {on} tensors, but {op} was given {device} tensors")
     return implementations[forced]

@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_gram(m);
+  bind_probe(m);
 }

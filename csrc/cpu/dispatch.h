@@ -5,13 +5,15 @@
 #include <vector>
 
 #include "cpu/gram.h"
+#include "cpu/probe.h"
 
 namespace pyrepr::cpu {
 
 struct Level {
   const char* name;
-  bool supported;                  // by this machine's processor and operating system
+  bool supported;  // by this machine's processor and operating system
   GramFunctions (*gram)();
+  ProbeFunctions (*probe)();
 };
 
 // Every level of this build, worst first; "baseline" runs anywhere the module loads.

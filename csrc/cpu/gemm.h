@@ -28,7 +28,7 @@ constexpr int64_t kPanelStride = kDepth + 16;  // not a multiple of 4 KiB, so th
 
 // C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
 template <class T>
-void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c, int64_t ldc, bool add) {
+__attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c, int64_t ldc, bool add) {
   using B = Block<T>;
   Vec<T> sum[B::MR][B::NV];
 #pragma GCC unroll 16
@@ -67,16 +67,19 @@ struct Source {
   const T* mean_low = nullptr;
   bool mean_along_k = true;          // the mean is indexed by k (rows are samples) or by r (rows are features)
 
+  int64_t at_r(int64_t r) const { return r_index ? r_index[r] : r; }
+  int64_t at_k(int64_t k) const { return k_index ? k_index[k] : k; }
   T at(int64_t r, int64_t k) const {
-    const T x = load_one<S>(data + (r_index ? r_index[r] : r) * r_stride + (k_index ? k_index[k] : k) * k_stride);
+    const T x = load_one<S>(data + at_r(r) * r_stride + at_k(k) * k_stride);
     const int64_t m = mean_along_k ? k : r;
     return mean_high ? (x - mean_high[m]) - mean_low[m] : x;
   }
 };
 
 // Copies `count` neighbouring elements, minus `mean`: a vector of per-element means, or one value for all.
+// Not inlined, nor are the other packing loops: inside a large caller the compiler spills their counters.
 template <class S>
-inline void copy_run(const typename S::Memory* in, int64_t count, const typename S::T* high, const typename S::T* low,
+__attribute__((noinline)) void copy_run(const typename S::Memory* in, int64_t count, const typename S::T* high, const typename S::T* low,
                      bool mean_per_element, typename S::T* out) {
   using T = typename S::T;
   constexpr int W = Lanes<T>::W;
@@ -94,15 +97,26 @@ inline void copy_run(const typename S::Memory* in, int64_t count, const typename
   }
 }
 
+// Asks for a row that will be read along k. Rows are too short for the hardware prefetcher, and far apart.
+// Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
+template <class S>
+__attribute__((always_inline)) inline void prefetch_row(const Source<S>& s, int64_t r, int64_t k0, int64_t kc) {
+  constexpr int64_t line = 64 / sizeof(typename S::Memory);
+  if (s.k_stride != 1) return;
+  const typename S::Memory* const row = s.data + s.at_r(r) * s.r_stride + k0;
+  for (int64_t k = 0; k < kc; k += line) __builtin_prefetch(row + k);
+}
+
 // Reads rows [r0, r0 + rows) x [k0, k0 + kc) of a source whose elements neighbour each other along k:
 // out [rows][stride].
 template <class S>
 void read_along_k(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
                   int64_t stride) {
+  constexpr int64_t ahead = 8;
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t row = s.r_index ? s.r_index[r0 + r] : r0 + r;
+    if (r + ahead < rows) prefetch_row(s, r0 + r + ahead, k0, kc);
     const int64_t m = s.mean_along_k ? k0 : r0 + r;
-    copy_run<S>(s.data + row * s.r_stride + k0, kc, s.mean_high ? s.mean_high + m : nullptr,
+    copy_run<S>(s.data + s.at_r(r0 + r) * s.r_stride + k0, kc, s.mean_high ? s.mean_high + m : nullptr,
                 s.mean_high ? s.mean_low + m : nullptr, s.mean_along_k, out + r * stride);
   }
 }
@@ -112,9 +126,8 @@ template <class S>
 void read_along_r(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
                   int64_t stride) {
   for (int64_t k = 0; k < kc; k++) {
-    const int64_t row = s.k_index ? s.k_index[k0 + k] : k0 + k;
     const int64_t m = s.mean_along_k ? k0 + k : r0;
-    copy_run<S>(s.data + row * s.k_stride + r0, rows, s.mean_high ? s.mean_high + m : nullptr,
+    copy_run<S>(s.data + s.at_k(k0 + k) * s.k_stride + r0, rows, s.mean_high ? s.mean_high + m : nullptr,
                 s.mean_high ? s.mean_low + m : nullptr, !s.mean_along_k, out + k * stride);
   }
 }
@@ -124,33 +137,61 @@ inline void zero(T* p, int64_t count) {
   std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// out[j][i] = in[i][j] for i < rows, j < cols, both rounded up to the vector width by the caller's buffers.
-template <class T>
-void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t cols, T* out, int64_t out_stride) {
-  constexpr int W = Lanes<T>::W;
-  for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < cols; j += W)
-      transpose_block<T>(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+// A vector from memory of which only `count` elements exist; the others are zero.
+template <class S>
+inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) {
+  constexpr int W = Lanes<typename S::T>::W;
+  if (count >= W) return load_as<S>(p);
+  typename S::Memory padded[W] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
+  return load_as<S>(padded);
 }
 
-// Scratch for one strip of a factor on its way through a transposition: either orientation fits.
-template <class T>
-constexpr int64_t kStripSize = (kDepth + 16) * (Block<T>::NR + 16);
+// out[j * out_stride + i] = line i, element j, minus the mean, for `lines` runs of `length` neighbouring elements.
+// Writes whole W x W blocks: lines and length rounded up, zero (or rubbish past `length`) where there is nothing.
+// mean_per_line: the mean is one number for each line, else one for each element.
+template <class S>
+__attribute__((noinline)) void copy_transposed(const typename S::Memory* const* line, int64_t lines, int64_t length,
+                                               const typename S::T* high, const typename S::T* low, bool mean_per_line,
+                                               typename S::T* out, int64_t out_stride) {
+  using T = typename S::T;
+  constexpr int W = Lanes<T>::W;
+  for (int64_t j = 0; j < length; j += W)
+    for (int64_t i0 = 0; i0 < lines; i0 += W) {
+      Vec<T> mean_high{}, mean_low{};
+      if (high && !mean_per_line) {
+        mean_high = load_some<StoreOf<T>>(high + j, length - j);
+        mean_low = load_some<StoreOf<T>>(low + j, length - j);
+      }
+      Vec<T> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
+        v[i] = i0 + i < lines ? load_some<S>(line[i0 + i] + j, length - j) - mean_high : Vec<T>{};
+        if (i0 + i < lines) v[i] -= mean_low;
+        if (high && mean_per_line && i0 + i < lines) v[i] = (v[i] - high[i0 + i]) - low[i0 + i];
+      }
+      transpose_registers<T>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) store<T>(out + (j + i) * out_stride + i0, v[i]);
+    }
+}
 
 // Packs rows for the A side: out [round_up(rows, MR)][kPanelStride], rows past the end zero.
 template <class S>
-void pack_a(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
-            typename S::T* strip) {
+void pack_a(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out) {
   using T = typename S::T;
   constexpr int W = Lanes<T>::W;
   if (s.k_stride == 1 && !s.k_index) {
     read_along_k(s, r0, rows, k0, kc, out, kPanelStride);
   } else if (s.r_stride == 1 && !s.r_index) {
-    for (int64_t r = 0; r < rows; r += W) {
-      const int64_t some = smaller<int64_t>(W, rows - r);
-      read_along_r(s, r0 + r, some, k0, kc, strip, int64_t(W));
-      // The last block of W columns may reach past kc, into the padding of the row: kPanelStride leaves room for it.
-      transpose(strip, W, round_up(kc, W), int64_t(W), out + r * kPanelStride, kPanelStride);
+    // W lines of k at a time: each becomes a column of out. The last ones reach into the padding of the rows.
+    for (int64_t k = 0; k < kc; k += W) {
+      const typename S::Memory* line[W];
+      const int64_t lines = smaller<int64_t>(W, kc - k);
+      for (int64_t i = 0; i < lines; i++) line[i] = s.data + s.at_k(k0 + k + i) * s.k_stride + r0;
+      const int64_t m = s.mean_along_k ? k0 + k : r0;
+      copy_transposed<S>(line, lines, rows, s.mean_high ? s.mean_high + m : nullptr,
+                         s.mean_high ? s.mean_low + m : nullptr, s.mean_along_k, out + k, kPanelStride);
     }
   } else {
     for (int64_t r = 0; r < rows; r++)
@@ -159,45 +200,34 @@ void pack_a(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc
   for (int64_t r = rows; r < round_up(rows, Block<T>::MR); r++) zero(out + r * kPanelStride, kPanelStride);
 }
 
-// Packs rows for the B side: panels of NR rows, each [kc][NR], rows past the end zero.
+// Packs up to NR rows for the B side: one panel [kc][NR], rows past the end zero.
 template <class S>
-void pack_b(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
-            typename S::T* strip) {
-  using T = typename S::T;
-  constexpr int W = Lanes<T>::W;
-  constexpr int NR = Block<T>::NR;
-  for (int64_t r = 0; r < rows; r += NR, out += kDepth * NR) {
-    const int64_t some = smaller<int64_t>(NR, rows - r);
-    if (some < NR) zero(out, kDepth * NR);
-    if (s.r_stride == 1 && !s.r_index) {
-      read_along_r(s, r0 + r, some, k0, kc, out, int64_t(NR));
-    } else if (s.k_stride == 1 && !s.k_index) {
-      if (some < NR) zero(strip, kStripSize<T>);
-      read_along_k(s, r0 + r, some, k0, kc, strip, kPanelStride);
-      transpose(strip, kPanelStride, int64_t(NR), round_up(kc, W), out, int64_t(NR));
-    } else {
-      for (int64_t i = 0; i < some; i++)
-        for (int64_t k = 0; k < kc; k++) out[k * NR + i] = s.at(r0 + r + i, k0 + k);
-    }
+void pack_b(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out) {
+  constexpr int NR = Block<typename S::T>::NR;
+  if (rows < NR) zero(out, kDepth * NR);
+  if (s.r_stride == 1 && !s.r_index) {
+    read_along_r(s, r0, rows, k0, kc, out, int64_t(NR));
+  } else if (s.k_stride == 1 && !s.k_index) {
+    const typename S::Memory* line[NR];
+    for (int64_t i = 0; i < rows; i++) line[i] = s.data + s.at_r(r0 + i) * s.r_stride + k0;
+    const int64_t m = s.mean_along_k ? k0 : r0;
+    copy_transposed<S>(line, rows, kc, s.mean_high ? s.mean_high + m : nullptr,
+                       s.mean_high ? s.mean_low + m : nullptr, !s.mean_along_k, out, int64_t(NR));
+  } else {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t k = 0; k < kc; k++) out[k * NR + i] = s.at(r0 + i, k0 + k);
   }
 }
 
-// One thread's buffers for tile products of up to rows x cols.
+// One thread's buffers for tile products of up to `rows` rows: packed A (in L2) and one panel of B (in L1).
 template <class T>
 struct TileBuffers {
   T* a;
   T* b;
-  T* strip;
-  // pack_a may write W rows at a time, hence the slack.
-  static int64_t size(int64_t rows, int64_t cols) {
-    return (round_up(rows, Block<T>::MR) + Lanes<T>::W) * kPanelStride + round_up(cols, Block<T>::NR) * kDepth +
-           kStripSize<T> + 64;
-  }
-  TileBuffers(T* memory, int64_t rows, int64_t cols) {
-    a = memory;
-    b = a + round_up((round_up(rows, Block<T>::MR) + Lanes<T>::W) * kPanelStride, 16);
-    strip = b + round_up(cols, Block<T>::NR) * kDepth;
-  }
+  // pack_a writes W rows at a time, hence the slack.
+  static int64_t a_size(int64_t rows) { return (round_up(rows, Block<T>::MR) + Lanes<T>::W) * kPanelStride; }
+  static int64_t size(int64_t rows) { return a_size(rows) + kDepth * Block<T>::NR; }
+  TileBuffers(T* memory, int64_t rows) : a(memory), b(memory + a_size(rows)) {}
 };
 
 // tile [rows, cols] = A [r0 : r0 + rows, 0 : depth] times B [c0 : c0 + cols, 0 : depth] transposed. The tile has rows of
@@ -213,13 +243,20 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
     for (int64_t i = 0; i < rows; i++) zero(tile + i * ldc, round_up(cols, B::NR));
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     const int64_t kc = smaller(kDepth, depth - k0);
-    pack_a(a, r0, rows, k0, kc, buffers.a, buffers.strip);
-    pack_b(b, c0, cols, k0, kc, buffers.b, buffers.strip);
-    for (int64_t j = 0; j < cols; j += B::NR)
-      for (int64_t i = 0; i < rows; i += B::MR) {
-        if (upper && r0 + i > c0 + j + B::NR - 1) continue;
-        multiply_block<T>(kc, buffers.a + i * kPanelStride, buffers.b + j * kDepth, tile + i * ldc + j, ldc, k0 > 0);
+    pack_a(a, r0, rows, k0, kc, buffers.a);
+    for (int64_t j = 0; j < cols; j += B::NR) {
+      if (upper && r0 > c0 + j + B::NR - 1) continue;
+      pack_b(b, c0 + j, smaller<int64_t>(B::NR, cols - j), k0, kc, buffers.b);
+      // While this panel is multiplied, the rows of the next one and a share of A's next block are on their way.
+      const int64_t calls = ceil_div(rows, B::MR), next = larger<int64_t>(0, smaller<int64_t>(B::NR, cols - j - B::NR));
+      for (int64_t r = rows * j / cols; r < rows * (j + B::NR) / cols && r < rows; r++)
+        prefetch_row(a, r0 + r, k0 + kDepth, smaller(kDepth, depth - k0 - kc));
+      for (int64_t i = 0, call = 0; i < rows && !(upper && r0 + i > c0 + j + B::NR - 1); i += B::MR, call++) {
+        for (int64_t r = next * call / calls; r < next * (call + 1) / calls; r++)
+          prefetch_row(b, c0 + j + B::NR + r, k0, kc);
+        multiply_block<T>(kc, buffers.a + i * kPanelStride, buffers.b, tile + i * ldc + j, ldc, k0 > 0);
       }
+    }
   }
 }
 

@@ -1,36 +1,61 @@
 // Family `gram` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in gram.h.
 //
-// Work, at best: stats n^2 D + n^2 M^2 / 2 flops on n D elements read n / 224 times (from L3 or memory);
+// Work, at best: stats n^2 D + n^2 M^2 / 2 flops on n D elements read (n / 224 + n / 896) / 2 times (from L3 or memory);
 // stats_by_features n D^2; matrix 2 n m d; apply 2 n m d. All of it runs in gemm.h's micro-kernel.
 //
 // Determinism: tasks are cut from the sizes alone, and what several tasks add to is added in task order
-// (`omp ordered`), so results have the same bits for any number of threads.
+// (`in_task_order`), so results have the same bits for any number of threads.
 #include "cpu/gram.h"
 
 #include <omp.h>
-
-#include <type_traits>
 
 #include "cpu/gemm.h"
 
 namespace pyrepr::cpu {
 namespace {
 
-constexpr int64_t kTile = 224;                 // rows of a tile: a multiple of MR = 14 and of NR = 32
-constexpr int64_t kTileMemory = int64_t(16) << 20;  // bytes of tiles a thread may hold when there are many layers
+// Tiles are 224 x 896 at most: rows, packed, fill a third of a 1 MB L2 and are reused for every column panel; the panels
+// stream through L1. 224 is a multiple of MR = 14, 896 of every NR.
+constexpr int64_t kTileRows = 336;
+constexpr int64_t kTileCols = 672;
+constexpr int64_t kTileMemory = int64_t(20) << 20;  // bytes of tiles a thread may hold when there are many layers
+constexpr int64_t kWaveMemory = int64_t(16) << 20;  // bytes of results that may wait for their turn to be added up
 
-// Edges of the sample tiles, from the sizes alone: small problems get small tiles, so that they can be shared out.
+// The grid of tiles over n x m, from the sizes alone: small problems get small tiles, so that they can be shared out.
 struct TileShape {
   int64_t rows, cols, row_blocks, col_blocks;
   TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item) {
-    int64_t edge = smaller(kTile, ceil_div(larger(n, m), 8));
-    while (edge > unit_cols && edge * edge * layers * item > kTileMemory) edge -= unit_cols;
-    rows = larger(unit_rows, edge / unit_rows * unit_rows);
-    cols = round_up(larger<int64_t>(edge, 1), unit_cols);
+    rows = smaller(kTileRows, ceil_div(n, 8)) / unit_rows * unit_rows;
+    rows = larger(rows, unit_rows);
+    cols = round_up(larger<int64_t>(smaller(kTileCols, ceil_div(m, 5)), 1), unit_cols);
+    while (cols > unit_cols && rows * cols * layers * item > kTileMemory) cols -= unit_cols;
     row_blocks = ceil_div(n, rows);
     col_blocks = ceil_div(m, cols);
   }
 };
+
+// One tile of the grid: rows [r0, r0 + rows) and columns [c0, c0 + cols).
+struct Span {
+  int64_t r0, rows, c0, cols;
+  Span(const TileShape& shape, int64_t task, int64_t n, int64_t m)
+      : r0(task / shape.col_blocks * shape.rows),
+        rows(smaller(shape.rows, n - r0)),
+        c0(task % shape.col_blocks * shape.cols),
+        cols(smaller(shape.cols, m - c0)) {}
+  bool below_diagonal() const { return r0 > c0 + cols - 1; }
+};
+
+// Runs work(task, slot) in parallel and commit(task, slot) one after the other in the order of tasks, a wave of tasks at
+// a time. What is added up by commit has the same bits for any number of threads.
+template <class Work, class Commit>
+void in_task_order(int64_t tasks, int64_t slots, int threads, Work work, Commit commit) {
+  for (int64_t first = 0; first < tasks; first += slots) {
+    const int64_t wave = smaller(slots, tasks - first);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t slot = 0; slot < wave; slot++) work(first + slot, slot);
+    for (int64_t slot = 0; slot < wave; slot++) commit(first + slot, slot);
+  }
+}
 
 template <class S>
 class Gram {
@@ -50,53 +75,54 @@ class Gram {
 
     const TileShape shape(p.n, p.n, MR, NR, p.count, sizeof(T));
     const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
-    const int64_t buffers_size = TileBuffers<T>::size(shape.rows, shape.cols);
-    const int64_t sums_size = p.count * p.count + (linear ? 0 : p.count * (shape.rows + shape.cols));
-    const int64_t bytes = round_up((buffers_size + p.count * tile_size) * sizeof(T), 64) + round_up(sums_size * 8, 64);
-    const Memory memory(bytes * p.threads);
-    if (!memory.ok()) return Status::out_of_memory;
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows) + p.count * tile_size) * sizeof(T), 64);
+    // A task's results: inner products [M, M], then row sums [M, rows] and column sums [M, cols] of its tiles.
+    const int64_t slot_size = p.count * p.count + (linear ? 0 : p.count * (shape.rows + shape.cols));
+    const int64_t slots = larger<int64_t>(16, smaller<int64_t>(1024, kWaveMemory / (slot_size * 8)));
+    const Memory memory(bytes * p.threads), results(slots * slot_size * 8);
+    if (!memory.ok() || !results.ok()) return Status::out_of_memory;
 
     for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] = 0;
     if (!linear)
       for (int64_t i = 0; i < p.count * p.n; i++) out.r[i] = 0;
 
-    const int64_t tasks = shape.row_blocks * shape.col_blocks;
-#pragma omp parallel for ordered schedule(dynamic, 1) num_threads(p.threads)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
-      const int64_t rows = smaller(shape.rows, p.n - r0), cols = smaller(shape.cols, p.n - c0);
-      const bool needed = r0 <= c0 + cols - 1;
+    const auto work = [&](int64_t task, int64_t slot) {
+      const Span at(shape, task, p.n, p.n);
+      if (at.below_diagonal()) return;
       T* const tiles = memory.as<T>(bytes * thread_number());
-      double* const inner = memory.as<double>(bytes * thread_number() +
-                                              round_up((buffers_size + p.count * tile_size) * sizeof(T), 64));
+      const TileBuffers<T> buffers(tiles + p.count * tile_size, shape.rows);
+      double* const inner = results.as<double>() + slot * slot_size;
       double* const row_sums = inner + p.count * p.count;
       double* const col_sums = row_sums + p.count * shape.rows;
-      if (needed) {
-        const TileBuffers<T> buffers(tiles + p.count * tile_size, shape.rows, shape.cols);
-        for (int64_t l = 0; l < p.count; l++) {
-          T* const tile = tiles + l * tile_size;
-          const Source<S> x = prepared.samples(l);
-          tile_product(x, r0, rows, x, c0, cols, p.layers[l].cols, true, buffers, tile, shape.cols);
-          if (out.dots) keep(tile, shape.cols, r0, rows, c0, cols, p.n, static_cast<T*>(out.dots) + l * p.n * p.n);
+      for (int64_t l = 0; l < p.count; l++) {
+        T* const tile = tiles + l * tile_size;
+        const Source<S> x = prepared.samples(l);
+        tile_product(x, at.r0, at.rows, x, at.c0, at.cols, p.layers[l].cols, true, buffers, tile, shape.cols);
+        if (out.dots) keep(tile, shape.cols, at, p.n, static_cast<T*>(out.dots) + l * p.n * p.n);
+        if (!linear) {
           const double* const q = out.d + l * p.n;
-          if (!linear)
-            apply_kernel(p, l, tile, shape.cols, rows, cols, q + r0, q + c0, static_cast<T>(out.shift[l]));
-          drop_lower(tile, shape.cols, r0, rows, c0, cols);
-          if (!linear)
-            row_and_column_sums(tile, shape.cols, rows, cols, row_sums + l * shape.rows, col_sums + l * shape.cols);
+          apply_kernel(p, l, tile, shape.cols, at.rows, at.cols, q + at.r0, q + at.c0, static_cast<T>(out.shift[l]));
         }
-        inner_products(tiles, p.count, tile_size, rows * shape.cols, inner);
-      }
-#pragma omp ordered
-      if (needed) {
-        for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] += 2 * inner[i];
+        drop_lower(tile, shape.cols, at);
         if (!linear)
-          for (int64_t l = 0; l < p.count; l++) {
-            for (int64_t i = 0; i < rows; i++) out.r[l * p.n + r0 + i] += row_sums[l * shape.rows + i];
-            for (int64_t j = 0; j < cols; j++) out.r[l * p.n + c0 + j] += col_sums[l * shape.cols + j];
-          }
+          row_and_column_sums(tile, shape.cols, at, row_sums + l * shape.rows, col_sums + l * shape.cols);
       }
-    }
+      inner_products(tiles, p.count, tile_size, at.rows * shape.cols, inner);
+    };
+    const auto commit = [&](int64_t task, int64_t slot) {
+      const Span at(shape, task, p.n, p.n);
+      if (at.below_diagonal()) return;
+      const double* const inner = results.as<double>() + slot * slot_size;
+      const double* const row_sums = inner + p.count * p.count;
+      const double* const col_sums = row_sums + p.count * shape.rows;
+      for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] += 2 * inner[i];
+      if (linear) return;
+      for (int64_t l = 0; l < p.count; l++) {
+        for (int64_t i = 0; i < at.rows; i++) out.r[l * p.n + at.r0 + i] += row_sums[l * shape.rows + i];
+        for (int64_t j = 0; j < at.cols; j++) out.r[l * p.n + at.c0 + j] += col_sums[l * shape.cols + j];
+      }
+    };
+    in_task_order(shape.row_blocks * shape.col_blocks, slots, p.threads, work, commit);
     finish(p, out);
     return Status::ok;
   }
@@ -119,18 +145,16 @@ class Gram {
       }
     const Status status = feature_tiles(
         p, prepared, pairs, pair_count,
-        [&](T* tile, int64_t ldc, int64_t pair, int64_t r0, int64_t rows, int64_t c0, int64_t cols, bool same) {
+        [&](T* tile, int64_t ldc, int64_t, const Span& at, bool same) {
           double diagonal = 0, inner = 0;
           if (same) {
-            for (int64_t i = r0; i < r0 + rows; i++)
-              if (i >= c0 && i < c0 + cols) {
-                const double x = tile[(i - r0) * ldc + i - c0];
-                diagonal += x * x;
-              }
-            drop_lower(tile, ldc, r0, rows, c0, cols);
+            for (int64_t i = larger(at.r0, at.c0); i < smaller(at.r0 + at.rows, at.c0 + at.cols); i++) {
+              const double x = tile[(i - at.r0) * ldc + i - at.c0];
+              diagonal += x * x;
+            }
+            drop_lower(tile, ldc, at);
           }
-          inner_products(tile, 1, 0, rows * ldc, &inner);
-          (void)pair;
+          inner_products(tile, 1, 0, at.rows * ldc, &inner);
           return same ? diagonal + 2 * inner : inner;
         },
         [&](double value, int64_t pair) { out.s[pairs[2 * pair] * p.count + pairs[2 * pair + 1]] += value; });
@@ -150,11 +174,12 @@ class Gram {
     if (!prepared.ok()) return Status::out_of_memory;
     return feature_tiles(
         p, prepared, pairs, pair_count,
-        [&](const T* tile, int64_t ldc, int64_t pair, int64_t r0, int64_t rows, int64_t c0, int64_t cols, bool same) {
+        [&](const T* tile, int64_t ldc, int64_t pair, const Span& at, bool same) {
           const int64_t width = p.layers[pairs[2 * pair + 1]].cols;
-          for (int64_t i = 0; i < rows; i++) {
-            double* const row = blocks[pair] + (r0 + i) * width + c0;
-            for (int64_t j = same ? larger<int64_t>(0, r0 + i - c0) : 0; j < cols; j++) row[j] += tile[i * ldc + j];
+          for (int64_t i = 0; i < at.rows; i++) {
+            double* const row = blocks[pair] + (at.r0 + i) * width + at.c0;
+            for (int64_t j = same ? larger<int64_t>(0, at.r0 + i - at.c0) : 0; j < at.cols; j++)
+              row[j] += tile[i * ldc + j];
           }
           return 0.0;
         },
@@ -169,7 +194,7 @@ class Gram {
     const Memory norms((n + m) * 8);
     const TileShape shape(n, m, MR, NR, 1, sizeof(T));
     const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
-    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows) + tile_size) * sizeof(T), 64);
     const Memory memory(bytes * p.threads);
     if (!prepared.ok() || !norms.ok() || !memory.ok()) return Status::out_of_memory;
     double* const q_rows = norms.as<double>();
@@ -181,22 +206,20 @@ class Gram {
     const Source<S> x = prepared.samples(0), y = prepared.samples(p.count - 1);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
     for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
-      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
-      const int64_t rows = smaller(shape.rows, n - r0), cols = smaller(shape.cols, m - c0);
-      if (symmetric && r0 > c0 + cols - 1) continue;
+      const Span at(shape, task, n, m);
+      if (symmetric && at.below_diagonal()) continue;
       T* const tile = memory.as<T>(bytes * thread_number());
-      const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
-      tile_product(x, r0, rows, y, c0, cols, p.layers[0].cols, symmetric, buffers, tile, shape.cols);
+      const TileBuffers<T> buffers(tile + tile_size, shape.rows);
+      tile_product(x, at.r0, at.rows, y, at.c0, at.cols, p.layers[0].cols, symmetric, buffers, tile, shape.cols);
       if (p.kernel != GramKernel::linear)
-        apply_kernel(p, 0, tile, shape.cols, rows, cols, q_rows + r0, q_cols + c0, T(0));
+        apply_kernel(p, 0, tile, shape.cols, at.rows, at.cols, q_rows + at.r0, q_cols + at.c0, T(0));
       if (symmetric) {
         if (shift_invariant(p.kernel) && p.kernel != GramKernel::linear)  // exactly 1, not 1 - rounding
-          for (int64_t i = larger(r0, c0); i < smaller(r0 + rows, c0 + cols); i++)
-            if (q_rows[i] == q_rows[i]) tile[(i - r0) * shape.cols + i - c0] = 1;
-        keep(tile, shape.cols, r0, rows, c0, cols, n, out);
+          for (int64_t i = larger(at.r0, at.c0); i < smaller(at.r0 + at.rows, at.c0 + at.cols); i++)
+            if (q_rows[i] == q_rows[i]) tile[(i - at.r0) * shape.cols + i - at.c0] = 1;
+        keep(tile, shape.cols, at, n, out);
       } else {
-        for (int64_t i = 0; i < rows; i++)
-          std::memcpy(out + (r0 + i) * m + c0, tile + i * shape.cols, static_cast<size_t>(cols) * sizeof(T));
+        copy_out(tile, shape.cols, at, m, out);
       }
     }
     return Status::ok;
@@ -206,7 +229,7 @@ class Gram {
     const Prepared prepared(p, true);
     const TileShape shape(p.n, p.n, MR, NR, 1, sizeof(T));
     const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
-    const int64_t tile_bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const int64_t tile_bytes = round_up((TileBuffers<T>::size(shape.rows) + tile_size) * sizeof(T), 64);
     const int64_t bytes = tile_bytes + 2 * kBins * 8;
     const Memory memory(bytes * p.threads), norms(p.n * 8);
     if (!prepared.ok() || !memory.ok() || !norms.ok()) return Status::out_of_memory;
@@ -223,16 +246,15 @@ class Gram {
         for (int t = 0; t < p.threads; t++) zero(memory.as<int64_t>(bytes * t + tile_bytes), 2 * kBins);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
         for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
-          const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
-          const int64_t rows = smaller(shape.rows, p.n - r0), cols = smaller(shape.cols, p.n - c0);
-          if (r0 > c0 + cols - 1) continue;
+          const Span at(shape, task, p.n, p.n);
+          if (at.below_diagonal()) continue;
           T* const tile = memory.as<T>(bytes * thread_number());
           int64_t* const bins = memory.as<int64_t>(bytes * thread_number() + tile_bytes);
-          const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
-          tile_product(x, r0, rows, x, c0, cols, p.layers[l].cols, true, buffers, tile, shape.cols);
-          for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = larger<int64_t>(0, r0 + i + 1 - c0); j < cols; j++) {
-              const uint64_t key = bits(squared_distance(tile[i * shape.cols + j], q[r0 + i], q[c0 + j]));
+          const TileBuffers<T> buffers(tile + tile_size, shape.rows);
+          tile_product(x, at.r0, at.rows, x, at.c0, at.cols, p.layers[l].cols, true, buffers, tile, shape.cols);
+          for (int64_t i = 0; i < at.rows; i++)
+            for (int64_t j = larger<int64_t>(0, at.r0 + i + 1 - at.c0); j < at.cols; j++) {
+              const uint64_t key = bits(squared_distance(tile[i * shape.cols + j], q[at.r0 + i], q[at.c0 + j]));
               for (int which = 0; which < 2; which++)
                 if ((key >> shift >> 16) == prefix[which]) bins[which * kBins + (key >> shift & 0xffff)]++;
             }
@@ -260,24 +282,21 @@ class Gram {
     const int64_t d = p.layers[0].cols;
     const TileShape shape(rows_total, d, MR, NR, 1, sizeof(T));
     const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
-    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
+    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows) + tile_size) * sizeof(T), 64);
     const Memory memory(bytes * p.threads);
     if (!prepared.ok() || !memory.ok()) return Status::out_of_memory;
-    using Full = std::conditional_t<sizeof(T) == 4, StoreF32, StoreF64>;
-    Source<Full> w;
+    Source<StoreOf<T>> w;
     w.data = static_cast<const T*>(weights);
     w.r_stride = p.n;
     w.k_stride = 1;
     const Source<S> x = prepared.features(0);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
     for (int64_t task = 0; task < shape.row_blocks * shape.col_blocks; task++) {
-      const int64_t r0 = task / shape.col_blocks * shape.rows, c0 = task % shape.col_blocks * shape.cols;
-      const int64_t rows = smaller(shape.rows, rows_total - r0), cols = smaller(shape.cols, d - c0);
+      const Span at(shape, task, rows_total, d);
       T* const tile = memory.as<T>(bytes * thread_number());
-      const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
-      tile_product(w, r0, rows, x, c0, cols, p.n, false, buffers, tile, shape.cols);
-      for (int64_t i = 0; i < rows; i++)
-        std::memcpy(out + (r0 + i) * d + c0, tile + i * shape.cols, static_cast<size_t>(cols) * sizeof(T));
+      const TileBuffers<T> buffers(tile + tile_size, shape.rows);
+      tile_product(w, at.r0, at.rows, x, at.c0, at.cols, p.n, false, buffers, tile, shape.cols);
+      copy_out(tile, shape.cols, at, d, out);
     }
     return Status::ok;
   }
@@ -453,7 +472,7 @@ class Gram {
                            const double* q_rows, const double* q_cols, T shift) {
     const double scale = p.scale[layer];
     const T rbf = static_cast<T>(-1 / (2 * scale * scale)), laplacian = static_cast<T>(-1 / scale);
-    alignas(64) T q[kTile + NR] = {};
+    alignas(64) T q[kTileCols] = {};
     for (int64_t j = 0; j < cols; j++)
       q[j] = static_cast<T>(p.kernel == GramKernel::cosine ? inverse_norm(q_cols[j]) : q_cols[j]);
     for (int64_t i = 0; i < rows; i++) {
@@ -491,39 +510,43 @@ class Gram {
   static double inverse_norm(double q) { return q == 0 ? 0 : 1 / __builtin_sqrt(q); }
 
   // Zeroes what must not be counted: entries on or below the diagonal, and columns past the end.
-  static void drop_lower(T* tile, int64_t ldc, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
-    const bool crosses = r0 + rows - 1 >= c0;
-    if (!crosses && cols == ldc) return;
-    for (int64_t i = 0; i < rows; i++) {
-      if (crosses) zero(tile + i * ldc, smaller(ldc, larger<int64_t>(0, r0 + i + 1 - c0)));
-      zero(tile + i * ldc + cols, ldc - cols);
+  static void drop_lower(T* tile, int64_t ldc, const Span& at) {
+    const bool crosses = at.r0 + at.rows - 1 >= at.c0;
+    if (!crosses && at.cols == ldc) return;
+    for (int64_t i = 0; i < at.rows; i++) {
+      if (crosses) zero(tile + i * ldc, smaller(ldc, larger<int64_t>(0, at.r0 + i + 1 - at.c0)));
+      zero(tile + i * ldc + at.cols, ldc - at.cols);
     }
+  }
+
+  static void copy_out(const T* tile, int64_t ldc, const Span& at, int64_t m, T* out) {
+    for (int64_t i = 0; i < at.rows; i++)
+      std::memcpy(out + (at.r0 + i) * m + at.c0, tile + i * ldc, static_cast<size_t>(at.cols) * sizeof(T));
   }
 
   // Writes the entries on and above the diagonal to out [n, n], and their mirror image.
-  static void keep(const T* tile, int64_t ldc, int64_t r0, int64_t rows, int64_t c0, int64_t cols, int64_t n, T* out) {
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t from = smaller(cols, larger<int64_t>(0, r0 + i - c0));
-      std::memcpy(out + (r0 + i) * n + c0 + from, tile + i * ldc + from, static_cast<size_t>(cols - from) * sizeof(T));
+  static void keep(const T* tile, int64_t ldc, const Span& at, int64_t n, T* out) {
+    for (int64_t i = 0; i < at.rows; i++) {
+      const int64_t from = smaller(at.cols, larger<int64_t>(0, at.r0 + i - at.c0));
+      std::memcpy(out + (at.r0 + i) * n + at.c0 + from, tile + i * ldc + from,
+                  static_cast<size_t>(at.cols - from) * sizeof(T));
     }
     constexpr int64_t strip = 16;  // columns at a time, so that the mirrored rows stay in L1
-    for (int64_t j0 = 0; j0 < cols; j0 += strip)
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = larger(j0, r0 + i - c0); j < smaller(cols, j0 + strip); j++)
-          out[(c0 + j) * n + r0 + i] = tile[i * ldc + j];
+    for (int64_t j0 = 0; j0 < at.cols; j0 += strip)
+      for (int64_t i = 0; i < at.rows; i++)
+        for (int64_t j = larger(j0, at.r0 + i - at.c0); j < smaller(at.cols, j0 + strip); j++)
+          out[(at.c0 + j) * n + at.r0 + i] = tile[i * ldc + j];
   }
 
-  static void row_and_column_sums(const T* tile, int64_t ldc, int64_t rows, int64_t cols, double* row_sums,
-                                  double* col_sums) {
-    for (int64_t j = 0; j < ldc; j++) col_sums[j] = 0;
-    for (int64_t i = 0; i < rows; i++) {
+  static void row_and_column_sums(const T* tile, int64_t ldc, const Span& at, double* row_sums, double* col_sums) {
+    for (int64_t i = 0; i < at.rows; i++) {
       Vec<T> sum{};
       for (int64_t j = 0; j < ldc; j += W) sum += load<T>(tile + i * ldc + j);
       row_sums[i] = lane_sum<T>(sum);
     }
-    for (int64_t j = 0; j < cols; j += W) {
+    for (int64_t j = 0; j < ldc; j += W) {
       Vec<T> sum{};
-      for (int64_t i = 0; i < rows; i++) sum += load<T>(tile + i * ldc + j);
+      for (int64_t i = 0; i < at.rows; i++) sum += load<T>(tile + i * ldc + j);
       for (int w = 0; w < W; w++) col_sums[j + w] = static_cast<double>(sum[w]);
     }
   }
@@ -567,44 +590,53 @@ class Gram {
       for (int64_t b = 0; b < a; b++) inner[a * layers + b] = inner[b * layers + a];
   }
 
-  // Walks the tiles of X_a^T X_b for all pairs. `use(tile, ldc, pair, r0, rows, c0, cols, same)` runs in parallel and
-  // may change its tile; `commit(its value, pair)` runs in task order.
+  // Walks the tiles of X_a^T X_b for all pairs. use(tile, ldc, pair, span, same layer) runs in parallel and may change its
+  // tile; commit(its value, pair) runs in task order.
   template <class Use, class Commit>
   static Status feature_tiles(const GramProblem& p, const Prepared& prepared, const int64_t* pairs, int64_t pair_count,
                               Use use, Commit commit) {
+    constexpr int64_t slots = 1024;
     int64_t widest = 1;
     for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
-    const TileShape shape(widest, widest, MR, NR, 1, sizeof(T));
-    const int64_t tile_size = round_up(shape.rows, MR) * shape.cols;
-    const int64_t bytes = round_up((TileBuffers<T>::size(shape.rows, shape.cols) + tile_size) * sizeof(T), 64);
-    const Memory memory(bytes * p.threads), firsts((pair_count + 1) * 8);
-    if (!memory.ok() || !firsts.ok()) return Status::out_of_memory;
-    int64_t* const first = firsts.as<int64_t>();  // [pairs + 1] number of a pair's first task
+    const TileShape widest_shape(widest, widest, MR, NR, 1, sizeof(T));
+    const int64_t tile_size = round_up(widest_shape.rows, MR) * widest_shape.cols;
+    const int64_t bytes = round_up((TileBuffers<T>::size(widest_shape.rows) + tile_size) * sizeof(T), 64);
+    const Memory memory(bytes * p.threads), numbers((pair_count + 1 + 2 * slots) * 8);
+    if (!memory.ok() || !numbers.ok()) return Status::out_of_memory;
+    int64_t* const first = numbers.as<int64_t>();  // [pairs + 1] number of a pair's first task
+    int64_t* const pair_of = first + pair_count + 1;  // [slots]
+    double* const value_of = numbers.as<double>() + pair_count + 1 + slots;  // [slots]
+    const auto shape_of = [&](int64_t pair) {
+      TileShape shape = widest_shape;
+      shape.row_blocks = ceil_div(p.layers[pairs[2 * pair]].cols, shape.rows);
+      shape.col_blocks = ceil_div(p.layers[pairs[2 * pair + 1]].cols, shape.cols);
+      return shape;
+    };
     first[0] = 0;
-    for (int64_t i = 0; i < pair_count; i++)
-      first[i + 1] = first[i] + ceil_div(p.layers[pairs[2 * i]].cols, shape.rows) *
-                                    ceil_div(p.layers[pairs[2 * i + 1]].cols, shape.cols);
-#pragma omp parallel for ordered schedule(dynamic, 1) num_threads(p.threads)
-    for (int64_t task = 0; task < first[pair_count]; task++) {
-      int64_t pair = 0;
-      for (int64_t step = pair_count; step > 0; step /= 2)
-        while (pair + step < pair_count && first[pair + step] <= task) pair += step;
-      const int64_t a = pairs[2 * pair], b = pairs[2 * pair + 1];
-      const int64_t across = ceil_div(p.layers[b].cols, shape.cols), at = task - first[pair];
-      const int64_t r0 = at / across * shape.rows, c0 = at % across * shape.cols;
-      const int64_t rows = smaller(shape.rows, p.layers[a].cols - r0), cols = smaller(shape.cols, p.layers[b].cols - c0);
-      const bool same = a == b, needed = !same || r0 <= c0 + cols - 1;
-      double value = 0;
-      if (needed) {
-        T* const tile = memory.as<T>(bytes * thread_number());
-        const TileBuffers<T> buffers(tile + tile_size, shape.rows, shape.cols);
-        tile_product(prepared.features(a), r0, rows, prepared.features(b), c0, cols, p.n, same, buffers, tile,
-                     shape.cols);
-        value = use(tile, shape.cols, pair, r0, rows, c0, cols, same);
-      }
-#pragma omp ordered
-      if (needed) commit(value, pair);
+    for (int64_t i = 0; i < pair_count; i++) {
+      const TileShape shape = shape_of(i);
+      first[i + 1] = first[i] + shape.row_blocks * shape.col_blocks;
     }
+    const auto work = [&](int64_t task, int64_t slot) {
+      int64_t pair = 0, beyond = pair_count;  // bisection: first[pair] <= task < first[beyond]
+      while (beyond - pair > 1) {
+        const int64_t middle = (pair + beyond) / 2;
+        (first[middle] <= task ? pair : beyond) = middle;
+      }
+      const int64_t a = pairs[2 * pair], b = pairs[2 * pair + 1];
+      const TileShape shape = shape_of(pair);
+      const Span at(shape, task - first[pair], p.layers[a].cols, p.layers[b].cols);
+      pair_of[slot] = pair;
+      value_of[slot] = 0;
+      if (a == b && at.below_diagonal()) return;
+      T* const tile = memory.as<T>(bytes * thread_number());
+      const TileBuffers<T> buffers(tile + tile_size, shape.rows);
+      tile_product(prepared.features(a), at.r0, at.rows, prepared.features(b), at.c0, at.cols, p.n, a == b, buffers, tile,
+                   shape.cols);
+      value_of[slot] = use(tile, shape.cols, pair, at, a == b);
+    };
+    in_task_order(first[pair_count], slots, p.threads, work,
+                  [&](int64_t, int64_t slot) { commit(value_of[slot], pair_of[slot]); });
     return Status::ok;
   }
 

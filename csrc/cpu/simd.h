@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -87,6 +88,10 @@ struct StoreF16 {
   using T = float;
   using Memory = uint16_t;
 };
+
+// The storage of accumulation type T itself.
+template <class T>
+using StoreOf = std::conditional_t<sizeof(T) == 4, StoreF32, StoreF64>;
 
 using U32 = Lanes<float>::U;
 
@@ -181,7 +186,8 @@ inline Vec<float> square_root<float>(Vec<float> x) {
   return root;
 }
 
-// Transposes a W x W block held in W vectors: log2(W) rounds that swap the off-diagonal quarters of ever larger blocks.
+// A W x W block held in W vectors is transposed in log2(W) rounds that swap the
+// off-diagonal quarters of ever larger blocks.
 #if defined(__clang__) || __GNUC__ >= 12
 #define PYREPR_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -206,18 +212,6 @@ inline void transpose_registers(Vec<T> (&v)[Lanes<T>::W]) {
   }
 }
 #undef PYREPR_SHUFFLE
-
-// out[j * out_stride + i] = in[i * in_stride + j] for i, j < W.
-template <class T>
-inline void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-  constexpr int W = Lanes<T>::W;
-  Vec<T> v[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++) v[i] = load<T>(in + i * in_stride);
-  transpose_registers<T>(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++) store<T>(out + i * out_stride, v[i]);
-}
 
 }  // namespace
 }  // namespace pyrepr

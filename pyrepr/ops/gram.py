@@ -226,7 +226,10 @@ class _GramStats(torch.autograd.Function):
             backward = _TilesBackward(xs, scale, kernel, degree, coef0, d, shift, dots if keep_dots else None)
             grads = backward(wanted, grad_s, grad_r, grad_d)
         if mask is not None:
-            grads = [g if g is None else torch.zeros_like(x).index_copy_(0, rows, g) for g, x in zip(grads, full, strict=True)]
+            grads = [
+                g if g is None else torch.zeros_like(x).index_copy_(0, rows, g)
+                for g, x in zip(grads, full, strict=True)
+            ]
         return (None,) * 8 + tuple(grads)
 
 

@@ -71,7 +71,9 @@ def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor
     off = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
     k, l = k * off, l * off  # noqa: E741
     one = torch.ones(n, dtype=k.dtype, device=k.device)
-    total = torch.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    total = (
+        torch.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    )
     return total / (n * (n - 3))
 
 
@@ -114,10 +116,7 @@ def gram_stats(
     if kernel in SHIFT_INVARIANT:
         inputs = [_centred(x) for x in inputs]
     kernels = torch.stack(
-        [
-            kernel_matrix(x, x, kernel, s, degree, coef0)
-            for x, s in zip(inputs, scale.tolist(), strict=True)
-        ]
+        [kernel_matrix(x, x, kernel, s, degree, coef0) for x, s in zip(inputs, scale.tolist(), strict=True)]
     ).double()
     d = kernels.diagonal(dim1=1, dim2=2).clone()
     off = kernels - torch.diag_embed(d)
@@ -129,7 +128,9 @@ def gram_stats(
     return s, r, d, s.new_zeros(m), dots
 
 
-def gram_matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:
+def gram_matrix(
+    x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool
+) -> Tensor:
     """Kernel matrix [n, m] in float32 (float64 for float64). With `centre`, both are shifted by the mean row of x."""
     dtype = compute_dtype(x.dtype)
     x = x.to(dtype)

@@ -22,7 +22,9 @@ def check_layer(name: str, x: object) -> Tensor:
     if x.dim() != 2:
         raise ValueError(f"{name} must have shape [n, d], got {shape_of(x)}; flatten samples and features first")
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
+        )
     return x
 
 

@@ -274,7 +274,9 @@ def cka_matrix(
     if spec.name == "linear" and log.isEnabledFor(logging.DEBUG):
         widths = [x.shape[1] for x in layers]
         route = choose_route(layers[0].shape[0], widths[: split or None], widths[split:] if split else None)
-        log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), layers[0].shape[0], sum(widths), route)
+        log.debug(
+            "cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), layers[0].shape[0], sum(widths), route
+        )
     table, floor = _hsic_table(layers, spec, estimator, split=split)
     own = _warn_if_degenerate(table.diagonal(), floor, names)
     if ys is None:

@@ -53,7 +53,9 @@ class StreamingCKA:
             raise ValueError(f"mode must be 'exact' or 'minibatch', got {mode!r}")
         spec = as_kernel(kernel, bandwidth, sigma)
         if mode == "exact" and spec.name != "linear":
-            raise ValueError(f"kernel must be 'linear' in mode 'exact', got {spec.name!r}; mode 'minibatch' takes any kernel")
+            raise ValueError(
+                f"kernel must be 'linear' in mode 'exact', got {spec.name!r}; mode 'minibatch' takes any kernel"
+            )
         self.estimator = estimator
         self.mode = mode
         self.kernel = spec
@@ -115,8 +117,10 @@ class StreamingCKA:
         if shift is None:
             # First row plus mean difference: exact for constant features.
             shift = [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers]
-            blocks = [torch.zeros(layers[a].shape[1], layers[b].shape[1], dtype=torch.float64, device=device)
-                      for a, b in self._pairs(m, split)]
+            blocks = [
+                torch.zeros(layers[a].shape[1], layers[b].shape[1], dtype=torch.float64, device=device)
+                for a, b in self._pairs(m, split)
+            ]
         else:
             blocks = self._state["blocks"]  # added to in place: the one large thing here
         centred = [(x.double() - s).to(compute_dtype(x.dtype)) for x, s in zip(layers, shift, strict=True)]

@@ -1,0 +1,28 @@
+// What this machine can do at best, measured: the bounds that benchmarks quote beside their numbers.
+#pragma once
+
+#include <cstdint>
+
+namespace pyrepr::cpu {
+
+struct ProbeFunctions {
+  // Multiply-adds in float on all threads for about `seconds`: flops per second (two for each multiply-add).
+  double (*fma_peak)(int threads, double seconds);
+  // Bytes per second at which `threads` threads read `bytes` of memory.
+  double (*read_bandwidth)(int threads, int64_t bytes);
+};
+
+namespace baseline {
+ProbeFunctions probe_functions();
+}
+namespace avx2 {
+ProbeFunctions probe_functions();
+}
+namespace avx512 {
+ProbeFunctions probe_functions();
+}
+namespace avx512_bf16 {
+ProbeFunctions probe_functions();
+}
+
+}  // namespace pyrepr::cpu
