@@ -107,28 +107,32 @@ __attribute__((always_inline)) inline void prefetch_row(const Source<S>& s, int6
   for (int64_t k = 0; k < kc; k += line) __builtin_prefetch(row + k);
 }
 
+// Asks for the `part`-th of `parts` shares of the block [r0, r0 + rows) x [k0, k0 + kc), whichever way it lies in memory.
+template <class S>
+__attribute__((always_inline)) inline void prefetch_share(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0,
+                                                          int64_t kc, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(typename S::Memory);
+  if (s.k_stride == 1) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; r++) prefetch_row(s, r0 + r, k0, kc);
+  } else if (s.r_stride == 1 && rows > 0) {
+    for (int64_t k = kc * part / parts; k < kc * (part + 1) / parts; k++) {
+      const typename S::Memory* const run = s.data + s.at_k(k0 + k) * s.k_stride + r0;
+      for (int64_t r = 0; r < rows; r += line) __builtin_prefetch(run + r);
+    }
+  }
+}
+
 // Reads rows [r0, r0 + rows) x [k0, k0 + kc) of a source whose elements neighbour each other along k:
 // out [rows][stride].
 template <class S>
 void read_along_k(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
                   int64_t stride) {
-  constexpr int64_t ahead = 8;
+  constexpr int64_t ahead = 4;
   for (int64_t r = 0; r < rows; r++) {
     if (r + ahead < rows) prefetch_row(s, r0 + r + ahead, k0, kc);
     const int64_t m = s.mean_along_k ? k0 : r0 + r;
     copy_run<S>(s.data + s.at_r(r0 + r) * s.r_stride + k0, kc, s.mean_high ? s.mean_high + m : nullptr,
                 s.mean_high ? s.mean_low + m : nullptr, s.mean_along_k, out + r * stride);
-  }
-}
-
-// The same for a source whose elements neighbour each other along r: out [kc][stride].
-template <class S>
-void read_along_r(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
-                  int64_t stride) {
-  for (int64_t k = 0; k < kc; k++) {
-    const int64_t m = s.mean_along_k ? k0 + k : r0;
-    copy_run<S>(s.data + s.at_k(k0 + k) * s.k_stride + r0, rows, s.mean_high ? s.mean_high + m : nullptr,
-                s.mean_high ? s.mean_low + m : nullptr, !s.mean_along_k, out + k * stride);
   }
 }
 
@@ -145,6 +149,31 @@ inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) 
   typename S::Memory padded[W] = {};
   for (int64_t i = 0; i < count; i++) padded[i] = p[i];
   return load_as<S>(padded);
+}
+
+// One panel of a source whose elements neighbour each other along r: out [kc][NR], zero past `rows`.
+template <class S>
+__attribute__((noinline)) void read_panel(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc,
+                                          typename S::T* out) {
+  using T = typename S::T;
+  using B = Block<T>;
+  Vec<T> high[B::NV] = {}, low[B::NV] = {};
+  for (int v = 0; s.mean_high && !s.mean_along_k && v < B::NV; v++) {
+    if (rows <= v * B::W) break;
+    high[v] = load_some<StoreOf<T>>(s.mean_high + r0 + v * B::W, rows - v * B::W);
+    low[v] = load_some<StoreOf<T>>(s.mean_low + r0 + v * B::W, rows - v * B::W);
+  }
+  for (int64_t k = 0; k < kc; k++) {
+    const typename S::Memory* const run = s.data + s.at_k(k0 + k) * s.k_stride + r0;
+    const T line_high = s.mean_high && s.mean_along_k ? s.mean_high[k0 + k] : T(0);
+    const T line_low = s.mean_high && s.mean_along_k ? s.mean_low[k0 + k] : T(0);
+#pragma GCC unroll 2
+    for (int v = 0; v < B::NV; v++) {
+      Vec<T> x{};
+      if (rows > v * B::W) x = ((load_some<S>(run + v * B::W, rows - v * B::W) - high[v]) - line_high - low[v]) - line_low;
+      store<T>(out + k * B::NR + v * B::W, x);
+    }
+  }
 }
 
 // out[j * out_stride + i] = line i, element j, minus the mean, for `lines` runs of `length` neighbouring elements.
@@ -206,7 +235,7 @@ void pack_b(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc
   constexpr int NR = Block<typename S::T>::NR;
   if (rows < NR) zero(out, kDepth * NR);
   if (s.r_stride == 1 && !s.r_index) {
-    read_along_r(s, r0, rows, k0, kc, out, int64_t(NR));
+    read_panel(s, r0, rows, k0, kc, out);
   } else if (s.k_stride == 1 && !s.k_index) {
     const typename S::Memory* line[NR];
     for (int64_t i = 0; i < rows; i++) line[i] = s.data + s.at_r(r0 + i) * s.r_stride + k0;
@@ -247,13 +276,10 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
     for (int64_t j = 0; j < cols; j += B::NR) {
       if (upper && r0 > c0 + j + B::NR - 1) continue;
       pack_b(b, c0 + j, smaller<int64_t>(B::NR, cols - j), k0, kc, buffers.b);
-      // While this panel is multiplied, the rows of the next one and a share of A's next block are on their way.
+      // While this panel is multiplied, the next one is on its way from memory.
       const int64_t calls = ceil_div(rows, B::MR), next = larger<int64_t>(0, smaller<int64_t>(B::NR, cols - j - B::NR));
-      for (int64_t r = rows * j / cols; r < rows * (j + B::NR) / cols && r < rows; r++)
-        prefetch_row(a, r0 + r, k0 + kDepth, smaller(kDepth, depth - k0 - kc));
       for (int64_t i = 0, call = 0; i < rows && !(upper && r0 + i > c0 + j + B::NR - 1); i += B::MR, call++) {
-        for (int64_t r = next * call / calls; r < next * (call + 1) / calls; r++)
-          prefetch_row(b, c0 + j + B::NR + r, k0, kc);
+        prefetch_share(b, c0 + j + B::NR, next, k0, kc, call, calls);
         multiply_block<T>(kc, buffers.a + i * kPanelStride, buffers.b, tile + i * ldc + j, ldc, k0 > 0);
       }
     }

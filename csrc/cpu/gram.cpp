@@ -14,21 +14,28 @@
 namespace pyrepr::cpu {
 namespace {
 
-// Tiles are 224 x 896 at most: rows, packed, fill a third of a 1 MB L2 and are reused for every column panel; the panels
-// stream through L1. 224 is a multiple of MR = 14, 896 of every NR.
+// Tiles are 336 x 672 at most: the rows, packed, fill half of a 1 MB L2 and are reused for every column panel; the panels
+// stream through L1. Fewer than kMinTiles tiles would not share out evenly.
 constexpr int64_t kTileRows = 336;
 constexpr int64_t kTileCols = 672;
+constexpr int64_t kMinTiles = 48;
 constexpr int64_t kTileMemory = int64_t(20) << 20;  // bytes of tiles a thread may hold when there are many layers
 constexpr int64_t kWaveMemory = int64_t(16) << 20;  // bytes of results that may wait for their turn to be added up
 
-// The grid of tiles over n x m, from the sizes alone: small problems get small tiles, so that they can be shared out.
+// The grid of tiles over n x m, of nearly equal size, from the sizes alone.
 struct TileShape {
   int64_t rows, cols, row_blocks, col_blocks;
   TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item) {
-    rows = smaller(kTileRows, ceil_div(n, 8)) / unit_rows * unit_rows;
-    rows = larger(rows, unit_rows);
-    cols = round_up(larger<int64_t>(smaller(kTileCols, ceil_div(m, 5)), 1), unit_cols);
-    while (cols > unit_cols && rows * cols * layers * item > kTileMemory) cols -= unit_cols;
+    row_blocks = larger<int64_t>(1, ceil_div(n, kTileRows));
+    col_blocks = larger<int64_t>(1, ceil_div(m, kTileCols));
+    while (true) {
+      rows = round_up(larger<int64_t>(1, ceil_div(n, row_blocks)), unit_rows);
+      cols = round_up(larger<int64_t>(1, ceil_div(m, col_blocks)), unit_cols);
+      const bool fits = rows * cols * layers * item <= kTileMemory;
+      const bool splits_rows = rows > 4 * unit_rows && rows >= cols, splits_cols = !splits_rows && cols > 2 * unit_cols;
+      if ((fits && row_blocks * col_blocks >= kMinTiles) || (!splits_rows && !splits_cols)) break;
+      (splits_rows ? row_blocks : col_blocks) *= 2;
+    }
     row_blocks = ceil_div(n, rows);
     col_blocks = ceil_div(m, cols);
   }
@@ -103,7 +110,7 @@ class Gram {
           const double* const q = out.d + l * p.n;
           apply_kernel(p, l, tile, shape.cols, at.rows, at.cols, q + at.r0, q + at.c0, static_cast<T>(out.shift[l]));
         }
-        drop_lower(tile, shape.cols, at);
+        drop_uncounted(tile, shape.cols, at, true);
         if (!linear)
           row_and_column_sums(tile, shape.cols, at, row_sums + l * shape.rows, col_sums + l * shape.cols);
       }
@@ -147,13 +154,11 @@ class Gram {
         p, prepared, pairs, pair_count,
         [&](T* tile, int64_t ldc, int64_t, const Span& at, bool same) {
           double diagonal = 0, inner = 0;
-          if (same) {
-            for (int64_t i = larger(at.r0, at.c0); i < smaller(at.r0 + at.rows, at.c0 + at.cols); i++) {
-              const double x = tile[(i - at.r0) * ldc + i - at.c0];
-              diagonal += x * x;
-            }
-            drop_lower(tile, ldc, at);
+          for (int64_t i = larger(at.r0, at.c0); same && i < smaller(at.r0 + at.rows, at.c0 + at.cols); i++) {
+            const double x = tile[(i - at.r0) * ldc + i - at.c0];
+            diagonal += x * x;
           }
+          drop_uncounted(tile, ldc, at, same);
           inner_products(tile, 1, 0, at.rows * ldc, &inner);
           return same ? diagonal + 2 * inner : inner;
         },
@@ -472,7 +477,7 @@ class Gram {
                            const double* q_rows, const double* q_cols, T shift) {
     const double scale = p.scale[layer];
     const T rbf = static_cast<T>(-1 / (2 * scale * scale)), laplacian = static_cast<T>(-1 / scale);
-    alignas(64) T q[kTileCols] = {};
+    alignas(64) T q[kTileCols + NR] = {};
     for (int64_t j = 0; j < cols; j++)
       q[j] = static_cast<T>(p.kernel == GramKernel::cosine ? inverse_norm(q_cols[j]) : q_cols[j]);
     for (int64_t i = 0; i < rows; i++) {
@@ -509,9 +514,9 @@ class Gram {
   // A zero row has no direction: its cosine with everything is 0, as in scikit-learn.
   static double inverse_norm(double q) { return q == 0 ? 0 : 1 / __builtin_sqrt(q); }
 
-  // Zeroes what must not be counted: entries on or below the diagonal, and columns past the end.
-  static void drop_lower(T* tile, int64_t ldc, const Span& at) {
-    const bool crosses = at.r0 + at.rows - 1 >= at.c0;
+  // Zeroes what must not be counted: columns past the end, and with `upper` entries on or below the diagonal.
+  static void drop_uncounted(T* tile, int64_t ldc, const Span& at, bool upper) {
+    const bool crosses = upper && at.r0 + at.rows - 1 >= at.c0;
     if (!crosses && at.cols == ldc) return;
     for (int64_t i = 0; i < at.rows; i++) {
       if (crosses) zero(tile + i * ldc, smaller(ldc, larger<int64_t>(0, at.r0 + i + 1 - at.c0)));

@@ -23,8 +23,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i − y_j|². x: [n, d], y: [m, d] -> [n, m]."""
-    return ((x * x).sum(1)[:, None] + (y * y).sum(1)[None, :] - 2 * (x @ y.T)).clamp_min(0)
+    """|x_i − y_j|², exactly 0 on the diagonal if y is x. x: [n, d], y: [m, d] -> [n, m]."""
+    distances = ((x * x).sum(1)[:, None] + (y * y).sum(1)[None, :] - 2 * (x @ y.T)).clamp_min(0)
+    return distances * (1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)) if y is x else distances
 
 
 def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float, degree: int, coef0: float) -> Tensor:
@@ -40,8 +41,8 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float, degree: int, 
     if kernel == "cosine":
         x_norm, y_norm = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
         return (x / torch.where(x_norm == 0, 1, x_norm)) @ (y / torch.where(y_norm == 0, 1, y_norm)).T
-    mean = x.mean(0)
-    distance = squared_distances(x - mean, y - mean)
+    centred = x - x.mean(0)
+    distance = squared_distances(centred, centred if y is x else y - x.mean(0))
     if kernel == "rbf":
         return torch.exp(distance / (-2 * scale**2))
     # The square root has no derivative at 0; identical rows contribute none.
@@ -133,12 +134,9 @@ def gram_matrix(
 ) -> Tensor:
     """Kernel matrix [n, m] in float32 (float64 for float64). With `centre`, both are shifted by the mean row of x."""
     dtype = compute_dtype(x.dtype)
-    x = x.to(dtype)
-    y = x if y is None else y.to(dtype)
-    if centre and x.shape[0]:
-        mean = x[0] + (x - x[:1]).mean(0)
-        x, y = x - mean, y - mean
-    return kernel_matrix(x, y, kernel, float(scale[0]), degree, coef0)
+    mean = x.to(dtype)[0] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
+    x = x.to(dtype) - mean
+    return kernel_matrix(x, x if y is None else y.to(dtype) - mean, kernel, float(scale[0]), degree, coef0)
 
 
 def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:

@@ -159,7 +159,7 @@ def hsic(
 
 
 def _normalise(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """CKA from HSIC: cross [Lx, Ly], left [Lx], right [Ly]. Two roots, so that the product cannot over- or underflow."""
+    """CKA from HSIC: cross [Lx, Ly], left [Lx], right [Ly]. Two roots: their product cannot overflow."""
     return cross / (left.sqrt()[:, None] * right.sqrt()[None, :])
 
 
@@ -271,12 +271,10 @@ def cka_matrix(
         more_names, more = _layer_list("ys", ys)
         names, layers = names + more_names, layers + more
     layers = check_layers(names, layers)
-    if spec.name == "linear" and log.isEnabledFor(logging.DEBUG):
-        widths = [x.shape[1] for x in layers]
-        route = choose_route(layers[0].shape[0], widths[: split or None], widths[split:] if split else None)
-        log.debug(
-            "cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), layers[0].shape[0], sum(widths), route
-        )
+    if spec.name == "linear" and not torch.compiler.is_compiling():
+        n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
+        route = choose_route(n, widths[: split or None], widths[split:] if split else None)
+        log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
     table, floor = _hsic_table(layers, spec, estimator, split=split)
     own = _warn_if_degenerate(table.diagonal(), floor, names)
     if ys is None:

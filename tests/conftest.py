@@ -1,0 +1,36 @@
+"""Shared by all tests: seeds, and the one lawful skip, a missing GPU, counted and shown at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyrepr
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU: this kernel was not run here"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("pyrepr backends:")
+    terminalreporter.write_line(str(pyrepr.backends()))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    with pyrepr.use_backend(request.param):
+        yield request.param

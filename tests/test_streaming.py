@@ -1,0 +1,180 @@
+"""StreamingCKA: however samples are cut, shared out, stored or merged, the value of all at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyrepr
+
+ESTIMATORS = ("unbiased", "biased")
+
+
+def layers(n=200, dtype=torch.float64):
+    xs = [5 + torch.randn(n, d, dtype=dtype) for d in (4, 30)]
+    ys = [xs[0] @ torch.randn(4, d, dtype=dtype) + torch.randn(n, d, dtype=dtype) for d in (7, 3, 12)]
+    return xs, ys
+
+
+def feed(stream, xs, ys, cuts):
+    start = 0
+    for size in cuts:
+        part = slice(start, start + size)
+        stream.update([x[part] for x in xs], None if ys is None else [y[part] for y in ys])
+        start += size
+    assert start == xs[0].shape[0]
+    return stream
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("cuts", [(200,), (1, 2, 197), (100, 100), (64, 64, 64, 8)])
+def test_exact_is_all_at_once(estimator, cuts):
+    xs, ys = layers()
+    stream = feed(pyrepr.StreamingCKA(estimator=estimator), xs, ys, cuts)
+    assert stream.samples == 200
+    torch.testing.assert_close(stream.compute(), pyrepr.cka_matrix(xs, ys, estimator=estimator), rtol=1e-9, atol=1e-11)
+    own = feed(pyrepr.StreamingCKA(estimator=estimator), xs, None, cuts)
+    torch.testing.assert_close(own.compute(), pyrepr.cka_matrix(xs, estimator=estimator), rtol=1e-9, atol=1e-11)
+
+
+def test_exact_in_float32_with_a_drifting_mean():
+    """The shift is the first batch's mean; the features wander away from it by a hundred standard deviations."""
+    n = 4000
+    drift = torch.linspace(0, 100, n)[:, None]
+    x = torch.randn(n, 20) + drift
+    y = torch.randn(n, 20) + drift * torch.randn(20)
+    stream = feed(pyrepr.StreamingCKA(), [x], [y], [500] * 8)
+    expected = pyrepr.cka(x.double(), y.double())
+    assert abs(float(stream.compute()) - float(expected)) < 1e-6
+
+
+def test_minibatch_is_a_ratio_of_sums():
+    xs, ys = layers(120)
+    stream = feed(pyrepr.StreamingCKA(mode="minibatch"), xs, ys, (50, 50, 20))
+    parts = [slice(0, 50), slice(50, 100), slice(100, 120)]
+
+    def total(a, b):
+        return sum(pyrepr.hsic(a[p], b[p]) for p in parts)
+
+    for i, x in enumerate(xs):
+        for j, y in enumerate(ys):
+            expected = total(x, y) / (total(x, x) * total(y, y)).sqrt()
+            assert abs(float(stream.compute()[i, j]) - float(expected)) < 1e-12
+
+
+def test_minibatch_takes_any_kernel():
+    xs, ys = layers(60)
+    stream = pyrepr.StreamingCKA(mode="minibatch", kernel="rbf").update(xs, ys)
+    torch.testing.assert_close(stream.compute(), pyrepr.cka_matrix(xs, ys, kernel="rbf"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["exact", "minibatch"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_merge(mode, estimator):
+    xs, ys = layers()
+    options = {"mode": mode, "estimator": estimator}
+    whole = feed(pyrepr.StreamingCKA(**options), xs, ys, (70, 80, 50))
+    first = feed(pyrepr.StreamingCKA(**options), [x[:150] for x in xs], [y[:150] for y in ys], (70, 80))
+    second = feed(pyrepr.StreamingCKA(**options), [x[150:] for x in xs], [y[150:] for y in ys], (50,))
+    before = second.compute()
+    merged = pyrepr.StreamingCKA(**options).merge(first).merge(second)
+    torch.testing.assert_close(merged.compute(), whole.compute(), rtol=1e-10, atol=1e-12)
+    assert torch.equal(second.compute(), before)
+    first.update([x[150:] for x in xs], [y[150:] for y in ys])  # the merged one is a copy
+    assert merged.samples == 200
+
+
+def test_state_dict_goes_through_a_file(tmp_path):
+    xs, ys = layers()
+    stream = pyrepr.StreamingCKA().update([x[:90] for x in xs], [y[:90] for y in ys])
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    restored = pyrepr.StreamingCKA(estimator="biased")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for s in (stream, restored):
+        s.update([x[90:] for x in xs], [y[90:] for y in ys])
+    assert torch.equal(stream.compute(), restored.compute())
+    with pytest.raises(ValueError, match="without .*'widths'"):
+        restored.load_state_dict({"mode": "exact"})
+
+
+def _process(rank, world, folder, mode):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    xs, ys = layers(90)
+    stream = pyrepr.StreamingCKA(mode=mode)
+    if rank > 0:  # the first process has no data
+        part = slice(0, 40) if rank == 1 else slice(40, 90)
+        stream.update([x[part] for x in xs], [y[part] for y in ys])
+    stream.all_reduce()
+    torch.save(stream.compute(), f"{folder}/{rank}.pt")
+    student = torch.randn(12, 5, dtype=torch.float64).requires_grad_()
+    guide = torch.randn(12, 6, dtype=torch.float64)
+    local = slice(4 * rank, 4 * rank + 4)
+    part = student.detach()[local].clone().requires_grad_()
+    loss = pyrepr.nn.CKALoss(gather=True)(part, guide[local])
+    loss.backward()
+    whole = pyrepr.nn.CKALoss()(student, guide)
+    whole.backward()
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(part.grad, world * student.grad[local])  # every process's loss pulls on every row
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["exact", "minibatch"])
+def test_processes_add_up(tmp_path, mode):
+    torch.multiprocessing.spawn(_process, (3, str(tmp_path), mode), nprocs=3)
+    torch.manual_seed(0)
+    xs, ys = layers(90)
+    expected = pyrepr.StreamingCKA(mode=mode)
+    expected.update([x[:40] for x in xs], [y[:40] for y in ys]).update([x[40:] for x in xs], [y[40:] for y in ys])
+    for rank in range(3):
+        value = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(value, expected.compute(), rtol=1e-9, atol=1e-11)
+
+
+def test_memory_does_not_grow_with_samples():
+    xs, ys = layers()
+    stream = pyrepr.StreamingCKA()
+
+    def held():
+        state = stream.state_dict()["state"]
+        return sum(t.numel() for v in state.values() for t in (v if isinstance(v, list) else [v]) if torch.is_tensor(t))
+
+    stream.update(xs, ys)
+    before = held()
+    for _ in range(5):
+        stream.update(xs, ys)
+    assert held() == before
+
+
+def test_constant_and_nan_features():
+    with pytest.warns(pyrepr.DegenerateInputWarning, match=r"ys\[0\]"):
+        values = pyrepr.StreamingCKA().update([torch.randn(9, 2)], [torch.ones(9, 3)]).compute()
+    assert values.isnan().all()
+    x = torch.randn(9, 2)
+    x[3] = torch.nan
+    assert pyrepr.StreamingCKA().update([x], [torch.randn(9, 2)]).compute().isnan().all()
+
+
+def test_bad_input():
+    x = torch.randn(10, 3)
+    stream = pyrepr.StreamingCKA()
+    with pytest.raises(ValueError, match="compute needs at least one update"):
+        stream.compute()
+    stream.update([x[:3]])
+    with pytest.raises(ValueError, match="the stream must have at least 4 samples"):
+        stream.compute()
+    with pytest.raises(ValueError, match=r"layers of the first update, widths \[3\], got \[3, 3\]"):
+        stream.update([x, x])
+    assert stream.samples == 3
+    with pytest.raises(ValueError, match="other must have mode 'exact', got 'minibatch'"):
+        stream.merge(pyrepr.StreamingCKA(mode="minibatch"))
+    with pytest.raises(ValueError, match="other must have layers of widths"):
+        stream.merge(pyrepr.StreamingCKA().update([x, x]))
+    with pytest.raises(ValueError, match="mode must be 'exact' or 'minibatch', got 'fast'"):
+        pyrepr.StreamingCKA(mode="fast")
+    with pytest.raises(ValueError, match="kernel must be 'linear' in mode 'exact', got 'rbf'"):
+        pyrepr.StreamingCKA(kernel="rbf")
+    with pytest.raises(ValueError, match="a batch in mode 'minibatch' must have at least 4 samples"):
+        pyrepr.StreamingCKA(mode="minibatch").update([x[:3]])
