@@ -196,6 +196,8 @@ def compare(
     models = [side.model for side in sides if isinstance(side, Recorder)]
     if data is None and models:
         raise ValueError("data must be an iterable of batches, got None")
+    if data is not None and not models:
+        raise ValueError("data must be None where both sides are stored activations")
     with evaluating(models), torch.no_grad():
         for batch in _progress([None] if data is None else data, progress):
             run.step(batch)
@@ -275,6 +277,8 @@ class _Run:
     ) -> None:
         self.a, self.b = side_a, side_b
         self.samples, self.estimator, self.mode, self.kernel = samples, estimator, mode, kernel
+        # Stored activations are one batch, of which the estimate is exact and costs no moments.
+        self.whole = isinstance(side_a, _StoredSide) and isinstance(side_b, _StoredSide)
         self.widths: list[dict[str, int]] = []
         self.stream: StreamingCKA | None = None
 
@@ -329,7 +333,7 @@ class _Run:
 
     def choose_mode(self, widths: list[int], split: int, device: torch.device) -> str:
         """The stated rule of mode="auto", and a refusal of exact moments that cannot fit."""
-        if self.mode == "minibatch":
+        if self.mode == "minibatch" or self.whole:
             return "minibatch"
         need = _exact_bytes(widths, split)
         if self.mode == "auto":
@@ -370,7 +374,7 @@ class _Run:
             samples=self.samples,
             count=self.stream.samples,
             estimator=self.estimator,
-            mode=self.stream.mode,
+            mode="exact" if self.whole else self.stream.mode,
             kernel=self.kernel.name,
             versions=_versions(),
         )

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyrepr.integrations import require
+from pyrepr.integrations import PLOT, require
 from pyrepr.integrations.files import replacing
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def save_heatmap(comparison: Comparison, path: str | os.PathLike[str], *, title:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {path.name!r}")
-    require("matplotlib", "plot")
+    require("matplotlib", PLOT)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def save_heatmap(comparison: Comparison, path: str | os.PathLike[str], *, title:
     if rows * columns <= SHOWN_VALUES:
         for i, line in enumerate(comparison.values.tolist()):
             for j, value in enumerate(line):
-                dark = not math.isnan(value) and (value - low) / (high - low) < 0.6
+                dark = not math.isnan(value) and (value - low) / (high - low) < 0.65
                 text = "–" if math.isnan(value) else f"{value:.2f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=0.8 * size, color="white" if dark else "black")
     figure.colorbar(image, ax=axes, label="CKA", shrink=0.9).outline.set_visible(False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
+
+COMPARE = '"pyrepr-kernels[compare]"'
+PLOT = '"pyrepr-kernels[plot]"'
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency, or says which extra installs it.
+def require(module: str, install: str) -> Any:
+    """Imports an optional dependency, or says what to install.
 
     Raises:
         ImportError: one sentence with the pip command, and the reason where the module exists but does not import.
@@ -16,5 +19,5 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
-        why = "which is not installed" if missing else f"which does not import ({error})"
-        raise ImportError(f'this needs {module}, {why}: pip install "pyrepr-kernels[{extra}]"') from error
+        why = "is not installed" if missing else f"cannot be imported ({error})"
+        raise ImportError(f"{module} is needed here and {why}: pip install {install}") from error
