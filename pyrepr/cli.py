@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(argv).parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return args.run(args) or 0
+            code = args.run(args) or 0
+        sys.stdout.flush()  # here, where a broken pipe is still caught
+        return code
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -106,6 +108,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, help="text file (a text a line), folder of images, or .npy/.npz/.safetensors of inputs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
     for side in "ab":
+        add(f"--name-{side}", metavar="NAME", help=f"what to call {side.upper()} in the results (default: the spec)")
         add(
             f"--layers-{side}",
             action="append",
@@ -210,7 +213,7 @@ def _compare(args: argparse.Namespace) -> None:
             mode=args.mode,
             kernel=args.kernel,
             progress=not args.quiet and sys.stderr.isatty(),
-            names=(args.a, args.b),
+            names=(args.name_a or args.a, args.name_b or args.b),
         )
         comparison.save(folder / "comparison.npz")
         _write_csv(comparison, folder / "values.csv")

@@ -272,9 +272,7 @@ def test_patterns_stay_within_one_part_of_a_name(berts):
 def test_unknown_layer_lists_near_matches(berts):
     with pytest.raises(ValueError, match=r"layers_a: .*no layer 'encoder.layers.1'; near matches: .*encoder\.layer\.1"):
         pyrepr.compare(*berts, token_batches(), layers_a=["encoder.layers.1"])
-    with pytest.raises(
-        ValueError, match=r"layers_b: .*'self.query'; near matches: encoder.layer.0.att"
-    ):
+    with pytest.raises(ValueError, match=r"layers_b: .*'self.query'; near matches: encoder.layer.0.att"):
         pyrepr.compare(*berts, token_batches(), layers_b="self.query")
 
 
