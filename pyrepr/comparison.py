@@ -243,7 +243,9 @@ class _StoredSide:
                 )
         self.taken = 0
 
-    def take(self, n: int) -> dict[str, Tensor]:
+    def take(self, n: int | None) -> dict[str, Tensor]:
+        """The next n rows; all of them for `None`."""
+        n = self.total if n is None else n
         if self.taken + n > self.total:
             raise ValueError(f"{self.argument} has {self.total} stored rows, but the data gives more samples")
         rows = slice(self.taken, self.taken + n)
@@ -285,38 +287,37 @@ class _Run:
     def step(self, batch: Any) -> None:
         """One batch through both sides. What is recorded dies with this frame."""
         mask = _mask(batch) if self.samples == "tokens" else None
-        stored_a, stored_b = isinstance(self.a, _StoredSide), isinstance(self.b, _StoredSide)
-        rows_a = None if stored_a else self.a.run(batch, mask)
-        rows_b = None if stored_b or self.b is self.a else self.b.run(batch, mask)
-        n = next((len(next(iter(rows.values()))) for rows in (rows_a, rows_b) if rows), None)
-        if stored_a:
-            rows_a = self.a.take(self.a.total if n is None else n)
-        if stored_b and self.b is not self.a:
-            rows_b = self.b.take(self.b.total if n is None else n)
-        self.check(rows_a, rows_b)
-        layers = [*rows_a.values(), *(rows_b or {}).values()]
+        sides = [self.a] if self.b is self.a else [self.a, self.b]
+        recorded = [side.run(batch, mask) if isinstance(side, Recorder) else None for side in sides]
+        n = next((_count(rows) for rows in recorded if rows is not None), None)
+        both = [
+            side.take(n) if isinstance(side, _StoredSide) else rows or {}
+            for side, rows in zip(sides, recorded, strict=True)
+        ]
+        self.check(both)
+        layers = [x for rows in both for x in rows.values()]
         dtype = layers[0].dtype
         for x in layers:
             dtype = torch.promote_types(dtype, x.dtype)
         layers = [x.to(layers[0].device, dtype) for x in layers]
-        split = len(rows_a)
+        split = len(both[0]) if len(both) > 1 else 0
         if self.stream is None:
-            mode = self.choose_mode([x.shape[1] for x in layers], 0 if rows_b is None else split, layers[0].device)
+            mode = self.choose_mode([x.shape[1] for x in layers], split, layers[0].device)
             self.stream = StreamingCKA(estimator=self.estimator, mode=mode, kernel=self.kernel)
         if self.stream.mode == "minibatch":
             self.check_batch(layers[0].shape[0])
-        self.stream.update(layers[:split], None if rows_b is None else layers[split:])
+        self.stream.update(layers[: split or None], layers[split:] if split else None)
 
-    def check(self, rows_a: dict[str, Tensor], rows_b: dict[str, Tensor] | None) -> None:
+    def check(self, both: list[dict[str, Tensor]]) -> None:
         """The same samples on both sides, and the features of the first batch."""
-        count = len(next(iter(rows_a.values())))
-        if rows_b is not None and (other := len(next(iter(rows_b.values())))) != count:
+        count, other = _count(both[0]), _count(both[-1])
+        if count != other:
             unit = "tokens" if self.samples == "tokens" else "samples"
             raise ValueError(
                 f"model_a and model_b must give the same {unit} for a batch, got {count} and {other}"
                 + ("; samples='batch' compares models that cut their input differently" if unit == "tokens" else "")
             )
-        widths = [{name: x.shape[1] for name, x in rows.items()} for rows in (rows_a, rows_b) if rows is not None]
+        widths = [{name: x.shape[1] for name, x in rows.items()} for rows in both]
         self.widths = self.widths or widths
         for argument, before, now in zip(("layers_a", "layers_b"), self.widths, widths, strict=False):
             for name, width in now.items():
@@ -348,6 +349,8 @@ class _Run:
     def check_batch(self, n: int) -> None:
         least = 4 if self.estimator == "unbiased" else 2
         if n < least:
+            if self.whole:
+                raise ValueError(f"model_a must have at least {least} rows for the {self.estimator} estimator, got {n}")
             raise ValueError(
                 f"data: every batch must have at least {least} samples in mode 'minibatch' with the {self.estimator} "
                 f"estimator, got {n}; drop a short last batch (DataLoader's drop_last=True)"
@@ -387,6 +390,10 @@ class _Run:
                 message = message.replace(f"{list_name}[{i}]", f"{prefix} {name}")
         category = warning.category if issubclass(warning.category, DegenerateInputWarning) else UserWarning
         warnings.warn(message, category, stacklevel=4)
+
+
+def _count(rows: dict[str, Tensor]) -> int:
+    return next(iter(rows.values())).shape[0]
 
 
 def _mask(batch: Any) -> Tensor | None:

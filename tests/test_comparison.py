@@ -289,6 +289,8 @@ def test_stored_activations_stand_for_a_model():
         pyrepr.compare(model, {"brain": stored["brain"][:-1]}, data)
     with pytest.raises(ValueError, match="model_b has 36 stored rows, but the data gives 18"):
         pyrepr.compare(model, {"brain": torch.cat([stored["brain"]] * 2)}, data)
+    with pytest.raises(ValueError, match="model_a must have at least 4 rows for the unbiased estimator, got 3"):
+        pyrepr.compare({"brain": stored["brain"][:3]}, {"brain": stored["brain"][:3]})
     with pytest.raises(ValueError, match="data must be None where both sides"):
         pyrepr.compare(stored, stored, data)
 
