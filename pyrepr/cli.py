@@ -185,6 +185,7 @@ def _results(out: Path) -> Iterator[Path]:
 def _compare(args: argparse.Namespace) -> None:
     from pyrepr.integrations import PLOT, require, sources
 
+    device = _device(args.device)
     if args.data is not None:
         kind = sources.kind_of(args.data)
         samples = args.samples or ("tokens" if kind == "text" else "batch")
@@ -208,7 +209,7 @@ def _compare(args: argparse.Namespace) -> None:
                 max_length=args.max_length,
             )
         for model in models:
-            model.to(args.device)
+            model.to(device)
         comparison = pyrepr.compare(
             a.model,
             b.model,
@@ -229,6 +230,16 @@ def _compare(args: argparse.Namespace) -> None:
         files = sorted(file.name for file in folder.iterdir())
     print(_summary(comparison))
     print("\nwrote " + ", ".join(str(args.out / name) for name in files))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be a PyTorch device as cpu or cuda:0, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _split(values: list[str] | None) -> list[str] | None:

@@ -165,7 +165,8 @@ def compare(
             call, and of several outputs the first floating-point tensor.
         samples: ``"batch"``: a sample is an item of the batch and its features are all the rest, flattened, so all
             batches must have one shape. ``"tokens"``: every position is a sample, (B, T, D) → B·T samples and
-            (B, C, H, W) → B·H·W samples of C features; padding is left out by the batch's ``attention_mask``.
+            (B, C, H, W) → B·H·W samples of C features (channels first, always); padding is left out by the batch's
+            ``attention_mask``.
         estimator: ``"unbiased"`` or ``"biased"``, see :func:`pyrepr.cka`.
         mode: ``"exact"``: the value of all samples at once; keeps 8·Σ d_a d_b bytes over the pairs of layers that are
             compared, each layer with itself included. ``"minibatch"``: keeps a few numbers, estimates from every

@@ -226,12 +226,15 @@ def test_random_weights_come_from_the_seed(models):
         ("py:tiny_models:mpl", "has no function 'mpl'; near matches: mlp"),
         ("py:tiny_models:number", "must return a torch.nn.Module or a dict of activations, got int"),
         ("py:tiny_models:broken", "KeyError: 'weights' (--traceback shows where)"),
+        ("hf:./no_weights", "'hf:./no_weights' cannot be loaded: "),
         ("nothing.npz", "no such file: nothing.npz"),
         ("broken.npz", "broken.npz holds no readable arrays"),
         ("broken.safetensors", "broken.safetensors cannot be read"),
     ],
 )
 def test_bad_specs(models, array, capsys, a, message):
+    (models / "no_weights").mkdir()
+    (models / "no_weights" / "config.json").write_text('{"model_type": "bert"}')
     for name in ("broken.npz", "broken.safetensors"):
         (models / name).write_bytes(b"nothing of that kind")
     before = sorted(p.name for p in models.iterdir() if p.name != "__pycache__")
@@ -257,6 +260,8 @@ def test_bad_data(models, array, bert, capsys):
     assert "must have one number of rows, got [3, 4]" in message("two.npz")
     assert "a text file needs a tokenizer" in message("ok.txt")
     assert "layers_a: the model has no layer '00'; near matches: 0" in message(array, "--layers-a", "00")
+    assert "--device must be a PyTorch device as cpu or cuda:0, got 'gpu'" in message(array, "--device", "gpu")
+    assert "--device cuda:99: PyTorch sees" in message(array, "--device", "cuda:99")
     assert not (models / "out").exists()
     assert "--data is needed" in refused(capsys, "compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--out", "out")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -88,10 +89,14 @@ def _transformers(spec: str, rest: str) -> Source:
     path = _folder(rest)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if spec.startswith("hf-random:"):
-        model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(path))
-    else:
-        model = transformers.AutoModel.from_pretrained(path)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if spec.startswith("hf-random:"):
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(path))
+        else:
+            model = transformers.AutoModel.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{spec!r} cannot be loaded: {error}") from error
     images = _transformers_images(path) if getattr(model, "main_input_name", "") == "pixel_values" else None
     return Source(spec, model, tokenizer=lambda: _tokenizer(path), images=images)
 
