@@ -118,6 +118,14 @@ def test_conv_positions_are_samples():
     assert result.count == 32
 
 
+def test_outputs_are_taken_before_the_next_module_works_in_place():
+    model = perceptron(0)
+    inplace = nn.Sequential(model[0], nn.ReLU(inplace=True), model[3])
+    data = batches()
+    values = pyrepr.compare(inplace, inplace, data).values
+    torch.testing.assert_close(values, pyrepr.compare(model, model, data).values, rtol=0, atol=0)
+
+
 @dataclasses.dataclass
 class Output:
     index: torch.Tensor
