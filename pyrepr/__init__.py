@@ -6,17 +6,20 @@ import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares,
 
 from pyrepr import nn
 from pyrepr.backend import backends, use_backend
+from pyrepr.comparison import Comparison, compare
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "DegenerateInputWarning",
     "Kernel",
     "StreamingCKA",
     "backends",
     "cka",
     "cka_matrix",
+    "compare",
     "gram",
     "hsic",
     "nn",

@@ -1,0 +1,342 @@
+"""The command line, in this process: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pyrepr
+from pyrepr import cli
+from pyrepr.integrations import sources
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "small", "dogs", "run", "by"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny BERT, its tokenizer, and a text file that suits it."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(WORDS[i : i + 3 + i % 5]) for i in range(10)) + "\n")
+    return path
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A module `tiny_models` in the current folder, with functions for py: specs."""
+    (tmp_path / "tiny_models.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def mlp():\n    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))\n"
+        "def conv():\n    return nn.Sequential(nn.Conv2d(3, 4, 5, stride=32), nn.Flatten(), nn.LazyLinear(2))\n"
+        "def number():\n    return 3\n"
+        "def broken():\n    raise KeyError('weights')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("tiny_models", None)
+    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
+
+
+@pytest.fixture
+def array(tmp_path):
+    path = tmp_path / "inputs.npy"
+    np.save(path, np.random.RandomState(0).randn(20, 5).astype(np.float32))
+    return path
+
+
+def refused(capsys, *argv: object) -> str:
+    """Runs a command that must fail; its one line on stderr."""
+    assert cli.main([str(arg) for arg in argv]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert len(lines) == 1 and lines[0].startswith("pyrepr: error: "), captured.err
+    return lines[0].removeprefix("pyrepr: error: ")
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"pyrepr        {pyrepr.__version__}" in out
+    assert torch.__version__ in out
+    for word in ("SIMD level", "threads", "GPU", "reference", "triton", "cuda"):
+        assert word in out
+
+
+def test_compare_of_pretrained_and_random(bert, text, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    argv = ["compare", f"hf:{bert}", f"hf-random:{bert}", "--data", text, "--out", out, "--batch-size", 4, "--seed", 3]
+    assert cli.main([str(arg) for arg in argv]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "most similar layer of B" in captured.out and str(out / "heatmap.html") in captured.out
+    assert sorted(p.name for p in out.iterdir()) == ["comparison.npz", "heatmap.html", "heatmap.png", "values.csv"]
+    result = pyrepr.Comparison.load(out / "comparison.npz")
+    assert result.layers_a == ("embeddings", "encoder.layer.0", "encoder.layer.1")
+    assert (result.samples, result.mode, result.model_b) == ("tokens", "exact", f"hf-random:{bert}")
+    with (out / "values.csv").open() as file:
+        header, *lines = csv.reader(file)
+    assert header[1:] == list(result.layers_b)
+    assert torch.tensor([[float(v) for v in line[1:]] for line in lines], dtype=torch.float64).equal(result.values)
+
+    # The same from Python, all lines at once.
+    import transformers
+
+    a = transformers.AutoModel.from_pretrained(bert)
+    torch.manual_seed(3)
+    b = transformers.AutoModel.from_config(a.config)
+    tokens = transformers.AutoTokenizer.from_pretrained(bert)(
+        [line for line in text.read_text().splitlines() if line], padding=True, return_tensors="pt"
+    )
+    expected = pyrepr.compare(a, b, [tokens], samples="tokens", progress=False)
+    torch.testing.assert_close(result.values, expected.values, rtol=1e-4, atol=1e-5)
+    assert result.count == expected.count == int(tokens["attention_mask"].sum())
+
+
+def test_text_with_whole_lines_as_samples(bert, text, tmp_path):
+    out = tmp_path / "out"
+    argv = ["compare", f"hf:{bert}", f"hf:{bert}", "--data", text, "--out", out, "--samples", "batch"]
+    argv += ["--max-length", 8, "--max-samples", 9, "--layers-a", "encoder.layer.*,pooler", "--estimator", "biased"]
+    assert cli.main([str(arg) for arg in argv]) == 0
+    result = pyrepr.Comparison.load(out / "comparison.npz")
+    assert (result.count, result.samples, result.estimator) == (9, "batch", "biased")
+    assert result.layers_a == ("encoder.layer.0", "encoder.layer.1", "pooler")
+
+
+def test_python_functions_and_arrays(models, array, capsys):
+    argv = ["compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--data", str(array), "--out", "out"]
+    assert cli.main([*argv, "--mode", "minibatch", "--batch-size", "6", "--name-a", "one"]) == 0
+    result = pyrepr.Comparison.load("out/comparison.npz")
+    assert (result.count, result.mode, result.layers_a, result.model_a) == (20, "minibatch", ("0", "2"), "one")
+    torch.testing.assert_close(result.values.diagonal(), torch.ones(2).double())
+
+
+def test_image_folder(models, capsys):
+    from PIL import Image
+
+    (models / "images" / "more").mkdir(parents=True)
+    for i in range(5):
+        pixels = np.random.RandomState(i).randint(0, 255, (40 + i, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(models / "images" / "more" / f"{i}.png")
+    argv = ["compare", "py:tiny_models:conv", "py:tiny_models:conv", "--data", "images", "--out", "out"]
+    assert cli.main([*argv, "--layers-a", "0"]) == 0
+    assert pyrepr.Comparison.load("out/comparison.npz").count == 5
+    capsys.readouterr()
+    (models / "images" / "bad.png").write_bytes(b"no image")
+    assert "bad.png is not a readable image" in refused(capsys, *argv)
+
+
+def test_image_is_resized_cropped_and_normalised(tmp_path):
+    from PIL import Image
+
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30, 0] = 255  # the middle square is red
+    Image.fromarray(pixels).save(tmp_path / "red.png")
+    shape = sources.ImageShape(size=20, crop=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
+    image = sources.load_image(tmp_path / "red.png", shape)
+    expected = torch.tensor([1.0, -2.0, -0.5])[:, None, None].expand(3, 20, 20)
+    torch.testing.assert_close(image, expected)
+
+
+def test_stored_activations(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    x = torch.randn(30, 4, 3, generator=torch.Generator().manual_seed(0))
+    save_file({"v1": x, "v4": x[:, :2].contiguous()}, tmp_path / "brain.safetensors")
+    np.savez(tmp_path / "model.npz", out=x.flatten(1).numpy())
+    argv = ["compare", tmp_path / "brain.safetensors", tmp_path / "model.npz", "--out", tmp_path / "out"]
+    assert cli.main([str(arg) for arg in argv]) == 0
+    result = pyrepr.Comparison.load(tmp_path / "out" / "comparison.npz")
+    expected = pyrepr.cka_matrix([x.flatten(1), x[:, :2].flatten(1)], [x.flatten(1)])
+    torch.testing.assert_close(result.values.float(), expected, rtol=1e-6, atol=1e-7)
+    assert (result.layers_a, result.layers_b, result.count) == (("v1", "v4"), ("out",), 30)
+
+
+def fake_timm(monkeypatch):
+    class Net(nn.Sequential):
+        pretrained_cfg = {"input_size": (3, 64, 64), "crop_pct": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}  # noqa: RUF012
+
+    calls = []
+
+    def create_model(name, pretrained):
+        calls.append((name, pretrained))
+        return Net(nn.Conv2d(3, 2, 1))
+
+    module = types.ModuleType("timm")
+    module.is_model = lambda name: name == "resnet18"
+    module.list_models = lambda: ["resnet18", "resnet34", "vit_tiny"]
+    module.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return calls
+
+
+def test_timm_specs(monkeypatch):
+    calls = fake_timm(monkeypatch)
+    assert sources.resolve("timm:resnet18").images.size == 64
+    sources.resolve("timm:resnet18.a1_in1k?pretrained")
+    assert calls == [("resnet18", False), ("resnet18.a1_in1k", True)]
+    with pytest.raises(ValueError, match="timm has no model 'resnet19'; near matches: resnet"):
+        sources.resolve("timm:resnet19")
+    with pytest.raises(ValueError, match="only 'pretrained' is known, got 'weights'"):
+        sources.resolve("timm:resnet18?weights")
+
+
+def test_missing_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"timm is needed here and .*: pip install timm torchvision"):
+        sources.resolve("timm:resnet18")
+
+
+def test_random_weights_come_from_the_seed(models):
+    state = torch.get_rng_state()
+    weights = [sources.resolve("py:tiny_models:mlp", seed).model[0].weight for seed in (1, 1, 2)]
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        ("resnet18", "'resnet18' is no model; expected hf:PATH, hf-random:PATH, timm:NAME"),
+        ("hf:./nothing", "'./nothing' must be a folder with a transformers model"),
+        ("hf:@no_such_package/model", "names the package 'no_such_package', which is not installed"),
+        ("py:tiny_models", "must be py:MODULE:FUNCTION"),
+        ("py:tiny_modules:mlp", "there is no module 'tiny_modules'"),
+        ("py:tiny_models:mpl", "has no function 'mpl'; near matches: mlp"),
+        ("py:tiny_models:number", "must return a torch.nn.Module or a dict of activations, got int"),
+        ("py:tiny_models:broken", "KeyError: 'weights' (--traceback shows where)"),
+        ("hf:./no_weights", "'hf:./no_weights' cannot be loaded: "),
+        ("nothing.npz", "no such file: nothing.npz"),
+        ("broken.npz", "broken.npz holds no readable arrays"),
+        ("broken.safetensors", "broken.safetensors cannot be read"),
+    ],
+)
+def test_bad_specs(models, array, capsys, a, message):
+    (models / "no_weights").mkdir()
+    (models / "no_weights" / "config.json").write_text('{"model_type": "bert"}')
+    for name in ("broken.npz", "broken.safetensors"):
+        (models / name).write_bytes(b"nothing of that kind")
+    before = sorted(p.name for p in models.iterdir() if p.name != "__pycache__")
+    assert message in refused(capsys, "compare", a, "py:tiny_models:mlp", "--data", array, "--out", "out")
+    assert sorted(p.name for p in models.iterdir() if p.name != "__pycache__") == before
+
+
+def test_bad_data(models, array, bert, capsys):
+    def message(data, *more, model="py:tiny_models:mlp"):
+        return refused(capsys, "compare", model, model, "--data", data, "--out", "out", *more)
+
+    (models / "empty.txt").write_text("\n \n")
+    (models / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (models / "folder").mkdir()
+    np.save(models / "none.npy", np.zeros((0, 5), np.float32))
+    np.savez(models / "two.npz", a=np.zeros((4, 5)), b=np.zeros((3, 5)))
+    (models / "ok.txt").write_text("the cat\n" * 5)
+    assert "--data: no such file or folder: missing.txt" in message("missing.txt")
+    assert "--data: empty.txt is empty" in message("empty.txt", model=f"hf:{bert}")
+    assert "--data: binary.txt is not UTF-8" in message("binary.txt", model=f"hf:{bert}")
+    assert "--data: folder holds no images" in message("folder")
+    assert "none.npy must hold arrays with at least one row" in message("none.npy")
+    assert "must have one number of rows, got [3, 4]" in message("two.npz")
+    assert "a text file needs a tokenizer" in message("ok.txt")
+    assert "layers_a: the model has no layer '00'; near matches: 0" in message(array, "--layers-a", "00")
+    assert "--device must be a PyTorch device as cpu or cuda:0, got 'gpu'" in message(array, "--device", "gpu")
+    assert "--device cuda:99: PyTorch sees" in message(array, "--device", "cuda:99")
+    assert not (models / "out").exists()
+    assert "--data is needed" in refused(capsys, "compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--out", "out")
+
+
+def test_out_that_cannot_be_written(models, array, capsys):
+    (models / "file").write_text("here")
+    argv = ["compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--data", array]
+    assert "--out: file cannot be written: File exists" in refused(capsys, *argv, "--out", "file")
+    assert "--out: file/out cannot be written: Not a directory" in refused(capsys, *argv, "--out", "file/out")
+
+
+def test_a_failure_while_writing_leaves_earlier_results(models, array, capsys, monkeypatch):
+    argv = ["compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--data", str(array), "--out", "out"]
+    assert cli.main(argv) == 0
+    before = {p.name: p.read_bytes() for p in (models / "out").iterdir()}
+    capsys.readouterr()
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device", "heatmap.html")
+
+    monkeypatch.setattr(pyrepr.Comparison, "to_html", fail)
+    assert "heatmap.html: No space left on device" in refused(capsys, *argv, "--estimator", "biased")
+    assert {p.name: p.read_bytes() for p in (models / "out").iterdir()} == before
+
+
+def test_missing_matplotlib_is_noticed_first(models, array, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--data", array, "--out", "out"]
+    assert 'pip install "pyrepr-kernels[plot]"' in refused(capsys, *argv)
+    assert not (models / "out").exists()
+
+
+def test_traceback_on_request(models, array):
+    argv = ["compare", "py:tiny_models:broken", "py:tiny_models:mlp", "--data", str(array), "--out", "out"]
+    with pytest.raises(KeyError):
+        cli.main([*argv, "--traceback"])
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    for argv in ([], ["compare", "a"], ["compare", "a", "b", "--out", "o", "--batch-size", "0"], ["dance"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_bench_is_handed_to_its_command(monkeypatch):
+    seen = []
+    command = types.ModuleType("pyrepr.benchmarks.command")
+    command.add_arguments = lambda parser: parser.add_argument("--quick", action="store_true")
+    command.main = lambda args: seen.append(args.quick) or 0
+    import pyrepr.benchmarks
+
+    monkeypatch.setitem(sys.modules, "pyrepr.benchmarks.command", command)
+    monkeypatch.setattr(pyrepr.benchmarks, "command", command, raising=False)
+    assert cli.main(["bench", "--quick"]) == 0
+    assert seen == [True]
+
+
+def test_importing_pyrepr_is_light():
+    import subprocess
+
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import pyrepr; print(json.dumps([m for m in "
+        "('transformers', 'matplotlib', 'tqdm', 'PIL', 'safetensors', 'timm') if m in set(sys.modules) - before]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_output_can_be_piped_to_a_reader_that_leaves():
+    import subprocess
+
+    code = "import sys; from pyrepr.cli import main; sys.exit(main(['info']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert (process.wait(), error) == (0, b"")
