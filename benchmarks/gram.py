@@ -1,4 +1,4 @@
-"""Cases of family `gram`. Peers: the plain expression "centre, stack, mm" in torch, pytorch-cka 1.1.3, torch-cka 0.21."""
+"""Cases of family `gram`. Peers: "centre, stack, mm" in plain torch, pytorch-cka 1.1.3, torch-cka 0.21."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def torch_cka_matrix(layers: list[Tensor]) -> Tensor:
     for i, x in enumerate(layers):
         k = (x @ x.T).fill_diagonal_(0)
         for j, y in enumerate(layers):
-            l = (y @ y.T).fill_diagonal_(0)  # noqa: E741
+            l = (y @ y.T).fill_diagonal_(0)
             kl, kk, ll = (estimator._HSIC(a, b) for a, b in ((k, l), (k, k), (l, l)))
             result[i, j] = kl / (kk * ll) ** 0.5
     return result
@@ -79,15 +79,15 @@ def exact_matrix(layers: list[Tensor], kernel: str = "linear", sigmas: list[floa
         reference.kernel_matrix(x.double(), x.double(), kernel, sigmas[i] if sigmas else 1.0, 3, 1.0)
         for i, x in enumerate(reference._centred(x.double()) for x in layers)
     ]
-    hsic = torch.stack([torch.stack([_hsic(k, l) for l in kernels]) for k in kernels])  # noqa: E741
+    hsic = torch.stack([torch.stack([_hsic(k, l) for l in kernels]) for k in kernels])
     own = hsic.diagonal().sqrt()
     return hsic / torch.outer(own, own)
 
 
-def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+def _hsic(k: Tensor, l: Tensor) -> Tensor:
     """Song et al. 2012, eq. 5, without the n × n products of the reference."""
     n = k.shape[0]
-    k, l = k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)  # noqa: E741
+    k, l = k.clone().fill_diagonal_(0), l.clone().fill_diagonal_(0)
     total = (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ l.sum(0))
     return total / (n * (n - 3))
 

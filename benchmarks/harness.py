@@ -94,7 +94,7 @@ class Row:
 
 
 def relative_error(result: Any, truth: Any) -> float:
-    """Largest |result − truth| over the largest |truth|, over all tensors of a (nested) result; NaN counts as infinite."""
+    """Largest |result − truth| over the largest |truth|, over all tensors of a result; NaN counts as infinite."""
     if isinstance(truth, (list, tuple)):
         return max(relative_error(r, t) for r, t in zip(result, truth, strict=True))
     result, truth = torch.as_tensor(result).double(), torch.as_tensor(truth).double()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class BackendTable(dict[str, Backend]):
 def native() -> tuple[ModuleType | None, str]:
     """The compiled module and ``""``, or ``None`` and the reason why there is none."""
     try:
-        from pyrepr import _C
+        _C = importlib.import_module("pyrepr._C")
     except ImportError as error:
         return None, build_info().get("reason") or f"pyrepr._C could not be imported: {error}"
     return _C, ""

@@ -24,7 +24,7 @@ def spec(kernel):
 
 def truth(x, y, kernel="linear", estimator="unbiased"):
     scale = 0.5 if kernel == "polynomial" else 2.0
-    k, l = (reference.kernel_matrix(a.double(), a.double(), kernel, scale, 3, 1.0) for a in (x, y))  # noqa: E741
+    k, l = (reference.kernel_matrix(a.double(), a.double(), kernel, scale, 3, 1.0) for a in (x, y))
     xy, xx, yy = (reference.hsic_of_kernels(a, b, estimator) for a, b in ((k, l), (k, k), (l, l)))
     return xy / (xx * yy).sqrt()
 

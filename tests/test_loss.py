@@ -74,5 +74,5 @@ def test_bad_input():
         pyrepr.nn.CKALoss()([], [])
     with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'max'"):
         pyrepr.nn.CKALoss(reduction="max")
-    with pytest.raises(RuntimeError, match="needs an initialised torch.distributed"):
+    with pytest.raises(RuntimeError, match=r"needs an initialised torch\.distributed"):
         pyrepr.nn.CKALoss(gather=True)(x, x)

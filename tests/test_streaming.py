@@ -93,7 +93,7 @@ def test_state_dict_goes_through_a_file(tmp_path):
     for s in (stream, restored):
         s.update([x[90:] for x in xs], [y[90:] for y in ys])
     assert torch.equal(stream.compute(), restored.compute())
-    with pytest.raises(ValueError, match="without .*'widths'"):
+    with pytest.raises(ValueError, match=r"without .*'widths'"):
         restored.load_state_dict({"mode": "exact"})
 
 

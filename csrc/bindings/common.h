@@ -1,6 +1,6 @@
-// What the bindings of all families share. Python passes integers (pointers, sizes, strides, codes); here is checked what a
-// pointer cannot say. Only pyrepr/ops calls the module: torch's dispatcher has then resolved fake, negated and conjugated
-// tensors. A binding reads every Python object first, then releases the GIL and calls.
+// What the bindings of all families share. Python passes integers (pointers, sizes, strides, codes); here is checked
+// what a pointer cannot say. Only pyrepr/ops calls the module: torch's dispatcher has then resolved fake, negated and
+// conjugated tensors. A binding reads every Python object first, then releases the GIL and calls.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -10,7 +10,8 @@ namespace {
 std::vector<View> views(const std::vector<MatrixTuple>& layers) {
   std::vector<View> result;
   for (const auto& [data, rows, cols, row_stride, col_stride] : layers)
-    result.push_back({pointer<const void>(data, "a layer", rows == 0 || cols == 0), rows, cols, row_stride, col_stride});
+    result.push_back(
+        {pointer<const void>(data, "a layer", rows == 0 || cols == 0), rows, cols, row_stride, col_stride});
   if (result.empty()) throw std::invalid_argument("layers must not be empty");
   return result;
 }
@@ -27,18 +28,27 @@ struct GramArguments {
     if (kernel < 0 || kernel > 4) throw std::invalid_argument("kernel code " + std::to_string(kernel) + " is unknown");
     if (scale.size() != layers.size()) throw std::invalid_argument("scale must have one number per layer");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
-    problem = {layers.data(), static_cast<int64_t>(layers.size()), dtype_of(dtype), pointer<const int64_t>(index, "index", true), n,
-               static_cast<cpu::GramKernel>(kernel), scale.data(), degree, coef0, threads};
+    problem = {layers.data(),
+               static_cast<int64_t>(layers.size()),
+               dtype_of(dtype),
+               pointer<const int64_t>(index, "index", true),
+               n,
+               static_cast<cpu::GramKernel>(kernel),
+               scale.data(),
+               degree,
+               coef0,
+               threads};
   }
 };
 
-void gram_stats(GramArguments& g, int64_t split, bool by_features, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift,
-                uintptr_t dots) {
+void gram_stats(GramArguments& g, int64_t split, bool by_features, uintptr_t s, uintptr_t r, uintptr_t d,
+                uintptr_t shift, uintptr_t dots) {
   const bool empty = g.problem.n == 0;
   const cpu::GramStats out{pointer<double>(s, "s"), pointer<double>(r, "r", empty), pointer<double>(d, "d", empty),
                            pointer<double>(shift, "shift"), pointer<void>(dots, "dots", true)};
   py::gil_scoped_release release;
-  check(by_features ? current_level().gram().stats_by_features(g.problem, split, out) : current_level().gram().stats(g.problem, out));
+  check(by_features ? current_level().gram().stats_by_features(g.problem, split, out)
+                    : current_level().gram().stats(g.problem, out));
 }
 
 void gram_matrix(GramArguments& g, bool centre, uintptr_t out) {
@@ -76,7 +86,8 @@ void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, 
 
 void bind_gram(py::module_& m) {
   py::class_<GramArguments>(m, "Gram")
-      .def(py::init<const std::vector<MatrixTuple>&, int, uintptr_t, int64_t, int, std::vector<double>, int, double, int>())
+      .def(py::init<const std::vector<MatrixTuple>&, int, uintptr_t, int64_t, int, std::vector<double>, int, double,
+                    int>())
       .def("stats", &gram_stats)
       .def("matrix", &gram_matrix)
       .def("median", &gram_median)
@@ -84,10 +95,11 @@ void bind_gram(py::module_& m) {
       .def("apply", &gram_apply);
 
 #ifdef PYREPR_CUDA
-  m.def("cuda_pair_stats", [](uintptr_t x, uintptr_t y, int64_t n, int64_t p, int64_t q, uintptr_t partial, int64_t tiles,
-                              uintptr_t stream) {
-    const char* error = cuda::gram_pair_stats(pointer<const float>(x, "x"), pointer<const float>(y, "y"), n, p, q,
-                                              pointer<double>(partial, "partial"), tiles, reinterpret_cast<void*>(stream));
+  m.def("cuda_pair_stats", [](uintptr_t x, uintptr_t y, int64_t n, int64_t p, int64_t q, uintptr_t partial,
+                              int64_t tiles, uintptr_t stream) {
+    const char* error =
+        cuda::gram_pair_stats(pointer<const float>(x, "x"), pointer<const float>(y, "y"), n, p, q,
+                              pointer<double>(partial, "partial"), tiles, reinterpret_cast<void*>(stream));
     if (error) throw std::runtime_error(std::string("gram_pair_stats (CUDA): ") + error);
   });
 #endif

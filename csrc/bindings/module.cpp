@@ -6,7 +6,7 @@
 namespace pyrepr {
 
 const cpu::Level& current_level() {
-  static const cpu::Level& level = [] () -> const cpu::Level& {
+  static const cpu::Level& level = []() -> const cpu::Level& {
     const char* wanted = std::getenv("PYREPR_SIMD");
     return cpu::choose_level(wanted ? wanted : "");
   }();

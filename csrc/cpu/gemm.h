@@ -14,6 +14,7 @@
 #include "cpu/simd.h"
 
 namespace pyrepr {
+inline namespace PYREPR_LEVEL {
 namespace {
 
 template <class T>
@@ -28,7 +29,8 @@ constexpr int64_t kPanelStride = kDepth + 16;  // not a multiple of 4 KiB, so th
 
 // C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
 template <class T>
-__attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c, int64_t ldc, bool add) {
+__attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c,
+                                              int64_t ldc, bool add) {
   using B = Block<T>;
   Vec<T> sum[B::MR][B::NV];
 #pragma GCC unroll 16
@@ -63,9 +65,9 @@ struct Source {
   int64_t k_stride;
   const int64_t* r_index = nullptr;  // if given, r counts the listed rows only (a mask)
   const int64_t* k_index = nullptr;
-  const T* mean_high = nullptr;      // null: nothing is subtracted
+  const T* mean_high = nullptr;  // null: nothing is subtracted
   const T* mean_low = nullptr;
-  bool mean_along_k = true;          // the mean is indexed by k (rows are samples) or by r (rows are features)
+  bool mean_along_k = true;  // the mean is indexed by k (rows are samples) or by r (rows are features)
 
   int64_t at_r(int64_t r) const { return r_index ? r_index[r] : r; }
   int64_t at_k(int64_t k) const { return k_index ? k_index[k] : k; }
@@ -79,8 +81,8 @@ struct Source {
 // Copies `count` neighbouring elements, minus `mean`: a vector of per-element means, or one value for all.
 // Not inlined, nor are the other packing loops: inside a large caller the compiler spills their counters.
 template <class S>
-__attribute__((noinline)) void copy_run(const typename S::Memory* in, int64_t count, const typename S::T* high, const typename S::T* low,
-                     bool mean_per_element, typename S::T* out) {
+__attribute__((noinline)) void copy_run(const typename S::Memory* in, int64_t count, const typename S::T* high,
+                                        const typename S::T* low, bool mean_per_element, typename S::T* out) {
   using T = typename S::T;
   constexpr int W = Lanes<T>::W;
   int64_t i = 0;
@@ -88,8 +90,7 @@ __attribute__((noinline)) void copy_run(const typename S::Memory* in, int64_t co
     for (; i + W <= count; i += W) store<T>(out + i, load_as<S>(in + i));
     for (; i < count; i++) out[i] = load_one<S>(in + i);
   } else if (mean_per_element) {
-    for (; i + W <= count; i += W)
-      store<T>(out + i, (load_as<S>(in + i) - load<T>(high + i)) - load<T>(low + i));
+    for (; i + W <= count; i += W) store<T>(out + i, (load_as<S>(in + i) - load<T>(high + i)) - load<T>(low + i));
     for (; i < count; i++) out[i] = (load_one<S>(in + i) - high[i]) - low[i];
   } else {
     for (; i + W <= count; i += W) store<T>(out + i, (load_as<S>(in + i) - *high) - *low);
@@ -107,7 +108,8 @@ __attribute__((always_inline)) inline void prefetch_row(const Source<S>& s, int6
   for (int64_t k = 0; k < kc; k += line) __builtin_prefetch(row + k);
 }
 
-// Asks for the `part`-th of `parts` shares of the block [r0, r0 + rows) x [k0, k0 + kc), whichever way it lies in memory.
+// Asks for the `part`-th of `parts` shares of the block [r0, r0 + rows) x [k0, k0 + kc), whichever way it lies in
+// memory.
 template <class S>
 __attribute__((always_inline)) inline void prefetch_share(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0,
                                                           int64_t kc, int64_t part, int64_t parts) {
@@ -170,7 +172,8 @@ __attribute__((noinline)) void read_panel(const Source<S>& s, int64_t r0, int64_
 #pragma GCC unroll 2
     for (int v = 0; v < B::NV; v++) {
       Vec<T> x{};
-      if (rows > v * B::W) x = ((load_some<S>(run + v * B::W, rows - v * B::W) - high[v]) - line_high - low[v]) - line_low;
+      if (rows > v * B::W)
+        x = ((load_some<S>(run + v * B::W, rows - v * B::W) - high[v]) - line_high - low[v]) - line_low;
       store<T>(out + k * B::NR + v * B::W, x);
     }
   }
@@ -240,8 +243,8 @@ void pack_b(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc
     const typename S::Memory* line[NR];
     for (int64_t i = 0; i < rows; i++) line[i] = s.data + s.at_r(r0 + i) * s.r_stride + k0;
     const int64_t m = s.mean_along_k ? k0 : r0;
-    copy_transposed<S>(line, rows, kc, s.mean_high ? s.mean_high + m : nullptr,
-                       s.mean_high ? s.mean_low + m : nullptr, !s.mean_along_k, out, int64_t(NR));
+    copy_transposed<S>(line, rows, kc, s.mean_high ? s.mean_high + m : nullptr, s.mean_high ? s.mean_low + m : nullptr,
+                       !s.mean_along_k, out, int64_t(NR));
   } else {
     for (int64_t i = 0; i < rows; i++)
       for (int64_t k = 0; k < kc; k++) out[k * NR + i] = s.at(r0 + i, k0 + k);
@@ -259,8 +262,8 @@ struct TileBuffers {
   TileBuffers(T* memory, int64_t rows) : a(memory), b(memory + a_size(rows)) {}
 };
 
-// tile [rows, cols] = A [r0 : r0 + rows, 0 : depth] times B [c0 : c0 + cols, 0 : depth] transposed. The tile has rows of
-// `ldc` elements and room for rows and cols rounded up to MR and NR. With `upper`, blocks wholly below the diagonal
+// tile [rows, cols] = A [r0 : r0 + rows, 0 : depth] times B [c0 : c0 + cols, 0 : depth] transposed. The tile has rows
+// of `ldc` elements and room for rows and cols rounded up to MR and NR. With `upper`, blocks wholly below the diagonal
 // r0 + i <= c0 + j are left as they are.
 template <class SA, class SB>
 void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB>& b, int64_t c0, int64_t cols,
@@ -304,4 +307,5 @@ class Memory {
 };
 
 }  // namespace
+}  // namespace PYREPR_LEVEL
 }  // namespace pyrepr

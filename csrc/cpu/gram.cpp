@@ -1,7 +1,7 @@
 // Family `gram` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in gram.h.
 //
-// Work, at best: stats n^2 D + n^2 M^2 / 2 flops on n D elements read (n / 224 + n / 896) / 2 times (from L3 or memory);
-// stats_by_features n D^2; matrix 2 n m d; apply 2 n m d. All of it runs in gemm.h's micro-kernel.
+// Work, at best: stats n^2 D + n^2 M^2 / 2 flops on n D elements read (n / 224 + n / 896) / 2 times (from L3 or
+// memory); stats_by_features n D^2; matrix 2 n m d; apply 2 n m d. All of it runs in gemm.h's micro-kernel.
 //
 // Determinism: tasks are cut from the sizes alone, and what several tasks add to is added in task order
 // (`in_task_order`), so results have the same bits for any number of threads.
@@ -11,11 +11,11 @@
 
 #include "cpu/gemm.h"
 
-namespace pyrepr::cpu {
+namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-// Tiles are 336 x 672 at most: the rows, packed, fill half of a 1 MB L2 and are reused for every column panel; the panels
-// stream through L1. Fewer than kMinTiles tiles would not share out evenly.
+// Tiles are 336 x 672 at most: the rows, packed, fill half of a 1 MB L2 and are reused for every column panel; the
+// panels stream through L1. Fewer than kMinTiles tiles would not share out evenly.
 constexpr int64_t kTileRows = 336;
 constexpr int64_t kTileCols = 672;
 constexpr int64_t kMinTiles = 48;
@@ -52,8 +52,8 @@ struct Span {
   bool below_diagonal() const { return r0 > c0 + cols - 1; }
 };
 
-// Runs work(task, slot) in parallel and commit(task, slot) one after the other in the order of tasks, a wave of tasks at
-// a time. What is added up by commit has the same bits for any number of threads.
+// Runs work(task, slot) in parallel and commit(task, slot) one after the other in the order of tasks, a wave of tasks
+// at a time. What is added up by commit has the same bits for any number of threads.
 template <class Work, class Commit>
 void in_task_order(int64_t tasks, int64_t slots, int threads, Work work, Commit commit) {
   for (int64_t first = 0; first < tasks; first += slots) {
@@ -111,8 +111,7 @@ class Gram {
           apply_kernel(p, l, tile, shape.cols, at.rows, at.cols, q + at.r0, q + at.c0, static_cast<T>(out.shift[l]));
         }
         drop_uncounted(tile, shape.cols, at, true);
-        if (!linear)
-          row_and_column_sums(tile, shape.cols, at, row_sums + l * shape.rows, col_sums + l * shape.cols);
+        if (!linear) row_and_column_sums(tile, shape.cols, at, row_sums + l * shape.rows, col_sums + l * shape.cols);
       }
       inner_products(tiles, p.count, tile_size, at.rows * shape.cols, inner);
     };
@@ -268,8 +267,7 @@ class Gram {
           int64_t bin = 0;
           for (;; bin++) {
             int64_t here = 0;
-            for (int t = 0; t < p.threads; t++)
-              here += memory.as<int64_t>(bytes * t + tile_bytes)[which * kBins + bin];
+            for (int t = 0; t < p.threads; t++) here += memory.as<int64_t>(bytes * t + tile_bytes)[which * kBins + bin];
             if (rank[which] < here || bin == kBins - 1) break;
             rank[which] -= here;
           }
@@ -595,8 +593,8 @@ class Gram {
       for (int64_t b = 0; b < a; b++) inner[a * layers + b] = inner[b * layers + a];
   }
 
-  // Walks the tiles of X_a^T X_b for all pairs. use(tile, ldc, pair, span, same layer) runs in parallel and may change its
-  // tile; commit(its value, pair) runs in task order.
+  // Walks the tiles of X_a^T X_b for all pairs. use(tile, ldc, pair, span, same layer) runs in parallel and may change
+  // its tile; commit(its value, pair) runs in task order.
   template <class Use, class Commit>
   static Status feature_tiles(const GramProblem& p, const Prepared& prepared, const int64_t* pairs, int64_t pair_count,
                               Use use, Commit commit) {
@@ -608,7 +606,7 @@ class Gram {
     const int64_t bytes = round_up((TileBuffers<T>::size(widest_shape.rows) + tile_size) * sizeof(T), 64);
     const Memory memory(bytes * p.threads), numbers((pair_count + 1 + 2 * slots) * 8);
     if (!memory.ok() || !numbers.ok()) return Status::out_of_memory;
-    int64_t* const first = numbers.as<int64_t>();  // [pairs + 1] number of a pair's first task
+    int64_t* const first = numbers.as<int64_t>();     // [pairs + 1] number of a pair's first task
     int64_t* const pair_of = first + pair_count + 1;  // [slots]
     double* const value_of = numbers.as<double>() + pair_count + 1 + slots;  // [slots]
     const auto shape_of = [&](int64_t pair) {
@@ -636,8 +634,8 @@ class Gram {
       if (a == b && at.below_diagonal()) return;
       T* const tile = memory.as<T>(bytes * thread_number());
       const TileBuffers<T> buffers(tile + tile_size, shape.rows);
-      tile_product(prepared.features(a), at.r0, at.rows, prepared.features(b), at.c0, at.cols, p.n, a == b, buffers, tile,
-                   shape.cols);
+      tile_product(prepared.features(a), at.r0, at.rows, prepared.features(b), at.c0, at.cols, p.n, a == b, buffers,
+                   tile, shape.cols);
       value_of[slot] = use(tile, shape.cols, pair, at, a == b);
     };
     in_task_order(first[pair_count], slots, p.threads, work,
@@ -677,36 +675,32 @@ class Gram {
 };
 
 // Calls Gram<storage type>::function.
-#define PYREPR_BY_DTYPE(p, call)                        \
-  switch ((p).dtype) {                                  \
-    case DType::f64:                                    \
-      return Gram<StoreF64>::call;                      \
-    case DType::bf16:                                   \
-      return Gram<StoreBf16>::call;                     \
-    case DType::f16:                                    \
-      return Gram<StoreF16>::call;                      \
-    default:                                            \
-      return Gram<StoreF32>::call;                      \
+#define PYREPR_BY_DTYPE(p, call)    \
+  switch ((p).dtype) {              \
+    case DType::f64:                \
+      return Gram<StoreF64>::call;  \
+    case DType::bf16:               \
+      return Gram<StoreBf16>::call; \
+    case DType::f16:                \
+      return Gram<StoreF16>::call;  \
+    default:                        \
+      return Gram<StoreF32>::call;  \
   }
 
-Status stats(const GramProblem& p, const GramStats& out) { PYREPR_BY_DTYPE(p, stats(p, out)) }
-Status stats_by_features(const GramProblem& p, int64_t split, const GramStats& out) {
-  PYREPR_BY_DTYPE(p, stats_by_features(p, split, out))
-}
-Status matrix(const GramProblem& p, bool centre, void* out) { PYREPR_BY_DTYPE(p, matrix(p, centre, out)) }
-Status median(const GramProblem& p, double* out) { PYREPR_BY_DTYPE(p, median(p, out)) }
-Status moments(const GramProblem& p, const int64_t* pairs, int64_t pair_count, double* const* blocks) {
-  PYREPR_BY_DTYPE(p, moments(p, pairs, pair_count, blocks))
-}
-Status apply(const GramProblem& p, bool centre, const void* weights, int64_t rows, void* out) {
+Status stats(const GramProblem& p, const GramStats& out){PYREPR_BY_DTYPE(p, stats(p, out))} Status
+    stats_by_features(const GramProblem& p, int64_t split,
+                      const GramStats& out){PYREPR_BY_DTYPE(p, stats_by_features(p, split, out))} Status
+    matrix(const GramProblem& p, bool centre, void* out){PYREPR_BY_DTYPE(p, matrix(p, centre, out))} Status
+    median(const GramProblem& p, double* out){PYREPR_BY_DTYPE(p, median(p, out))} Status
+    moments(const GramProblem& p, const int64_t* pairs, int64_t pair_count,
+            double* const* blocks){PYREPR_BY_DTYPE(p, moments(p, pairs, pair_count, blocks))} Status
+    apply(const GramProblem& p, bool centre, const void* weights, int64_t rows, void* out) {
   PYREPR_BY_DTYPE(p, apply(p, centre, weights, rows, out))
 }
 #undef PYREPR_BY_DTYPE
 
 }  // namespace
 
-namespace PYREPR_LEVEL {
 GramFunctions gram_functions() { return {stats, stats_by_features, matrix, median, moments, apply}; }
-}  // namespace PYREPR_LEVEL
 
-}  // namespace pyrepr::cpu
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

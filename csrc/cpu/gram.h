@@ -5,8 +5,9 @@
 //   S [M, M]  sums over i != j of k_a(i, j) k_b(i, j)
 //   R [M, n]  sums over j != i of k_l(i, j)
 //   D [M, n]  k_l(i, i)
-// and no n x n matrix has to exist. k is the kernel minus a constant `shift` near its mean: the measures do not notice a
-// constant, sums in finite precision do. All four are float64; tiles are made in float32 (float64 for float64 inputs).
+// and no n x n matrix has to exist. k is the kernel minus a constant `shift` near its mean: the measures do not notice
+// a constant, sums in finite precision do. All four are float64; tiles are made in float32 (float64 for float64
+// inputs).
 #pragma once
 
 #include "common.h"
@@ -23,8 +24,8 @@ struct GramProblem {
   const int64_t* index;  // [n] the rows that count, or null for all
   int64_t n;
   GramKernel kernel;
-  const double* scale;   // [M]: sigma of rbf and laplacian, gamma of polynomial
-  int degree;            // polynomial: (gamma <x, y> + coef0)^degree
+  const double* scale;  // [M]: sigma of rbf and laplacian, gamma of polynomial
+  int degree;           // polynomial: (gamma <x, y> + coef0)^degree
   double coef0;
   int threads;
 };

@@ -5,10 +5,11 @@
 
 #include "cpu/gemm.h"
 
-namespace pyrepr::cpu {
+namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-// Twelve independent chains hide the latency of a multiply-add on every machine and fit 16 registers with their factors.
+// Twelve independent chains hide the latency of a multiply-add on every machine and fit 16 registers with their
+// factors.
 __attribute__((noinline)) float multiply_adds(int64_t rounds) {
   constexpr int chains = 12;
   Vec<float> sum[chains];
@@ -73,8 +74,6 @@ double read_bandwidth(int threads, int64_t bytes) {
 
 }  // namespace
 
-namespace PYREPR_LEVEL {
 ProbeFunctions probe_functions() { return {fma_peak, read_bandwidth}; }
-}  // namespace PYREPR_LEVEL
 
-}  // namespace pyrepr::cpu
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -1,6 +1,7 @@
 // Vectors of one instruction set, in the compiler's own vector types: one source for every level.
-// Included by level units only; everything is in an anonymous namespace so that no function compiled for one
-// instruction set can be linked in for another.
+// Included by level units only. Everything is in an anonymous namespace, so that no function compiled for one
+// instruction set can be linked in for another, inside a namespace named after the level, so that symbols tell what
+// they were compiled for (tests/test_native.py looks at the disassembly).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include "common.h"
 
 namespace pyrepr {
+inline namespace PYREPR_LEVEL {
 namespace {
 
 #if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
@@ -154,7 +156,8 @@ inline Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr int degree = single ? 7 : 13;
   constexpr int mantissa_bits = single ? 23 : 52;
   constexpr typename L::Int exponent_bias = single ? 127 : 1023;
-  constexpr T to_integer = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa_bits): rounds to nearest
+  constexpr T to_integer =
+      single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa_bits): rounds to nearest
 
   const Vec<T> clamped = x < lowest ? splat<T>(lowest) : x;
   const Vec<T> m = (clamped * T(1.4426950408889634074) + to_integer) - to_integer;
@@ -214,4 +217,5 @@ inline void transpose_registers(Vec<T> (&v)[Lanes<T>::W]) {
 #undef PYREPR_SHUFFLE
 
 }  // namespace
+}  // namespace PYREPR_LEVEL
 }  // namespace pyrepr

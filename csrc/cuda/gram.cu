@@ -49,8 +49,8 @@ __device__ void tile_product(float (&sum)[kEntries][kEntries], Strip left, Strip
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    pair_stats_kernel(const float* x, const float* y, int64_t n, int64_t p, int64_t q, int64_t blocks, double* partial) {
+__global__ void __launch_bounds__(kThreads) pair_stats_kernel(const float* x, const float* y, int64_t n, int64_t p,
+                                                              int64_t q, int64_t blocks, double* partial) {
   __shared__ Strip left, right;
   __shared__ double reduced[3][kThreads];
 
@@ -94,7 +94,7 @@ const char* gram_pair_stats(const float* x, const float* y, int64_t n, int64_t p
   if (tiles > INT32_MAX) return "n is too large for one launch";
   if (tiles == 0) return nullptr;
   pair_stats_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, y, n, p, q,
-                                                                                                   blocks, partial);
+                                                                                                      blocks, partial);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

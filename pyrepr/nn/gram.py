@@ -15,7 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class CKALoss(nn.Module):
-    """1 − CKA between a student's and a guide's representations: guidance ("Training the Untrainable") and distillation.
+    """1 − CKA between representations of a student and a guide: guidance ("Training the Untrainable"), distillation.
 
     CKA is a statistic of the whole batch: the batch is the number of samples, so prefer large ones. Features with more
     than two axes are flattened to (batch, −1), as the paper does; to compare tokens instead of sequences flatten to

@@ -247,21 +247,19 @@ def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
     centred = [x.to(dtype) - x.mean(0, dtype=torch.float64).to(dtype) for x in xs]
     symmetric = grad_s + grad_s.T
     diagonal = 2 * grad_q
-    grads = [None] * len(xs)
+    grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
         product = centred[b].T @ centred[a]  # [d_b, d_a]
-        for left, right, cross in ((a, b, product), (b, a, product.T)):
-            if wanted[left] and (left, right) in ((a, b), (b, a)):
-                weight = 2 * symmetric[left, right].to(dtype)
-                part = centred[right] @ (cross * weight)
-                grads[left] = part if grads[left] is None else grads[left].add_(part)
-                diagonal[left] -= 2 * symmetric[left, right] * d[right]
-            if a == b:
-                break
-    for a, x in enumerate(xs):
-        if grads[a] is not None:
-            grads[a] += diagonal[a].to(dtype)[:, None] * centred[a]
-            grads[a] = (grads[a] - grads[a].mean(0)).to(x.dtype)
+        for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
+            if wanted[left]:
+                weight = 2 * symmetric[left, right]
+                part, so_far = centred[right] @ (cross * weight.to(dtype)), grads[left]
+                grads[left] = part if so_far is None else so_far.add_(part)
+                diagonal[left] -= weight * d[right]
+    for a, grad in enumerate(grads):
+        if grad is not None:
+            grad += diagonal[a].to(dtype)[:, None] * centred[a]
+            grads[a] = (grad - grad.mean(0)).to(xs[a].dtype)
     return grads
 
 
@@ -269,7 +267,8 @@ class _TilesBackward:
     """Any kernel: block by block of rows, recompute the kernel matrices (unless the inner products were kept), and
     multiply the weight of every pair with the rows it pulls on. Never more than a block of rows × n of any layer.
 
-    With F the result and k_a(i, j) symmetric, c_ij = dF/dk_a(i, j) + dF/dk_a(j, i) = 2 Σ_b (g_ab + g_ba) k_b(i, j) + r_i + r_j.
+    With F the result and k_a symmetric,
+    c_ij = dF/dk_a(i, j) + dF/dk_a(j, i) = 2 Σ_b (g_ab + g_ba) k_b(i, j) + r_i + r_j.
     Every kernel here depends on a pair by ⟨x_i, x_j⟩ and the norms, so dF/dx_i = Σ_j w_ij x_j + v_i x_i.
     """
 

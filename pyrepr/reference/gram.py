@@ -8,8 +8,6 @@ Arithmetic is in float32, or float64 for float64 inputs: call with float64 tenso
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,7 @@ def median_distance(x: Tensor) -> Tensor:
     return (distances[(count - 1) // 2] + distances[count // 2]) / 2
 
 
-def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor:  # noqa: E741
+def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor:
     """HSIC of two kernel matrices, word for word. k, l: [n, n] -> scalar.
 
     biased: tr(KHLH)/(n−1)² (Gretton et al. 2005); unbiased: Song et al. 2012, eq. 5.
@@ -70,7 +68,7 @@ def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor
         h = torch.eye(n, dtype=k.dtype, device=k.device) - 1 / n
         return torch.trace(k @ h @ l @ h) / (n - 1) ** 2
     off = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
-    k, l = k * off, l * off  # noqa: E741
+    k, l = k * off, l * off
     one = torch.ones(n, dtype=k.dtype, device=k.device)
     total = (
         torch.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
@@ -80,7 +78,7 @@ def hsic_of_kernels(k: Tensor, l: Tensor, estimator: str = "unbiased") -> Tensor
 
 def hsic(x: Tensor, y: Tensor, kernel: str = "linear", sigma: float = 1.0, estimator: str = "unbiased") -> Tensor:
     """HSIC of the rows of x: [n, p] and y: [n, q] -> scalar; σ the same for both."""
-    k, l = (kernel_matrix(a, a, kernel, sigma, 3, 1.0) for a in (x, y))  # noqa: E741
+    k, l = (kernel_matrix(a, a, kernel, sigma, 3, 1.0) for a in (x, y))
     return hsic_of_kernels(k, l, estimator)
 
 
@@ -111,7 +109,7 @@ def gram_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """S [M, M], R [M, n], D [M, n], shift [M] in float64 and the inner products [M, n, n] (or [0]); see `ops.gram`."""
     m, n = len(xs), xs[0].shape[0]
-    rows = slice(None) if mask is None else mask.nonzero()[:, 0]
+    rows = torch.arange(n, device=xs[0].device) if mask is None else mask.nonzero()[:, 0]
     dtype = compute_dtype(xs[0].dtype)
     inputs = [x[rows].to(dtype) for x in xs]
     if kernel in SHIFT_INVARIANT:
@@ -157,4 +155,4 @@ def gram_moments_(blocks: list[Tensor], xs: list[Tensor], pairs: list[int]) -> N
 def gram_apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
     """weights @ X, X minus its mean row under `centre`. weights: [m, n], x: [n, d] -> [m, d] in weights' dtype."""
     x = x.to(weights.dtype)
-    return weights @ (_centred(x) if centre and math.prod(x.shape) else x)
+    return weights @ (_centred(x) if centre and x.numel() else x)

@@ -192,7 +192,7 @@ def cka(
         x, y: [n, p] and [n, q], one floating dtype and device, any strides and widths; row i of both is one sample.
         kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
         estimator: of HSIC. ``"unbiased"`` is the default because the biased value of independent Gaussians is about
-            d / (d + n − 1): 0.99 for n = 100, d = 10⁴. It needs n ≥ 4, and can be negative or above 1; it is not clamped.
+            d / (d + n − 1): 0.99 for n = 100, d = 10⁴. It needs n ≥ 4, and may leave [0, 1]; it is not clamped.
         mask: [n] bool, the rows that count (tokens that are not padding); ``None`` counts all.
 
     Returns:

@@ -23,9 +23,9 @@ class StreamingCKA:
     ``mode="exact"`` (linear kernel) gives the value of all samples at once, however they were cut into batches. It
     keeps moments instead of samples: X_aᵀX_b for every pair of layers that is compared and a few vectors, in float64;
     8·(Σ d_a d_b) bytes, independent of the number of samples. For very wide layers (Σ d_a d_b ≫ memory) use
-    ``mode="minibatch"``: Σ_batches HSIC(a, b) / √(Σ HSIC(a, a) · Σ HSIC(b, b)) (Nguyen et al. 2020), a ratio of sums that
-    keeps [L, L] numbers; with the unbiased estimator its expectation depends little on the batch size. A short last
-    batch counts like any other; below 4 samples it is an error.
+    ``mode="minibatch"``: Σ_batches HSIC(a, b) / √(Σ HSIC(a, a) · Σ HSIC(b, b)) (Nguyen et al. 2020), a ratio of sums
+    that keeps [L, L] numbers; with the unbiased estimator its expectation depends little on the batch size. A short
+    last batch counts like any other; below 4 samples it is an error.
 
     Args:
         estimator: ``"unbiased"`` (default, see :func:`pyrepr.cka`) or ``"biased"``.

@@ -1,0 +1,109 @@
+"""Which implementation runs, how one is forced, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyrepr
+from pyrepr import backend
+
+
+def run(code, **environment):
+    """Runs code in a fresh interpreter; returns (exit code, stdout, stderr)."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, env={**os.environ, **environment}, check=False
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_table_lists_every_backend_with_a_reason():
+    table = pyrepr.backends()
+    assert list(table) == ["reference", "cpu", "triton", "cuda"]
+    assert table["reference"].available and table["cpu"].available
+    assert "SIMD level" in table["cpu"].detail
+    assert all(b.detail for b in table.values())
+    assert str(table).count("\n") == 3
+
+
+def test_forcing_a_backend_is_scoped_and_nests():
+    assert backend.forced_backend() is None
+    with pyrepr.use_backend("reference"):
+        with pyrepr.use_backend("cpu"):
+            assert backend.forced_backend() == "cpu"
+        assert backend.forced_backend() == "reference"
+    assert backend.forced_backend() is None
+
+
+def test_forcing_what_is_not_there_is_an_error():
+    with (
+        pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda, got 'gpu'"),
+        pyrepr.use_backend("gpu"),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match="'triton', which is unavailable"), pyrepr.use_backend("triton"):
+        pass
+    implementations = {"reference": None, "cpu": None}
+    with (
+        pyrepr.use_backend("cpu"),
+        pytest.raises(RuntimeError, match="runs on cpu tensors, but op was given cuda tensors"),
+    ):
+        backend.choose("op", implementations, "cuda")
+    with pyrepr.use_backend("cpu"), pytest.raises(RuntimeError, match="op has no implementation in backend 'cpu'"):
+        backend.choose("op", {"reference": None}, "cpu")
+
+
+def test_environment_variable_forces_and_is_checked():
+    code = "import torch, pyrepr; print(pyrepr.cka(torch.eye(5), torch.eye(5)).item())"
+    assert run(code, PYREPR_BACKEND="reference")[0] == 0
+    status, _, error = run(code, PYREPR_BACKEND="fast")
+    assert status and "PYREPR_BACKEND must be one of reference, cpu, triton, cuda, got 'fast'" in error
+
+
+def test_without_a_native_module_everything_works_on_the_reference():
+    code = """
+import sys, torch
+sys.modules["pyrepr._C"] = None
+import pyrepr
+assert not pyrepr.backends()["cpu"].available, pyrepr.backends()
+x = torch.randn(20, 4, requires_grad=True)
+pyrepr.cka(x, torch.randn(20, 3), kernel="rbf").backward()
+try:
+    pyrepr.use_backend("cpu").__enter__()
+except RuntimeError as error:
+    print(error)
+"""
+    status, out, error = run(code)
+    assert status == 0, error
+    assert "backend 'cpu', which is unavailable: pyrepr._C could not be imported" in out
+
+
+def test_a_failed_builds_reason_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    monkeypatch.setitem(sys.modules, "pyrepr._C", None)
+    (tmp_path / "_build_info.json").write_text(json.dumps({"native": False, "reason": "compiling failed: no g++"}))
+    for cached in (backend.native, backend.build_info):
+        cached.cache_clear()
+    try:
+        assert pyrepr.backends()["cpu"].detail == "compiling failed: no g++"
+    finally:
+        monkeypatch.undo()
+        for cached in (backend.native, backend.build_info):
+            cached.cache_clear()
+
+
+def test_import_costs_little_beside_torch():
+    code = """
+import time, torch
+start = time.perf_counter()
+import pyrepr
+print(time.perf_counter() - start)
+"""
+    seconds = min(float(run(code)[1]) for _ in range(3))
+    assert seconds < 0.2
+    assert not torch.cuda.is_initialized()

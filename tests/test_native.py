@@ -1,0 +1,74 @@
+"""The compiled module: every instruction set computes the same, and none leaks into code common to all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyrepr import _C
+
+HERE = Path(__file__).parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("level", _C.simd_levels())
+def test_core_of_the_suite_at_every_level(level):
+    """The families' numerical tests in a process of their own, at each level this machine can run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not same_bits",
+        str(HERE / "test_gram.py"),
+    ]
+    result = subprocess.run(
+        command, env={**os.environ, "PYREPR_SIMD": level}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert f"SIMD level {level} " in result.stdout
+
+
+def test_an_unknown_level_is_refused_with_what_is_possible():
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch; from pyrepr import _C"],
+        env={**os.environ, "PYREPR_SIMD": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode
+    assert f"PYREPR_SIMD must be one of {', '.join(_C.simd_levels())} on this machine, got sse9" in result.stderr
+
+
+@pytest.mark.skipif(not X86, reason="AVX exists on x86 only")
+def test_code_common_to_all_levels_holds_no_avx():
+    """Disassembles the module: AVX instructions stand only in functions of a namespace named after an AVX level."""
+    assert shutil.which("objdump"), "this test needs binutils (apt install binutils)"
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    avx = re.compile(r"%[yz]mm|%k[0-7]|\tv[a-z0-9]+ ")
+    level = re.compile(r"(?:4avx2|6avx512|11avx512_bf16)(?:12_GLOBAL|\d)")  # as the compiler spells namespaces
+    function, leaked, seen = "", [], set()
+    for line in listing.splitlines():
+        if head := re.match(r"^[0-9a-f]+ <(.+)>:$", line):
+            function = head.group(1)
+        elif avx.search(line):
+            if name := level.search(function):
+                seen.add(name.group())
+            else:
+                leaked.append(f"{function}: {line.strip()}")
+    assert not leaked, "\n".join(leaked[:20])
+    assert len(seen) >= 3, f"AVX code of only these levels is in this build: {seen}"
