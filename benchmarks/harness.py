@@ -121,6 +121,7 @@ def machine() -> dict[str, Any]:
     }
     if module:
         facts["fma_peak_gflops"] = module.fma_peak(threads, 0.3) / 1e9
+        facts["micro_kernel_gflops"] = module.micro_kernel(threads, 0.3) / 1e9
         facts["read_bandwidth_gbs"] = module.read_bandwidth(threads, 256 << 20) / 1e9
     return facts
 

@@ -22,18 +22,18 @@ constexpr int64_t kMinTiles = 48;
 constexpr int64_t kTileMemory = int64_t(20) << 20;  // bytes of tiles a thread may hold when there are many layers
 constexpr int64_t kWaveMemory = int64_t(16) << 20;  // bytes of results that may wait for their turn to be added up
 
-// The grid of tiles over n x m, of nearly equal size, from the sizes alone.
+// The grid of tiles over n x m, of nearly equal size, from the sizes alone; `grids` such grids share the work.
 struct TileShape {
   int64_t rows, cols, row_blocks, col_blocks;
-  TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item) {
+  TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item, int64_t grids = 1) {
     row_blocks = larger<int64_t>(1, ceil_div(n, kTileRows));
     col_blocks = larger<int64_t>(1, ceil_div(m, kTileCols));
     while (true) {
       rows = round_up(larger<int64_t>(1, ceil_div(n, row_blocks)), unit_rows);
       cols = round_up(larger<int64_t>(1, ceil_div(m, col_blocks)), unit_cols);
       const bool fits = rows * cols * layers * item <= kTileMemory;
-      const bool splits_rows = rows > 4 * unit_rows && rows >= cols, splits_cols = !splits_rows && cols > 2 * unit_cols;
-      if ((fits && row_blocks * col_blocks >= kMinTiles) || (!splits_rows && !splits_cols)) break;
+      const bool splits_rows = rows > 120 && rows >= cols, splits_cols = !splits_rows && cols > 128;
+      if ((fits && row_blocks * col_blocks * grids >= kMinTiles) || (!splits_rows && !splits_cols)) break;
       (splits_rows ? row_blocks : col_blocks) *= 2;
     }
     row_blocks = ceil_div(n, rows);
@@ -601,7 +601,7 @@ class Gram {
     constexpr int64_t slots = 1024;
     int64_t widest = 1;
     for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
-    const TileShape widest_shape(widest, widest, MR, NR, 1, sizeof(T));
+    const TileShape widest_shape(widest, widest, MR, NR, 1, sizeof(T), pair_count);
     const int64_t tile_size = round_up(widest_shape.rows, MR) * widest_shape.cols;
     const int64_t bytes = round_up((TileBuffers<T>::size(widest_shape.rows) + tile_size) * sizeof(T), 64);
     const Memory memory(bytes * p.threads), numbers((pair_count + 1 + 2 * slots) * 8);

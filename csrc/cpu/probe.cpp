@@ -25,22 +25,46 @@ __attribute__((noinline)) float multiply_adds(int64_t rounds) {
   return total;
 }
 
-double fma_peak(int threads, double seconds) {
-  constexpr int64_t rounds = 20000;
-  double flops = 0, spent = 0;
-  volatile float sink = 0;
-  while (spent < seconds) {
+// Calls work(thread) on all threads until `seconds` have passed; returns calls per second of one thread.
+template <class Work>
+double rate(int threads, double seconds, Work work) {
+  double spent = 0, calls = 0;
+  for (; spent < seconds; calls++) {
     const double start = omp_get_wtime();
 #pragma omp parallel num_threads(threads)
-    {
-      const float result = multiply_adds(rounds * 50);
-#pragma omp critical
-      sink = sink + result;
-    }
+    work(omp_get_thread_num());
     spent += omp_get_wtime() - start;
-    flops += 2.0 * 12 * Lanes<float>::W * rounds * 50 * threads;
   }
-  return flops / spent;
+  return calls / spent;
+}
+
+double fma_peak(int threads, double seconds) {
+  constexpr int64_t rounds = 1000000;
+  volatile float sink = 0;
+  const double calls = rate(threads, seconds, [&](int) {
+    const float result = multiply_adds(rounds);
+#pragma omp critical
+    sink = sink + result;
+  });
+  return calls * 2 * 12 * Lanes<float>::W * rounds * threads;
+}
+
+double micro_kernel(int threads, double seconds) {
+  using B = Block<float>;
+  constexpr int64_t blocks = 16, repeats = 64;  // 16 blocks of rows, as a tile of gram.cpp has, against one panel
+  const int64_t a_size = blocks * B::MR * kPanelStride, b_size = kDepth * B::NR, c_size = blocks * B::MR * B::NR;
+  const int64_t size = round_up(a_size + b_size + c_size, 64);
+  const Memory memory(threads * size * static_cast<int64_t>(sizeof(float)));
+  if (!memory.ok()) return 0;
+  for (int64_t i = 0; i < threads * size; i++) memory.as<float>()[i] = static_cast<float>(i % 7) - 3.f;
+  const double calls = rate(threads, seconds, [&](int thread) {
+    float* const a = memory.as<float>() + thread * size;
+    for (int64_t repeat = 0; repeat < repeats; repeat++)
+      for (int64_t i = 0; i < blocks; i++)
+        multiply_block<float>(kDepth, a + i * B::MR * kPanelStride, a + a_size, a + a_size + b_size + i * B::MR * B::NR,
+                              B::NR, false);
+  });
+  return calls * 2 * repeats * blocks * B::MR * B::NR * kDepth * threads;
 }
 
 double read_bandwidth(int threads, int64_t bytes) {
@@ -74,6 +98,6 @@ double read_bandwidth(int threads, int64_t bytes) {
 
 }  // namespace
 
-ProbeFunctions probe_functions() { return {fma_peak, read_bandwidth}; }
+ProbeFunctions probe_functions() { return {fma_peak, micro_kernel, read_bandwidth}; }
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL
