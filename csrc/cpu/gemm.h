@@ -307,7 +307,8 @@ struct Panels {
 
 // C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR.
 template <int NV, bool fresh>
-inline void multiply_panel_block(int64_t count, const float* __restrict a, const float* __restrict b, float* c, float keep) {
+__attribute__((noinline)) void multiply_panel_block(int64_t count, const float* __restrict a,
+                                                    const float* __restrict b, float* c, float keep) {
   constexpr int W = Panels::W, NR = Panels::NR, MR = Panels::MR;
   Vec<float> sum[MR][NV];
 #pragma GCC unroll 8
@@ -355,10 +356,19 @@ void multiply_panels(const Panels& a, int64_t m, const Panels& b, int64_t n, int
 }
 
 // out [cols, rows] = in [rows, cols] transposed; both counts multiples of W.
-inline void transpose_panels(const Panels& in, int64_t rows, int64_t cols, const Panels& out) {
+__attribute__((noinline)) inline void transpose_panels(const Panels& in, int64_t rows, int64_t cols, const Panels& out) {
   constexpr int W = Panels::W, NR = Panels::NR;
   for (int64_t c = 0; c < cols; c += W)
-    for (int64_t r = 0; r < rows; r += W) transpose_block<float>(in.at(r, c), NR, out.at(c, r), NR);
+    for (int64_t r = 0; r < rows; r += W) {
+      const float* const from = in.at(r, c);
+      float* const to = out.at(c, r);
+      Vec<float> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) v[i] = load<float>(from + i * NR);
+      transpose_registers<float>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) store<float>(to + i * NR, v[i]);
+    }
 }
 
 // Cache-line aligned memory that is freed with its owner. `ok()` is false if there was none.
