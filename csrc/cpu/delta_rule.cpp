@@ -135,6 +135,14 @@ class DeltaRule {
     const Element* v(int64_t t, int64_t c) const { return s.token<S>(p.v, t, s.value_head) + v0 + c; }
     Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
 
+    // Asks for the part of the chunk at t0 that falls to the panel at column c when the chunk is shared out evenly.
+    __attribute__((always_inline)) void prefetch_share(int64_t t0, int64_t c) const {
+      const int64_t first = t0 + C * c / columns, last = t0 + C * smaller<int64_t>(c + NR, columns) / columns;
+      prefetch<S>(s, p.k, first, last, s.head, p.width);
+      prefetch<S>(s, p.q, first, last, s.head, p.width);
+      prefetch<S>(s, p.v, first, last, s.value_head, p.value_width);
+    }
+
     void load_state(const Panels& state) const {
       const int64_t padded = round_up(p.width, NR);
       if (initial())
@@ -171,6 +179,7 @@ class DeltaRule {
       for (int64_t c = 0; c < at.columns; c += NR) {
         const Panels slice = state.panel(c / NR);
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
+        at.prefetch_share(t0 + C, c);
         load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
         new_values(p, chunk, slice, n, v, values);
         multiply_panels<Part::all, true>(chunk.qt, C, slice, n, p.width, o);

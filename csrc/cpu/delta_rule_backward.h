@@ -92,6 +92,8 @@ class DeltaRuleBackward {
     for (int64_t i = 0; first + i < last; i++) {
       const int64_t t0 = (first + i) * C;
       chunk.load_k<S>(p, s, t0);
+      prefetch<S>(s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
+      prefetch<S>(s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
       chunk.solve(p);
       std::memcpy(inverse_of(i).data, chunk.xt.data, C * C * sizeof(float));
       chunk.gate_keys(p.width);
@@ -113,6 +115,13 @@ class DeltaRuleBackward {
     load_matrix<StoreF32>(grads.o + s.row(p, t0) * p.value_width, p.value_heads * p.value_width, rows, C, p.value_width, d_o);
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
 
+    if (t0 > 0) {
+      const Tokens o{grads.o, p.total * p.value_heads * p.value_width, p.value_heads * p.value_width, p.value_width};
+      prefetch<S>(s, p.q, t0 - C, t0, s.head, p.width);
+      prefetch<S>(s, p.k, t0 - C, t0, s.head, p.width);
+      prefetch<S>(s, p.v, t0, t0 + C, s.value_head, p.value_width);
+      prefetch<StoreF32>(s, o, t0 - C, t0, s.value_head, p.value_width);
+    }
     value_gradients(inverse_of(i));
     transpose_panels(values, C, vp, values_t);
     transpose_panels(d_o, C, vp, d_ot);

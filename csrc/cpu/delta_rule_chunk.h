@@ -78,6 +78,18 @@ struct Sequence {
   }
 };
 
+// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far apart.
+// Inlined by force, because GCC drops calls of a function that only prefetches.
+template <class S>
+__attribute__((always_inline)) inline void prefetch(const Sequence& s, const Tokens& x, int64_t t0, int64_t t1,
+                                                    int64_t head, int64_t width) {
+  constexpr int64_t line = 64 / sizeof(typename S::Memory);
+  for (int64_t t = t0; t < smaller(t1, s.length); t++) {
+    const typename S::Memory* const row = s.token<S>(x, t, head);
+    for (int64_t c = 0; c < width; c += line) __builtin_prefetch(row + c, 0, 2);
+  }
+}
+
 // One row of q or k in float, zeros up to `padded`; normalised under `l2norm`. Returns what it was multiplied with.
 template <class S>
 inline float load_key(const typename S::Memory* in, int64_t width, int64_t padded, bool l2norm, float scale, float* out,
