@@ -17,6 +17,7 @@ namespace pyrepr::cpu {
 namespace {
 
 constexpr int64_t kShort = 8;  // tokens up to which the recurrence itself is run, on the state where it stands
+constexpr int64_t kSmall = int64_t(1) << 18;  // elements of all states times tokens below which threads do not pay
 
 // One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S', since
 // S'^T q = (e^g S)^T q + <k, q> delta.
@@ -55,21 +56,36 @@ struct Token {
   // state [K, NV * W] forward by this token; v, o [NV * W].
   template <int NV>
   void step(int64_t width, float* state, int64_t stride, const float* v, float* o) const {
+    // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
+    constexpr int64_t rows = 8;
     V erased[NV] = {}, read[NV] = {}, delta[NV];
-    for (int64_t i = 0; i < width; i++)
-#pragma GCC unroll 4
+    int64_t i = 0;
+    for (; i + rows <= width; i += rows)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        V e{}, r{};
+#pragma GCC unroll 8
+        for (int64_t row = i; row < i + rows; row++) {
+          const V s = pyrepr::load<float>(state + row * stride + j * W);
+          e += decayed_k[row] * s;
+          r += decayed_q[row] * s;
+        }
+        erased[j] += e;
+        read[j] += r;
+      }
+    for (; i < width; i++)
       for (int j = 0; j < NV; j++) {
         const V s = pyrepr::load<float>(state + i * stride + j * W);
         erased[j] += decayed_k[i] * s;
         read[j] += decayed_q[i] * s;
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < NV; j++) {
       delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
       store<float>(o + j * W, read[j] + kq * delta[j]);
     }
-    for (int64_t i = 0; i < width; i++)
-#pragma GCC unroll 4
+    for (i = 0; i < width; i++)
+#pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
         float* const at = state + i * stride + j * W;
         store<float>(at, decay[i] * pyrepr::load<float>(at) + k[i] * delta[j]);
@@ -86,12 +102,14 @@ class DeltaRule {
     Element* const o = static_cast<Element*>(o_);
     const int64_t heads = p.sequences * p.value_heads, panels = ceil_div(p.value_width, NR);
     if (heads == 0 || panels == 0) return Status::ok;
-    const int64_t slices = heads >= p.threads ? 1 : smaller(panels, ceil_div(p.threads, heads));
+    const int64_t work = heads * p.width * p.value_width * (p.bounds ? ceil_div(p.total, p.sequences) : p.total);
+    const int threads = work < kSmall ? 1 : p.threads;
+    const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
     const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
     const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
-    const Memory memory(bytes * p.threads);
+    const Memory memory(bytes * threads);
     if (!memory.ok()) return Status::out_of_memory;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < heads * slices; task++) {
       float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
       const Sequence s(p, task / slices);
@@ -244,7 +262,7 @@ class DeltaRule {
     for (int64_t t = 0; t < at.s.length; t++) {
       token.load<S>(p, at.s, t);
       int64_t c = 0;
-      for (; c + 4 * W <= at.columns; c += 4 * W) step_columns<4>(at, token, t, c, at.final + c, stride);
+      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, at.final + c, stride);
       for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, at.final + c, stride);
       if (c == at.columns) continue;
       load_matrix<StoreF32>(at.final + c, stride, p.width, p.width, at.columns - c, rest);

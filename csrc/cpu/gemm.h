@@ -305,7 +305,8 @@ struct Panels {
   static int64_t size(int64_t rows, int64_t cols) { return rows * round_up(cols, NR); }
 };
 
-// C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR.
+// C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR. What is added to
+// C is summed first: C may be large, and is rounded once.
 template <int NV, bool fresh>
 __attribute__((noinline)) void multiply_panel_block(int64_t count, const float* __restrict a,
                                                     const float* __restrict b, float* c, float keep) {
@@ -314,7 +315,7 @@ __attribute__((noinline)) void multiply_panel_block(int64_t count, const float* 
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; j++) sum[i][j] = fresh ? Vec<float>{} : load<float>(c + i * NR + j * W) * keep;
+    for (int j = 0; j < NV; j++) sum[i][j] = Vec<float>{};
   for (int64_t k = 0; k < count; k++) {
     Vec<float> row[NV];
 #pragma GCC unroll 2
@@ -327,7 +328,10 @@ __attribute__((noinline)) void multiply_panel_block(int64_t count, const float* 
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; j++) store<float>(c + i * NR + j * W, sum[i][j]);
+    for (int j = 0; j < NV; j++) {
+      float* const at = c + i * NR + j * W;
+      store<float>(at, fresh ? sum[i][j] : load<float>(at) * keep + sum[i][j]);
+    }
 }
 
 // Which part of a product is wanted. Row i of the result takes the terms before i + MR (A is upper triangular), those
