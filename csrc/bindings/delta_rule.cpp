@@ -31,7 +31,8 @@ struct DeltaRuleArguments {
     const bool no_keys = batch * total * sizes[3] == 0, no_values = batch * total * value_heads * sizes[5] == 0;
     const bool no_gates = batch * total * value_heads == 0;
     const auto tokens = [&](size_t i, const char* name, bool empty) {
-      return cpu::Tokens{pointer<const void>(addresses[i], name, empty), strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+      return cpu::Tokens{pointer<const void>(addresses[i], name, empty), strides[3 * i], strides[3 * i + 1],
+                         strides[3 * i + 2]};
     };
     problem.q = tokens(0, "q", no_keys);
     problem.k = tokens(1, "k", no_keys);
@@ -55,9 +56,7 @@ struct DeltaRuleArguments {
   }
 
   bool no_tokens() const { return problem.batch * problem.total * problem.value_heads * problem.value_width == 0; }
-  bool no_states() const {
-    return problem.sequences * problem.value_heads * problem.width * problem.value_width == 0;
-  }
+  bool no_states() const { return problem.sequences * problem.value_heads * problem.width * problem.value_width == 0; }
 
   // How many states the forward keeps, as delta_rule.h lays them out.
   int64_t states_needed(int64_t segment) const {
@@ -77,7 +76,8 @@ struct DeltaRuleArguments {
   }
 };
 
-void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uintptr_t kept, int64_t slots, int64_t segment) {
+void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uintptr_t kept, int64_t slots,
+                        int64_t segment) {
   const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
   void* const out = pointer<void>(o, "o", a.no_tokens());
   float* const state = pointer<float>(final, "final_state", a.no_states());

@@ -1,11 +1,11 @@
 // Family `delta_rule` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in delta_rule.h.
 //
-// Work, at best, per token and head with C = 32: forward 3 K V + C (2 K + V) multiply-adds, backward 8 K V + 7 C K or so;
-// bytes: the inputs once, the outputs once. S, and what a chunk needs, stay in L1 and L2.
+// Work, at best, per token and head with C = 32: forward 3 K V + C (2 K + V) multiply-adds, backward 8 K V + 7 C K or
+// so; bytes: the inputs once, the outputs once. S, and what a chunk needs, stay in L1 and L2.
 //
-// A task is one sequence of one value head; the forward also cuts the value columns (they are independent given X and P)
-// when there are fewer of those than threads. No task shares a sum with another, so the bits are the same for any number
-// of threads.
+// A task is one sequence of one value head; the forward also cuts the value columns (they are independent given X and
+// P) when there are fewer of those than threads. No task shares a sum with another, so the bits are the same for any
+// number of threads.
 #include "cpu/delta_rule.h"
 
 #include <omp.h>
@@ -13,14 +13,14 @@
 #include "cpu/delta_rule_backward.h"
 #include "cpu/delta_rule_chunk.h"
 
-namespace pyrepr::cpu {
+namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kShort = 8;  // tokens up to which the recurrence itself is run, on the state where it stands
 constexpr int64_t kSmall = int64_t(1) << 18;  // elements of all states times tokens below which threads do not pay
 
-// One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S', since
-// S'^T q = (e^g S)^T q + <k, q> delta.
+// One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
+// since S'^T q = (e^g S)^T q + <k, q> delta.
 struct Token {
   float *k, *decay, *decayed_k, *decayed_q;  // [K] k, e^g, e^g k, e^g q
   float beta, kq;
@@ -43,8 +43,9 @@ struct Token {
     V products{};
     for (int64_t c = 0; c < padded; c += W) {
       const V key = pyrepr::load<float>(k + c), query = pyrepr::load<float>(decayed_q + c);
-      const V e = p.gate_per_key ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
-                                 : same;
+      const V e = p.gate_per_key
+                      ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
+                      : same;
       products += key * query;
       store<float>(decay + c, e);
       store<float>(decayed_k + c, key * e);
@@ -180,13 +181,15 @@ class DeltaRule {
     const int64_t padded = round_up(p.width, NR);
     Chunk chunk(scratch, padded);
     const Panels state{scratch + Chunk::size(padded), padded};
-    const Panels v{state.data + Panels::size(padded, at.columns), C}, values{v.data + C * NR, C}, o{values.data + C * NR, C};
+    const Panels v{state.data + Panels::size(padded, at.columns), C}, values{v.data + C * NR, C},
+        o{values.data + C * NR, C};
     at.load_state(state);
     const int64_t slot = states.data ? at.s.first_slot(p, states.segment) : 0;
     for (int64_t t0 = 0, number = 0; t0 < at.s.length; t0 += C, number++) {
       if (states.data && number % states.segment == 0) {
         const int64_t head = (slot + number / states.segment) * p.value_heads + at.s.value_head;
-        store_matrix<StoreF32>(state, p.width, at.columns, states.data + head * p.width * p.value_width + at.v0, p.value_width);
+        store_matrix<StoreF32>(state, p.width, at.columns, states.data + head * p.width * p.value_width + at.v0,
+                               p.value_width);
       }
       const int64_t rows = smaller(C, at.s.length - t0);
       chunk.load_k<S>(p, at.s, t0);
@@ -272,27 +275,25 @@ class DeltaRule {
   }
 };
 
-#define PYREPR_BY_DTYPE(call)              \
-  switch (p.dtype) {                       \
-    case DType::bf16:                      \
-      return DeltaRule<StoreBf16>::call;   \
-    case DType::f16:                       \
-      return DeltaRule<StoreF16>::call;    \
-    default:                               \
-      return DeltaRule<StoreF32>::call;    \
+#define PYREPR_BY_DTYPE(call)            \
+  switch (p.dtype) {                     \
+    case DType::bf16:                    \
+      return DeltaRule<StoreBf16>::call; \
+    case DType::f16:                     \
+      return DeltaRule<StoreF16>::call;  \
+    default:                             \
+      return DeltaRule<StoreF32>::call;  \
   }
 Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRuleStates& states) {
-  PYREPR_BY_DTYPE(forward(p, o, final, states))
+  PYREPR_BY_DTYPE(forward(p, o, final, states));
 }
 Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
-  PYREPR_BY_DTYPE(backward(p, states, grads))
+  PYREPR_BY_DTYPE(backward(p, states, grads));
 }
 #undef PYREPR_BY_DTYPE
 
 }  // namespace
 
-namespace PYREPR_LEVEL {
 DeltaRuleFunctions delta_rule_functions() { return {forward, backward}; }
-}  // namespace PYREPR_LEVEL
 
-}  // namespace pyrepr::cpu
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -37,15 +37,15 @@ struct Tokens {
 };
 
 struct DeltaRuleProblem {
-  Tokens q, k;             // [B, T, H, K]
-  Tokens v;                // [B, T, HV, V]
-  const float* g;          // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
-  const float* beta;       // [B, T, HV]
-  const float* initial;    // [N, HV, K, V]; null: zero
+  Tokens q, k;           // [B, T, H, K]
+  Tokens v;              // [B, T, HV, V]
+  const float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
+  const float* beta;     // [B, T, HV]
+  const float* initial;  // [N, HV, K, V]; null: zero
   int64_t batch, total, heads, width, value_heads, value_width;
-  const int64_t* bounds;   // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
-  int64_t sequences;       // N
-  DType dtype;             // of q, k and v; not f64
+  const int64_t* bounds;  // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
+  int64_t sequences;      // N
+  DType dtype;            // of q, k and v; not f64
   bool gate_per_key;
   bool l2norm;
   float scale;

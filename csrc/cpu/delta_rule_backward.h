@@ -4,7 +4,7 @@
 
 #include "cpu/delta_rule_chunk.h"
 
-namespace pyrepr::cpu {
+namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 // Sum over a row of the elementwise product of x and y, both [C, columns].
@@ -25,7 +25,12 @@ class DeltaRuleBackward {
 
   DeltaRuleBackward(const DeltaRuleProblem& p, const Sequence& s, const DeltaRuleStates& states,
                     const DeltaRuleGradients& grads, float* memory)
-      : p(p), s(s), states(states), grads(grads), kp(round_up(p.width, NR)), vp(round_up(p.value_width, NR)),
+      : p(p),
+        s(s),
+        states(states),
+        grads(grads),
+        kp(round_up(p.width, NR)),
+        vp(round_up(p.value_width, NR)),
         chunk(memory, kp) {
     float* next = memory + Chunk::size(kp);
     const auto take = [&next](int64_t rows, int64_t cols) {
@@ -112,7 +117,8 @@ class DeltaRuleBackward {
     const Panels state = state_of(i), values = values_of(i);
     chunk.load_k<S>(p, s, t0);
     chunk.load_q<S>(p, s, t0, 1);
-    load_matrix<StoreF32>(grads.o + s.row(p, t0) * p.value_width, p.value_heads * p.value_width, rows, C, p.value_width, d_o);
+    load_matrix<StoreF32>(grads.o + s.row(p, t0) * p.value_width, p.value_heads * p.value_width, rows, C, p.value_width,
+                          d_o);
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
 
     if (t0 > 0) {
@@ -182,7 +188,8 @@ class DeltaRuleBackward {
   double state_product(const Panels& state) const {
     V sum[4] = {};
     for (int64_t at = 0; at < kp * vp; at += 4 * W)
-      for (int64_t j = 0; j < 4; j++) sum[j] += load<float>(state.data + at + j * W) * load<float>(dstate.data + at + j * W);
+      for (int64_t j = 0; j < 4; j++)
+        sum[j] += load<float>(state.data + at + j * W) * load<float>(dstate.data + at + j * W);
     return static_cast<double>(chunk.gates.last) * lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
@@ -208,12 +215,14 @@ class DeltaRuleBackward {
       sum -= row_product(rest, chunk.k, t, kp);
       grads.g[row] = static_cast<float>(sum);
       grads.beta[row] = row_product(d_r, raw, t, vp) + own;
-      for (int64_t c = 0; c < kp; c += W) store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
+      for (int64_t c = 0; c < kp; c += W)
+        store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
       write_key(z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
     }
     scale_rows(d_r, vp, gates.beta);
-    store_matrix<StoreF32>(d_r, rows, p.value_width, grads.v + s.row(p, t0) * p.value_width, p.value_heads * p.value_width);
+    store_matrix<StoreF32>(d_r, rows, p.value_width, grads.v + s.row(p, t0) * p.value_width,
+                           p.value_heads * p.value_width);
   }
 
   // dS, from dR scaled to dV.
@@ -230,4 +239,4 @@ class DeltaRuleBackward {
 };
 
 }  // namespace
-}  // namespace pyrepr::cpu
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -1,11 +1,11 @@
-// One chunk of the delta rule: its rows brought in, its decays, its triangular matrices. Names are those of delta_rule.h.
-// Included by level units only (see simd.h).
+// One chunk of the delta rule: its rows brought in, its decays, its triangular matrices. Names are those of
+// delta_rule.h. Included by level units only (see simd.h).
 #pragma once
 
 #include "cpu/delta_rule.h"
 #include "cpu/gemm.h"
 
-namespace pyrepr::cpu {
+namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t C = kDeltaChunk;
@@ -38,11 +38,11 @@ inline V exponential(V x) {
   const V inside = exp_nonpositive<float>(x > highest ? splat<float>(highest) : x);
   return x > highest ? splat<float>(__builtin_inff()) : inside;
 }
-inline V narrow(Wide x) { return __builtin_convertvector(x, V); }
-inline Wide load_wide(const double* p) {
+// W sums in double minus one, rounded after the subtraction.
+inline V difference(const double* sums, double minus) {
   Wide x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
+  std::memcpy(&x, sums, sizeof x);
+  return __builtin_convertvector(x - minus, V);
 }
 
 // One sequence of one head: where its tokens start and how many they are.
@@ -78,8 +78,8 @@ struct Sequence {
   }
 };
 
-// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far apart.
-// Inlined by force, because GCC drops calls of a function that only prefetches.
+// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
+// apart. Inlined by force, because GCC drops calls of a function that only prefetches.
 template <class S>
 __attribute__((always_inline)) inline void prefetch(const Sequence& s, const Tokens& x, int64_t t0, int64_t t1,
                                                     int64_t head, int64_t width) {
@@ -141,8 +141,8 @@ struct Gates {
       sum[t] = total;
     }
     for (int64_t t = 0; t < C; t += W) {
-      store<float>(decay + t, gated ? exponential(narrow(load_wide(sum + t))) : splat<float>(1));
-      store<float>(tail + t, gated ? exponential(narrow(total - load_wide(sum + t))) : splat<float>(1));
+      store<float>(decay + t, gated ? exponential(difference(sum + t, 0)) : splat<float>(1));
+      store<float>(tail + t, gated ? exponential(-difference(sum + t, total)) : splat<float>(1));
     }
     last = decay[C - 1];
   }
@@ -161,7 +161,7 @@ inline void fill_gamma(const Gates& gates, const Panels& gamma) {
     for (int64_t t = 0; t < C; t += W) {
       V e{};
       if (t + W > s) {
-        e = gates.gated ? exponential(narrow(load_wide(gates.sum + t) - gates.sum[s])) : splat<float>(1);
+        e = gates.gated ? exponential(difference(gates.sum + t, gates.sum[s])) : splat<float>(1);
         e = on_or_above(s, t) ? e : V{};
       }
       store<float>(gamma.at(s, t), e);
@@ -204,9 +204,11 @@ inline void scale_rows(const Panels& x, int64_t columns, const float* weights) {
     for (int64_t t = 0; t < C; t++) store<float>(x.at(t, c), load<float>(x.at(t, c)) * weights[t]);
 }
 
-// Columns [c0, c0 + width) of a dense matrix [rows, stride] into panels [padded rows, ...], zeros around them; and back.
+// Columns [c0, c0 + width) of a dense matrix [rows, stride] into panels [padded rows, ...], zeros around them; and
+// back.
 template <class S>
-void load_matrix(const typename S::Memory* in, int64_t stride, int64_t rows, int64_t padded, int64_t width, const Panels& out) {
+void load_matrix(const typename S::Memory* in, int64_t stride, int64_t rows, int64_t padded, int64_t width,
+                 const Panels& out) {
   for (int64_t c = 0; c < round_up(width, NR); c += W)
     for (int64_t r = 0; r < padded; r++)
       store<float>(out.at(r, c), r < rows && c < width ? load_some<S>(in + r * stride + c, width - c) : V{});
@@ -274,10 +276,11 @@ inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Pane
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
 }
 // state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.
-inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n, const Panels& state) {
+inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
+                    const Panels& state) {
   if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
   multiply_panels<Part::all, false>(chunk.k, round_up(p.width, Panels::MR), values, n, C, state, chunk.gates.last);
 }
 
 }  // namespace
-}  // namespace pyrepr::cpu
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

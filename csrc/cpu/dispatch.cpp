@@ -39,8 +39,10 @@ const std::vector<Level>& levels() {
 #if defined(__x86_64__)
     const Processor cpu;
     found.push_back({"avx2", cpu.avx2, avx2::gram_functions, avx2::delta_rule_functions, avx2::probe_functions});
-    found.push_back({"avx512", cpu.avx512, avx512::gram_functions, avx512::delta_rule_functions, avx512::probe_functions});
-    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions, avx512_bf16::delta_rule_functions, avx512_bf16::probe_functions});
+    found.push_back(
+        {"avx512", cpu.avx512, avx512::gram_functions, avx512::delta_rule_functions, avx512::probe_functions});
+    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions, avx512_bf16::delta_rule_functions,
+                     avx512_bf16::probe_functions});
 #endif
     return found;
   }();

@@ -290,12 +290,13 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
 }
 
 // Small products (tens to hundreds each way) on operands that stay packed between products. A matrix [rows, cols] is
-// kept in panels of NR columns; element (r, c) stands at data[(c / NR) * rows * NR + r * NR + c % NR]. In C = A^T B both
-// operands have the sum along their rows, so one layout serves as either factor and as the result.
+// kept in panels of NR columns; element (r, c) stands at data[(c / NR) * rows * NR + r * NR + c % NR]. In C = A^T B
+// both operands have the sum along their rows, so one layout serves as either factor and as the result.
 struct Panels {
   static constexpr int W = Lanes<float>::W;
   static constexpr int NR = 2 * W;
-  static constexpr int MR = kVectorBytes == 64 ? 8 : 4;  // 8 x 2 or 4 x 2 vectors of sums: enough to hide an FMA's latency
+  static constexpr int MR =
+      kVectorBytes == 64 ? 8 : 4;  // 8 x 2 or 4 x 2 vectors of sums: enough to hide an FMA's latency
 
   float* data;
   int64_t rows;
@@ -305,11 +306,11 @@ struct Panels {
   static int64_t size(int64_t rows, int64_t cols) { return rows * round_up(cols, NR); }
 };
 
-// C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR. What is added to
-// C is summed first: C may be large, and is rounded once.
+// C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR. What is added
+// to C is summed first: C may be large, and is rounded once.
 template <int NV, bool fresh>
-__attribute__((noinline)) void multiply_panel_block(int64_t count, const float* __restrict a,
-                                                    const float* __restrict b, float* c, float keep) {
+__attribute__((noinline)) void multiply_panel_block(int64_t count, const float* __restrict a, const float* __restrict b,
+                                                    float* c, float keep) {
   constexpr int W = Panels::W, NR = Panels::NR, MR = Panels::MR;
   Vec<float> sum[MR][NV];
 #pragma GCC unroll 8
@@ -360,7 +361,8 @@ void multiply_panels(const Panels& a, int64_t m, const Panels& b, int64_t n, int
 }
 
 // out [cols, rows] = in [rows, cols] transposed; both counts multiples of W.
-__attribute__((noinline)) inline void transpose_panels(const Panels& in, int64_t rows, int64_t cols, const Panels& out) {
+__attribute__((noinline)) inline void transpose_panels(const Panels& in, int64_t rows, int64_t cols,
+                                                       const Panels& out) {
   constexpr int W = Panels::W, NR = Panels::NR;
   for (int64_t c = 0; c < cols; c += W)
     for (int64_t r = 0; r < rows; r += W) {
