@@ -7,6 +7,14 @@ import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares,
 from pyrepr import nn
 from pyrepr.backend import backends, use_backend
 from pyrepr.comparison import Comparison, compare
+from pyrepr.delta_rule import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_kda,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_kda,
+)
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
@@ -17,9 +25,15 @@ __all__ = [
     "Kernel",
     "StreamingCKA",
     "backends",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_kda",
     "cka",
     "cka_matrix",
     "compare",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_kda",
     "gram",
     "hsic",
     "nn",

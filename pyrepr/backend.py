@@ -68,6 +68,7 @@ def build_info() -> dict:
         return {}
 
 
+@functools.cache
 def _cpu() -> tuple[bool, str]:
     module, reason = native()
     if module is None:

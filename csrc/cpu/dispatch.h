@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/delta_rule.h"
 #include "cpu/gram.h"
 #include "cpu/probe.h"
 
@@ -13,6 +14,7 @@ struct Level {
   const char* name;
   bool supported;  // by this machine's processor and operating system
   GramFunctions (*gram)();
+  DeltaRuleFunctions (*delta_rule)();
   ProbeFunctions (*probe)();
 };
 

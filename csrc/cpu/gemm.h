@@ -289,6 +289,94 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
   }
 }
 
+// Small products (tens to hundreds each way) on operands that stay packed between products. A matrix [rows, cols] is
+// kept in panels of NR columns; element (r, c) stands at data[(c / NR) * rows * NR + r * NR + c % NR]. In C = A^T B
+// both operands have the sum along their rows, so one layout serves as either factor and as the result.
+struct Panels {
+  static constexpr int W = Lanes<float>::W;
+  static constexpr int NR = 2 * W;
+  static constexpr int MR =
+      kVectorBytes == 64 ? 8 : 4;  // 8 x 2 or 4 x 2 vectors of sums: enough to hide an FMA's latency
+
+  float* data;
+  int64_t rows;
+
+  float* at(int64_t r, int64_t c) const { return data + (c / NR) * rows * NR + r * NR + c % NR; }
+  Panels panel(int64_t j) const { return {data + j * rows * NR, rows}; }
+  static int64_t size(int64_t rows, int64_t cols) { return rows * round_up(cols, NR); }
+};
+
+// C [MR, NV * W] = A^T B, or keep * C + A^T B, for A [count, MR] and B [count, NV * W]; all rows of NR. What is added
+// to C is summed first: C may be large, and is rounded once.
+template <int NV, bool fresh>
+__attribute__((noinline)) void multiply_panel_block(int64_t count, const float* __restrict a, const float* __restrict b,
+                                                    float* c, float keep) {
+  constexpr int W = Panels::W, NR = Panels::NR, MR = Panels::MR;
+  Vec<float> sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) sum[i][j] = Vec<float>{};
+  for (int64_t k = 0; k < count; k++) {
+    Vec<float> row[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) row[j] = load<float>(b + k * NR + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; j++) sum[i][j] += a[k * NR + i] * row[j];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; j++) {
+      float* const at = c + i * NR + j * W;
+      store<float>(at, fresh ? sum[i][j] : load<float>(at) * keep + sum[i][j]);
+    }
+}
+
+// Which part of a product is wanted. Row i of the result takes the terms before i + MR (A is upper triangular), those
+// from i on (A is lower triangular), or has its columns from i on computed (the result is upper triangular).
+enum class Part { all, terms_upto, terms_from, upper };
+
+// c [m, n] = A^T B (fresh) or keep * c + A^T B, for a [count, m] and b [count, n]; m a multiple of MR, n of W.
+template <Part part, bool fresh>
+void multiply_panels(const Panels& a, int64_t m, const Panels& b, int64_t n, int64_t count, const Panels& c,
+                     float keep = 1) {
+  constexpr int W = Panels::W, NR = Panels::NR, MR = Panels::MR;
+  for (int64_t j = 0; j < n; j += NR)
+    for (int64_t i = 0; i < m; i += MR) {
+      int64_t first = 0, last = count, column = j;
+      if constexpr (part == Part::terms_upto) last = smaller(count, i + MR);
+      if constexpr (part == Part::terms_from) first = smaller(i, count);
+      if constexpr (part == Part::upper) column = larger(j, i / W * W);
+      if (column >= j + NR) continue;
+      const float* const left = a.at(first, i);
+      const float* const right = b.at(first, column);
+      if (smaller(n, j + NR) - column > W)
+        multiply_panel_block<2, fresh>(last - first, left, right, c.at(i, column), keep);
+      else
+        multiply_panel_block<1, fresh>(last - first, left, right, c.at(i, column), keep);
+    }
+}
+
+// out [cols, rows] = in [rows, cols] transposed; both counts multiples of W.
+__attribute__((noinline)) inline void transpose_panels(const Panels& in, int64_t rows, int64_t cols,
+                                                       const Panels& out) {
+  constexpr int W = Panels::W, NR = Panels::NR;
+  for (int64_t c = 0; c < cols; c += W)
+    for (int64_t r = 0; r < rows; r += W) {
+      const float* const from = in.at(r, c);
+      float* const to = out.at(c, r);
+      Vec<float> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) v[i] = load<float>(from + i * NR);
+      transpose_registers<float>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) store<float>(to + i * NR, v[i]);
+    }
+}
+
 // Cache-line aligned memory that is freed with its owner. `ok()` is false if there was none.
 class Memory {
  public:

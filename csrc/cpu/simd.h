@@ -125,6 +125,37 @@ inline Vec<float> load_as<StoreF16>(const uint16_t* p) {
   return bits_to_float(bits | ((wide & 0x8000u) << 16));
 }
 
+// The other way: T rounded to the storage type, to nearest even.
+template <class S>
+inline void store_as(typename S::Memory* p, Vec<typename S::T> v) {
+  store<typename S::T>(p, v);
+}
+inline void store_halves(uint16_t* p, U32 bits) {
+  *reinterpret_cast<Lanes<float>::Hu*>(p) = __builtin_convertvector(bits, Lanes<float>::Hu);
+}
+template <>
+inline void store_as<StoreBf16>(uint16_t* p, Vec<float> v) {
+  U32 u;
+  std::memcpy(&u, &v, sizeof u);
+  const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  store_halves(p, (u & 0x7fffffffu) > 0x7f800000u ? (rounded & 0u) + 0x7fc0u : rounded);
+}
+// Normal numbers by shifting the mantissa, denormals by letting an addition to 0.5 round at 2^-24.
+template <>
+inline void store_as<StoreF16>(uint16_t* p, Vec<float> v) {
+  U32 u;
+  std::memcpy(&u, &v, sizeof u);
+  const U32 sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  const U32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Vec<float> shifted = bits_to_float(magnitude) + 0.5f;
+  U32 denormal;
+  std::memcpy(&denormal, &shifted, sizeof denormal);
+  U32 half = magnitude < 0x38800000u ? denormal - 0x3f000000u : normal;
+  half = magnitude >= 0x47800000u ? (half & 0u) + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? (half & 0u) + 0x7e00u : half;
+  store_halves(p, half | sign);
+}
+
 template <class S>
 inline typename S::T load_one(const typename S::Memory* p) {
   if constexpr (sizeof(typename S::Memory) == 2) {

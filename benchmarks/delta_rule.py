@@ -1,0 +1,166 @@
+"""Cases of family `delta_rule`. Peers: the chunk form in plain torch, and transformers' PyTorch fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from pyrepr.benchmarks.harness import Case, Workload, module_error
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import pyrepr
+from pyrepr.reference import delta_rule as reference
+
+
+def plain_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, size: int = 32) -> Tensor:
+    """The chunk form of the delta rule as one writes it in torch: all chunks at once, then the state through them.
+
+    q, k: [B, T, H, K], v: [B, T, H, V], g, beta: [B, T, H] -> [B, T, H, V]; T is a multiple of the chunk size.
+    """
+
+    def chunked(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [B, H, n, C, ...]
+        return x.transpose(1, 2).unflatten(2, (-1, size))
+
+    out_dtype = v.dtype
+    q, k, v, beta = (chunked(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (q, k, v, beta))
+    q = q * q.shape[-1] ** -0.5
+    total = torch.zeros_like(beta) if g is None else chunked(g.to(beta.dtype)).cumsum(-1)
+    after = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    gamma = (total[..., :, None] - total[..., None, :]).masked_fill(~after, -torch.inf).exp()
+    weighted = k * beta[..., None]
+    a = ((weighted @ k.mT) * gamma).tril(-1)
+    eye = torch.eye(size, dtype=q.dtype, device=q.device)
+    inverse = torch.linalg.solve_triangular(a + eye, eye.expand_as(a), upper=False, unitriangular=True)
+    u, w = inverse @ (v * beta[..., None]), inverse @ (weighted * total.exp()[..., None])
+    p, decayed = (q @ k.mT) * gamma, q * total.exp()[..., None]
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    outputs = []
+    for i in range(q.shape[2]):
+        values = u[:, :, i] - w[:, :, i] @ state
+        outputs.append(decayed[:, :, i] @ state + p[:, :, i] @ values)
+        end = total[:, :, i, -1:, None]
+        state = state * end.exp() + (k[:, :, i] * (end - total[:, :, i, :, None]).exp()).mT @ values
+    return torch.cat(outputs, 2).transpose(1, 2).to(out_dtype)
+
+
+def _transformers(name: str) -> Callable | None:
+    """A fallback function of transformers' Qwen3-Next, where there is one."""
+    if module_error("transformers", "transformers"):
+        return None
+    try:
+        from transformers.models.qwen3_next import modeling_qwen3_next as module
+    except ImportError:
+        return None
+    return getattr(module, name, None)
+
+
+def _inputs(T: int, H: int, K: int, rule: str, dtype: torch.dtype = torch.float32, B: int = 1) -> list[Tensor]:
+    """q, k (unit), v, then g unless the rule is plain, then beta."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, T, H, K, generator=generator) for _ in range(3))
+    beta = torch.rand(B, T, H, generator=generator)
+    gate = [] if rule == "plain" else [-0.2 * torch.rand(B, T, H, *([K] if rule == "kda" else []), generator=generator)]
+    return [q.to(dtype), normalize(k, dim=-1).to(dtype), v.to(dtype), *gate, beta]
+
+
+def _peers(rule: str) -> dict[str, Callable[..., Tensor]]:
+    """Name → function of q, k, v, (g,) beta."""
+    if rule == "kda":
+        return {}
+
+    def plain(size: int) -> Callable[..., Tensor]:
+        return lambda q, k, v, *rest: plain_chunks(q, k, v, rest[0] if len(rest) == 2 else None, rest[-1], size)
+
+    peers = {"plain torch, C=32": plain(32), "plain torch, C=64": plain(64)}
+    fallback = _transformers("torch_chunk_gated_delta_rule")
+    if fallback and rule == "gated":
+        peers["transformers fallback"] = lambda q, k, v, g, beta: fallback(q, k, v, g=g, beta=beta)[0]
+    return peers
+
+
+OURS = {"plain": pyrepr.chunk_delta_rule, "gated": pyrepr.chunk_gated_delta_rule, "kda": pyrepr.chunk_kda}
+
+
+def _operations(T: int, H: int, K: int, chunk: int = 32) -> float:
+    """Of the forward, two per multiply-add: three K × K products per token, and inside the chunk half of five."""
+    return 2.0 * T * H * (3 * K * K + 5 * chunk * K / 2)
+
+
+def _truth(inputs: Sequence[Tensor]) -> Tensor:
+    q, k, v, *gate, beta = (x.double() for x in inputs)
+    return reference.delta_rule(q, k, v, gate[0] if gate else None, beta)[0]
+
+
+def _forward(rule: str, T: int, H: int, K: int, dtype: torch.dtype = torch.float32) -> Workload:
+    inputs = _inputs(T, H, K, rule, dtype)
+    functions = {"pyrepr": lambda *x: OURS[rule](*x)[0]}
+    if dtype != torch.float32:
+        wide = [x.float() for x in inputs]
+        functions["pyrepr in float32"] = lambda *_: OURS[rule](*wide)[0]
+    functions |= _peers(rule)
+    return Workload(
+        {name: lambda f=f: f(*inputs) for name, f in functions.items()},
+        truth=lambda: _truth(inputs),
+        tolerance=2e-6 if dtype == torch.float32 else 8e-3,
+        flops=_operations(T, H, K),
+        bytes=4 * T * H * K * inputs[0].element_size(),
+    )
+
+
+def _training(rule: str, T: int, H: int, K: int) -> Workload:
+    inputs = _inputs(T, H, K, rule)
+    weights = torch.randn(inputs[2].shape, generator=torch.Generator().manual_seed(1))
+
+    def step(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        o = function(*leaves)
+        return o.detach(), *torch.autograd.grad(o, leaves, weights.to(o.dtype))
+
+    functions = {"pyrepr": lambda *x: OURS[rule](*x)[0]} | _peers(rule)
+    return Workload(
+        {name: lambda f=f: step(f, inputs) for name, f in functions.items()},
+        truth=lambda: step(_peers("plain")["plain torch, C=32"], [x.double() for x in inputs]),
+        tolerance=1e-5,
+        flops=_operations(T, H, K) + 2.0 * T * H * (8 * K * K + 15 * 32 * K / 2),
+        bytes=11 * T * H * K * 4,
+    )
+
+
+def _decoding(H: int, K: int) -> Workload:
+    """One token with a state. The state does not change between rounds, so that all see the same."""
+    inputs = _inputs(1, H, K, "gated")
+    q, k, v, g, beta = inputs
+    start = torch.randn(1, H, K, K, generator=torch.Generator().manual_seed(2))
+    out = torch.empty_like(start)
+    ours = pyrepr.fused_recurrent_gated_delta_rule
+    functions = {
+        "pyrepr": lambda: ours(*inputs, initial_state=start, output_final_state=True),
+        "pyrepr, out_state": lambda: ours(*inputs, initial_state=start, out_state=out),
+    }
+    fallback = _transformers("torch_recurrent_gated_delta_rule")
+    if fallback:
+        functions["transformers fallback"] = lambda: fallback(
+            q, k, v, g=g, beta=beta, initial_state=start, output_final_state=True
+        )
+
+    def truth() -> tuple[Tensor, Tensor]:
+        return reference.delta_rule(*(x.double() for x in inputs), None, start.double())
+
+    return Workload(functions, truth, tolerance=2e-6, flops=6.0 * H * K * K, bytes=8 * H * K * K)
+
+
+def cases() -> list[Case]:
+    """All cases of the family, small ones first."""
+    shape = "B=1 T=2048 H=8 K=V=128"
+    return [
+        Case("decode, gated", "B=1 H=8 K=V=128", lambda: _decoding(8, 128), quick=True),
+        Case("delta rule forward", "B=1 T=512 H=8 K=V=64", lambda: _forward("plain", 512, 8, 64), quick=True),
+        Case("delta rule forward", shape, lambda: _forward("plain", 2048, 8, 128), quick=True),
+        Case("gated forward", shape, lambda: _forward("gated", 2048, 8, 128), quick=True),
+        Case("KDA forward", shape, lambda: _forward("kda", 2048, 8, 128), quick=True),
+        Case("gated forward, bf16", shape, lambda: _forward("gated", 2048, 8, 128, torch.bfloat16)),
+        Case("delta rule forward+backward", shape, lambda: _training("plain", 2048, 8, 128)),
+        Case("gated forward+backward", shape, lambda: _training("gated", 2048, 8, 128)),
+        Case("gated forward+backward", "B=1 T=16384 H=2 K=V=128", lambda: _training("gated", 16384, 2, 128)),
+    ]

@@ -1,0 +1,117 @@
+// Bindings of family `delta_rule`.
+#include "bindings/common.h"
+
+namespace pyrepr {
+namespace {
+
+// What every function of the family takes, with its lifetime.
+struct DeltaRuleArguments {
+  std::vector<int64_t> bounds;
+  cpu::DeltaRuleProblem problem;
+
+  // addresses: q, k, v, g, beta, initial state; strides: batch, token and head of q, k, v; sizes: B, T, H, K, HV, V.
+  DeltaRuleArguments(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
+                     const std::vector<int64_t>& sizes, int dtype, bool gate_per_key, std::vector<int64_t> bounds_,
+                     double scale, bool l2norm, int threads)
+      : bounds(std::move(bounds_)) {
+    if (addresses.size() != 6 || strides.size() != 9 || sizes.size() != 6)
+      throw std::invalid_argument("DeltaRule takes 6 addresses, 9 strides and 6 sizes");
+    for (int64_t size : sizes)
+      if (size < 0) throw std::invalid_argument("a size is negative");
+    const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], value_heads = sizes[4];
+    if (heads < 1 || value_heads % heads) throw std::invalid_argument("HV must be a multiple of H");
+    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 runs in the reference");
+    if (threads < 1) throw std::invalid_argument("threads must be positive");
+    if (!bounds.empty()) {
+      if (batch != 1 || bounds.front() != 0 || bounds.back() != total)
+        throw std::invalid_argument("cu_seqlens must go from 0 to T with B = 1");
+      for (size_t i = 1; i < bounds.size(); i++)
+        if (bounds[i] < bounds[i - 1]) throw std::invalid_argument("cu_seqlens must not decrease");
+    }
+    const bool no_keys = batch * total * sizes[3] == 0, no_values = batch * total * value_heads * sizes[5] == 0;
+    const bool no_gates = batch * total * value_heads == 0;
+    const auto tokens = [&](size_t i, const char* name, bool empty) {
+      return cpu::Tokens{pointer<const void>(addresses[i], name, empty), strides[3 * i], strides[3 * i + 1],
+                         strides[3 * i + 2]};
+    };
+    problem.q = tokens(0, "q", no_keys);
+    problem.k = tokens(1, "k", no_keys);
+    problem.v = tokens(2, "v", no_values);
+    problem.g = pointer<const float>(addresses[3], "g", true);
+    problem.beta = pointer<const float>(addresses[4], "beta", no_gates);
+    problem.initial = pointer<const float>(addresses[5], "initial_state", true);
+    problem.batch = batch;
+    problem.total = total;
+    problem.heads = heads;
+    problem.width = sizes[3];
+    problem.value_heads = value_heads;
+    problem.value_width = sizes[5];
+    problem.bounds = bounds.empty() ? nullptr : bounds.data();
+    problem.sequences = bounds.empty() ? batch : static_cast<int64_t>(bounds.size()) - 1;
+    problem.dtype = dtype_of(dtype);
+    problem.gate_per_key = gate_per_key;
+    problem.l2norm = l2norm;
+    problem.scale = static_cast<float>(scale);
+    problem.threads = threads;
+  }
+
+  bool no_tokens() const { return problem.batch * problem.total * problem.value_heads * problem.value_width == 0; }
+  bool no_states() const { return problem.sequences * problem.value_heads * problem.width * problem.value_width == 0; }
+
+  // How many states the forward keeps, as delta_rule.h lays them out.
+  int64_t states_needed(int64_t segment) const {
+    int64_t needed = 0;
+    for (int64_t i = 0; i < problem.sequences; i++) {
+      const int64_t length = bounds.empty() ? problem.total : bounds[i + 1] - bounds[i];
+      const int64_t chunks = (length + cpu::kDeltaChunk - 1) / cpu::kDeltaChunk;
+      needed += (chunks + segment - 1) / segment;
+    }
+    return needed;
+  }
+
+  cpu::DeltaRuleStates states(uintptr_t data, int64_t slots, int64_t segment) const {
+    if (segment < 1) throw std::invalid_argument("segment must be positive");
+    if (slots && slots < states_needed(segment)) throw std::invalid_argument("too few slots for the states to keep");
+    return {slots ? pointer<float>(data, "checkpoints", no_states()) : nullptr, slots, segment};
+  }
+};
+
+void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uintptr_t kept, int64_t slots,
+                        int64_t segment) {
+  const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
+  void* const out = pointer<void>(o, "o", a.no_tokens());
+  float* const state = pointer<float>(final, "final_state", a.no_states());
+  py::gil_scoped_release release;
+  check(current_level().delta_rule().forward(a.problem, out, state, states));
+}
+
+void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, int64_t segment,
+                         const std::vector<uintptr_t>& grads) {
+  if (grads.size() != 7) throw std::invalid_argument("backward takes 7 gradients");
+  if (a.problem.gate_per_key) throw std::invalid_argument("a gate per key runs in the reference");
+  const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
+  if (!slots && a.states_needed(segment)) throw std::invalid_argument("the forward kept no states");
+  const bool no_values = a.no_tokens(), no_gates = a.problem.batch * a.problem.total * a.problem.value_heads == 0;
+  const bool no_keys = no_gates || a.problem.width == 0;
+  const cpu::DeltaRuleGradients out{pointer<const float>(grads[0], "grad_o", no_values),
+                                    pointer<float>(grads[1], "dq", no_keys),
+                                    pointer<float>(grads[2], "dk", no_keys),
+                                    pointer<float>(grads[3], "dv", no_values),
+                                    pointer<float>(grads[4], "dg", no_gates),
+                                    pointer<float>(grads[5], "dbeta", no_gates),
+                                    pointer<float>(grads[6], "dstate", a.no_states())};
+  py::gil_scoped_release release;
+  check(current_level().delta_rule().backward(a.problem, states, out));
+}
+
+}  // namespace
+
+void bind_delta_rule(py::module_& m) {
+  py::class_<DeltaRuleArguments>(m, "DeltaRule")
+      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int, bool,
+                    std::vector<int64_t>, double, bool, int>())
+      .def("forward", &delta_rule_forward)
+      .def("backward", &delta_rule_backward);
+}
+
+}  // namespace pyrepr

@@ -1,0 +1,299 @@
+// Family `delta_rule` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in delta_rule.h.
+//
+// Work, at best, per token and head with C = 32: forward 3 K V + C (2 K + V) multiply-adds, backward 8 K V + 7 C K or
+// so; bytes: the inputs once, the outputs once. S, and what a chunk needs, stay in L1 and L2.
+//
+// A task is one sequence of one value head; the forward also cuts the value columns (they are independent given X and
+// P) when there are fewer of those than threads. No task shares a sum with another, so the bits are the same for any
+// number of threads.
+#include "cpu/delta_rule.h"
+
+#include <omp.h>
+
+#include "cpu/delta_rule_backward.h"
+#include "cpu/delta_rule_chunk.h"
+
+namespace pyrepr::cpu::PYREPR_LEVEL {
+namespace {
+
+constexpr int64_t kShort = 8;  // tokens up to which the recurrence itself is run, on the state where it stands
+constexpr int64_t kSmall = int64_t(1) << 18;  // elements of all states times tokens below which threads do not pay
+
+// One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
+// since S'^T q = (e^g S)^T q + <k, q> delta.
+struct Token {
+  float *k, *decay, *decayed_k, *decayed_q;  // [K] k, e^g, e^g k, e^g q
+  float beta, kq;
+
+  static int64_t size(int64_t width) { return 4 * round_up(width, NR); }
+  Token(float* memory, int64_t width) {
+    k = memory;
+    decay = k + round_up(width, NR);
+    decayed_k = decay + round_up(width, NR);
+    decayed_q = decayed_k + round_up(width, NR);
+  }
+
+  template <class S>
+  void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t) {
+    const int64_t padded = round_up(p.width, NR), row = s.row(p, t);
+    load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
+    load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
+    beta = p.beta[row];
+    const V same = p.g && !p.gate_per_key ? exponential(splat<float>(p.g[row])) : splat<float>(1);
+    V products{};
+    for (int64_t c = 0; c < padded; c += W) {
+      const V key = pyrepr::load<float>(k + c), query = pyrepr::load<float>(decayed_q + c);
+      const V e = p.gate_per_key
+                      ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
+                      : same;
+      products += key * query;
+      store<float>(decay + c, e);
+      store<float>(decayed_k + c, key * e);
+      store<float>(decayed_q + c, query * e);
+    }
+    kq = static_cast<float>(lane_sum<float>(products));
+  }
+
+  // state [K, NV * W] forward by this token; v, o [NV * W].
+  template <int NV>
+  void step(int64_t width, float* state, int64_t stride, const float* v, float* o) const {
+    // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
+    constexpr int64_t rows = 8;
+    V erased[NV] = {}, read[NV] = {}, delta[NV];
+    int64_t i = 0;
+    for (; i + rows <= width; i += rows)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        V e{}, r{};
+#pragma GCC unroll 8
+        for (int64_t row = i; row < i + rows; row++) {
+          const V s = pyrepr::load<float>(state + row * stride + j * W);
+          e += decayed_k[row] * s;
+          r += decayed_q[row] * s;
+        }
+        erased[j] += e;
+        read[j] += r;
+      }
+    for (; i < width; i++)
+      for (int j = 0; j < NV; j++) {
+        const V s = pyrepr::load<float>(state + i * stride + j * W);
+        erased[j] += decayed_k[i] * s;
+        read[j] += decayed_q[i] * s;
+      }
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) {
+      delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
+      store<float>(o + j * W, read[j] + kq * delta[j]);
+    }
+    for (i = 0; i < width; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        float* const at = state + i * stride + j * W;
+        store<float>(at, decay[i] * pyrepr::load<float>(at) + k[i] * delta[j]);
+      }
+  }
+};
+
+template <class S>
+class DeltaRule {
+ public:
+  using Element = typename S::Memory;
+
+  static Status forward(const DeltaRuleProblem& p, void* o_, float* final, const DeltaRuleStates& states) {
+    Element* const o = static_cast<Element*>(o_);
+    const int64_t heads = p.sequences * p.value_heads, panels = ceil_div(p.value_width, NR);
+    if (heads == 0 || panels == 0) return Status::ok;
+    const int64_t work = heads * p.width * p.value_width * (p.bounds ? ceil_div(p.total, p.sequences) : p.total);
+    const int threads = work < kSmall ? 1 : p.threads;
+    const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
+    const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
+    const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
+    const Memory memory(bytes * threads);
+    if (!memory.ok()) return Status::out_of_memory;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < heads * slices; task++) {
+      float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
+      const Sequence s(p, task / slices);
+      const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
+      if (columns <= 0) continue;
+      Columns at{p, s, v0, columns, o, final + s.state_offset(p) + v0};
+      if (s.length <= kShort && !states.data)
+        walk_in_place(at, scratch);
+      else if (p.gate_per_key)
+        walk_tokens(at, scratch);
+      else
+        walk_chunks(at, states, scratch);
+    }
+    return Status::ok;
+  }
+
+  static Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
+    const int64_t tasks = p.sequences * p.value_heads;
+    if (tasks == 0 || p.value_width == 0) return Status::ok;
+    const int64_t bytes = round_up(DeltaRuleBackward<S>::size(p, states.segment) * 4, 64);
+    const Memory memory(bytes * p.threads);
+    if (!memory.ok()) return Status::out_of_memory;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t task = 0; task < tasks; task++) {
+      const Sequence s(p, task);
+      DeltaRuleBackward<S>(p, s, states, grads, memory.as<float>(bytes * omp_get_thread_num())).run();
+    }
+    return Status::ok;
+  }
+
+ private:
+  // What one task of the forward works on: value columns [v0, v0 + columns) of a sequence.
+  struct Columns {
+    const DeltaRuleProblem& p;
+    const Sequence& s;
+    int64_t v0, columns;
+    Element* o;    // [B, T, HV, V]
+    float* final;  // [K, columns], rows of V
+
+    const float* initial() const { return p.initial ? p.initial + s.state_offset(p) + v0 : nullptr; }
+    const Element* v(int64_t t, int64_t c) const { return s.token<S>(p.v, t, s.value_head) + v0 + c; }
+    Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
+
+    // Asks for the part of the chunk at t0 that falls to the panel at column c when the chunk is shared out evenly.
+    __attribute__((always_inline)) void prefetch_share(int64_t t0, int64_t c) const {
+      const int64_t first = t0 + C * c / columns, last = t0 + C * smaller<int64_t>(c + NR, columns) / columns;
+      prefetch<S>(s, p.k, first, last, s.head, p.width);
+      prefetch<S>(s, p.q, first, last, s.head, p.width);
+      prefetch<S>(s, p.v, first, last, s.value_head, p.value_width);
+    }
+
+    void load_state(const Panels& state) const {
+      const int64_t padded = round_up(p.width, NR);
+      if (initial())
+        load_matrix<StoreF32>(initial(), p.value_width, p.width, padded, columns, state);
+      else
+        zero(state.data, Panels::size(padded, columns));
+    }
+  };
+
+  static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
+    const int64_t padded = round_up(p.width, NR);
+    return Chunk::size(padded) + padded * slice + 3 * C * NR + C * Token::size(p.width);
+  }
+
+  static void walk_chunks(const Columns& at, const DeltaRuleStates& states, float* scratch) {
+    const DeltaRuleProblem& p = at.p;
+    const int64_t padded = round_up(p.width, NR);
+    Chunk chunk(scratch, padded);
+    const Panels state{scratch + Chunk::size(padded), padded};
+    const Panels v{state.data + Panels::size(padded, at.columns), C}, values{v.data + C * NR, C},
+        o{values.data + C * NR, C};
+    at.load_state(state);
+    const int64_t slot = states.data ? at.s.first_slot(p, states.segment) : 0;
+    for (int64_t t0 = 0, number = 0; t0 < at.s.length; t0 += C, number++) {
+      if (states.data && number % states.segment == 0) {
+        const int64_t head = (slot + number / states.segment) * p.value_heads + at.s.value_head;
+        store_matrix<StoreF32>(state, p.width, at.columns, states.data + head * p.width * p.value_width + at.v0,
+                               p.value_width);
+      }
+      const int64_t rows = smaller(C, at.s.length - t0);
+      chunk.load_k<S>(p, at.s, t0);
+      chunk.solve(p);
+      chunk.load_q<S>(p, at.s, t0, p.scale);
+      chunk.gate_keys(p.width);
+      if (chunk.gates.gated) scale_columns(chunk.qt, p.width, chunk.gates.decay);
+      for (int64_t c = 0; c < at.columns; c += NR) {
+        const Panels slice = state.panel(c / NR);
+        const int64_t n = smaller<int64_t>(NR, at.columns - c);
+        at.prefetch_share(t0 + C, c);
+        load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
+        new_values(p, chunk, slice, n, v, values);
+        multiply_panels<Part::all, true>(chunk.qt, C, slice, n, p.width, o);
+        multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+        store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
+        advance(p, chunk, values, n, slice);
+      }
+    }
+    store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
+  }
+
+  template <int NV>
+  static void step_columns(const Columns& at, const Token& token, int64_t t, int64_t c, float* state, int64_t stride) {
+    alignas(64) float v[NV * W], o[NV * W];
+    for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(t, c + j * W), at.columns - c - j * W));
+    token.step<NV>(at.p.width, state, stride, v, o);
+    for (int j = 0; j < NV; j++) store_some<S>(at.out(t, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
+  }
+
+  // Token by token, a panel of the state at a time: it stays in L1 for the C tokens whose keys are at hand.
+  static void walk_tokens(const Columns& at, float* scratch) {
+    const DeltaRuleProblem& p = at.p;
+    const int64_t padded = round_up(p.width, NR);
+    const Panels state{scratch, padded};
+    float* const tokens = scratch + Panels::size(padded, at.columns);
+    at.load_state(state);
+    for (int64_t t0 = 0; t0 < at.s.length; t0 += C) {
+      const int64_t rows = smaller(C, at.s.length - t0);
+      float numbers[C][2];
+      for (int64_t t = 0; t < rows; t++) {
+        Token token(tokens + t * Token::size(p.width), p.width);
+        token.load<S>(p, at.s, t0 + t);
+        numbers[t][0] = token.beta;
+        numbers[t][1] = token.kq;
+      }
+      for (int64_t c = 0; c < at.columns; c += NR)
+        for (int64_t t = 0; t < rows; t++) {
+          Token token(tokens + t * Token::size(p.width), p.width);
+          token.beta = numbers[t][0];
+          token.kq = numbers[t][1];
+          if (at.columns - c > W)
+            step_columns<2>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
+          else
+            step_columns<1>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
+        }
+    }
+    store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
+  }
+
+  // A few tokens: every one is a pass over the state in its own memory.
+  static void walk_in_place(const Columns& at, float* scratch) {
+    const DeltaRuleProblem& p = at.p;
+    const int64_t stride = p.value_width;
+    for (int64_t i = 0; i < p.width && at.initial() != at.final; i++) {
+      if (at.initial())
+        std::memcpy(at.final + i * stride, at.initial() + i * stride, static_cast<size_t>(at.columns) * 4);
+      else
+        zero(at.final + i * stride, at.columns);
+    }
+    Token token(scratch, p.width);
+    const Panels rest{scratch + Token::size(p.width), p.width};
+    for (int64_t t = 0; t < at.s.length; t++) {
+      token.load<S>(p, at.s, t);
+      int64_t c = 0;
+      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, at.final + c, stride);
+      for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, at.final + c, stride);
+      if (c == at.columns) continue;
+      load_matrix<StoreF32>(at.final + c, stride, p.width, p.width, at.columns - c, rest);
+      step_columns<1>(at, token, t, c, rest.data, NR);
+      store_matrix<StoreF32>(rest, p.width, at.columns - c, at.final + c, stride);
+    }
+  }
+};
+
+#define PYREPR_BY_DTYPE(call)            \
+  switch (p.dtype) {                     \
+    case DType::bf16:                    \
+      return DeltaRule<StoreBf16>::call; \
+    case DType::f16:                     \
+      return DeltaRule<StoreF16>::call;  \
+    default:                             \
+      return DeltaRule<StoreF32>::call;  \
+  }
+Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRuleStates& states) {
+  PYREPR_BY_DTYPE(forward(p, o, final, states));
+}
+Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
+  PYREPR_BY_DTYPE(backward(p, states, grads));
+}
+#undef PYREPR_BY_DTYPE
+
+}  // namespace
+
+DeltaRuleFunctions delta_rule_functions() { return {forward, backward}; }
+
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

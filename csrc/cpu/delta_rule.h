@@ -1,0 +1,92 @@
+// Family `delta_rule` on the CPU: what csrc/bindings/delta_rule.cpp calls and delta_rule.cpp defines once per
+// instruction set.
+//
+//   S <- e^{g_t} S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t          S [K, V]
+//
+// In chunks of kChunk tokens, with S the state before the chunk, q already scaled, G = cumsum(g) inside the chunk and
+// Gamma_ts = e^{G_t - G_s} for t >= s:
+//
+//   A = tril(diag(beta) (K K^T o Gamma), -1)      X = (I + A)^-1      P = tril(Q K^T o Gamma)
+//   R = diag(beta) (V - diag(e^G) K S)            V' = X R            O = diag(e^G) Q S + P V'
+//   S' = e^{G_C} S + K^T diag(e^{G_C - G}) V'
+//
+// Backward, chunks in reverse, given dO and dS' (o: elementwise product):
+//
+//   dV' = P^T dO + diag(e^{G_C - G}) K dS'        dR = X^T dV'        dV = diag(beta) dR
+//   D = tril(dO V'^T) o Gamma                     M = -tril(dR V'^T, -1) o Gamma   (the derivative of A is dR V'^T)
+//   dQ = diag(e^G) dO S^T + D K                   Z = M K - diag(e^G) dR S^T
+//   dK = diag(beta) Z + [diag(e^{G_C - G}) V' dS'^T + D^T Q + M^T diag(beta) K]
+//   dS = e^{G_C} dS' + Q^T diag(e^G) dO - K^T diag(beta e^G) dR
+//   dbeta = rowsum(dR o V + Z o K)
+//   dG = rowsum(dQ o Q + beta Z o K - [..] o K),  dG_last += e^{G_C} <S, dS'> + sum of diag(e^{G_C - G}) V' dS'^T o K
+//   dg = reverse cumsum of dG
+//
+// because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s.
+#pragma once
+
+#include "common.h"
+
+namespace pyrepr::cpu {
+
+constexpr int64_t kDeltaChunk = 32;  // tokens; `CHUNK` in pyrepr/ops/delta_rule.py
+
+// Where element (b, t, h, 0) of a [B, T, H, D] tensor stands: data + b * batch + t * token + h * head; D is dense.
+struct Tokens {
+  const void* data;
+  int64_t batch, token, head;
+};
+
+struct DeltaRuleProblem {
+  Tokens q, k;           // [B, T, H, K]
+  Tokens v;              // [B, T, HV, V]
+  const float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
+  const float* beta;     // [B, T, HV]
+  const float* initial;  // [N, HV, K, V]; null: zero
+  int64_t batch, total, heads, width, value_heads, value_width;
+  const int64_t* bounds;  // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
+  int64_t sequences;      // N
+  DType dtype;            // of q, k and v; not f64
+  bool gate_per_key;
+  bool l2norm;
+  float scale;
+  int threads;
+};
+
+// The states before chunks 0, segment, 2 segment, ... of every sequence, one sequence after the other.
+struct DeltaRuleStates {
+  float* data;  // [slots, HV, K, V]; null: none are kept
+  int64_t slots;
+  int64_t segment;
+};
+
+struct DeltaRuleGradients {
+  const float* o;  // [B, T, HV, V] given
+  float* q;        // [B, T, HV, K]
+  float* k;        // [B, T, HV, K]
+  float* v;        // [B, T, HV, V]
+  float* g;        // [B, T, HV]
+  float* beta;     // [B, T, HV]
+  float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
+};
+
+struct DeltaRuleFunctions {
+  // o [B, T, HV, V] in the problem's dtype, final [N, HV, K, V]; `final` may be `initial`.
+  Status (*forward)(const DeltaRuleProblem&, void* o, float* final, const DeltaRuleStates&);
+  // Not for gate_per_key. `states` as the forward left them.
+  Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
+};
+
+namespace baseline {
+DeltaRuleFunctions delta_rule_functions();
+}
+namespace avx2 {
+DeltaRuleFunctions delta_rule_functions();
+}
+namespace avx512 {
+DeltaRuleFunctions delta_rule_functions();
+}
+namespace avx512_bf16 {
+DeltaRuleFunctions delta_rule_functions();
+}
+
+}  // namespace pyrepr::cpu

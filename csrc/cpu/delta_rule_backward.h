@@ -1,0 +1,242 @@
+// The backward of the delta rule for one sequence of one value head; formulas and names are those of delta_rule.h.
+// Included by level units only (see simd.h).
+#pragma once
+
+#include "cpu/delta_rule_chunk.h"
+
+namespace pyrepr::cpu::PYREPR_LEVEL {
+namespace {
+
+// Sum over a row of the elementwise product of x and y, both [C, columns].
+inline float row_product(const Panels& x, const Panels& y, int64_t t, int64_t columns) {
+  V sum{};
+  for (int64_t c = 0; c < columns; c += W) sum += load<float>(x.at(t, c)) * load<float>(y.at(t, c));
+  return static_cast<float>(lane_sum<float>(sum));
+}
+
+template <class S>
+class DeltaRuleBackward {
+ public:
+  // Floats one thread needs: the states, V' and X^T of a segment, the gradient of the state, and one chunk's matrices.
+  static int64_t size(const DeltaRuleProblem& p, int64_t segment) {
+    const int64_t k = round_up(p.width, NR), v = round_up(p.value_width, NR);
+    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C;
+  }
+
+  DeltaRuleBackward(const DeltaRuleProblem& p, const Sequence& s, const DeltaRuleStates& states,
+                    const DeltaRuleGradients& grads, float* memory)
+      : p(p),
+        s(s),
+        states(states),
+        grads(grads),
+        kp(round_up(p.width, NR)),
+        vp(round_up(p.value_width, NR)),
+        chunk(memory, kp) {
+    float* next = memory + Chunk::size(kp);
+    const auto take = [&next](int64_t rows, int64_t cols) {
+      const Panels matrix{next, rows};
+      next += rows * cols;
+      return matrix;
+    };
+    segment_states = take(kp, vp * states.segment);
+    segment_values = take(C, vp * states.segment);
+    segment_inverses = take(C, C * states.segment);
+    dstate = take(kp, vp);
+    turned_state = take(vp, kp);
+    d_o = take(C, vp);
+    d_r = take(C, vp);
+    d_values = take(C, vp);
+    d_ot = take(vp, C);
+    d_rt = take(vp, C);
+    values_t = take(vp, C);
+    dq = take(C, kp);
+    z = take(C, kp);
+    rest = take(C, kp);
+    d = take(C, C);
+    dt = take(C, C);
+    m = take(C, C);
+    turned = take(C, C);
+  }
+
+  void run() {
+    float* const given = grads.state + s.state_offset(p);
+    load_matrix<StoreF32>(given, p.value_width, p.width, kp, p.value_width, dstate);
+    const int64_t slot = s.first_slot(p, states.segment);
+    for (int64_t i = ceil_div(s.chunks(), states.segment) - 1; i >= 0; i--) {
+      const int64_t first = i * states.segment, last = smaller(first + states.segment, s.chunks());
+      recompute((slot + i) * p.value_heads + s.value_head, first, last);
+      for (int64_t number = last - 1; number >= first; number--) step(number * C, number - first);
+    }
+    store_matrix<StoreF32>(dstate, p.width, p.value_width, given, p.value_width);
+  }
+
+ private:
+  const DeltaRuleProblem& p;
+  const Sequence& s;
+  const DeltaRuleStates& states;
+  const DeltaRuleGradients& grads;
+  const int64_t kp, vp;
+  Chunk chunk;
+  Panels segment_states, segment_values, segment_inverses;  // [K, V], [C, V] V' and [C, C] X^T of every chunk
+  Panels dstate, turned_state;                              // dS' [K, V]; S^T, then dS'^T [V, K]
+  Panels d_o, d_r, d_values;                                // scale dO, dR, dV' [C, V]
+  Panels d_ot, d_rt, values_t;                              // transposed [V, C]
+  Panels dq, z, rest;                                       // dQ, Z and the bracket of dK [C, K]
+  Panels d, dt, m, turned;                                  // D^T, D, M^T; whatever has to be transposed [C, C]
+
+  Panels state_of(int64_t i) const { return {segment_states.data + i * kp * vp, kp}; }
+  Panels values_of(int64_t i) const { return {segment_values.data + i * C * vp, C}; }
+  Panels inverse_of(int64_t i) const { return {segment_inverses.data + i * C * C, C}; }
+  const typename S::Memory* v(int64_t t) const { return s.token<S>(p.v, t, s.value_head); }
+
+  // S, V' and X^T of chunks [first, last), from the kept state before `first`.
+  void recompute(int64_t kept, int64_t first, int64_t last) {
+    const float* const start = states.data + kept * p.width * p.value_width;
+    load_matrix<StoreF32>(start, p.value_width, p.width, kp, p.value_width, state_of(0));
+    const Panels scratch = d_r, used = d_values;
+    for (int64_t i = 0; first + i < last; i++) {
+      const int64_t t0 = (first + i) * C;
+      chunk.load_k<S>(p, s, t0);
+      prefetch<S>(s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
+      prefetch<S>(s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      chunk.solve(p);
+      std::memcpy(inverse_of(i).data, chunk.xt.data, C * C * sizeof(float));
+      chunk.gate_keys(p.width);
+      load_matrix<S>(v(t0), p.v.token, smaller(C, s.length - t0), C, p.value_width, scratch);
+      new_values(p, chunk, state_of(i), vp, scratch, values_of(i));
+      if (first + i + 1 == last) break;
+      std::memcpy(used.data, values_of(i).data, static_cast<size_t>(C * vp) * sizeof(float));
+      std::memcpy(state_of(i + 1).data, state_of(i).data, static_cast<size_t>(kp * vp) * sizeof(float));
+      advance(p, chunk, used, vp, state_of(i + 1));
+    }
+  }
+
+  // The gradients of the chunk at t0, the i-th of its segment; dS' becomes dS.
+  void step(int64_t t0, int64_t i) {
+    const int64_t rows = smaller(C, s.length - t0);
+    const Panels state = state_of(i), values = values_of(i);
+    chunk.load_k<S>(p, s, t0);
+    chunk.load_q<S>(p, s, t0, 1);
+    load_matrix<StoreF32>(grads.o + s.row(p, t0) * p.value_width, p.value_heads * p.value_width, rows, C, p.value_width,
+                          d_o);
+    for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
+
+    if (t0 > 0) {
+      const Tokens o{grads.o, p.total * p.value_heads * p.value_width, p.value_heads * p.value_width, p.value_width};
+      prefetch<S>(s, p.q, t0 - C, t0, s.head, p.width);
+      prefetch<S>(s, p.k, t0 - C, t0, s.head, p.width);
+      prefetch<S>(s, p.v, t0, t0 + C, s.value_head, p.value_width);
+      prefetch<StoreF32>(s, o, t0 - C, t0, s.value_head, p.value_width);
+    }
+    value_gradients(inverse_of(i));
+    transpose_panels(values, C, vp, values_t);
+    transpose_panels(d_o, C, vp, d_ot);
+    transpose_panels(d_r, C, vp, d_rt);
+    pair_gradients();
+    key_gradients(state);
+    double last = 0;  // what dG of the last token gets besides its own
+    for (int64_t t = 0; t < rows; t++) last += row_product(rest, chunk.k, t, kp);
+    if (chunk.gates.gated) last += state_product(state);
+    multiply_panels<Part::terms_from, false>(dt, C, chunk.q, kp, C, rest);
+    multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
+    write(t0, rows, last);
+    state_gradient();
+  }
+
+  // dV' and dR.
+  void value_gradients(const Panels& inverse) {
+    const Gates& gates = chunk.gates;
+    if (gates.gated) scale_columns(chunk.kt, p.width, gates.tail);
+    multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values);
+    transpose_panels(chunk.pt, C, C, turned);
+    multiply_panels<Part::terms_from, false>(turned, C, d_o, vp, C, d_values);
+    transpose_panels(inverse, C, C, turned);
+    multiply_panels<Part::terms_from, true>(turned, C, d_values, vp, C, d_r);
+  }
+
+  // D^T and M^T (row s, column t), D, and in `turned` diag(beta) M.
+  void pair_gradients() {
+    multiply_panels<Part::upper, true>(values_t, C, d_ot, C, p.value_width, d);
+    mask_upper(chunk.gamma, d);
+    transpose_panels(d, C, C, dt);
+    multiply_panels<Part::upper, true>(values_t, C, d_rt, C, p.value_width, m);
+    mask_upper(chunk.gamma, m);
+    for (int64_t t = 0; t < C * C; t += W) store<float>(m.data + t, -load<float>(m.data + t));
+    for (int64_t t = 0; t < C; t++) *m.at(t, t) = 0;
+    transpose_panels(m, C, C, turned);
+    scale_rows(turned, C, chunk.gates.beta);
+  }
+
+  // dQ, Z, and in `rest` diag(e^{G_C - G}) V' dS'^T.
+  void key_gradients(const Panels& state) {
+    const Gates& gates = chunk.gates;
+    transpose_panels(state, kp, vp, turned_state);
+    scale_columns(d_rt, p.value_width, gates.decay, -1);
+    if (gates.gated) {
+      scale_columns(d_ot, p.value_width, gates.decay);
+      scale_columns(values_t, p.value_width, gates.tail);
+    }
+    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq);
+    multiply_panels<Part::terms_upto, false>(d, C, chunk.k, kp, C, dq);
+    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z);
+    multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
+    transpose_panels(dstate, kp, vp, turned_state);
+    multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest);
+  }
+
+  // e^{G_C} <S, dS'>
+  double state_product(const Panels& state) const {
+    V sum[4] = {};
+    for (int64_t at = 0; at < kp * vp; at += 4 * W)
+      for (int64_t j = 0; j < 4; j++)
+        sum[j] += load<float>(state.data + at + j * W) * load<float>(dstate.data + at + j * W);
+    return static_cast<double>(chunk.gates.last) * lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  // One row of the gradient of q or k, through the normalisation x = raw * inverse.
+  void write_key(const Panels& gradient, const Panels& x, float inverse, int64_t t, float* out) const {
+    const float along = p.l2norm ? row_product(gradient, x, t, kp) : 0;
+    for (int64_t c = 0; c < p.width; c += W) {
+      const V row = load<float>(gradient.at(t, c));
+      store_some<StoreF32>(out + c, p.width - c, p.l2norm ? (row - load<float>(x.at(t, c)) * along) * inverse : row);
+    }
+  }
+
+  // Everything of the chunk's tokens goes out; `z` becomes dK, d_r becomes dV.
+  void write(int64_t t0, int64_t rows, double last) {
+    const Gates& gates = chunk.gates;
+    const Panels& raw = d_values;
+    load_matrix<S>(v(t0), p.v.token, rows, C, p.value_width, raw);
+    double sum = last;
+    for (int64_t t = rows - 1; t >= 0; t--) {
+      const int64_t row = s.row(p, t0 + t);
+      const float beta = gates.beta[t], own = row_product(z, chunk.k, t, kp);
+      sum += static_cast<double>(row_product(dq, chunk.q, t, kp)) + static_cast<double>(beta) * own;
+      sum -= row_product(rest, chunk.k, t, kp);
+      grads.g[row] = static_cast<float>(sum);
+      grads.beta[row] = row_product(d_r, raw, t, vp) + own;
+      for (int64_t c = 0; c < kp; c += W)
+        store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
+      write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
+      write_key(z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
+    }
+    scale_rows(d_r, vp, gates.beta);
+    store_matrix<StoreF32>(d_r, rows, p.value_width, grads.v + s.row(p, t0) * p.value_width,
+                           p.value_heads * p.value_width);
+  }
+
+  // dS, from dR scaled to dV.
+  void state_gradient() {
+    const Gates& gates = chunk.gates;
+    if (gates.gated) {
+      scale_rows(d_o, vp, gates.decay);
+      scale_rows(d_r, vp, gates.decay);
+    }
+    for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
+    multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last);
+    multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+  }
+};
+
+}  // namespace
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -1,0 +1,286 @@
+// One chunk of the delta rule: its rows brought in, its decays, its triangular matrices. Names are those of
+// delta_rule.h. Included by level units only (see simd.h).
+#pragma once
+
+#include "cpu/delta_rule.h"
+#include "cpu/gemm.h"
+
+namespace pyrepr::cpu::PYREPR_LEVEL {
+namespace {
+
+constexpr int64_t C = kDeltaChunk;
+constexpr int W = Panels::W;
+constexpr int NR = Panels::NR;
+static_assert(C % NR == 0 && C % Panels::MR == 0, "a chunk must fill panels");
+
+using V = Vec<float>;
+using Wide = Lanes<float>::Wide;
+
+// `count` <= W neighbouring elements, zeros after them.
+template <class S>
+inline V load_some(const typename S::Memory* p, int64_t count) {
+  if (count >= W) return load_as<S>(p);
+  typename S::Memory padded[W] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
+  return load_as<S>(padded);
+}
+template <class S>
+inline void store_some(typename S::Memory* p, int64_t count, V v) {
+  if (count >= W) return store_as<S>(p, v);
+  typename S::Memory padded[W];
+  store_as<S>(padded, v);
+  for (int64_t i = 0; i < count; i++) p[i] = padded[i];
+}
+
+// e^x for any x: growth (x > 0) is right too, up to the overflow to infinity.
+inline V exponential(V x) {
+  constexpr float highest = 88.37f;
+  const V inside = exp_nonpositive<float>(x > highest ? splat<float>(highest) : x);
+  return x > highest ? splat<float>(__builtin_inff()) : inside;
+}
+// W sums in double minus one, rounded after the subtraction.
+inline V difference(const double* sums, double minus) {
+  Wide x;
+  std::memcpy(&x, sums, sizeof x);
+  return __builtin_convertvector(x - minus, V);
+}
+
+// One sequence of one head: where its tokens start and how many they are.
+struct Sequence {
+  int64_t batch, start, length, head, value_head, number;
+
+  Sequence(const DeltaRuleProblem& p, int64_t task) {
+    number = task / p.value_heads;
+    value_head = task % p.value_heads;
+    head = value_head / (p.value_heads / p.heads);
+    batch = p.bounds ? 0 : number;
+    start = p.bounds ? p.bounds[number] : 0;
+    length = p.bounds ? p.bounds[number + 1] - start : p.total;
+  }
+  int64_t chunks() const { return ceil_div(length, C); }
+  // The row of token t in a dense [B, T, HV, ...] tensor.
+  int64_t row(const DeltaRuleProblem& p, int64_t t) const {
+    return (batch * p.total + start + t) * p.value_heads + value_head;
+  }
+  template <class S>
+  const typename S::Memory* token(const Tokens& x, int64_t t, int64_t h) const {
+    return static_cast<const typename S::Memory*>(x.data) + batch * x.batch + (start + t) * x.token + h * x.head;
+  }
+  int64_t state_offset(const DeltaRuleProblem& p) const {
+    return (number * p.value_heads + value_head) * p.width * p.value_width;
+  }
+  // The slot of this sequence's first kept state, of states of all heads.
+  int64_t first_slot(const DeltaRuleProblem& p, int64_t segment) const {
+    if (!p.bounds) return number * ceil_div(chunks(), segment);
+    int64_t slot = 0;
+    for (int64_t i = 0; i < number; i++) slot += ceil_div(ceil_div(p.bounds[i + 1] - p.bounds[i], C), segment);
+    return slot;
+  }
+};
+
+// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
+// apart. Inlined by force, because GCC drops calls of a function that only prefetches.
+template <class S>
+__attribute__((always_inline)) inline void prefetch(const Sequence& s, const Tokens& x, int64_t t0, int64_t t1,
+                                                    int64_t head, int64_t width) {
+  constexpr int64_t line = 64 / sizeof(typename S::Memory);
+  for (int64_t t = t0; t < smaller(t1, s.length); t++) {
+    const typename S::Memory* const row = s.token<S>(x, t, head);
+    for (int64_t c = 0; c < width; c += line) __builtin_prefetch(row + c, 0, 2);
+  }
+}
+
+// One row of q or k in float, zeros up to `padded`; normalised under `l2norm`. Returns what it was multiplied with.
+template <class S>
+inline float load_key(const typename S::Memory* in, int64_t width, int64_t padded, bool l2norm, float scale, float* out,
+                      int64_t panel_stride) {
+  V squares{};
+  for (int64_t c = 0; c < padded; c += W) {
+    const V x = load_some<S>(in + c, larger<int64_t>(0, width - c));
+    squares += x * x;
+    store<float>(out + c / NR * panel_stride + c % NR, x);
+  }
+  const float inverse = l2norm ? 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f) : 1;
+  if (inverse * scale != 1)
+    for (int64_t c = 0; c < padded; c += W) {
+      float* const at = out + c / NR * panel_stride + c % NR;
+      store<float>(at, load<float>(at) * (inverse * scale));
+    }
+  return inverse;
+}
+
+// Tokens [t0, t0 + rows) of q or k as [C, K]; rows past the end are zero.
+template <class S>
+void load_keys(const Sequence& s, const Tokens& x, int64_t t0, int64_t rows, int64_t width, bool l2norm, float scale,
+               const Panels& out, float* inverses) {
+  const int64_t padded = round_up(width, NR);
+  for (int64_t t = 0; t < rows; t++)
+    inverses[t] = load_key<S>(s.token<S>(x, t0 + t, s.head), width, padded, l2norm, scale, out.at(t, 0), C * NR);
+  for (int64_t t = rows; t < C; t++)
+    for (int64_t c = 0; c < padded; c += W) store<float>(out.at(t, c), V{});
+}
+
+// beta and the decays of a chunk. Exponents are differences of sums in double: after a long decay the sum is large, and
+// the difference of two neighbours is not.
+struct Gates {
+  alignas(64) float beta[C];
+  alignas(64) float decay[C];  // e^{G_t}
+  alignas(64) float tail[C];   // e^{G_C - G_t}
+  double sum[C];               // G_t
+  float last;                  // e^{G_C}
+  bool gated;
+
+  void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
+    constexpr float vanishes = -200;  // e^-200 is 0 in float, and this one can be added and subtracted
+    double total = 0;
+    gated = p.g != nullptr;
+    for (int64_t t = 0; t < C; t++) {
+      beta[t] = t < rows ? p.beta[s.row(p, t0 + t)] : 0;
+      const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
+      total += static_cast<double>(g < vanishes ? vanishes : g);
+      sum[t] = total;
+    }
+    for (int64_t t = 0; t < C; t += W) {
+      store<float>(decay + t, gated ? exponential(difference(sum + t, 0)) : splat<float>(1));
+      store<float>(tail + t, gated ? exponential(-difference(sum + t, total)) : splat<float>(1));
+    }
+    last = decay[C - 1];
+  }
+};
+
+// Which lanes of columns [t, t + W) are on or above the diagonal in row s.
+inline Lanes<float>::I on_or_above(int64_t s, int64_t t) {
+  Lanes<float>::I lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  return lane + static_cast<int32_t>(t) >= static_cast<int32_t>(s);
+}
+
+// gamma [C, C]: row s, column t: e^{G_t - G_s} for t >= s, else 0.
+inline void fill_gamma(const Gates& gates, const Panels& gamma) {
+  for (int64_t s = 0; s < C; s++)
+    for (int64_t t = 0; t < C; t += W) {
+      V e{};
+      if (t + W > s) {
+        e = gates.gated ? exponential(difference(gates.sum + t, gates.sum[s])) : splat<float>(1);
+        e = on_or_above(s, t) ? e : V{};
+      }
+      store<float>(gamma.at(s, t), e);
+    }
+}
+
+// x [C, C] *= gamma on and above the diagonal; 0 below, whatever stood there.
+inline void mask_upper(const Panels& gamma, const Panels& x) {
+  for (int64_t s = 0; s < C; s++)
+    for (int64_t t = 0; t < C; t += W) {
+      V masked{};
+      if (t + W > s) masked = on_or_above(s, t) ? load<float>(x.at(s, t)) * load<float>(gamma.at(s, t)) : V{};
+      store<float>(x.at(s, t), masked);
+    }
+}
+
+// X^T = (I + A^T)^-1 by substitution from the last row up. a [C, C] holds A^T above the diagonal.
+inline void invert(const Panels& a, const Panels& x) {
+  for (int64_t s = C - 1; s >= 0; s--) {
+    V row[C / W] = {};
+    for (int64_t t = s + 1; t < C; t++) {
+      const float factor = *a.at(s, t);
+      for (int64_t c = 0; c < C / W; c++) row[c] -= factor * load<float>(x.at(t, c * W));
+    }
+    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s, c * W), row[c]);
+    *x.at(s, s) = 1;
+  }
+}
+
+// Columns of x [rows, C] times weights [C].
+inline void scale_columns(const Panels& x, int64_t rows, const float* weights, float factor = 1) {
+  for (int64_t t = 0; t < C; t += W) {
+    const V w = load<float>(weights + t) * factor;
+    for (int64_t r = 0; r < rows; r++) store<float>(x.at(r, t), load<float>(x.at(r, t)) * w);
+  }
+}
+// Rows of x [C, columns] times weights [C].
+inline void scale_rows(const Panels& x, int64_t columns, const float* weights) {
+  for (int64_t c = 0; c < columns; c += W)
+    for (int64_t t = 0; t < C; t++) store<float>(x.at(t, c), load<float>(x.at(t, c)) * weights[t]);
+}
+
+// Columns [c0, c0 + width) of a dense matrix [rows, stride] into panels [padded rows, ...], zeros around them; and
+// back.
+template <class S>
+void load_matrix(const typename S::Memory* in, int64_t stride, int64_t rows, int64_t padded, int64_t width,
+                 const Panels& out) {
+  for (int64_t c = 0; c < round_up(width, NR); c += W)
+    for (int64_t r = 0; r < padded; r++)
+      store<float>(out.at(r, c), r < rows && c < width ? load_some<S>(in + r * stride + c, width - c) : V{});
+}
+template <class S>
+void store_matrix(const Panels& in, int64_t rows, int64_t width, typename S::Memory* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < width; c += W) store_some<S>(out + r * stride + c, width - c, load<float>(in.at(r, c)));
+}
+
+// The parts of a chunk that all value columns share, without and with the gates worked in.
+struct Chunk {
+  Gates gates;
+  float k_inverse[C], q_inverse[C];  // 1 / |k|, 1 / |q| under l2norm
+  Panels k, q;                       // [C, K]
+  Panels kt, qt;                     // [K, C]
+  Panels gamma, xt, pt;              // [C, C] gamma, X^T, P^T: row s, column t, zero for t < s
+
+  static int64_t size(int64_t padded_width) { return 4 * C * padded_width + 3 * C * C; }
+  Chunk(float* memory, int64_t padded_width) {
+    k = {memory, C};
+    q = {k.data + C * padded_width, C};
+    kt = {q.data + C * padded_width, padded_width};
+    qt = {kt.data + C * padded_width, padded_width};
+    gamma = {qt.data + C * padded_width, C};
+    xt = {gamma.data + C * C, C};
+    pt = {xt.data + C * C, C};
+  }
+
+  template <class S>
+  void load_k(const DeltaRuleProblem& p, const Sequence& s, int64_t t0) {
+    const int64_t rows = smaller(C, s.length - t0);
+    gates.load(p, s, t0, rows);
+    fill_gamma(gates, gamma);
+    load_keys<S>(s, p.k, t0, rows, p.width, p.l2norm, 1, k, k_inverse);
+    transpose_panels(k, C, round_up(p.width, NR), kt);
+  }
+  // X^T; `pt` serves as scratch.
+  void solve(const DeltaRuleProblem& p) {
+    multiply_panels<Part::upper, true>(kt, C, kt, C, p.width, pt);
+    mask_upper(gamma, pt);
+    scale_columns(pt, C, gates.beta);
+    invert(pt, xt);
+  }
+  // q and P^T, both with the factor `scale`.
+  template <class S>
+  void load_q(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, float scale) {
+    load_keys<S>(s, p.q, t0, smaller(C, s.length - t0), p.width, p.l2norm, scale, q, q_inverse);
+    transpose_panels(q, C, round_up(p.width, NR), qt);
+    multiply_panels<Part::upper, true>(kt, C, qt, C, p.width, pt);
+    mask_upper(gamma, pt);
+  }
+  // kt becomes -(diag(beta e^G) K)^T, which gives V' and, with `k` and the tails, the next state.
+  void gate_keys(int64_t width) {
+    scale_columns(kt, width, gates.beta, -1);
+    if (gates.gated) scale_columns(kt, width, gates.decay);
+  }
+};
+
+// V' [C, n] for the columns that `state` [K, n] and `v` [C, n] hold; v is used up.
+inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& state, int64_t n, const Panels& v,
+                       const Panels& out) {
+  scale_rows(v, n, chunk.gates.beta);
+  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v);
+  multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
+}
+// state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.
+inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
+                    const Panels& state) {
+  if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
+  multiply_panels<Part::all, false>(chunk.k, round_up(p.width, Panels::MR), values, n, C, state, chunk.gates.last);
+}
+
+}  // namespace
+}  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -1,0 +1,291 @@
+"""Linear attention with the delta rule: plain, gated, and with a gate per key channel (KDA).
+
+    S ← e^{g_t}·S;   S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ;   o_t = scale · Sᵀ q_t
+
+Names, arguments and layouts are those of flash-linear-attention, so that models written for it run unchanged. The
+``chunk_`` and the ``fused_recurrent_`` functions compute the same thing: the kernels take the form that suits the
+length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrepr.ops.delta_rule import delta_rule, update_op_
+from pyrepr.reference.delta_rule import compute_dtype
+
+__all__ = [
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_kda",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_kda",
+]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _came(x: object) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_tensor(name: str, x: object, first: Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if first is not None and x.device != first.device:
+        raise ValueError(f"{name} must be on the device of q, {first.device}, got {x.device}")
+
+
+def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {_came(x)}")
+
+
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> None:
+    """One sentence per failure: the argument, what is expected, what came. gate: "", "HV" or "K"."""
+    _check_tensor("q", q, None)
+    for name, x in (("k", k), ("v", v), ("beta", beta)):
+        _check_tensor(name, x, q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape [B, T, H, K], got {_came(q)}")
+    batch, total, heads, width = q.shape
+    if width == 0:
+        raise ValueError("q must have K of at least 1, got 0")
+    _check_shape("k", k, "[B, T, H, K]", (batch, total, heads, width))
+    if v.dim() != 4 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v must have shape [B, T, HV, V] with B = {batch} and T = {total} of q, got {_came(v)}")
+    if v.shape[3] == 0:
+        raise ValueError("v must have V of at least 1, got 0")
+    value_heads = v.shape[2]
+    if heads == 0 or value_heads % heads:
+        raise ValueError(
+            f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
+        )
+    _check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
+    if gate:
+        _check_tensor("g", g, q)
+        if gate == "HV":
+            _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
+        else:
+            _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
+    sequences = batch if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, q.device)
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, q, (sequences, value_heads, width, v.shape[3]), v.dtype)
+
+
+def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> int:
+    """The number of sequences. What the numbers say is checked where they are read, by the op."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {came}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {_came(cu_seqlens)}")
+    if batch != 1:
+        raise ValueError(f"q must have B = 1 when cu_seqlens packs the sequences along T, got B = {batch}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu_seqlens.device}")
+    return cu_seqlens.numel() - 1
+
+
+def _check_state(name: str, state: object, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _check_tensor(name, state, q)
+    assert isinstance(state, Tensor)
+    _check_shape(name, state, "[N, HV, K, V]", shape)
+    if state.dtype != compute_dtype(dtype):
+        raise TypeError(f"{name} must be {compute_dtype(dtype)} for v of {dtype}, got {state.dtype}")
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one dtype: v's under autocast, else they must agree already."""
+    if q.dtype == v.dtype and k.dtype == v.dtype:
+        return q, k, v
+    if torch.is_autocast_enabled(v.device.type):
+        return q.to(v.dtype), k.to(v.dtype), v
+    name, x = ("q", q) if q.dtype != v.dtype else ("k", k)
+    raise TypeError(f"{name} must have the dtype of v, {v.dtype}, got {x.dtype}")
+
+
+def _run(
+    q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
+) -> tuple[Tensor, Tensor | None]:
+    _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
+    q, k, v = _one_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if out_state is None:
+        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
+        return o, state if output_final_state else None
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    _check_state("out_state", out_state, q, (sequences, v.shape[2], k.shape[3], v.shape[3]), v.dtype)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
+    ):
+        raise RuntimeError("out_state is written in place and cannot be differentiated; use it under torch.no_grad()")
+    if initial_state is None:
+        out_state.zero_()
+    elif initial_state is not out_state:
+        out_state.copy_(initial_state)
+    return update_op_(out_state, q, k, v, g, beta, cu_seqlens, scale, bool(use_qk_l2norm)), out_state
+
+
+def chunk_delta_rule(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, HV, V]
+    beta: Tensor,  # [B, T, HV]
+    scale: float | None = None,
+    initial_state: Tensor | None = None,  # [N, HV, K, V]
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,  # [N + 1]
+) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
+    """The plain delta rule.
+
+    Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
+
+    Args:
+        q, k: [B, T, H, K]; float32, bfloat16 or float16 on the kernels, float64 in the reference; any strides.
+        v: [B, T, HV, V] of the same dtype. HV is a multiple of H; value head i uses query and key head i // (HV // H).
+        beta: [B, T, HV], the step size; 0 to 2 is meant (above 1 the state can flip sign along a key), any is computed.
+        scale: factor on q. Default K^−½, as in softmax attention.
+        initial_state: [N, HV, K, V] in float32 (float64 for float64 inputs), N the sequences. Default zero.
+        output_final_state: return the state after the last token as well; default no.
+        use_qk_l2norm_in_kernel: q and k are divided by √(Σ x² + 1e-6) first; default no.
+        cu_seqlens: [N + 1] int32 or int64; with B = 1, sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], which
+            may be none. Default: every row of the batch is a sequence.
+
+    Returns:
+        o: [B, T, HV, V] in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
+        Differentiable once in q, k, v, beta and initial_state. 16-bit inputs are accumulated in float32.
+
+    Raises:
+        ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
+        stays in its sequence and head.
+    """
+    return _run(q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "")
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, HV, V]
+    g: Tensor,  # [B, T, HV]
+    beta: Tensor,  # [B, T, HV]
+    scale: float | None = None,
+    initial_state: Tensor | None = None,  # [N, HV, K, V]
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,  # [N + 1]
+) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
+    """The gated delta rule (Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule").
+
+    Args:
+        g: [B, T, HV], natural logarithm of the decay of the state before each token. Meant to be ≤ 0; growth (g > 0) is
+            computed too, and overflows where e^g does. Any floating dtype.
+
+    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+    """
+    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV")
+
+
+def chunk_kda(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, HV, V]
+    g: Tensor,  # [B, T, HV, K]
+    beta: Tensor,  # [B, T, HV]
+    scale: float | None = None,
+    initial_state: Tensor | None = None,  # [N, HV, K, V]
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,  # [N + 1]
+) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
+    """Kimi Delta Attention (Kimi Team 2025, "Kimi Linear"): every key channel has its own decay.
+
+    On the CPU the forward is the compiled recurrence, token by token; the gradient runs in the PyTorch reference, which
+    keeps the states of all tokens.
+
+    Args:
+        g: [B, T, HV, K], natural logarithm of the decay of every row of the state before each token.
+
+    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+    """
+    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K")
+
+
+def fused_recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    out_state: Tensor | None = None,  # [N, HV, K, V]
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`chunk_delta_rule` for decoding.
+
+    Args:
+        out_state: [N, HV, K, V], dtype of the state. If given, the final state is written there and returned; it may be
+            ``initial_state`` itself, which is then updated in place. Not differentiable.
+    """
+    return _run(
+        q,
+        k,
+        v,
+        None,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        "",
+        out_state,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    out_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV", out_state
+    )
+
+
+def fused_recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    out_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K", out_state
+    )

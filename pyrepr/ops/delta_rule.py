@@ -1,0 +1,200 @@
+"""Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
+
+Three ops over the same arguments: the forward, the backward, and the update of a state in place (decoding). The
+forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
+``csrc/cpu/delta_rule.h``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, module
+from pyrepr.reference import delta_rule as reference
+from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
+
+CHUNK = 32  # tokens per chunk, as in csrc/cpu/delta_rule.h
+
+
+def segment_length(total: int) -> int:
+    """Chunks between two states that the forward keeps: √ of the chunks in T tokens, so that as many are kept."""
+    return max(1, math.isqrt(-(-total // CHUNK)))
+
+
+def kept_states(batch: int, total: int, sequences: int) -> int:
+    """How many states the forward keeps for the backward: an upper bound for packed sequences, from the sizes alone."""
+    chunks, segment = -(-total // CHUNK), segment_length(total)
+    if batch == sequences:
+        return batch * -(-chunks // segment)
+    return (chunks + sequences) // segment + sequences
+
+
+def _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    dtype = compute_dtype(v.dtype)
+    o = v.new_empty(v.shape)
+    state = v.new_empty((sequences, v.shape[2], k.shape[3], v.shape[3]), dtype=dtype)
+    return o, state, v.new_empty((slots, *state.shape[1:]), dtype=dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last axis dense; every other stride is the kernel's business."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _Problem:
+    """What every native function takes, and the tensors that must live while it runs."""
+
+    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        beta = beta.to(torch.float32).contiguous()
+        g = None if g is None else g.to(torch.float32).contiguous()
+        if initial_state is not None:
+            initial_state = initial_state.contiguous()
+        self.tensors = (q, k, v, g, beta, initial_state)
+        self.native = module().DeltaRule(
+            [0 if x is None else x.data_ptr() for x in self.tensors],
+            [s for x in (q, k, v) for s in x.stride()[:3]],
+            (*k.shape, v.shape[2], v.shape[3]),
+            DTYPE_CODES[v.dtype],
+            g is not None and g.dim() == 4,
+            [] if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
+            scale,
+            use_qk_l2norm,
+            torch.get_num_threads(),
+        )
+
+
+def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
+    if v.dtype == torch.float64:
+        return reference.delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
+    o, state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
+    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    kept = checkpoints.data_ptr() if slots else 0
+    problem.native.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
+    return o, state, checkpoints
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
+
+forward_op = leaf_op(
+    f"delta_rule_forward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, "
+    "SymInt slots) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    reference=reference.delta_rule_forward,
+    cpu=_forward_cpu,
+)
+
+
+def _update_fake(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+    return v.new_empty(v.shape)
+
+
+def _update_cpu(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+    if v.dtype == torch.float64:
+        return reference.delta_rule_update_(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm)
+    o = v.new_empty(v.shape)
+    dense = state.contiguous()
+    problem = _Problem(q, k, v, g, beta, dense, cu_seqlens, scale, use_qk_l2norm)
+    problem.native.forward(o.data_ptr(), dense.data_ptr(), 0, 0, 1)
+    if dense is not state:
+        state.copy_(dense)
+    return o
+
+
+update_op_ = leaf_op(
+    f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? cu_seqlens, float scale, bool use_qk_l2norm) -> Tensor",
+    fake=_update_fake,
+    reference=reference.delta_rule_update_,
+    cpu=_update_cpu,
+)
+
+
+def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
+    dtype = compute_dtype(v.dtype)
+    dense = [x.new_empty(x.shape) for x in (q, k, v)]
+    dg = v.new_empty(0, dtype=dtype) if g is None else g.new_empty(g.shape)
+    return (*dense, dg, beta.new_empty(beta.shape), grad_state.new_empty(grad_state.shape, dtype=dtype))
+
+
+def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
+    if v.dtype == torch.float64 or (g is not None and g.dim() == 4):
+        return reference.delta_rule_backward(
+            q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
+        )
+    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    batch, total, heads, width = k.shape
+    grad_o = grad_o.to(torch.float32).contiguous()
+    per_value_head = (batch, total, v.shape[2], width)
+    # Value heads that share a query and key head each write a gradient of it; their sum is taken here.
+    dq, dk = (v.new_empty(per_value_head, dtype=torch.float32) for _ in range(2))
+    dv = v.new_empty(v.shape, dtype=torch.float32)
+    dg, dbeta = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
+    ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
+    grads = [x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds)]
+    problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
+    if heads != v.shape[2]:
+        dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
+    dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
+
+
+backward_op = leaf_op(
+    f"delta_rule_backward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_o, "
+    "Tensor grad_state, float scale, bool use_qk_l2norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    reference=reference.delta_rule_backward,
+    cpu=_backward_cpu,
+)
+
+
+class _DeltaRule(torch.autograd.Function):
+    """(o, final state); the kept states come out too and count as constants."""
+
+    @staticmethod
+    def forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
+        return forward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, scale, use_qk_l2norm, _ = inputs
+        checkpoints = output[2]
+        ctx.options = (scale, use_qk_l2norm)
+        ctx.mark_non_differentiable(checkpoints)
+        ctx.set_materialize_grads(True)
+        ctx.save_for_backward(*tensors, checkpoints)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_state, _):
+        *grads, ds = backward_op(*ctx.saved_tensors, grad_o, grad_state, *ctx.options)
+        grads = [x if needed else None for x, needed in zip((*grads, ds), ctx.needs_input_grad[:6], strict=True)]
+        return (*grads, None, None, None, None)
+
+
+def delta_rule(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, HV, V]
+    g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
+    beta: Tensor,  # [B, T, HV]
+    initial_state: Tensor | None,  # [N, HV, K, V]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    scale: float,
+    use_qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
+    """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
+    inputs = (q, k, v, g, beta, initial_state)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
+        return o, state
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    keep = v.dtype != torch.float64 and (g is None or g.dim() == 3)
+    slots = kept_states(v.shape[0], v.shape[1], sequences) if keep else 0
+    o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
+    return o, state

@@ -1,0 +1,499 @@
+"""The delta rule against its float64 recurrence: values, gradients, packing, hard inputs, and under torch.compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import pyrepr
+from pyrepr.backend import native
+from pyrepr.ops.delta_rule import backward_op, forward_op, kept_states, update_op_
+from pyrepr.reference import delta_rule as reference
+
+RULES = ("plain", "gated", "kda")
+CHUNKED = {"plain": pyrepr.chunk_delta_rule, "gated": pyrepr.chunk_gated_delta_rule, "kda": pyrepr.chunk_kda}
+RECURRENT = {
+    "plain": pyrepr.fused_recurrent_delta_rule,
+    "gated": pyrepr.fused_recurrent_gated_delta_rule,
+    "kda": pyrepr.fused_recurrent_kda,
+}
+# Worst error seen against float64, relative to the largest value of the result (avx512, this file's shapes), doubled.
+FORWARD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+GRADIENT_TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def inputs(rule, T, *, B=1, H=2, HV=4, K=24, V=20, N=None, dtype=torch.float32, unit=True, seed=0):
+    """A dict of tensors: q, k, v, g (or None), beta, initial_state; g and beta float32, the state float32."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, HV, V)
+    beta = torch.rand(B, T, HV)
+    g = {"plain": None, "gated": -torch.rand(B, T, HV), "kda": -torch.rand(B, T, HV, K)}[rule]
+    if unit:
+        k = normalize(k, dim=-1)
+    state = torch.randn(N or B, HV, K, V)
+    return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "g": g, "beta": beta, "initial_state": state}
+
+
+def call(function, x, **options):
+    arguments = [x[name] for name in ("q", "k", "v", "g", "beta") if x[name] is not None]
+    return function(*arguments, initial_state=x["initial_state"], output_final_state=True, **options)
+
+
+def double(x):
+    return {name: None if t is None else t.detach().double() for name, t in x.items()}
+
+
+def truth(x, cu_seqlens=None, l2norm=False, scale=None):
+    x = double(x)
+    arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"], scale, x["initial_state"])
+    return reference.delta_rule(*arguments, use_qk_l2norm=l2norm, cu_seqlens=cu_seqlens)
+
+
+def error(got, expected, floor=1e-3):
+    """Largest difference, relative to the largest expected value (or to `floor`)."""
+    assert got.shape == expected.shape
+    if not expected.numel():
+        return 0.0
+    return ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(floor)).item()
+
+
+def gradients(function, x, weights, **options):
+    """Gradients of a fixed linear function of (o, final state) in every tensor of x."""
+    leaves = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in x.items()}
+    o, state = call(function, leaves, **options)
+    loss = (o.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
+    names = [name for name, t in leaves.items() if t is not None]
+    grads = torch.autograd.grad(loss, [leaves[name] for name in names], materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def reference_function(q, k, v, *rest, **options):
+    g, beta = rest if len(rest) == 2 else (None, rest[0])
+    options.pop("output_final_state")
+    l2norm = options.pop("use_qk_l2norm_in_kernel", False)
+    return reference.delta_rule(q, k, v, g, beta, options.pop("scale", None), use_qk_l2norm=l2norm, **options)
+
+
+def weights_of(o, state):
+    torch.manual_seed(1)
+    return torch.randn_like(o, dtype=torch.float64), torch.randn_like(state, dtype=torch.float64)
+
+
+def check_gradients(function, x, tolerance, floor=1e-3, **options):
+    weights = weights_of(*truth(x, options.get("cu_seqlens")))
+    got = gradients(function, x, weights, **options)
+    expected = gradients(reference_function, double(x), weights, **options)
+    for name, grad in got.items():
+        assert grad.dtype == x[name].dtype
+        assert error(grad, expected[name], floor) < tolerance, name
+
+
+# The reference
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reference_passes_gradcheck(rule):
+    x = double(inputs(rule, 4, H=1, HV=2, K=3, V=2, unit=False))
+    names = [name for name, t in x.items() if t is not None]
+    cu = torch.tensor([0, 0, 3, 4])
+    x["initial_state"] = torch.randn(3, 2, 3, 2, dtype=torch.float64)
+
+    def run(*tensors):
+        return call(
+            reference_function,
+            {**x, **dict(zip(names, tensors, strict=True))},
+            cu_seqlens=cu,
+            use_qk_l2norm_in_kernel=True,
+        )
+
+    assert torch.autograd.gradcheck(run, [x[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_written_derivative_of_the_reference_is_autograds(rule):
+    """The op in float64 takes the derivative that is written out by hand."""
+    x = double(inputs(rule, 7))
+    weights = weights_of(*truth(x))
+    got = gradients(CHUNKED[rule], x, weights, use_qk_l2norm_in_kernel=True)
+    expected = gradients(reference_function, x, weights, use_qk_l2norm_in_kernel=True)
+    for name, grad in got.items():
+        assert error(grad, expected[name]) < 1e-13, name
+
+
+def test_reference_is_the_recurrence_of_the_paper():
+    x = double(inputs("gated", 5, H=1, HV=1, K=3, V=2))
+    s = x["initial_state"][0, 0]
+    o, state = truth(x, scale=0.5)
+    for t in range(5):
+        k, v = x["k"][0, t, 0], x["v"][0, t, 0]
+        s = x["g"][0, t, 0].exp() * (s - x["beta"][0, t, 0] * torch.outer(k, k) @ s) + x["beta"][0, t, 0] * torch.outer(
+            k, v
+        )
+        torch.testing.assert_close(o[0, t, 0], 0.5 * s.T @ x["q"][0, t, 0])
+    torch.testing.assert_close(state[0, 0], s)
+
+
+def test_unit_keys_and_beta_2_without_values_are_reflections():
+    x = double(inputs("plain", 6, H=1, HV=1, K=5, V=5))
+    x["beta"], x["v"], x["k"] = torch.full_like(x["beta"], 2), torch.zeros_like(x["v"]), normalize(x["k"], dim=-1)
+    x["initial_state"] = torch.eye(5, dtype=torch.float64)[None, None]
+    s = truth(x)[1][0, 0]
+    torch.testing.assert_close(s @ s.T, torch.eye(5, dtype=torch.float64))
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("T", [0, 1, 5, 31, 32, 63, 65, 200])
+def test_forward(rule, T):
+    x = inputs(rule, T, B=2, K=60, V=36)
+    for function in (CHUNKED[rule], RECURRENT[rule]):
+        o, state = call(function, x)
+        expected = truth(x)
+        assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.float32]
+        assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+        assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_forward_in_every_dtype(rule, dtype):
+    x = inputs(rule, 1000, H=1, HV=2, K=60, V=36, dtype=dtype)
+    o, state = call(CHUNKED[rule], x)
+    expected = truth(x)
+    assert o.dtype == dtype
+    assert error(o, expected[0]) < FORWARD_TOLERANCE[dtype]
+    assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_wide_heads_and_options(rule):
+    x = inputs(rule, 70, H=1, HV=1, K=160, V=200, unit=False)
+    o, _ = call(CHUNKED[rule], x, scale=0.3, use_qk_l2norm_in_kernel=True)
+    assert error(o, truth(x, l2norm=True, scale=0.3)[0]) < FORWARD_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("T", [0, 1, 33, 63, 65])
+def test_gradients(rule, T):
+    check_gradients(CHUNKED[rule], inputs(rule, T, B=2, K=60, V=36), GRADIENT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("rule", ["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_long_sequences_in_every_dtype(rule, dtype):
+    x = inputs(rule, 1000, H=1, HV=1, K=60, V=36, dtype=dtype)
+    check_gradients(CHUNKED[rule], x, GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_through_the_normalisation_and_scale(rule):
+    x = inputs(rule, 40, unit=False)
+    check_gradients(RECURRENT[rule], x, GRADIENT_TOLERANCE[torch.float32], use_qk_l2norm_in_kernel=True, scale=0.7)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences_with_empty_ones(rule):
+    cu = torch.tensor([0, 0, 40, 40, 41, 110, 110], dtype=torch.int32)
+    x = inputs(rule, 110, N=6)
+    o, state = call(CHUNKED[rule], x, cu_seqlens=cu)
+    expected = truth(x, cu)
+    assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.float32]
+    assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+    assert torch.equal(state[0], x["initial_state"][0])
+    check_gradients(CHUNKED[rule], x, GRADIENT_TOLERANCE[torch.float32], cu_seqlens=cu)
+
+
+def test_many_short_packed_sequences():
+    cu = torch.arange(0, 121, 3)
+    x = inputs("gated", 120, N=40)
+    check_gradients(pyrepr.chunk_gated_delta_rule, x, GRADIENT_TOLERANCE[torch.float32], cu_seqlens=cu)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_state_and_with_strided_inputs(rule):
+    x = inputs(rule, 50, B=2, H=2, HV=2, K=24, V=24)
+    fused = torch.cat([x["q"], x["k"], x["v"]], -1)
+    strided = dict(zip("qkv", fused.split(24, -1), strict=True))
+    x |= {"initial_state": None, **strided, "beta": x["beta"].transpose(1, 2).contiguous().transpose(1, 2)}
+    o, state = call(CHUNKED[rule], x)
+    expected = truth(x)
+    assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.float32]
+    assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+    transposed = {**x, "q": x["q"].mT.contiguous().mT}
+    assert torch.equal(call(CHUNKED[rule], transposed)[0], o)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_decoding_token_by_token_is_the_whole_sequence(rule):
+    x = inputs(rule, 12, B=2, K=40, V=70)
+    expected = truth(x)
+    state = x["initial_state"].clone()
+    outputs = []
+    for t in range(12):
+        step = {name: v if v is None else v[:, t : t + 1] for name, v in x.items()} | {"initial_state": state}
+        o, returned = call(RECURRENT[rule], step, out_state=state)
+        assert returned is state
+        outputs.append(o)
+    assert error(torch.cat(outputs, 1), expected[0]) < FORWARD_TOLERANCE[torch.float32]
+    assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+
+
+def test_out_state_of_another_tensor_leaves_the_initial_state_alone():
+    x = inputs("gated", 3)
+    before = x["initial_state"].clone()
+    out = torch.full_like(before.mT.contiguous().mT, float("nan"))
+    call(pyrepr.fused_recurrent_gated_delta_rule, x, out_state=out)
+    assert torch.equal(x["initial_state"], before)
+    assert error(out, truth(x)[1]) < FORWARD_TOLERANCE[torch.float32]
+    fresh = {**x, "initial_state": None}
+    call(pyrepr.fused_recurrent_gated_delta_rule, fresh, out_state=out)
+    assert error(out, truth(fresh)[1]) < FORWARD_TOLERANCE[torch.float32]
+
+
+# Hard inputs
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_repeated_keys(beta):
+    """Keys at cosine ≈ 1: the inverse by repeated squaring is off by 10⁹ here."""
+    x = inputs("plain", 200, H=1, HV=1, K=32, V=32)
+    x["k"] = normalize(x["k"][:, :1] + 1e-3 * torch.randn(1, 200, 1, 32), dim=-1)
+    x["beta"] = torch.full((1, 200, 1), beta)
+    assert error(call(pyrepr.chunk_delta_rule, x)[0], truth(x)[0]) < 1e-4
+    check_gradients(pyrepr.chunk_delta_rule, x, 1e-3)
+
+
+@pytest.mark.parametrize("rule", ["gated", "kda"])
+def test_long_decays(rule):
+    """−50 a step, alone and among slow ones: no exponent of its own may overflow or lose the small ones."""
+    x = inputs(rule, 100)
+    for g in (torch.full_like(x["g"], -50.0), torch.where(torch.rand_like(x["g"]) < 0.3, -50.0, -0.01), x["g"] * -0.05):
+        hard = {**x, "g": g}
+        o, state = call(CHUNKED[rule], hard)
+        expected = truth(hard)
+        assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.float32]
+        assert error(state, expected[1]) < FORWARD_TOLERANCE[torch.float32]
+        # The gradient in g is a difference of sums of order 1, and 1e-23 here: its error is absolute.
+        check_gradients(CHUNKED[rule], hard, GRADIENT_TOLERANCE[torch.float32], floor=1)
+
+
+def test_no_decay_and_full_reset_are_the_limits():
+    x = inputs("gated", 80)
+    zero = call(pyrepr.chunk_gated_delta_rule, {**x, "g": torch.zeros_like(x["g"])})
+    plain = call(pyrepr.chunk_delta_rule, {**x, "g": None})
+    assert torch.equal(zero[0], plain[0])
+    reset = x["g"].clone()
+    reset[:, 40] = float("-inf")
+    o, _ = call(pyrepr.chunk_gated_delta_rule, {**x, "g": reset})
+    assert error(o, truth({**x, "g": reset})[0]) < FORWARD_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta"])
+def test_nan_stays_in_its_sequence_and_head(rule, name):
+    x = inputs(rule, 70, B=2, H=2, HV=4)
+    clean, _ = call(CHUNKED[rule], x)
+    dirty = {**x, name: x[name].clone()}
+    dirty[name][1, 50, 0] = float("nan")
+    o, _ = call(CHUNKED[rule], dirty)
+    heads = 2 if name in ("q", "k") else 1
+    assert o[1, 50, :heads].isnan().any(-1).all()
+    assert torch.equal(o[0], clean[0])
+    assert torch.equal(o[1, :, heads:], clean[1, :, heads:])
+    assert torch.equal(o[1, :32, :heads], clean[1, :32, :heads])
+
+
+def test_a_very_long_sequence_stays_finite():
+    x = inputs("plain", 100_000, H=1, HV=1, K=8, V=8)
+    x["beta"] = torch.full_like(x["beta"], 2.0)
+    o, state = call(pyrepr.chunk_delta_rule, x)
+    assert o.isfinite().all()
+    half = {**x, **{name: x[name][:, 50_000:] for name in ("q", "k", "v", "beta")}}
+    first = {name: v if v is None or name == "initial_state" else v[:, :50_000] for name, v in x.items()}
+    half["initial_state"] = call(pyrepr.chunk_delta_rule, first)[1]
+    assert error(call(pyrepr.chunk_delta_rule, half)[1], state.double()) < 1e-3
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            row = []
+            for rule, heads in (("plain", 1), ("gated", 3), ("kda", 1)):
+                x = inputs(rule, 100, H=heads, HV=heads, K=40, V=130)
+                row += call(CHUNKED[rule], x)
+                if rule != "kda":
+                    row += gradients(CHUNKED[rule], x, weights_of(*row[-2:])).values()
+            results.append(row)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for row in results[1:] for a, b in zip(results[0], row, strict=True))
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(level):
+    module, _ = native()
+    if level not in module.simd_levels():
+        pytest.skip(f"this machine cannot run {level}")
+    code = (
+        "import test_delta_rule as t, torch\n"
+        "for rule in t.RULES:\n"
+        "    x = t.inputs(rule, 70, K=60, V=36)\n"
+        "    assert t.error(t.call(t.CHUNKED[rule], x)[0], t.truth(x)[0]) < 2e-6\n"
+        "    t.check_gradients(t.CHUNKED[rule], x, 4e-6)\n"
+        "x = t.inputs('gated', 70, dtype=torch.float16)\n"
+        "assert t.error(t.call(t.CHUNKED['gated'], x)[0], t.truth(x)[0]) < 1e-3\n"
+        "print(t.native()[0].simd_level())\n"
+    )
+    env = {**os.environ, "PYREPR_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == level, result.stderr
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"q": torch.zeros(1, 5, 2)}, ValueError, r"q must have shape \[B, T, H, K\]"),
+        ({"q": [1.0]}, TypeError, "q must be a torch.Tensor"),
+        (
+            {"k": torch.zeros(1, 5, 2, 7)},
+            ValueError,
+            r"k must have shape \[B, T, H, K\] = \[1, 5, 2, 6\], got \[1, 5, 2, 7\]",
+        ),
+        ({"v": torch.zeros(1, 4, 4, 3)}, ValueError, r"v must have shape \[B, T, HV, V\]"),
+        ({"v": torch.zeros(1, 5, 3, 3)}, ValueError, "multiple of the heads H = 2 of q and k, got 3"),
+        ({"v": torch.zeros(1, 5, 4, 0)}, ValueError, "V of at least 1"),
+        ({"v": torch.zeros(1, 5, 4, 3, dtype=torch.int64)}, TypeError, "v must be float32"),
+        ({"v": torch.zeros(1, 5, 4, 3, dtype=torch.float16)}, TypeError, "q must have the dtype of v"),
+        ({"v": torch.zeros(1, 5, 4, 3, device="meta")}, ValueError, "v must be on the device of q"),
+        ({"beta": torch.zeros(1, 5, 2)}, ValueError, r"beta must have shape \[B, T, HV\]"),
+        ({"g": torch.zeros(1, 5, 4, 6)}, ValueError, r"g must have shape \[B, T, HV\]"),
+        ({"initial_state": torch.zeros(1, 4, 3, 6)}, ValueError, r"initial_state must have shape \[N, HV, K, V\]"),
+        ({"initial_state": torch.zeros(1, 4, 6, 3).half()}, TypeError, "initial_state must be torch.float32"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens must start at 0, got 1"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens must end at T = 5, got 4"),
+        ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "cu_seqlens must not decrease"),
+        ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"cu_seqlens must have shape \[N \+ 1\]"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(change, kind, words):
+    x = inputs("gated", 5, H=2, HV=4, K=6, V=3) | {"initial_state": None}
+    cu = change.pop("cu_seqlens", None)
+    with pytest.raises(kind, match=words):
+        call(pyrepr.chunk_gated_delta_rule, x | change, cu_seqlens=cu)
+
+
+def test_packing_needs_one_row():
+    x = inputs("plain", 4, B=2) | {"initial_state": None}
+    with pytest.raises(ValueError, match="q must have B = 1"):
+        call(pyrepr.chunk_delta_rule, x, cu_seqlens=torch.tensor([0, 4]))
+
+
+def test_what_cannot_be_differentiated_says_so():
+    x = inputs("plain", 4)
+    x["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="out_state is written in place"):
+        call(pyrepr.fused_recurrent_delta_rule, x, out_state=x["initial_state"].clone())
+    o, _ = call(pyrepr.chunk_delta_rule, x)
+    (grad,) = torch.autograd.grad(o.sum(), x["q"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+# What torch does with the ops
+
+
+def op_arguments(rule, cu):
+    x = inputs(rule, 40, N=3)
+    return x["q"], x["k"], x["v"], x["g"], x["beta"], x["initial_state"], cu
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_opcheck(rule):
+    arguments = op_arguments(rule, torch.tensor([0, 10, 10, 40]))
+    slots = 0 if rule == "kda" else kept_states(1, 40, 3)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_op, (*arguments, 0.5, True, slots), test_utils=tests)
+    o, state, kept = forward_op(*arguments, 0.5, True, slots)
+    torch.library.opcheck(backward_op, (*arguments, kept, o, state, 0.5, True), test_utils=tests)
+    *rest, initial, cu = arguments
+    torch.library.opcheck(update_op_, (initial.clone(), *rest, cu, 0.5, True), test_utils=tests)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_compile_in_one_graph(rule):
+    x = inputs(rule, 40)
+    weights = weights_of(*truth(x))
+    eager = gradients(CHUNKED[rule], x, weights)
+    compiled = gradients(torch.compile(CHUNKED[rule], fullgraph=True, backend="aot_eager"), x, weights)
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)
+    cu = torch.tensor([0, 15, 40])
+    packed = x | {"initial_state": None}
+    compiled = torch.compile(CHUNKED[rule], fullgraph=True, backend="aot_eager")
+    assert torch.equal(call(compiled, packed, cu_seqlens=cu)[0], call(CHUNKED[rule], packed, cu_seqlens=cu)[0])
+
+
+def test_func_grad_agrees_with_autograd():
+    x = inputs("gated", 40)
+    g, beta = x["g"], x["beta"]
+
+    def loss(q, k, v):
+        return pyrepr.chunk_gated_delta_rule(q, k, v, g, beta)[0].square().sum()
+
+    got = torch.func.grad(loss, argnums=(0, 1, 2))(x["q"], x["k"], x["v"])
+    leaves = [x[name].clone().requires_grad_() for name in "qkv"]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, beta):
+            return pyrepr.chunk_delta_rule(q, k, v, beta, output_final_state=True)
+
+    x = inputs("plain", 40)
+    arguments = (x["q"], x["k"], x["v"], x["beta"])
+    exported = torch.export.export(Layer(), arguments)
+    assert torch.equal(exported.module()(*arguments)[0], Layer()(*arguments)[0])
+
+
+def test_autocast_takes_the_dtype_of_v():
+    x = inputs("gated", 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = call(pyrepr.chunk_gated_delta_rule, x | {"v": x["v"].bfloat16()})
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
+
+
+def test_backends_can_be_forced():
+    x = inputs("gated", 40)
+    with pyrepr.use_backend("reference"):
+        expected = call(pyrepr.chunk_gated_delta_rule, x)[0]
+        grads = gradients(pyrepr.chunk_gated_delta_rule, x, weights_of(*truth(x)))
+    assert error(call(pyrepr.chunk_gated_delta_rule, x)[0], expected.double()) < FORWARD_TOLERANCE[torch.float32]
+    again = gradients(pyrepr.chunk_gated_delta_rule, x, weights_of(*truth(x)))
+    assert all(error(again[name], grads[name].double()) < GRADIENT_TOLERANCE[torch.float32] for name in grads)
+
+
+def test_training_keeps_few_states():
+    """√n of the n chunk states at most."""
+    assert kept_states(1, 16384, 1) <= 24
+    x = inputs("plain", 2048, H=1, HV=1, K=64, V=64)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call(pyrepr.chunk_delta_rule, {name: t if t is None else t.requires_grad_() for name, t in x.items()})
+    own = {x[name].untyped_storage().data_ptr() for name in x if x[name] is not None}
+    extra = [t for t in saved if t is not None and t.untyped_storage().data_ptr() not in own]
+    assert sum(t.numel() for t in extra) <= 8 * 64 * 64
