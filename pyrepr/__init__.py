@@ -7,6 +7,7 @@ import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares,
 from pyrepr import nn
 from pyrepr.backend import backends, use_backend
 from pyrepr.comparison import Comparison, compare
+from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, segment_sum
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
@@ -21,7 +22,11 @@ __all__ = [
     "cka_matrix",
     "compare",
     "gram",
+    "hash_codes",
     "hsic",
+    "lookup_linear",
+    "lookup_sum",
     "nn",
+    "segment_sum",
     "use_backend",
 ]

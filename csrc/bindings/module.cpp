@@ -32,5 +32,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_gram(m);
+  bind_lookup(m);
   bind_probe(m);
 }

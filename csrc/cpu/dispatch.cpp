@@ -34,12 +34,12 @@ struct Processor {
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{{"baseline", true, baseline::gram_functions, baseline::probe_functions}};
+    std::vector<Level> found{{"baseline", true, baseline::gram_functions, baseline::lookup_functions, baseline::probe_functions}};
 #if defined(__x86_64__)
     const Processor cpu;
-    found.push_back({"avx2", cpu.avx2, avx2::gram_functions, avx2::probe_functions});
-    found.push_back({"avx512", cpu.avx512, avx512::gram_functions, avx512::probe_functions});
-    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions, avx512_bf16::probe_functions});
+    found.push_back({"avx2", cpu.avx2, avx2::gram_functions, avx2::lookup_functions, avx2::probe_functions});
+    found.push_back({"avx512", cpu.avx512, avx512::gram_functions, avx512::lookup_functions, avx512::probe_functions});
+    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions, avx512_bf16::lookup_functions, avx512_bf16::probe_functions});
 #endif
     return found;
   }();

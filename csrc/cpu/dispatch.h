@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/gram.h"
+#include "cpu/lookup.h"
 #include "cpu/probe.h"
 
 namespace pyrepr::cpu {
@@ -13,6 +14,7 @@ struct Level {
   const char* name;
   bool supported;  // by this machine's processor and operating system
   GramFunctions (*gram)();
+  LookupFunctions (*lookup)();
   ProbeFunctions (*probe)();
 };
 
