@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyrepr.benchmarks.harness import Case, Row, as_json, machine, run_case, table
 
-FAMILIES = ("gram",)
+FAMILIES = ("gram", "lookup")
 QUICK_SECONDS, FULL_SECONDS = 1.5, 15.0
 
 

@@ -448,3 +448,128 @@ def test_every_instruction_set_of_this_machine(level):
     run = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == level
+
+
+def test_initial_tables_keep_the_variance():
+    """Root mean square of the weights as published, and output of variance 1 for standard normal input."""
+    from pyrepr.nn.lookup import rms_weight
+
+    for bits, p, scaled in [(4, 0.392, 1.64), (6, 0.246, 1.53), (8, 0.154, 1.26), (10, 0.097, 0.98)]:
+        z = torch.randn(200000, bits)
+        for weighting, published in (("probability", p), ("scaled", scaled)):
+            sampled = reference.weights(z, bits, weighting).square().mean().sqrt().item()
+            assert rms_weight(bits, weighting) == pytest.approx(sampled, rel=0.01)
+            assert rms_weight(bits, weighting) == pytest.approx(published, rel=0.01)
+    for weighting in reference.WEIGHTINGS:
+        layer = pyrepr.nn.LookupLinear(64, 128, bits=4, weighting=weighting)
+        assert layer(torch.randn(2000, 64)).std().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "bits", "theory"), [("none", 4, 0.363), ("none", 8, 0.363), ("l1", 4, 0.273), ("l1", 8, 0.318)]
+)
+def test_from_linear_meets_the_theory_on_white_input(weighting, bits, theory):
+    linear = torch.nn.Linear(32, 64)
+    layer = pyrepr.nn.LookupLinear.from_linear(linear, torch.randn(40000, 32), bits=bits, weighting=weighting)
+    x = torch.randn(40000, 32)
+    with torch.no_grad():
+        truth = linear(x)
+        error = (layer(x) - truth).square().sum() / (truth - truth.mean(0)).square().sum()
+    assert error.item() == pytest.approx(theory, rel=0.01)
+    assert layer.conversion.relative_mse == pytest.approx(theory, rel=0.01)
+
+
+def test_from_linear_with_a_low_rank_part():
+    """Exact at full rank, and better the higher the rank, on correlated input with a mean."""
+    linear = torch.nn.Linear(48, 40)
+    x = torch.randn(3000, 48) @ torch.randn(48, 48) + 3
+    errors = []
+    for rank in (0, 6, 24, 40):
+        layer = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=rank)
+        errors.append(relative(layer(x), linear(x)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5
+    with pytest.warns(UserWarning, match="10 rows for 48 features"):
+        layer = pyrepr.nn.LookupLinear.from_linear(linear, x[:10])
+    assert layer(x).isfinite().all()
+    with pytest.raises(ValueError, match="rank must be from 0"):
+        pyrepr.nn.LookupLinear.from_linear(linear, x, rank=41)
+
+
+def test_quantized_layer_and_its_state():
+    layer = pyrepr.nn.LookupLinear(64, 48)
+    x = torch.randn(30, 64)
+    exact = layer(x)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert set(state) == {"tables", "bias"}
+    layer.quantize_("int8")
+    assert layer.tables.dtype == torch.int8
+    assert relative(layer(x), exact) < 0.01  # 0.7 % expected
+    loaded = pyrepr.nn.LookupLinear(64, 48, table_dtype=torch.int8)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded(x), layer(x))
+    other = pyrepr.nn.LookupLinear(64, 48)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), exact)
+    assert relative(other.quantize_("bf16")(x), exact) < 2**-8
+    with pytest.raises(ValueError, match="already"):
+        layer.quantize_("int8")
+
+
+def test_usage_counts_every_token_once_a_table():
+    layer = pyrepr.nn.LookupLinear(24, 5, bits=4)
+    usage = layer.usage(torch.randn(2, 50, 24))
+    assert usage.counts.shape == (6, 16)
+    assert (usage.counts.sum(1) == 100).all()
+    assert usage.dead_rows == int((usage.counts == 0).sum())
+    assert ((usage.entropy > 3) & (usage.entropy <= 4)).all()
+    one = layer.usage(torch.ones(7, 24))
+    assert (one.entropy == 0).all()
+    assert one.dead_rows == 6 * 15
+
+
+@pytest.mark.parametrize(("expand", "megabytes"), [(0, 33.6), (1, 52.4), (2, 88.1), (3, 157.3)])
+def test_sizes_of_the_papers_mlp(expand, megabytes):
+    mlp = pyrepr.nn.MemoryFormerMLP(512, expand=expand, table_dtype=torch.float16, device="meta")
+    size = sum(layer.tables.numel() * 2 for layer in (mlp.up, mlp.down))
+    assert size / 1e6 == pytest.approx(megabytes, abs=0.06)
+
+
+def test_size_and_cost_of_the_papers_layer_and_block():
+    for bits, megabytes in ((4, 2.1), (8, 16.8)):
+        layer = pyrepr.nn.LookupLinear(512, 512, bits=bits, table_dtype=torch.float16, device="meta")
+        assert layer.tables.numel() * 2 / 1e6 == pytest.approx(megabytes, abs=0.03)
+    d = s = 2048
+    block = pyrepr.nn.MemoryFormerBlock(d, 16, device="meta")
+    published = 2 * s * s * d + 6 * s * d * d // 8
+    assert published / (2 * s * s * d + 12 * s * d * d) == pytest.approx(0.196, abs=5e-4)
+    # The paper rounds the feed-forward network's 1 + 2/8 + 1 reads a table up to 3: ours is the exact count.
+    assert 0.96 * published < block.multiply_adds(s) <= published
+
+
+def test_memoryformer_block_trains_and_is_causal():
+    block = pyrepr.nn.MemoryFormerBlock(32, 4, bits=4)
+    x = torch.randn(2, 10, 32)
+    changed = x.clone()
+    changed[:, 6:] = torch.randn(2, 4, 32)
+    assert torch.equal(block(x)[:, :6], block(changed)[:, :6])
+    target = torch.randn(2, 10, 32)
+    optimizer = torch.optim.Adam(block.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        loss = (block(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in block.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_module_refusals():
+    with pytest.raises(ValueError, match="multiple of bits = 8, got 12"):
+        pyrepr.nn.LookupLinear(12, 4)
+    with pytest.raises(MemoryError, match=r"take 1024\.0 GiB"):
+        pyrepr.nn.LookupLinear(1 << 14, 1 << 12, bits=16)
+    with pytest.raises(TypeError, match="table_dtype"):
+        pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)

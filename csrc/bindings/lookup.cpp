@@ -1,8 +1,32 @@
 // Bindings of family `lookup`.
 #include "bindings/common.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace pyrepr {
 namespace {
+
+// Asks the system to hold this memory in huge pages: a gather from small ones waits for address translation more than for
+// data, and a large fresh result costs more in page faults than in writes. With `now`, pages already in use are moved
+// too (MADV_COLLAPSE, Linux 6.1). Contents and addresses stay; true if nothing was refused.
+bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t start = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (end <= start) return false;
+  void* const data = reinterpret_cast<void*>(start);
+  if (madvise(data, end - start, MADV_HUGEPAGE)) return false;
+#if !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25
+#endif
+  return !now || madvise(data, end - start, MADV_COLLAPSE) == 0;
+#else
+  (void)address, (void)bytes, (void)now;
+  return false;
+#endif
+}
 
 cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h, int threads) {
   if (type < 0 || type > 4) throw std::invalid_argument("table type code " + std::to_string(type) + " is unknown");
@@ -80,6 +104,8 @@ void lookup_backward(const cpu::LookupTables& tables, const MatrixTuple& grad, u
   const void* const w = pointer<const void>(weights, "weights", g.rows * tables.K == 0);
   if (dots && !tables.data && tables.K && tables.h) throw std::invalid_argument("tables has no memory");
   py::gil_scoped_release release;
+  const int64_t item = tables.type == cpu::TableType::f64 ? 8 : 4;
+  if (segments && !first) huge_pages(segments, tables.K * tables.n * tables.h * item, false);
   check(current_level().lookup().backward(tables, g, checked, w, reinterpret_cast<const int64_t*>(first),
                                           reinterpret_cast<void*>(segments), reinterpret_cast<void*>(dots)));
 }
@@ -93,6 +119,10 @@ void bind_lookup(py::module_& m) {
       .def("sum", &lookup_sum)
       .def("backward", &lookup_backward);
 
+  m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
+    py::gil_scoped_release release;
+    return huge_pages(address, bytes, true);
+  });
   m.def("lookup_hash", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature, uintptr_t codes,
                           uintptr_t weights, int threads) {
     const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, threads);

@@ -10,10 +10,6 @@
 
 #include <omp.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/gemm.h"
 
 namespace pyrepr {
@@ -26,8 +22,10 @@ struct StoreI8 {
 template <>
 inline Vec<float> load_as<StoreI8>(const int8_t* p) {
   typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
-  using I = Lanes<float>::I;
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), I), Vec<float>);
+  typedef int16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  // By way of 16 bits: compilers know the instructions that widen to twice the size.
+  const Halves wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Halves);
+  return __builtin_convertvector(__builtin_convertvector(wide, Lanes<float>::I), Vec<float>);
 }
 
 }  // namespace
@@ -40,20 +38,8 @@ constexpr int64_t kTokens = 8192;                     // tokens hashed at a time
 constexpr int64_t kTileBytes = int64_t(512) << 10;    // of tables, in half an L2 cache
 constexpr int64_t kWidestTile = int64_t(1) << 20;     // larger than this a tile cannot be kept in L2
 constexpr int64_t kParallelWork = int64_t(1) << 14;   // fewer elements than this are not worth waking threads for
-constexpr int64_t kHugePage = int64_t(2) << 20;
 
 int64_t thread_number() { return omp_get_thread_num(); }
-
-// Fresh memory for a large result costs more in page faults than the result itself; huge pages make it 512 times fewer.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 // `count` < W elements; the other lanes are zero.
 template <class S>
@@ -91,8 +77,14 @@ class Chunks {
   }
 
   int32_t code(int64_t k) const {
+    const T* const z = z_ + k * p_.bits;
     int32_t code = 0;
-    for (int64_t i = 0; i < p_.bits; i++) code |= int32_t(z_[k * p_.bits + i] >= 0) << i;
+    if (p_.bits == 8) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) code |= int32_t(z[i] >= 0) << i;
+    } else {
+      for (int64_t i = 0; i < p_.bits; i++) code |= int32_t(z[i] >= 0) << i;
+    }
     return code;
   }
 
@@ -134,9 +126,26 @@ class Chunks {
   void sums(int64_t k, T& sum, T& inverse) const {
     const T* const z = z_ + k * p_.bits;
     const T* const e = e_ + k * p_.bits;
-    for (int64_t i = 0; i < p_.bits; i++) sum += z[i] < 0 ? -z[i] : z[i];
+    if (p_.bits == 8) {
+      sum = tree_sum<8>(z);
+      if (decaying()) inverse = tree_product<8>(e);
+      return;
+    }
+    for (int64_t i = 0; i < p_.bits; i++) sum += magnitude(z[i]);
     if (decaying())
       for (int64_t i = 0; i < p_.bits; i++) inverse *= 1 + e[i];
+  }
+  static T magnitude(T z) { return sizeof(T) == 4 ? __builtin_fabsf(static_cast<float>(z)) : __builtin_fabs(z); }
+  // Trees rather than chains: the latency of a chain of eight would be most of a hash's time.
+  template <int N>
+  static T tree_sum(const T* z) {
+    if constexpr (N == 1) return magnitude(*z);
+    else return tree_sum<N / 2>(z) + tree_sum<N / 2>(z + N / 2);
+  }
+  template <int N>
+  static T tree_product(const T* e) {
+    if constexpr (N == 1) return 1 + *e;
+    else return tree_product<N / 2>(e) * tree_product<N / 2>(e + N / 2);
   }
 
   const LookupHash& p_;
@@ -206,12 +215,63 @@ class Plan {
   int64_t tokens_ = 0;
 };
 
+// How a tile of a table is kept in L2, row by row of 4 vectors: as it is computed with, or, where 16 bits hold every value
+// exactly, as pairs of bfloat16 that one shift or mask widens.
+template <class S>
+struct Wide {
+  using T = typename S::T;
+  using E = T;
+  static void put(E* out, const Vec<T> (&row)[4]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) store<T>(out + v * Lanes<T>::W, row[v]);
+  }
+  static void get(const E* in, Vec<T> (&row)[4]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) row[v] = load<T>(in + v * Lanes<T>::W);
+  }
+};
+struct Pairs {
+  using E = uint16_t;
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  static void put(E* out, const Vec<float> (&row)[4]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 4; v += 2) {
+      U32 low, high;
+      std::memcpy(&low, &row[v], sizeof low);
+      std::memcpy(&high, &row[v + 1], sizeof high);
+      *reinterpret_cast<Words*>(out + v * Lanes<float>::W) = (low >> 16) | (high & 0xffff0000u);
+    }
+  }
+  static void get(const E* in, Vec<float> (&row)[4]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 4; v += 2) {
+      const U32 words = *reinterpret_cast<const Words*>(in + v * Lanes<float>::W);
+      row[v] = bits_to_float(words << 16);
+      row[v + 1] = bits_to_float(words & 0xffff0000u);
+    }
+  }
+};
+template <class S>
+struct TileOf {
+  using Kind = Wide<S>;
+};
+template <>
+struct TileOf<StoreBf16> {
+  using Kind = Pairs;
+};
+template <>
+struct TileOf<StoreI8> {
+  using Kind = Pairs;
+};
+
 // The forward of a block of tokens: `out` points to the block's first row.
 template <class S>
 class Forward {
  public:
   using T = typename S::T;
   using M = typename S::Memory;
+  using Tile = typename TileOf<S>::Kind;
+  using E = typename Tile::E;
   static constexpr int W = Lanes<T>::W;
   static constexpr int V = 4;            // vectors of a column tile
   static constexpr int64_t C = V * W;    // its columns
@@ -219,10 +279,10 @@ class Forward {
   Forward(const LookupTables& tables, const Plan<T>& plan, const T* bias, T* out)
       : a_(tables), data_(static_cast<const M*>(tables.data)), plan_(plan), bias_(bias), out_(out) {}
 
-  // Measured on a 2-core Zen 4: reading all n rows of a table pays once as many tokens as rows ask for it.
+  // Measured on a 2-core Zen 4, 256 rows a table: level at 4 tokens a row, ahead from there on.
   static bool streams(const LookupTables& a, int64_t tokens, LookupRoute route) {
-    if (a.n * C * int64_t(sizeof(T)) > kWidestTile) return false;
-    return route == LookupRoute::stream || (route == LookupRoute::by_size && tokens >= a.n);
+    if (a.n * C * int64_t(sizeof(E)) > kWidestTile) return false;
+    return route == LookupRoute::stream || (route == LookupRoute::by_size && tokens >= 4 * a.n);
   }
 
   Status run(bool stream) const {
@@ -235,6 +295,8 @@ class Forward {
   static constexpr int64_t kRows = 4;      // rows added at a time
   static constexpr int64_t kAhead = 8;     // rows between the one being added and the one being fetched
   static constexpr int64_t kBlock = 32;    // tables a token visits in one go: several tokens meet in a row while it is in L3
+  static constexpr int64_t kPiece = 1024;   // bytes of a row to read at a time: fewer cost memory bandwidth
+  static constexpr int64_t kCopyAhead = 8;  // rows between the one being copied and the one being fetched
   static constexpr int64_t kLine = 64 / int64_t(sizeof(M));  // elements of a cache line
 
   // Threads share the columns first (they then read different parts of the same rows), then the tokens.
@@ -311,63 +373,90 @@ class Forward {
     return v;
   }
 
-  // Column tiles: a few tables' tiles at a time are widened into L2, and every token adds its rows of them to its sums.
+  // Spans of columns, as wide as memory likes to be read, are cut into tiles as narrow as L2 needs them: a few tables' tiles
+  // are copied side by side, and every token adds its rows of them to its sums.
   Status by_tables() const {
-    const int64_t tiles = ceil_div(a_.h, C), per_table = a_.n * C * int64_t(sizeof(T));
-    const int64_t blocks = ceil_div(plan_.tokens(), larger<int64_t>(1024, 4 * a_.n));
-    const int64_t block = ceil_div(plan_.tokens(), blocks);
-    int64_t together = kGroup;
-    while (together > 1 && together * per_table > kTileBytes) together /= 2;
-    const int64_t bytes = round_up(together * per_table, 64) + block * C * int64_t(sizeof(T));
-    const Memory memory(bytes * a_.threads);
+    const Spans shape(a_, plan_.tokens());
+    const Memory memory(shape.bytes() * a_.threads);
     if (!memory.ok()) return Status::out_of_memory;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a_.threads)
-    for (int64_t task = 0; task < tiles * blocks; task++) {
-      const int64_t c0 = task / blocks * C, t0 = task % blocks * block, t1 = smaller(t0 + block, plan_.tokens());
-      const int64_t cols = smaller(C, a_.h - c0);
-      T* const tile = memory.as<T>(bytes * thread_number());
-      T* const sums = tile + round_up(together * per_table, 64) / int64_t(sizeof(T));
-      alignas(64) T start[C] = {};
-      if (bias_) std::memcpy(start, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
-      for (int64_t t = t0; t < t1; t++) std::memcpy(sums + (t - t0) * C, start, sizeof start);
-      for (int64_t k = 0; k < a_.K; k += together) {
-        const int64_t count = smaller(together, a_.K - k);
-        widen(k, count, c0, cols, tile);
-        add_tiles(k, count, t0, t1, tile, sums);
+    for (int64_t task = 0; task < shape.spans * shape.blocks; task++) {
+      const int64_t c0 = task / shape.blocks * shape.cols, cols = smaller(shape.cols, a_.h - c0), tiles = ceil_div(cols, C);
+      const int64_t t0 = task % shape.blocks * shape.tokens, t1 = smaller(t0 + shape.tokens, plan_.tokens());
+      T* const sums = memory.as<T>(shape.bytes() * thread_number());
+      E* const copies = reinterpret_cast<E*>(sums + shape.tokens * shape.cols);
+      start_sums(c0, cols, t1 - t0, sums);
+      for (int64_t k = 0; k < a_.K; k += shape.together) {
+        const int64_t count = smaller(shape.together, a_.K - k), rows = count * a_.n;
+        copy_tiles(data_ + k * a_.n * a_.h + c0, rows, cols, copies);
+        for (int64_t tile = 0; tile < tiles; tile++)
+          add_tile(k, count, t0, t1, copies + tile * rows * C, sums + tile * (t1 - t0) * C);
       }
       for (int64_t t = t0; t < t1; t++)
-        std::memcpy(out_ + t * a_.h + c0, sums + (t - t0) * C, static_cast<size_t>(cols) * sizeof(T));
+        for (int64_t c = 0; c < cols; c += C)
+          std::memcpy(out_ + t * a_.h + c0 + c, sums + (c / C * (t1 - t0) + t - t0) * C,
+                      static_cast<size_t>(smaller(C, cols - c)) * sizeof(T));
     }
     return Status::ok;
   }
 
-  // tile [count n, C] = columns c0 ... c0 + cols of `count` tables from table k on
-  void widen(int64_t k, int64_t count, int64_t c0, int64_t cols, T* tile) const {
-    const M* in = data_ + k * a_.n * a_.h + c0;
-    for (int64_t r = 0; r < count * a_.n; r++, in += a_.h, tile += C) {
-      if (cols == C) {
-        for (int64_t c = 0; c < C; c += kLine) __builtin_prefetch(in + 16 * a_.h + c);
+  struct Spans {
+    int64_t cols, spans, tokens, blocks, together, copied;
+
+    Spans(const LookupTables& a, int64_t count) {
+      together = kGroup;
+      while (together > 1 && together * a.n * C * int64_t(sizeof(E)) > kTileBytes) together /= 2;
+      const int64_t share = round_up(ceil_div(a.h, a.threads), C), copies = 4 * kTileBytes / (together * a.n * int64_t(sizeof(E)));
+      cols = larger(C, smaller(share, smaller(kPiece / int64_t(sizeof(M)), copies / C * C)));
+      spans = ceil_div(a.h, cols);
+      tokens = ceil_div(count, smaller(ceil_div(a.threads, spans), ceil_div(count, a.n)));
+      blocks = ceil_div(count, tokens);
+      copied = together * a.n * cols;
+    }
+    int64_t bytes() const { return round_up(tokens * cols * int64_t(sizeof(T)) + copied * int64_t(sizeof(E)), 64); }
+  };
+
+  // sums [tiles, tokens, C] = bias
+  void start_sums(int64_t c0, int64_t cols, int64_t tokens, T* sums) const {
+    for (int64_t c = 0; c < cols; c += C) {
+      alignas(64) T start[C] = {};
+      if (bias_) std::memcpy(start, bias_ + c0 + c, static_cast<size_t>(smaller(C, cols - c)) * sizeof(T));
+      for (int64_t t = 0; t < tokens; t++, sums += C) std::memcpy(sums, start, sizeof start);
+    }
+  }
+
+  // out [tiles, rows, C] = in [rows, cols]
+  void copy_tiles(const M* in, int64_t rows, int64_t cols, E* out) const {
+    for (int64_t r = 0; r < rows; r++, in += a_.h, out += C) {
+      for (int64_t c = 0; c < cols; c += kLine) __builtin_prefetch(in + kCopyAhead * a_.h + c);
+      for (int64_t c = 0; c < cols; c += C) {
+        Vec<T> row[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store<T>(tile + v * W, load_as<S>(in + v * W));
-      } else {
-        for (int64_t c = 0; c < C; c += W)
-          store<T>(tile + c, load_part<S>(in + c, smaller<int64_t>(W, larger<int64_t>(0, cols - c))));
+        for (int v = 0; v < V; v++) {
+          const int64_t left = cols - c - v * W;
+          row[v] = left >= W ? load_as<S>(in + c + v * W) : load_part<S>(in + c + v * W, larger<int64_t>(0, left));
+        }
+        Tile::put(out + c * rows, row);
       }
     }
   }
 
-  void add_tiles(int64_t k, int64_t count, int64_t t0, int64_t t1, const T* tile, T* sums) const {
-    for (int64_t t = t0; t < t1; t++, sums += C) {
-      const int32_t* const codes = plan_.codes(k / kGroup, t) + k % kGroup;
-      const T* const weights = plan_.weights(k / kGroup, t) + k % kGroup;
+  // sums [tokens, C] += the rows of `count` tables' tiles [n, C] from table k on
+  void add_tile(int64_t k, int64_t count, int64_t t0, int64_t t1, const E* tile, T* sums) const {
+    const int32_t* codes = plan_.codes(k / kGroup, t0) + k % kGroup;
+    const T* weights = plan_.weights(k / kGroup, t0) + k % kGroup;
+    const int64_t size = a_.n * C;
+    for (int64_t t = t0; t < t1; t++, sums += C, codes += kGroup, weights += kGroup) {
       Vec<T> sum[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[v] = load<T>(sums + v * W);
-      for (int64_t i = 0; i < count; i++) {
-        const T* const row = tile + (i * a_.n + codes[i]) * C;
-        const Vec<T> w = splat<T>(weights[i]);
+      const E* at = tile;
+      for (int64_t i = 0; i < count; i++, at += size) {
+        const Vec<T> w = weights[i] - Vec<T>{};
+        Vec<T> row[V];
+        Tile::get(at + codes[i] * C, row);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[v] += w * load<T>(row + v * W);
+        for (int v = 0; v < V; v++) sum[v] += w * row[v];
       }
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) store<T>(sums + v * W, sum[v]);
@@ -413,7 +502,6 @@ class Backward {
     const int64_t bytes = Order::bytes(tokens_, a_.n);
     const Memory memory(bytes * threads);
     if (!tiled_.ok() || !codes_.ok() || !weights_.ok() || !memory.ok()) return Status::out_of_memory;
-    if (segments_ && !first_) advise_huge_pages(segments_, a_.K * a_.n * a_.h * int64_t(sizeof(T)));
     T* const by_table = weights_.template as<T>();
     transpose(codes, codes_.template as<int32_t>(), tokens_, a_.K);
     transpose(weights, by_table, tokens_, a_.K);

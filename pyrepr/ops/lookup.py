@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import native
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import lookup as reference
@@ -38,6 +39,17 @@ def _tables(tables: Tensor, scales: Tensor | None):
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def to_huge_pages(tables: Tensor) -> bool:
+    """Has the system hold large CPU tables in huge pages, in place: gathers from small ones wait for the page table.
+
+    Values and address stay. False where there is nothing to gain or the system refused.
+    """
+    loaded, _ = native()
+    if loaded is None or tables.device.type != "cpu" or not tables.is_contiguous():
+        return False
+    return loaded.huge_pages(tables.data_ptr(), tables.numel() * tables.element_size())
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
