@@ -13,6 +13,7 @@
 #include "cpu/gemm.h"
 
 namespace pyrepr {
+inline namespace PYREPR_LEVEL {
 namespace {
 
 struct StoreI8 {
@@ -29,8 +30,9 @@ inline Vec<float> load_as<StoreI8>(const int8_t* p) {
 }
 
 }  // namespace
+}  // namespace PYREPR_LEVEL
 
-namespace cpu {
+namespace cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kGroup = 8;                         // tables whose codes and weights stand together
@@ -798,9 +800,7 @@ Status hash_backward(const LookupHash& p, const void* grad_weights, void* grad) 
 
 }  // namespace
 
-namespace PYREPR_LEVEL {
 LookupFunctions lookup_functions() { return {hash, hash_backward, linear, sum, backward}; }
-}  // namespace PYREPR_LEVEL
 
-}  // namespace cpu
+}  // namespace cpu::PYREPR_LEVEL
 }  // namespace pyrepr
