@@ -15,6 +15,7 @@ from pyrepr.delta_rule import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
+from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, segment_sum
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
@@ -35,7 +36,11 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
     "gram",
+    "hash_codes",
     "hsic",
+    "lookup_linear",
+    "lookup_sum",
     "nn",
+    "segment_sum",
     "use_backend",
 ]

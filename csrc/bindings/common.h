@@ -45,6 +45,7 @@ inline void check(Status status) {
 // One function per family, each in the file of its name.
 void bind_gram(py::module_& m);
 void bind_delta_rule(py::module_& m);
+void bind_lookup(py::module_& m);
 void bind_probe(py::module_& m);
 
 }  // namespace pyrepr

@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_gram(m);
   bind_delta_rule(m);
+  bind_lookup(m);
   bind_probe(m);
 }

@@ -30,19 +30,20 @@ struct Processor {
 };
 #endif
 
+// A level with the functions of every family.
+#define PYREPR_LEVEL_ROW(name, supported) \
+  {#name, supported, name::gram_functions, name::delta_rule_functions, name::lookup_functions, name::probe_functions}
+
 }  // namespace
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{
-        {"baseline", true, baseline::gram_functions, baseline::delta_rule_functions, baseline::probe_functions}};
+    std::vector<Level> found{PYREPR_LEVEL_ROW(baseline, true)};
 #if defined(__x86_64__)
     const Processor cpu;
-    found.push_back({"avx2", cpu.avx2, avx2::gram_functions, avx2::delta_rule_functions, avx2::probe_functions});
-    found.push_back(
-        {"avx512", cpu.avx512, avx512::gram_functions, avx512::delta_rule_functions, avx512::probe_functions});
-    found.push_back({"avx512_bf16", cpu.bf16, avx512_bf16::gram_functions, avx512_bf16::delta_rule_functions,
-                     avx512_bf16::probe_functions});
+    found.push_back(PYREPR_LEVEL_ROW(avx2, cpu.avx2));
+    found.push_back(PYREPR_LEVEL_ROW(avx512, cpu.avx512));
+    found.push_back(PYREPR_LEVEL_ROW(avx512_bf16, cpu.bf16));
 #endif
     return found;
   }();

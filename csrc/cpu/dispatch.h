@@ -6,6 +6,7 @@
 
 #include "cpu/delta_rule.h"
 #include "cpu/gram.h"
+#include "cpu/lookup.h"
 #include "cpu/probe.h"
 
 namespace pyrepr::cpu {
@@ -15,6 +16,7 @@ struct Level {
   bool supported;  // by this machine's processor and operating system
   GramFunctions (*gram)();
   DeltaRuleFunctions (*delta_rule)();
+  LookupFunctions (*lookup)();
   ProbeFunctions (*probe)();
 };
 

@@ -25,7 +25,8 @@ constexpr int64_t kWaveMemory = int64_t(16) << 20;  // bytes of results that may
 // The grid of tiles over n x m, of nearly equal size, from the sizes alone; `grids` such grids share the work.
 struct TileShape {
   int64_t rows, cols, row_blocks, col_blocks;
-  TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item, int64_t grids = 1) {
+  TileShape(int64_t n, int64_t m, int64_t unit_rows, int64_t unit_cols, int64_t layers, int64_t item,
+            int64_t grids = 1) {
     row_blocks = larger<int64_t>(1, ceil_div(n, kTileRows));
     col_blocks = larger<int64_t>(1, ceil_div(m, kTileCols));
     while (true) {

@@ -1,0 +1,178 @@
+"""Cases of family `lookup`, τ = 8. Peers: `F.linear` in float32 and bfloat16, `F.embedding_bag` over the hashed
+indices.
+
+Cold means that neither tables nor dense weights stay in cache between calls: every call takes the next of several dense
+weights (together 128 MiB or more) and the next tokens, which read other rows of the tables. `embedding_bag` gets its
+codes and weights ready-made: hashing is not in its time, nor in its gradient. The truth of a dense peer is its own
+product: it computes another function, and only its time is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pyrepr.benchmarks.harness import Case, Workload, relative_error
+from torch import Tensor
+
+import pyrepr
+from pyrepr.ops.lookup import to_huge_pages
+from pyrepr.reference import lookup as reference
+
+BITS = 8
+COLD_BYTES = 128 << 20
+CHECKED = 4  # tokens whose result is compared with float64
+
+
+class _Layer:
+    """A layer's tables in one storage type, tokens to rotate over, and dense weights of the same shape."""
+
+    def __init__(self, count: int, d: int, h: int, *, stored: str = "fp32", cold: bool, codes: str = "random") -> None:
+        generator = torch.Generator().manual_seed(0)
+        k, n = d // BITS, 1 << BITS
+        batches = max(1, min(64, 4096 // count)) if cold else 1
+        self.inputs = [_tokens(codes, count, d, generator) for _ in range(batches)]
+        self.tables, self.scales = torch.randn(k, n, h, generator=generator), None
+        self.truth = _exact(self.inputs[0][:CHECKED], self.tables)
+        if stored == "bf16":
+            self.tables = self.tables.bfloat16()
+        if stored == "int8":
+            self.scales = self.tables.abs().amax(-1) / 127
+            self.tables = (self.tables / self.scales[..., None]).round().to(torch.int8)
+        to_huge_pages(self.tables)
+        self.dense = [torch.randn(h, d, generator=generator) for _ in range(COLD_BYTES // (4 * d * h) if cold else 1)]
+        flat = n * torch.arange(k)
+        self.bags = [(reference.hash_codes(x, BITS).long() + flat, reference.weights(x, BITS)) for x in self.inputs]
+
+
+def _exact(x: Tensor, tables: Tensor) -> Tensor:
+    """The layer in float64; only the rows that are read are widened."""
+    rows = tables[torch.arange(len(tables)), reference.hash_codes(x, BITS).long()].double()  # [T, K, h]
+    return (reference.weights(x.double(), BITS)[..., None] * rows).sum(1)
+
+
+def _tokens(codes: str, count: int, d: int, generator: torch.Generator) -> Tensor:
+    """Random signs and sizes; or every chunk the same signs; or its first signs positive with a Zipf-like skew."""
+    x = torch.randn(count, d, generator=generator)
+    if codes == "one bucket":
+        return x.abs()
+    if codes == "zipf":
+        bits = torch.arange(BITS).repeat(d // BITS)
+        return torch.where(torch.rand(count, d, generator=generator) < 1 / (bits + 2), -x.abs(), x.abs())
+    return x
+
+
+@dataclass
+class Other:
+    """The result of a peer that computes another function."""
+
+    result: object
+
+
+def _error(result: object, truth: Tensor) -> float:
+    return math.nan if isinstance(result, Other) else relative_error(result, truth)
+
+
+def _rotating(function: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+    """Calls function(0), then function(1), ...; the first call is the one that is checked."""
+    numbers: Iterator[int] = itertools.count()
+    return lambda: function(next(numbers))
+
+
+def _bag(layer: _Layer, tables: Tensor, i: int) -> Tensor:
+    codes, weights = layer.bags[i % len(layer.bags)]
+    return F.embedding_bag(codes, tables.flatten(0, 1), per_sample_weights=weights.to(tables.dtype), mode="sum")
+
+
+def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, codes: str = "random") -> Workload:
+    layer = _Layer(count, d, h, stored=tables, cold=cold, codes=codes)
+    stored, scales, inputs, dense = layer.tables, layer.scales, layer.inputs, layer.dense
+    inputs_bf16, dense_bf16 = [x.bfloat16() for x in inputs], [w.bfloat16() for w in dense * 2]
+
+    def take(items: list, i: int):
+        return items[i % len(items)]
+
+    implementations = {
+        "pyrepr": lambda i: pyrepr.lookup_linear(take(inputs, i), stored, scales=scales),
+        "F.linear fp32": lambda i: Other(F.linear(take(inputs, i), take(dense, i))),
+        "F.linear bf16": lambda i: Other(F.linear(take(inputs_bf16, i), take(dense_bf16, i))),
+    }
+    if scales is None:
+        implementations["F.embedding_bag"] = lambda i: _bag(layer, stored, i)
+    occupied = min(count, (1 << BITS) * (1 - (1 - 2.0**-BITS) ** count)) if codes == "random" else 1
+    return Workload(
+        {name: _rotating(function) for name, function in implementations.items()},
+        truth=lambda: layer.truth,
+        result=lambda out: out if isinstance(out, Other) else out[:CHECKED],
+        error=_error,
+        tolerance={"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2}[tables],
+        flops=2 * count * (d // BITS) * h,
+        bytes=occupied * (d // BITS) * h * stored.element_size(),
+        data=f"{'cold' if cold else 'hot'}, {codes} codes, tables in huge pages",
+    )
+
+
+def _training(count: int, d: int, h: int) -> Workload:
+    layer = _Layer(count, d, h, cold=False)
+    x, tables, dense = (t.requires_grad_() for t in (layer.inputs[0], layer.tables, layer.dense[0]))
+    grad = torch.randn(count, h, generator=torch.Generator().manual_seed(1))
+    codes, weights = (t.detach() for t in layer.bags[0])
+    weights.requires_grad_()
+
+    def lookup() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(pyrepr.lookup_linear(x, tables), (x, tables), grad)
+
+    def linear() -> Other:
+        return Other(torch.autograd.grad(F.linear(x, dense), (x, dense), grad))
+
+    def bag() -> tuple[Tensor, ...]:
+        out = F.embedding_bag(codes, tables.flatten(0, 1), per_sample_weights=weights, mode="sum")
+        return torch.autograd.grad(out, (weights, tables), grad)
+
+    def truth() -> Tensor:
+        first = tables.detach()[:2].double().requires_grad_()
+        out = reference.lookup_linear(x.detach()[:, : 2 * BITS].double(), first)
+        return torch.autograd.grad(out, first, grad.double())[0]
+
+    return Workload(
+        {"pyrepr": lookup, "F.linear fp32": linear, "F.embedding_bag": bag},
+        truth=truth,
+        result=lambda grads: grads if isinstance(grads, Other) else grads[1][:2],
+        error=_error,
+        tolerance=1e-5,
+        flops=6 * count * (d // BITS) * h,
+        bytes=3 * tables.numel() * 4,
+        data="hot",
+    )
+
+
+def cases() -> list[Case]:
+    """All cases of the family, small ones first."""
+    forward = [
+        Case("lookup forward", f"T={count} d=h={d} {tables}{'' if cold else ' hot'}", make, quick)
+        for count, d, tables, cold, quick in (
+            (1, 64, "fp32", False, True),
+            (1, 512, "fp32", True, True),
+            (1, 1024, "fp32", True, True),
+            (4096, 512, "fp32", False, True),
+            *((count, 2048, tables, True, False) for count in (1, 64, 1024) for tables in ("fp32", "bf16", "int8")),
+        )
+        for make in [lambda c=count, d=d, t=tables, cold=cold: _forward(c, d, d, t, cold=cold)]
+    ]
+    skewed = [
+        Case(
+            "lookup forward",
+            f"T=1024 d=h=1024 fp32, {codes}",
+            lambda c=codes: _forward(1024, 1024, 1024, "fp32", codes=c),
+        )
+        for codes in ("random", "zipf", "one bucket")
+    ]
+    return [
+        *forward,
+        *skewed,
+        Case("lookup forward+backward", "T=1024 d=h=1024", lambda: _training(1024, 1024, 1024)),
+    ]

@@ -1,0 +1,158 @@
+// Bindings of family `lookup`.
+#include "bindings/common.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pyrepr {
+namespace {
+
+// Asks the system to hold this memory in huge pages: a gather from small ones waits for address translation more than
+// for data, and a large fresh result costs more in page faults than in writes. With `now`, pages already in use are
+// moved too (MADV_COLLAPSE, Linux 6.1). Contents and addresses stay; true if nothing was refused.
+bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t start = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (end <= start) return false;
+  void* const data = reinterpret_cast<void*>(start);
+  if (madvise(data, end - start, MADV_HUGEPAGE)) return false;
+#if !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25
+#endif
+  return !now || madvise(data, end - start, MADV_COLLAPSE) == 0;
+#else
+  (void)address, (void)bytes, (void)now;
+  return false;
+#endif
+}
+
+cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h,
+                              int threads) {
+  if (type < 0 || type > 4) throw std::invalid_argument("table type code " + std::to_string(type) + " is unknown");
+  if (K < 0 || n < 0 || h < 0 || threads < 1)
+    throw std::invalid_argument("sizes must not be negative, threads positive");
+  if ((type == 4) != (scales != 0) && data) throw std::invalid_argument("int8 tables, and only they, need scales");
+  return {pointer<const void>(data, "tables", true),
+          static_cast<cpu::TableType>(type),
+          pointer<const float>(scales, "scales", true),
+          K,
+          n,
+          h,
+          threads};
+}
+
+View view_of(const MatrixTuple& matrix, const char* what) {
+  const auto& [data, rows, cols, row_stride, col_stride] = matrix;
+  if (cols > 1 && col_stride != 1) throw std::invalid_argument(std::string(what) + " must have contiguous rows");
+  return {pointer<const void>(data, what, rows == 0 || cols == 0), rows, cols, row_stride, 1};
+}
+
+cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
+                          int threads) {
+  const cpu::LookupHash hash{view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting),
+                             temperature,     threads};
+  if (bits < 1 || bits > 16 || hash.x.cols % bits)
+    throw std::invalid_argument("x does not consist of chunks of `bits` elements");
+  if (weighting < 0 || weighting > 3)
+    throw std::invalid_argument("weighting code " + std::to_string(weighting) + " is unknown");
+  if (threads < 1) throw std::invalid_argument("threads must be positive");
+  return hash;
+}
+
+cpu::LookupRoute route_from(int route) {
+  if (route < 0 || route > 2) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
+  return static_cast<cpu::LookupRoute>(route);
+}
+
+// Codes come from the caller's data: what is out of range must not become an address.
+const int32_t* checked_codes(uintptr_t address, int64_t count, int64_t n) {
+  const int32_t* const codes = pointer<const int32_t>(address, "codes", count == 0);
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < count; i++) {
+    low = codes[i] < low ? codes[i] : low;
+    high = codes[i] > high ? codes[i] : high;
+  }
+  if (count && (low < 0 || high >= n))
+    throw py::index_error("codes must be from 0 to n - 1 = " + std::to_string(n - 1) + ", got " +
+                          std::to_string(low < 0 ? low : high));
+  return codes;
+}
+
+bool same_precision(DType x, cpu::TableType tables) { return (x == DType::f64) == (tables == cpu::TableType::f64); }
+
+void lookup_linear(const cpu::LookupTables& tables, const MatrixTuple& x, int dtype, int64_t bits, int weighting,
+                   double temperature, uintptr_t bias, int route, uintptr_t out) {
+  const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, tables.threads);
+  if (hash.x.cols != tables.K * bits || tables.n != int64_t(1) << bits || !same_precision(hash.dtype, tables.type))
+    throw std::invalid_argument("x and tables do not fit together");
+  const bool empty = hash.x.rows == 0 || tables.h == 0;
+  if (!tables.data && tables.K && !empty) throw std::invalid_argument("tables has no memory");
+  void* const data = pointer<void>(out, "out", empty);
+  const void* const added = pointer<const void>(bias, "bias", true);
+  const cpu::LookupRoute way = route_from(route);
+  py::gil_scoped_release release;
+  if (!empty) check(current_level().lookup().linear(tables, hash, added, way, data));
+}
+
+void lookup_sum(const cpu::LookupTables& tables, uintptr_t codes, uintptr_t weights, int64_t tokens, int route,
+                uintptr_t out) {
+  const bool empty = tokens == 0 || tables.h == 0;
+  const int32_t* const checked = checked_codes(codes, tokens * tables.K, tables.n);
+  if (!tables.data && tables.K && !empty) throw std::invalid_argument("tables has no memory");
+  const void* const w = pointer<const void>(weights, "weights", empty || tables.K == 0);
+  void* const data = pointer<void>(out, "out", empty);
+  const cpu::LookupRoute way = route_from(route);
+  py::gil_scoped_release release;
+  if (!empty) check(current_level().lookup().sum(tables, tokens, checked, w, way, data));
+}
+
+void lookup_backward(const cpu::LookupTables& tables, const MatrixTuple& grad, uintptr_t codes, uintptr_t weights,
+                     uintptr_t first, uintptr_t segments, uintptr_t dots) {
+  const View g = view_of(grad, "grad");
+  if (g.cols != tables.h) throw std::invalid_argument("grad and tables do not fit together");
+  const int32_t* const checked = checked_codes(codes, g.rows * tables.K, tables.n);
+  const void* const w = pointer<const void>(weights, "weights", g.rows * tables.K == 0);
+  if (dots && !tables.data && tables.K && tables.h) throw std::invalid_argument("tables has no memory");
+  py::gil_scoped_release release;
+  const int64_t item = tables.type == cpu::TableType::f64 ? 8 : 4;
+  if (segments && !first) huge_pages(segments, tables.K * tables.n * tables.h * item, false);
+  check(current_level().lookup().backward(tables, g, checked, w, reinterpret_cast<const int64_t*>(first),
+                                          reinterpret_cast<void*>(segments), reinterpret_cast<void*>(dots)));
+}
+
+}  // namespace
+
+void bind_lookup(py::module_& m) {
+  py::class_<cpu::LookupTables>(m, "LookupTables")
+      .def(py::init(&tables_from))
+      .def("linear", &lookup_linear)
+      .def("sum", &lookup_sum)
+      .def("backward", &lookup_backward);
+
+  m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
+    py::gil_scoped_release release;
+    return huge_pages(address, bytes, true);
+  });
+  m.def("lookup_hash", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
+                          uintptr_t codes, uintptr_t weights, int threads) {
+    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, threads);
+    const bool empty = hash.x.rows * hash.x.cols == 0;
+    int32_t* const c = pointer<int32_t>(codes, "codes", empty);
+    void* const w = pointer<void>(weights, "weights", empty);
+    py::gil_scoped_release release;
+    if (!empty) check(current_level().lookup().hash(hash, c, w));
+  });
+  m.def("lookup_hash_backward", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
+                                   uintptr_t grad_weights, uintptr_t grad, int threads) {
+    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, threads);
+    const bool empty = hash.x.rows * hash.x.cols == 0;
+    const void* const gw = pointer<const void>(grad_weights, "grad_weights", empty);
+    void* const g = pointer<void>(grad, "grad", empty);
+    py::gil_scoped_release release;
+    if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
+  });
+}
+
+}  // namespace pyrepr

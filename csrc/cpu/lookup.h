@@ -1,0 +1,71 @@
+// Family `lookup` on the CPU: what csrc/bindings/lookup.cpp calls and lookup.cpp defines once per instruction set.
+//
+// A row of x [T, d] is cut into K chunks z of `bits` elements. code(z) = sum over i of [z_i >= 0] 2^i, and with the
+// sizes s_i = |z_i| the weight w(z) is prod sigmoid(2 s_i / t) (probability), that times sum s_i (scaled), sum s_i /
+// bits (l1) or 1.
+//   linear    out[t] = bias + sum over k of w[t, k] table_k[code[t, k]]
+//   backward  segments_k[c] = sum over t with code[t, k] = c of w[t, k] grad[t];  dots[t, k] = <grad[t],
+//   table_k[code[t, k]]>
+//
+// Accumulation is in float, in double for f64. T stands for that type in comments.
+#pragma once
+
+#include "common.h"
+
+namespace pyrepr::cpu {
+
+// The codes Python passes: DType's, and 8-bit integers. `TABLE_CODES` in pyrepr/ops/lookup.py holds the same numbers.
+enum class TableType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i8 = 4 };
+
+// `WEIGHTINGS` in pyrepr/reference/lookup.py holds the same order.
+enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
+
+// Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once.
+enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2 };
+
+struct LookupTables {
+  const void* data;  // [K, n, h] contiguous
+  TableType type;
+  const float* scales;  // [K, n] for i8, else null
+  int64_t K, n, h;
+  int threads;
+};
+
+struct LookupHash {
+  View x;  // [T, d], contiguous rows
+  DType dtype;
+  int64_t bits;
+  Weighting weighting;
+  double temperature;
+  int threads;
+};
+
+struct LookupFunctions {
+  // codes [T, K], weights [T, K] of T
+  Status (*hash)(const LookupHash&, int32_t* codes, void* weights);
+  // grad [T, d] of T = grad_weights [T, K] of T times the derivative of the weights
+  Status (*hash_backward)(const LookupHash&, const void* grad_weights, void* grad);
+  // out [T, h] of T; bias [h] of T or null
+  Status (*linear)(const LookupTables&, const LookupHash&, const void* bias, LookupRoute, void* out);
+  // out [T, h] of T from codes [T, K] within [0, n) and weights [T, K]
+  Status (*sum)(const LookupTables&, int64_t tokens, const int32_t* codes, const void* weights, LookupRoute, void* out);
+  // segments [K, n, h] of T or null; with first [K + 1] only the rows that occur, those of table k from row first[k]
+  // on. dots [T, K] of T or null, times the scales.
+  Status (*backward)(const LookupTables&, const View& grad, const int32_t* codes, const void* weights,
+                     const int64_t* first, void* segments, void* dots);
+};
+
+namespace baseline {
+LookupFunctions lookup_functions();
+}
+namespace avx2 {
+LookupFunctions lookup_functions();
+}
+namespace avx512 {
+LookupFunctions lookup_functions();
+}
+namespace avx512_bf16 {
+LookupFunctions lookup_functions();
+}
+
+}  // namespace pyrepr::cpu

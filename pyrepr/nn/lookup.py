@@ -1,0 +1,375 @@
+"""Layers made of hashed table lookups: in place of `nn.Linear`, of attention's projections, of a feed-forward network.
+
+Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers", arXiv 2411.12992.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyrepr import lookup
+from pyrepr.lookup import check_bits, check_weighting
+from pyrepr.ops.lookup import to_huge_pages
+from pyrepr.reference.lookup import hash_codes, weights
+
+TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a batch used a layer's buckets: counts [K, 2^bits], entropy [K] in bits, rows nobody read (of K · 2^bits)."""
+
+    counts: Tensor
+    entropy: Tensor
+    dead_rows: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What converting a linear layer cost: error on the calibration data over the variance of the outputs, and
+    bytes."""
+
+    relative_mse: float
+    dense_bytes: int
+    table_bytes: int
+    dead_rows: int  # that no calibration row reads
+    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weight
+
+
+def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
+    """Root mean square of w over chunks of independent standard normal elements, by quadrature."""
+    z = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) * math.sqrt(2 / math.pi)
+
+    def mean(values: Tensor) -> float:
+        return float(torch.trapezoid(values * density, z))
+
+    if weighting == "none":
+        return 1.0
+    p2 = torch.ones_like(z) if weighting == "l1" else torch.sigmoid(2 * z / temperature) ** 2
+    own, first, second = mean(p2), mean(z * p2), mean(z * z * p2)
+    if weighting == "probability":
+        return own ** (bits / 2)
+    square = bits * second * own ** (bits - 1) + bits * (bits - 1) * first**2 * own ** max(0, bits - 2)
+    return math.sqrt(square) / (bits if weighting == "l1" else 1)
+
+
+def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None) -> None:
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device or "cpu").type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise MemoryError(
+            f"tables of shape {list(shape)} take {size / 2**30:.1f} GiB, more than this machine's "
+            f"{memory / 2**30:.1f}; use fewer bits or a smaller table_dtype"
+        )
+
+
+class LookupLinear(nn.Module):
+    """:func:`pyrepr.lookup_linear` with its tables, in place of ``nn.Linear``.
+
+    Args:
+        in_features, out_features, bias: as of ``nn.Linear``; in_features must be a multiple of `bits`.
+        bits: τ, elements of a chunk, 1 to 16. Default 8: τ-fold fewer reads than a dense layer, 2^τ/τ = 32-fold memory.
+        weighting, temperature: see :func:`pyrepr.lookup_linear`; the defaults are the paper's.
+        table_dtype: float32 (default), float64, bfloat16, float16, or int8 (for loading; see :meth:`quantize_`).
+        sparse: row-sparse gradients of the tables, for ``torch.optim.SparseAdam``.
+
+    Shape:
+        x: [..., in_features] -> [..., out_features] in the dtype of x.
+
+    Attributes:
+        tables: [in_features / bits, 2^bits, out_features]. bias: [out_features] or ``None``. scales: [K, 2^bits]
+            float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
+            [in_features], what its input is standardised with, and with a low-rank part down [rank, in_features] and
+            up [out_features, rank].
+
+    Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
+
+    Raises:
+        ValueError: if in_features is no multiple of bits, or bits or weighting are out of range.
+        MemoryError: if the tables are larger than the machine's memory, before they are allocated.
+    """
+
+    scales: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        bits: int = 8,
+        weighting: str = "probability",
+        temperature: float = 1.0,
+        table_dtype: torch.dtype | None = None,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_bits(bits)
+        check_weighting(weighting, temperature)
+        if in_features < 1 or in_features % bits:
+            raise ValueError(f"in_features must be a positive multiple of bits = {bits}, got {in_features}")
+        table_dtype = table_dtype or torch.float32
+        if table_dtype not in TABLE_DTYPES:
+            raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.weighting, self.temperature, self.sparse = weighting, temperature, sparse
+        self.conversion: Conversion | None = None
+        shape = (in_features // bits, 1 << bits, out_features)
+        _check_memory(shape, table_dtype, device)
+        quantized = table_dtype == torch.int8
+        self.tables = nn.Parameter(torch.empty(shape, dtype=table_dtype, device=device), requires_grad=not quantized)
+        wide = torch.float64 if table_dtype == torch.float64 else torch.float32
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
+        self.register_buffer("scales", torch.ones(shape[:2], device=device) if quantized else None)
+        for name in ("shift", "scale"):
+            self.register_buffer(name, None)
+        for name in ("down", "up"):
+            self.register_parameter(name, None)
+        to_huge_pages(self.tables)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.tables.dtype == torch.int8:
+            self.tables.zero_()
+        elif self.tables.device.type != "meta":
+            rms = rms_weight(self.bits, self.weighting, self.temperature)
+            nn.init.normal_(self.tables, std=1 / (rms * math.sqrt(self.tables.shape[0])))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        to_huge_pages(self.tables)
+        return self
+
+    def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is hashed, and the low-rank part of the output."""
+        low = None
+        if self.down is not None:
+            inner = functional.linear(x, self.down.to(x.dtype))  # [..., rank]
+            low = functional.linear(inner, self.up.to(x.dtype))
+            x = x - inner @ self.down.to(x.dtype)
+        if self.shift is not None:
+            x = (x - self.shift.to(x.dtype)) * self.scale.to(x.dtype)
+        return x, low
+
+    def forward(self, x: Tensor) -> Tensor:
+        hashed, low = self._hashed(x)
+        out = lookup.lookup_linear(
+            hashed,
+            self.tables,
+            self.bias,
+            weighting=self.weighting,
+            temperature=self.temperature,
+            scales=self.scales,
+            sparse=self.sparse,
+        )
+        return out if low is None else out + low
+
+    @torch.no_grad()
+    def quantize_(self, kind: str) -> LookupLinear:
+        """Stores the tables as ``"bf16"``, or as ``"int8"`` with a scale a row: for inference, without a gradient."""
+        if kind not in ("int8", "bf16"):
+            raise ValueError(f"kind must be 'int8' or 'bf16', got {kind!r}")
+        if not self.tables.is_floating_point():
+            raise ValueError("the tables are int8 already")
+        if kind == "bf16":
+            self.tables = nn.Parameter(self.tables.bfloat16(), requires_grad=False)
+        else:
+            scales = self.tables.abs().amax(-1).float() / 127
+            rounded = (self.tables.float() / torch.where(scales == 0, 1, scales)[..., None]).round_()
+            self.scales = scales
+            self.tables = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
+        to_huge_pages(self.tables)
+        return self
+
+    @torch.no_grad()
+    def usage(self, x: Tensor) -> Usage:
+        """Which rows the tokens x [..., in_features] read."""
+        codes = lookup.hash_codes(self._hashed(x)[0], self.bits).flatten(0, -2)  # [T, K]
+        n = 1 << self.bits
+        flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
+        counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
+        p = counts / max(1, len(codes))
+        entropy = -torch.where(p > 0, p * p.log2(), 0).sum(1)
+        return Usage(counts, entropy, int((counts == 0).sum()))
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        calibration: Tensor,
+        *,
+        bits: int = 8,
+        weighting: str = "l1",
+        rank: int = 0,
+        ridge: float = 1e-6,
+    ) -> LookupLinear:
+        """The lookup layer closest to a trained linear layer on its calibration inputs.
+
+        For a linear target the best tables are linear in the signs: input z (standardised on the calibration data)
+        becomes features w(z_k)·sign(z_i), their ridge regression on the outputs gives A, and T_k[c] = Σ_i
+        s_i(c)·A_{kτ+i}. For white Gaussian input the relative squared error is 1 − [2/π + (1 − 2/π)/τ] with "l1"
+        weights, 1 − 2/π with none.
+
+        Args:
+            linear: the layer; it is not changed.
+            calibration: [..., in_features], inputs the layer sees; at least in_features rows, better ten times as many.
+            bits: see the class. weighting: "l1" (default) suits linear targets: it grows with the input.
+            rank: of a dense part U(Vx) for the directions that carry most of the output; the tables get the rest of x.
+                0 (default) for none; exact at min(in_features, out_features). An eighth of in_features is a strong
+                choice.
+            ridge: relative to the mean square of the features.
+
+        Returns:
+            A layer in the dtype of `linear` whose ``conversion`` reports error and bytes. Expect to fine-tune.
+
+        Warns:
+            UserWarning: for fewer calibration rows than features.
+        """
+        d, h = linear.in_features, linear.out_features
+        x = calibration.reshape(-1, calibration.shape[-1]).double()
+        if x.shape[1] != d:
+            came = list(calibration.shape)
+            raise ValueError(f"calibration must have shape [..., in_features] = [..., {d}], got {came}")
+        if not 0 <= rank <= min(d, h):
+            raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
+        if len(x) < d:
+            warnings.warn(f"calibration has {len(x)} rows for {d} features; the fit leans on the ridge", stacklevel=2)
+        weight = linear.weight.double()
+        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=linear.weight.dtype, device=linear.weight.device)
+        y = functional.linear(x, weight)
+        rest = x
+        if rank:
+            down = _output_directions(weight, x, rank)
+            layer.down = nn.Parameter(down.to(linear.weight.dtype))
+            layer.up = nn.Parameter((weight @ down.T).to(linear.weight.dtype))
+            rest = x - x @ down.T @ down
+        target = functional.linear(rest, weight)
+        deviation = rest.std(0, correction=0)
+        shift, scale = rest.mean(0), 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
+        z = (rest - shift) * scale
+        features = (weights(z, bits, weighting).repeat_interleave(bits, -1)) * torch.where(z >= 0, 1.0, -1.0)
+        centre, mean = features.mean(0), target.mean(0)
+        features, centred = features - centre, target - mean
+        moments = features.T @ features
+        moments.diagonal().add_(ridge * moments.diagonal().mean())
+        a = torch.linalg.solve(moments, features.T @ centred)  # [d, h]
+        signs = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)] for c in range(1 << bits)])
+        layer.tables.copy_(torch.einsum("ci,kih->kch", signs.to(a), a.view(-1, bits, h)))
+        bias = mean - centre @ a
+        layer.bias.copy_(bias if linear.bias is None else bias + linear.bias.double())
+        layer.shift, layer.scale = shift.to(layer.bias.dtype), scale.to(layer.bias.dtype)
+        error = (features @ a - centred).square().sum() / (y - y.mean(0)).square().sum()
+        codes = hash_codes(z, bits) + (1 << bits) * torch.arange(d // bits, device=z.device)
+        item = layer.tables.element_size()
+        layer.conversion = Conversion(
+            float(error),
+            linear.weight.numel() * linear.weight.element_size(),
+            layer.tables.numel() * item,
+            layer.tables[..., 0].numel() - codes.unique().numel(),
+            bits * linear.weight.element_size() / item,
+        )
+        return layer
+
+    def extra_repr(self) -> str:
+        low = "" if self.down is None else f", rank={self.down.shape[0]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, weighting={self.weighting!r}, table_dtype={self.tables.dtype}{low}"
+        )
+
+
+def _output_directions(weight: Tensor, x: Tensor, rank: int) -> Tensor:
+    """Orthonormal rows [rank, d] spanning what the output's `rank` principal components read of the input."""
+    y = functional.linear(x - x.mean(0), weight)
+    _, vectors = torch.linalg.eigh(y.T @ y)
+    read = vectors[:, -rank:].T @ weight  # [rank, d]
+    _, _, rows = torch.linalg.svd(read, full_matrices=False)
+    return rows
+
+
+class LookupQKV(nn.Module):
+    """Queries, keys and values of attention by one hash and three tables side by side (rows 3·d wide).
+
+    Args: d, bits, weighting, temperature, table_dtype, sparse as of :class:`LookupLinear`. Shape: [..., d] -> 3 ×
+        [..., d].
+    """
+
+    def __init__(self, d: int, *, bits: int = 8, bias: bool = True, **options) -> None:
+        super().__init__()
+        self.lookup = LookupLinear(d, 3 * d, bias, bits=bits, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.lookup(x).chunk(3, -1)
+        return q, k, v
+
+
+class MemoryFormerMLP(nn.Module):
+    """The paper's feed-forward network: lookup → LayerNorm → lookup with `expand` more bits; no activation.
+
+    K = d/bits tables each; between them (bits + expand)·K features, normalised so that their signs are balanced.
+
+    Args: d, bits, expand (2, as in the paper); others as of :class:`LookupLinear`. Shape: [..., d] -> [..., d].
+    """
+
+    def __init__(self, d: int, *, bits: int = 8, expand: int = 2, **options) -> None:
+        super().__init__()
+        width = (bits + expand) * (d // bits)
+        self.up = LookupLinear(d, width, bits=bits, **options)
+        self.norm = nn.LayerNorm(width)
+        self.down = LookupLinear(width, d, bits=bits + expand, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x)))
+
+
+class MemoryFormerBlock(nn.Module):
+    """A transformer block without fully-connected layers: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    Attention's queries, keys and values come from :class:`LookupQKV`; there is no output projection. The norms are
+    LayerNorms since their zero mean keeps the hash's bits balanced.
+
+    Args:
+        d: width, a multiple of heads and of bits. heads: of attention. bits, expand: see :class:`MemoryFormerMLP`.
+        causal: default ``True``, for language models. Others as of :class:`LookupLinear`.
+
+    Shape: [batch, s, d] -> [batch, s, d].
+    """
+
+    def __init__(self, d: int, heads: int, *, bits: int = 8, expand: int = 2, causal: bool = True, **options) -> None:
+        super().__init__()
+        if heads < 1 or d % heads:
+            raise ValueError(f"d must be a multiple of heads = {heads}, got {d}")
+        self.heads, self.causal = heads, causal
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv = LookupQKV(d, bits=bits, **options)
+        self.mlp = MemoryFormerMLP(d, bits=bits, expand=expand, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in self.qkv(self.attention_norm(x))
+        )  # [batch, heads, s, d / heads]
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + attended.transpose(-2, -3).flatten(-2)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def multiply_adds(self, s: int) -> int:
+        """For s tokens: attention's 2·s²·d and a multiply-add for every table entry that is read."""
+        layers = (self.qkv.lookup, self.mlp.up, self.mlp.down)
+        d = self.mlp.down.out_features
+        return 2 * s * s * d + s * sum(a.tables.shape[0] * a.out_features for a in layers)

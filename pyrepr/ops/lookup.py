@@ -1,0 +1,321 @@
+"""Family `lookup`: the leaf ops, their implementations, and the differentiable functions on top.
+
+Tokens are flattened to T rows here: x [T, d], codes [T, K] int32, weights [T, K], tables [K, n, h], out [T, h]. Sums
+are in float32, in float64 for float64. The maths is in ``csrc/cpu/lookup.h`` and ``pyrepr/reference/lookup.py``.
+
+With w the weights, c the codes and g the gradient of out, everything is one of three maps, linear in each argument:
+sum Σ_k w T[k, c] -> [T, h]; segments Σ_t w g by code -> [K, n, h]; dots ⟨g, T[k, c]⟩ -> [T, K]. Each derivative of one
+is another, so two autograd functions cover the family.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyrepr.backend import native
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, matrix, module
+from pyrepr.reference import lookup as reference
+from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype
+
+# A table's storage type as csrc/cpu/lookup.h numbers it.
+TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
+
+# Which forward kernel runs: by size, token by token (few tokens), or each table once (many tokens).
+ROUTES = {"auto": 0, "rows": 1, "stream": 2}
+
+
+def _tables(tables: Tensor, scales: Tensor | None):
+    return module().LookupTables(
+        tables.data_ptr(),
+        TABLE_CODES[tables.dtype],
+        0 if scales is None else scales.data_ptr(),
+        *tables.shape,
+        torch.get_num_threads(),
+    )
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def to_huge_pages(tables: Tensor) -> bool:
+    """Has the system hold large CPU tables in huge pages, in place: gathers from small ones wait for the page table.
+
+    Values and address stay. False where there is nothing to gain or the system refused.
+    """
+    loaded, _ = native()
+    if loaded is None or tables.device.type != "cpu" or not tables.is_contiguous():
+        return False
+    return loaded.huge_pages(tables.data_ptr(), tables.numel() * tables.element_size())
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x as it is if its rows are contiguous, whatever lies between them."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _hash_fake(x, bits, weighting, temperature):
+    shape = (x.shape[0], x.shape[1] // bits)
+    return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=compute_dtype(x.dtype))
+
+
+def _hash_cpu(x, bits, weighting, temperature):
+    codes, weights = _hash_fake(x, bits, weighting, temperature)
+    x = _rows_contiguous(x)
+    code, threads = WEIGHTINGS.index(weighting), torch.get_num_threads()
+    module().lookup_hash(
+        matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, codes.data_ptr(), weights.data_ptr(), threads
+    )
+    return codes, weights
+
+
+hash_op = leaf_op(
+    "lookup_hash(Tensor x, int bits, str weighting, float temperature) -> (Tensor, Tensor)",
+    fake=_hash_fake,
+    reference=reference.hash_op,
+    cpu=_hash_cpu,
+)
+
+
+def _linear_fake(x, tables, scales, bias, weighting, temperature, route):
+    return x.new_empty(x.shape[0], tables.shape[2])
+
+
+def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
+    x, tables = _rows_contiguous(x), tables.contiguous()
+    dtype = compute_dtype(x.dtype)
+    out = torch.empty(x.shape[0], tables.shape[2], dtype=dtype)
+    bias = bias if bias is None else bias.to(dtype).contiguous()
+    scales = scales if scales is None else scales.contiguous()
+    bits = tables.shape[1].bit_length() - 1
+    _tables(tables, scales).linear(
+        matrix(x),
+        DTYPE_CODES[x.dtype],
+        bits,
+        WEIGHTINGS.index(weighting),
+        temperature,
+        _address(bias),
+        route,
+        out.data_ptr(),
+    )
+    return out.to(x.dtype)
+
+
+linear_op = leaf_op(
+    "lookup_linear(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, str weighting, float temperature, int route)"
+    " -> Tensor",
+    fake=_linear_fake,
+    reference=reference.linear_op,
+    cpu=_linear_cpu,
+)
+
+
+def _sum_fake(codes, weights, tables, scales, route):
+    return weights.new_empty(codes.shape[0], tables.shape[2])
+
+
+def _sum_cpu(codes, weights, tables, scales, route):
+    codes, weights, tables = codes.contiguous(), weights.contiguous(), tables.contiguous()
+    out = _sum_fake(codes, weights, tables, scales, route)
+    scales = scales if scales is None else scales.contiguous()
+    _tables(tables, scales).sum(codes.data_ptr(), weights.data_ptr(), codes.shape[0], route, out.data_ptr())
+    return out
+
+
+sum_op = leaf_op(
+    "lookup_sum(Tensor codes, Tensor weights, Tensor tables, Tensor? scales, int route) -> Tensor",
+    fake=_sum_fake,
+    reference=reference.sum_op,
+    cpu=_sum_cpu,
+)
+
+
+def _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments):
+    count = codes.shape[1] * n if rows is None else rows.shape[0]
+    segments = weights.new_empty(count if want_segments else 0, grad.shape[1])
+    return segments, weights.new_empty((0,) if tables is None else codes.shape)
+
+
+def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments):
+    codes, weights, grad = codes.contiguous(), weights.contiguous(), _rows_contiguous(grad)
+    segments, dots = _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments)
+    if tables is None:
+        stand_in = torch.empty(0, dtype=grad.dtype)
+        native = module().LookupTables(
+            0, TABLE_CODES[stand_in.dtype], 0, codes.shape[1], n, grad.shape[1], torch.get_num_threads()
+        )
+    else:
+        tables = tables.contiguous()
+        scales = scales if scales is None else scales.contiguous()
+        native = _tables(tables, scales)
+    first = None
+    if rows is not None:
+        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1))
+    native.backward(
+        matrix(grad),
+        codes.data_ptr(),
+        weights.data_ptr(),
+        _address(first),
+        segments.data_ptr() if want_segments else 0,
+        0 if tables is None else dots.data_ptr(),
+    )
+    return segments, dots
+
+
+backward_op = leaf_op(
+    "lookup_backward(Tensor grad, Tensor codes, Tensor weights, Tensor? tables, Tensor? scales, int n, Tensor? rows, "
+    "bool want_segments) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+    reference=reference.backward_op,
+    cpu=_backward_cpu,
+)
+
+
+def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
+    return x.new_empty(x.shape)
+
+
+def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
+    grad = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
+    x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
+    code, threads = WEIGHTINGS.index(weighting), torch.get_num_threads()
+    module().lookup_hash_backward(
+        matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, grad_weights.data_ptr(), grad.data_ptr(), threads
+    )
+    return grad.to(x.dtype)
+
+
+hash_backward_op = leaf_op(
+    "lookup_hash_backward(Tensor x, Tensor grad_weights, int bits, str weighting, float temperature) -> Tensor",
+    fake=_hash_backward_fake,
+    reference=reference.hash_backward_op,
+    cpu=_hash_backward_cpu,
+)
+
+
+def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_dots):
+    """(gradient of the tables or None, dots or None); the former as sparse COO over its rows under `sparse`."""
+    k, n, h = tables.shape
+    rows = None
+    if want_tables and sparse:
+        rows = (codes.long() + n * torch.arange(k, device=codes.device)).unique()
+    read = tables if want_dots else None
+    segments, dots = backward_op(grad, codes, weights, read, scales if want_dots else None, n, rows, want_tables)
+    if not want_tables:
+        return None, dots
+    segments = segments.to(tables.dtype)
+    if rows is None:
+        return segments.view(k, n, h), dots
+    indices = torch.stack([rows // n, rows % n])
+    return torch.sparse_coo_tensor(indices, segments, (k, n, h), is_coalesced=True, check_invariants=False), dots
+
+
+class _LookupLinear(torch.autograd.Function):
+    """The fused layer. The backward hashes x again: that costs less than keeping codes and weights."""
+
+    @staticmethod
+    def forward(x, tables, scales, bias, weighting, temperature, sparse):
+        return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, tables, scales, bias, weighting, temperature, sparse = inputs
+        ctx.options = (weighting, temperature, sparse)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, tables, scales)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, tables, scales = ctx.saved_tensors
+        weighting, temperature, sparse = ctx.options
+        want_x, want_tables, _, want_bias = ctx.needs_input_grad[:4]
+        bits = tables.shape[1].bit_length() - 1
+        grad = grad.to(compute_dtype(x.dtype))
+        grad_x = grad_tables = None
+        if want_x or want_tables:
+            codes, weights = hash_op(x, bits, weighting, temperature)
+            grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
+            if want_x:
+                grad_x = hash_backward_op(x, dots, bits, weighting, temperature)
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if want_bias else None
+        return grad_x, grad_tables, None, grad_bias, None, None, None
+
+
+class _LookupSum(torch.autograd.Function):
+    @staticmethod
+    def forward(codes, weights, tables, scales, sparse):
+        return sum_op(codes, weights, tables, scales, ROUTES["auto"])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        codes, weights, tables, scales, sparse = inputs
+        ctx.sparse = sparse
+        ctx.save_for_backward(codes, weights, tables, scales)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        codes, weights, tables, scales = ctx.saved_tensors
+        _, want_weights, want_tables = ctx.needs_input_grad[:3]
+        grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, ctx.sparse, want_tables, want_weights)
+        return None, dots if want_weights else None, grad_tables, None, None
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(values, codes, weights, n):
+        segments, _ = backward_op(values, codes, weights, None, None, n, None, True)
+        return segments.view(codes.shape[1], n, values.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, codes, weights, _ = inputs
+        ctx.save_for_backward(values, codes, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, codes, weights = ctx.saved_tensors
+        want_values, _, want_weights = ctx.needs_input_grad[:3]
+        grad_values = sum_op(codes, weights, grad, None, ROUTES["auto"]) if want_values else None
+        grad_weights = None
+        if want_weights:
+            _, grad_weights = backward_op(values, codes, weights, grad, None, grad.shape[1], None, False)
+        return grad_values, None, grad_weights, None
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def lookup_linear(
+    x: Tensor,  # [T, d]
+    tables: Tensor,  # [K, 2^bits, h]
+    scales: Tensor | None,  # [K, 2^bits] float32, for int8 tables
+    bias: Tensor | None,  # [h]
+    weighting: str,
+    temperature: float,
+    sparse: bool,
+) -> Tensor:
+    """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables and bias."""
+    if _wants_grad(x, tables, bias):
+        return _LookupLinear.apply(x, tables, scales, bias, weighting, temperature, sparse)
+    return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
+
+
+def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, sparse: bool) -> Tensor:
+    """codes [T, K] int32, weights [T, K] in the compute dtype -> [T, h]; differentiable in weights and tables."""
+    if _wants_grad(weights, tables):
+        return _LookupSum.apply(codes, weights, tables, scales, sparse)
+    return sum_op(codes, weights, tables, scales, ROUTES["auto"])
+
+
+def segment_sum(values: Tensor, codes: Tensor, weights: Tensor, n: int) -> Tensor:
+    """values [T, h] and weights [T, K] in the compute dtype -> [K, n, h]; differentiable in values and weights."""
+    if _wants_grad(values, weights):
+        return _SegmentSum.apply(values, codes, weights, n)
+    return backward_op(values, codes, weights, None, None, n, None, True)[0].view(codes.shape[1], n, values.shape[1])

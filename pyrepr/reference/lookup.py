@@ -1,0 +1,163 @@
+"""Family `lookup` in plain PyTorch: differentiable, any device, float64 for float64 inputs.
+
+Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers", arXiv 2411.12992.
+x [..., d] is cut into K = d/τ chunks z_k of τ = `bits` elements; h(z) = Σ_i [z_i ≥ 0] 2^i;
+y = bias + Σ_k w(z_k) · tables[k, h(z_k)]. The sign has no derivative (and no straight-through one): between the jumps
+at z_i = 0 the gradient with respect to x flows through the weight w only.
+
+The second half are the reference implementations of the leaf ops in pyrepr/ops/lookup.py: the derivatives written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WEIGHTINGS = ("probability", "scaled", "l1", "none")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are accumulated in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunks(x: Tensor, bits: int) -> Tensor:
+    """x [..., d] -> [..., d / bits, bits]."""
+    return x.unflatten(-1, (x.shape[-1] // bits, bits))
+
+
+def hash_codes(x: Tensor, bits: int) -> Tensor:
+    """h of every chunk: x [..., d] -> [..., K] int32. 0 and −0 count as positive, NaN as negative."""
+    powers = torch.tensor([1 << i for i in range(bits)], dtype=torch.int32, device=x.device)
+    return ((chunks(x, bits) >= 0) * powers).sum(-1, dtype=torch.int32)
+
+
+def weights(x: Tensor, bits: int, weighting: str = "probability", temperature: float = 1.0) -> Tensor:
+    """w of every chunk: x [..., d] -> [..., K] float32, float64 for float64.
+
+    probability: p = Π_i σ(2|z_i|/t); scaled: p · Σ_i |z_i|; l1: Σ_i |z_i| / τ; none: 1. NaN anywhere in a chunk gives
+        NaN.
+    """
+    z = chunks(x.to(compute_dtype(x.dtype)), bits)
+    if weighting == "none":
+        return torch.where(z.isnan().any(-1), torch.nan, torch.ones_like(z[..., 0]))
+    size = z.abs().sum(-1)
+    if weighting == "l1":
+        return size / bits
+    p = torch.sigmoid(2 * z.abs() / temperature).prod(-1)
+    return p * size if weighting == "scaled" else p
+
+
+def _check_codes(codes: Tensor, n: int) -> None:
+    if codes.numel() and not bool(((codes >= 0) & (codes < n)).all()):
+        raise IndexError(f"codes must be from 0 to n - 1 = {n - 1}, got {int(codes.min())} to {int(codes.max())}")
+
+
+def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Σ_k weights[..., k] · tables[k, codes[..., k]]; codes, weights: [..., K], tables: [K, n, h] -> [..., h].
+
+    `scales` [K, n] multiplies the rows of integer tables.
+    """
+    _check_codes(codes, tables.shape[1])
+    k = torch.arange(tables.shape[0], device=tables.device)
+    rows = tables[k, codes.long()].to(weights.dtype)  # [..., K, h]
+    if scales is not None:
+        weights = weights * scales[k, codes.long()].to(weights.dtype)
+    return (weights[..., None] * rows).sum(-2)
+
+
+def segment_sum(values: Tensor, codes: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
+    """Adjoint of :func:`lookup_sum` in the tables: out[k, c] = Σ over rows with codes[..., k] = c of weights · values.
+
+    values: [..., h], codes, weights: [..., K] -> [K, n, h].
+    """
+    _check_codes(codes, n)
+    count = codes.shape[-1]
+    values = values.to(compute_dtype(values.dtype)).reshape(-1, 1, values.shape[-1])  # [T, 1, h]
+    rows = (codes.long() + n * torch.arange(count, device=codes.device)).reshape(-1)  # [T K]
+    if weights is not None:
+        values = values * weights.to(values.dtype).reshape(-1, count, 1)
+    values = values.expand(-1, count, -1)
+    flat = values.new_zeros(count * n, values.shape[-1]).index_add(0, rows, values.flatten(0, 1))
+    return flat.unflatten(0, (count, n))
+
+
+def lookup_linear(
+    x: Tensor,
+    tables: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weighting: str = "probability",
+    temperature: float = 1.0,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """bias + Σ_k w(z_k) tables[k, h(z_k)]; x: [..., d], tables: [K, 2^τ, h], bias: [h] -> [..., h] in x's dtype."""
+    bits = tables.shape[1].bit_length() - 1
+    out = lookup_sum(hash_codes(x, bits), weights(x, bits, weighting, temperature), tables, scales)
+    return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
+
+
+# The leaf ops of pyrepr/ops/lookup.py, same arguments, same results. Tokens are flattened: x [T, d], codes [T, K].
+
+
+def hash_op(x: Tensor, bits: int, weighting: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] int32 and weights [T, K]."""
+    return hash_codes(x, bits), weights(x, bits, weighting, temperature).contiguous()
+
+
+def linear_op(
+    x: Tensor,
+    tables: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    weighting: str,
+    temperature: float,
+    route: int,
+) -> Tensor:
+    return lookup_linear(x, tables, bias, weighting=weighting, temperature=temperature, scales=scales)
+
+
+def sum_op(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int) -> Tensor:
+    return lookup_sum(codes, weights, tables, scales)
+
+
+def backward_op(
+    grad: Tensor,
+    codes: Tensor,
+    weights: Tensor,
+    tables: Tensor | None,
+    scales: Tensor | None,
+    n: int,
+    rows: Tensor | None,
+    want_segments: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both derivatives of :func:`sum_op`, each empty where it is not wanted.
+
+    Segments [K n, h], or only those of the sorted row numbers `rows` [R]: Σ weights · grad by code. Dots [T, K], if
+    there are tables: ⟨grad[t], tables[k, codes[t, k]]⟩.
+    """
+    segments, dots = weights.new_empty(0, grad.shape[1]), weights.new_empty(0)
+    if want_segments:
+        segments = segment_sum(grad, codes, n, weights).flatten(0, 1)
+        segments = segments if rows is None else segments[rows]
+    if tables is not None:
+        k = torch.arange(tables.shape[0], device=tables.device)
+        dots = (tables[k, codes.long()].to(grad.dtype) * grad[:, None]).sum(-1)
+        if scales is not None:
+            dots = dots * scales[k, codes.long()].to(dots.dtype)
+    return segments, dots
+
+
+def hash_backward_op(x: Tensor, grad_weights: Tensor, bits: int, weighting: str, temperature: float) -> Tensor:
+    """grad_weights [T, K] · ∂w/∂x, [T, d] in the dtype of x."""
+    z = chunks(x.to(grad_weights.dtype), bits)
+    sign, size = z.sign(), z.abs().sum(-1, keepdim=True)
+    p = torch.sigmoid(2 * z.abs() / temperature).prod(-1, keepdim=True)
+    other = (2 / temperature) * torch.sigmoid(-2 * z.abs() / temperature)  # ∂ log p / ∂|z_i|
+    slope = {
+        "probability": p * other,
+        "scaled": p * (1 + size * other),
+        "l1": torch.full_like(z, 1 / bits),
+        "none": torch.zeros_like(z),
+    }[weighting]
+    return (grad_weights[..., None] * sign * slope).flatten(-2).to(x.dtype)
