@@ -10,9 +10,13 @@ from typing import Any
 def markdown(run: dict[str, Any]) -> str:
     """A table with one line per case and implementation, time, speed-up and error side by side."""
     facts = run["machine"]
+    bounds = (
+        f"{facts['fma_peak_gflops']:.0f} GFLOP/s fp32 (micro-kernel {facts['micro_kernel_gflops']:.0f}), "
+        f"{facts['read_bandwidth_gbs']:.0f} GB/s"
+    )
     lines = [
-        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}; measured in "
-        f"the same run: {facts['fma_peak_gflops']:.0f} GFLOP/s fp32 (micro-kernel {facts['micro_kernel_gflops']:.0f}), {facts['read_bandwidth_gbs']:.0f} GB/s.",
+        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}; "
+        f"measured in the same run: {bounds}.",
         "",
         "| op | shape | implementation | ms | × | error | extra MiB | of bound |",
         "|---|---|---|---:|---:|---:|---:|---:|",

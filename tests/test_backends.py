@@ -87,13 +87,13 @@ def test_a_failed_builds_reason_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
     monkeypatch.setitem(sys.modules, "pyrepr._C", None)
     (tmp_path / "_build_info.json").write_text(json.dumps({"native": False, "reason": "compiling failed: no g++"}))
-    for cached in (backend.native, backend.build_info):
+    for cached in (backend.native, backend.build_info, backend._cpu):
         cached.cache_clear()
     try:
         assert pyrepr.backends()["cpu"].detail == "compiling failed: no g++"
     finally:
         monkeypatch.undo()
-        for cached in (backend.native, backend.build_info):
+        for cached in (backend.native, backend.build_info, backend._cpu):
             cached.cache_clear()
 
 
