@@ -172,6 +172,8 @@ def lookup_linear(
         if bias.shape != (h,):
             raise ValueError(f"bias must have shape [h] = [{h}], got {shape_of(bias)}")
         _check_device("bias", bias, "x", x)
+    if x.dim() == 2:
+        return ops.lookup_linear(x, tables, scales, bias, weighting, temperature, sparse)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = ops.lookup_linear(flat, tables, scales, bias, weighting, temperature, sparse)
     return out.reshape(*x.shape[:-1], h)

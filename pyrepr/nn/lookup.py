@@ -99,9 +99,12 @@ class LookupLinear(nn.Module):
         MemoryError: if the tables are larger than the machine's memory, before they are allocated.
     """
 
+    bias: Tensor | None
     scales: Tensor | None
     shift: Tensor | None
     scale: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
     def __init__(
         self,
@@ -158,11 +161,11 @@ class LookupLinear(nn.Module):
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is hashed, and the low-rank part of the output."""
         low = None
-        if self.down is not None:
+        if self.down is not None and self.up is not None:
             inner = functional.linear(x, self.down.to(x.dtype))  # [..., rank]
             low = functional.linear(inner, self.up.to(x.dtype))
             x = x - inner @ self.down.to(x.dtype)
-        if self.shift is not None:
+        if self.shift is not None and self.scale is not None:
             x = (x - self.shift.to(x.dtype)) * self.scale.to(x.dtype)
         return x, low
 
@@ -272,8 +275,9 @@ class LookupLinear(nn.Module):
         signs = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)] for c in range(1 << bits)])
         layer.tables.copy_(torch.einsum("ci,kih->kch", signs.to(a), a.view(-1, bits, h)))
         bias = mean - centre @ a
-        layer.bias.copy_(bias if linear.bias is None else bias + linear.bias.double())
-        layer.shift, layer.scale = shift.to(layer.bias.dtype), scale.to(layer.bias.dtype)
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        layer.bias = nn.Parameter((bias if linear.bias is None else bias + linear.bias.double()).to(wide))
+        layer.shift, layer.scale = shift.to(wide), scale.to(wide)
         error = (features @ a - centred).square().sum() / (y - y.mean(0)).square().sum()
         codes = hash_codes(z, bits) + (1 << bits) * torch.arange(d // bits, device=z.device)
         item = layer.tables.element_size()
