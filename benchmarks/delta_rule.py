@@ -83,8 +83,8 @@ OURS = {"plain": pyrepr.chunk_delta_rule, "gated": pyrepr.chunk_gated_delta_rule
 
 
 def _operations(T: int, H: int, K: int, chunk: int = 32) -> float:
-    """Of the forward, two per multiply-add: three K × K products per token, and inside the chunk half of five."""
-    return 2.0 * T * H * (3 * K * K + 5 * chunk * K / 2)
+    """Of the forward, two per multiply-add: three K × K products per token, and inside the chunk half of four."""
+    return 2.0 * T * H * (3 * K * K + 4 * chunk * K / 2)
 
 
 def _truth(inputs: Sequence[Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ def _training(rule: str, T: int, H: int, K: int) -> Workload:
         {name: lambda f=f: step(f, inputs) for name, f in functions.items()},
         truth=lambda: step(_peers("plain")["plain torch, C=32"], [x.double() for x in inputs]),
         tolerance=1e-5,
-        flops=_operations(T, H, K) + 2.0 * T * H * (8 * K * K + 15 * 32 * K / 2),
+        flops=_operations(T, H, K) + 2.0 * T * H * (8 * K * K + 11 * 32 * K / 2),
         bytes=11 * T * H * K * 4,
     )
 
