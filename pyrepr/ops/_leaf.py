@@ -38,20 +38,16 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
     name = schema.split("(", 1)[0]
 
     def run(*args: Any) -> Any:
-        return choose(name, implementations, _tensors(args)[0].device.type)(*args)
-
-    def refuse_autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+        tensors = _tensors(args)
+        # Grad mode is off inside autograd.Function.forward, so only a direct call with inputs that want gradients fails.
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
                 "which is differentiable"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return choose(name, implementations, tensors[0].device.type)(*args)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, refuse_autograd, "Autograd")
     torch.library.register_fake(f"pyrepr::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.pyrepr, name).default
-    return op
+    return getattr(torch.ops.pyrepr, name).default
