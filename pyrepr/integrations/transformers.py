@@ -89,13 +89,13 @@ def _convolution(original: Callable) -> Callable:
     def run(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs):
         bounds = next((kwargs[n] for n in ("cu_seqlens", "cu_seq_lens_q") if kwargs.get(n) is not None), None)
         sequence = kwargs.get("seq_idx")
-        if hidden_states.device.type != "cpu" or (bounds is None and sequence is None):
+        if sequence is None and bounds is not None:
+            positions = torch.arange(hidden_states.shape[-1], device=bounds.device)
+            sequence = torch.bucketize(positions, bounds.to(positions.dtype), right=True)
+        if sequence is None or hidden_states.device.type != "cpu":
             return original(hidden_states, weight, bias, activation=activation, **kwargs)
         if hidden_states.shape[0] != 1:
             raise ValueError(f"packed sequences need a batch of 1, got {hidden_states.shape[0]}")
-        if sequence is None:
-            positions = torch.arange(hidden_states.shape[-1])
-            sequence = torch.bucketize(positions, bounds.to(positions.dtype), right=True)
         out = _packed_convolution(hidden_states, weight, bias, sequence.flatten())
         if activation is not None:
             from transformers.activations import ACT2FN

@@ -39,7 +39,7 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
 
     def run(*args: Any) -> Any:
         tensors = _tensors(args)
-        # Grad mode is off inside autograd.Function.forward, so only a direct call with inputs that want gradients fails.
+        # Grad mode is off inside autograd.Function.forward, so this meets direct calls only.
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "

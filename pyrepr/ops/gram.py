@@ -335,7 +335,7 @@ class _TilesBackward:
         """c [rows, n], zero where i = j."""
         pull = kernels[0] * symmetric[0]
         for b in range(1, len(kernels)):
-            pull += kernels[b] * symmetric[b]
+            pull.addcmul_(kernels[b], symmetric[b])
         if self.kernel != "linear":
             pull -= (symmetric * self.shift).sum()
             pull += grad_r[rows, None] + grad_r

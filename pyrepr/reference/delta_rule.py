@@ -10,6 +10,8 @@ it also have a derivative written out by hand, from the same recurrence run back
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -148,7 +150,7 @@ def _recur_backward(
     state: Tensor,
     grad_o: Tensor,
     grad_state: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Gradients of :func:`_recur` in q, k, v, g (or None), beta and state. With S̄ = e^{g} S_{t−1} and u = v − S̄ᵀk:
 
     dS += q doᵀ; du = β dSᵀk; dq = S do; dβ = kᵀ dS u; dk = β dS u − S̄ du; dv = du; dS̄ = dS − k duᵀ;
@@ -156,7 +158,9 @@ def _recur_backward(
     """
     states = [state]
     for t in range(q.shape[1]):
-        states.append(_recur(*(None if x is None else x[:, t : t + 1] for x in (q, k, v, g, beta)), states[-1])[1])
+        one = slice(t, t + 1)
+        decay_of = None if g is None else g[:, one]
+        states.append(_recur(q[:, one], k[:, one], v[:, one], decay_of, beta[:, one], states[-1])[1])
     dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
     dg = None if g is None else torch.empty_like(g)
     ds = grad_state
@@ -208,18 +212,21 @@ def delta_rule_backward(
     dtype = compute_dtype(v.dtype)
     groups = v.shape[2] // k.shape[2]
     wide_q, wide_k = (_heads(x, groups, use_qk_l2norm, dtype) for x in (q, k))
-    wide = [wide_q * scale, wide_k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)]
+    wide: list[Any] = [wide_q * scale, wide_k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)]
     state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     grad_o, grad_state = grad_o.to(dtype), grad_state.to(dtype)
+    everything: tuple[Any, ...]
     if cu_seqlens is None:
-        dq, dk, dv, dg, dbeta, ds = _recur_backward(*wide, state, grad_o, grad_state)
+        everything = (*wide, state, grad_o, grad_state)
+        dq, dk, dv, dg, dbeta, ds = _recur_backward(*everything)
     else:
         bounds = sequence_bounds(cu_seqlens, v.shape[1])
         parts = []
         for i in range(len(bounds) - 1):
             s = slice(bounds[i], bounds[i + 1])
-            run = (None if x is None else x[:, s] for x in wide)
-            parts.append(_recur_backward(*run, state[i : i + 1], grad_o[:, s], grad_state[i : i + 1]))
+            own = [None if x is None else x[:, s] for x in wide]
+            everything = (*own, state[i : i + 1], grad_o[:, s], grad_state[i : i + 1])
+            parts.append(_recur_backward(*everything))
         dq, dk, dv, dg, dbeta, ds = (
             None if column[0] is None else torch.cat(column, 0 if j == 5 else 1)
             for j, column in enumerate(zip(*parts, strict=True))
