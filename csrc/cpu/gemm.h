@@ -9,6 +9,10 @@
 // Included by level units only (see simd.h).
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 
 #include "cpu/simd.h"
@@ -27,24 +31,48 @@ struct Block {
 constexpr int64_t kDepth = 384;                // elements of k per packed block: A rows and B panel stay in L2
 constexpr int64_t kPanelStride = kDepth + 16;  // not a multiple of 4 KiB, so the rows of A spread over the L1 sets
 
+// Up to three runs of memory, one per row, that a call of the micro-kernel asks for a line at a time: a burst of
+// requests would have to wait for the few that can be under way at once.
+struct Ahead {
+  const char* run[3] = {};
+  int64_t step = 0;  // bytes that go with one k
+  int count = 0;
+  void add(const void* p, int64_t bytes) {
+    if (count < 3) run[count++] = static_cast<const char*>(p);
+    step = bytes;
+  }
+};
+
 // C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
 template <class T>
 __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c,
-                                              int64_t ldc, bool add) {
+                                              int64_t ldc, bool add, const Ahead& ahead = {}) {
   using B = Block<T>;
+  constexpr int64_t stretch = 16;
+  // Nothing asked for: a line that is at hand. (An address that is nowhere costs a walk through the page table.)
+  const char* const near = reinterpret_cast<const char*>(a);
+  const char* const p = ahead.count > 0 ? ahead.run[0] : near;
+  const char* const q = ahead.count > 1 ? ahead.run[1] : near;
+  const char* const r = ahead.count > 2 ? ahead.run[2] : near;
   Vec<T> sum[B::MR][B::NV];
 #pragma GCC unroll 16
   for (int i = 0; i < B::MR; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < B::NV; j++) sum[i][j] = Vec<T>{};
-  for (int64_t k = 0; k < kc; k++) {
-    Vec<T> row[B::NV];
+  for (int64_t k0 = 0; k0 < kc; k0 += stretch) {
+    const int64_t offset = k0 * ahead.step, end = smaller(k0 + stretch, kc);
+    __builtin_prefetch(p + offset);
+    __builtin_prefetch(q + offset);
+    __builtin_prefetch(r + offset);
+    for (int64_t k = k0; k < end; k++) {
+      Vec<T> row[B::NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < B::NV; j++) row[j] = load<T>(b + k * B::NR + j * B::W);
+      for (int j = 0; j < B::NV; j++) row[j] = load<T>(b + k * B::NR + j * B::W);
 #pragma GCC unroll 16
-    for (int i = 0; i < B::MR; i++)
+      for (int i = 0; i < B::MR; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < B::NV; j++) sum[i][j] += a[i * kPanelStride + k] * row[j];
+        for (int j = 0; j < B::NV; j++) sum[i][j] += a[i * kPanelStride + k] * row[j];
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < B::MR; i++)
@@ -129,7 +157,7 @@ __attribute__((always_inline)) inline void prefetch_share(const Source<S>& s, in
 template <class S>
 void read_along_k(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc, typename S::T* out,
                   int64_t stride) {
-  constexpr int64_t ahead = 4;
+  constexpr int64_t ahead = 2;
   for (int64_t r = 0; r < rows; r++) {
     if (r + ahead < rows) prefetch_row(s, r0 + r + ahead, k0, kc);
     const int64_t m = s.mean_along_k ? k0 : r0 + r;
@@ -276,14 +304,27 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     const int64_t kc = smaller(kDepth, depth - k0);
     pack_a(a, r0, rows, k0, kc, buffers.a);
+    int64_t asked = -1;  // the last row of A's next block that was asked for
     for (int64_t j = 0; j < cols; j += B::NR) {
       if (upper && r0 > c0 + j + B::NR - 1) continue;
       pack_b(b, c0 + j, smaller<int64_t>(B::NR, cols - j), k0, kc, buffers.b);
-      // While this panel is multiplied, the next one is on its way from memory.
+      // While this panel is multiplied, the next one is on its way from memory, and a share of the next block of A.
       const int64_t calls = ceil_div(rows, B::MR), next = larger<int64_t>(0, smaller<int64_t>(B::NR, cols - j - B::NR));
+      const bool more = k0 + kDepth < depth;
       for (int64_t i = 0, call = 0; i < rows && !(upper && r0 + i > c0 + j + B::NR - 1); i += B::MR, call++) {
-        prefetch_share(b, c0 + j + B::NR, next, k0, kc, call, calls);
-        multiply_block<T>(kc, buffers.a + i * kPanelStride, buffers.b, tile + i * ldc + j, ldc, k0 > 0);
+        Ahead ahead;
+        if (b.k_stride == 1) {
+          for (int64_t r = next * call / calls; r < next * (call + 1) / calls; r++)
+            ahead.add(b.data + b.at_r(c0 + j + B::NR + r) * b.r_stride + k0, sizeof *b.data);
+          const int64_t r = (j / B::NR * calls + call) * rows / (ceil_div(cols, B::NR) * calls);
+          if (more && a.k_stride == 1 && r != asked) {
+            ahead.add(a.data + a.at_r(r0 + r) * a.r_stride + k0 + kDepth, sizeof *a.data);
+            asked = r;
+          }
+        } else {
+          prefetch_share(b, c0 + j + B::NR, next, k0, kc, call, calls);
+        }
+        multiply_block<T>(kc, buffers.a + i * kPanelStride, buffers.b, tile + i * ldc + j, ldc, k0 > 0, ahead);
       }
     }
   }
@@ -377,10 +418,18 @@ __attribute__((noinline)) inline void transpose_panels(const Panels& in, int64_t
     }
 }
 
-// Cache-line aligned memory that is freed with its owner. `ok()` is false if there was none.
+// Cache-line aligned memory that is freed with its owner. `ok()` is false if there was none. What is worth it asks for
+// huge pages, where the system gives them: tiles and panels touch a page every few lines.
 class Memory {
  public:
-  explicit Memory(int64_t bytes) : data_(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes + 1, 64)))) {}
+  explicit Memory(int64_t bytes) {
+    constexpr int64_t huge = int64_t(2) << 20;
+    const int64_t alignment = bytes >= 2 * huge ? huge : 64, size = round_up(bytes + 1, alignment);
+    data_ = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size));
+#if defined(__linux__)
+    if (alignment == huge && data_) madvise(data_, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+  }
   ~Memory() { std::free(data_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
