@@ -85,8 +85,5 @@ DeltaRuleFunctions delta_rule_functions();
 namespace avx512 {
 DeltaRuleFunctions delta_rule_functions();
 }
-namespace avx512_bf16 {
-DeltaRuleFunctions delta_rule_functions();
-}
 
 }  // namespace pyrepr::cpu

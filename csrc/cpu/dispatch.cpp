@@ -30,20 +30,21 @@ struct Processor {
 };
 #endif
 
-// A level with the functions of every family.
-#define PYREPR_LEVEL_ROW(name, supported) \
-  {#name, supported, name::gram_functions, name::delta_rule_functions, name::lookup_functions, name::probe_functions}
+// A level with the functions that every family has in this namespace.
+#define PYREPR_LEVEL_ROW(name, supported, code) \
+  {name, supported, code::gram_functions, code::delta_rule_functions, code::lookup_functions, code::probe_functions}
 
 }  // namespace
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{PYREPR_LEVEL_ROW(baseline, true)};
+    std::vector<Level> found{PYREPR_LEVEL_ROW("baseline", true, baseline)};
 #if defined(__x86_64__)
     const Processor cpu;
-    found.push_back(PYREPR_LEVEL_ROW(avx2, cpu.avx2));
-    found.push_back(PYREPR_LEVEL_ROW(avx512, cpu.avx512));
-    found.push_back(PYREPR_LEVEL_ROW(avx512_bf16, cpu.bf16));
+    found.push_back(PYREPR_LEVEL_ROW("avx2", cpu.avx2, avx2));
+    found.push_back(PYREPR_LEVEL_ROW("avx512", cpu.avx512, avx512));
+    // No kernel uses the bf16 dot product yet, so this level runs the code of the one below.
+    found.push_back(PYREPR_LEVEL_ROW("avx512_bf16", cpu.bf16, avx512));
 #endif
     return found;
   }();

@@ -63,8 +63,5 @@ GramFunctions gram_functions();
 namespace avx512 {
 GramFunctions gram_functions();
 }
-namespace avx512_bf16 {
-GramFunctions gram_functions();
-}
 
 }  // namespace pyrepr::cpu

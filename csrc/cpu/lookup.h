@@ -64,8 +64,5 @@ LookupFunctions lookup_functions();
 namespace avx512 {
 LookupFunctions lookup_functions();
 }
-namespace avx512_bf16 {
-LookupFunctions lookup_functions();
-}
 
 }  // namespace pyrepr::cpu

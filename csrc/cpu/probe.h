@@ -23,8 +23,5 @@ ProbeFunctions probe_functions();
 namespace avx512 {
 ProbeFunctions probe_functions();
 }
-namespace avx512_bf16 {
-ProbeFunctions probe_functions();
-}
 
 }  // namespace pyrepr::cpu
