@@ -34,6 +34,7 @@ def _check_float(name: str, x: object, least_dim: int, shape: str) -> Tensor:
 
 
 def check_bits(bits: int) -> int:
+    """Returns `bits` if tables of 2^bits rows can be indexed; raises TypeError or ValueError otherwise."""
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"bits must be an int from 1 to {MAX_BITS}, got {type(bits).__name__}")
     if not 1 <= bits <= MAX_BITS:
@@ -42,6 +43,7 @@ def check_bits(bits: int) -> int:
 
 
 def check_weighting(weighting: str, temperature: float) -> None:
+    """Raises ValueError for an unknown weighting, or a temperature that is not positive and finite."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if not (temperature > 0 and math.isfinite(temperature)):

@@ -52,7 +52,6 @@ def test_an_unknown_level_is_refused_with_what_is_possible():
     assert f"PYREPR_SIMD must be one of {', '.join(_C.simd_levels())} on this machine, got sse9" in result.stderr
 
 
-@pytest.mark.skipif(not X86, reason="AVX exists on x86 only")
 def test_code_common_to_all_levels_holds_no_avx():
     """Disassembles the module: AVX instructions stand only in functions of a namespace named after an AVX level."""
     assert shutil.which("objdump"), "this test needs binutils (apt install binutils)"
@@ -71,4 +70,4 @@ def test_code_common_to_all_levels_holds_no_avx():
             else:
                 leaked.append(f"{function}: {line.strip()}")
     assert not leaked, "\n".join(leaked[:20])
-    assert {name[:5] for name in seen} == {"4avx2", "6avx5"}, f"AVX code of only these levels is in this build: {seen}"
+    assert {name[:5] for name in seen} == ({"4avx2", "6avx5"} if X86 else set()), f"AVX code of only these levels is in this build: {seen}"

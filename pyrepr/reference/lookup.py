@@ -114,10 +114,12 @@ def linear_op(
     temperature: float,
     route: int,
 ) -> Tensor:
+    """The leaf op of :func:`lookup_linear`; `route` picks between kernels and means nothing here."""
     return lookup_linear(x, tables, bias, weighting=weighting, temperature=temperature, scales=scales)
 
 
 def sum_op(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int) -> Tensor:
+    """The leaf op of :func:`lookup_sum`; `route` picks between kernels and means nothing here."""
     return lookup_sum(codes, weights, tables, scales)
 
 
