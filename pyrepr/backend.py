@@ -54,7 +54,10 @@ def native() -> tuple[ModuleType | None, str]:
     try:
         _C = importlib.import_module("pyrepr._C")
     except ImportError as error:
-        return None, build_info().get("reason") or f"pyrepr._C could not be imported: {error}"
+        reason = build_info().get("reason") or f"pyrepr._C could not be imported: {error}"
+        if Path(__file__).parents[1].joinpath("setup.py").exists():
+            reason += " (imported from a source folder: leave it, or install with pip install -e)"
+        return None, reason
     return _C, ""
 
 

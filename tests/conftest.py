@@ -30,6 +30,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def away_from_the_sources(tmp_path, monkeypatch):
+    """Python looks for packages in the working directory first: in a clone it would find the sources, not the install."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     with pyrepr.use_backend(request.param):
