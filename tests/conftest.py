@@ -32,7 +32,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def away_from_the_sources(tmp_path, monkeypatch):
-    """Python looks for packages in the working directory first: in a clone it would find the sources, not the install."""
+    """Python looks in the working directory first: in a clone it would find the sources, not the install."""
     monkeypatch.chdir(tmp_path)
 
 
