@@ -17,7 +17,7 @@ namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kShort = 8;  // tokens up to which the recurrence itself is run, on the state where it stands
-constexpr int64_t kSmall = int64_t(1) << 18;  // elements of all states times tokens below which threads do not pay
+constexpr int64_t kSmall = int64_t(1) << 16;  // elements of all states times tokens below which threads do not pay
 
 // One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
 // since S'^T q = (e^g S)^T q + <k, q> delta.
@@ -54,9 +54,9 @@ struct Token {
     kq = static_cast<float>(lane_sum<float>(products));
   }
 
-  // state [K, NV * W] forward by this token; v, o [NV * W].
+  // The state [K, NV * W] at `from` forward by this token, to `to`, which may be the same; v, o [NV * W].
   template <int NV>
-  void step(int64_t width, float* state, int64_t stride, const float* v, float* o) const {
+  void step(int64_t width, const float* from, float* to, int64_t stride, const float* v, float* o) const {
     // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
     constexpr int64_t rows = 8;
     V erased[NV] = {}, read[NV] = {}, delta[NV];
@@ -67,7 +67,7 @@ struct Token {
         V e{}, r{};
 #pragma GCC unroll 8
         for (int64_t row = i; row < i + rows; row++) {
-          const V s = pyrepr::load<float>(state + row * stride + j * W);
+          const V s = pyrepr::load<float>(from + row * stride + j * W);
           e += decayed_k[row] * s;
           r += decayed_q[row] * s;
         }
@@ -76,7 +76,7 @@ struct Token {
       }
     for (; i < width; i++)
       for (int j = 0; j < NV; j++) {
-        const V s = pyrepr::load<float>(state + i * stride + j * W);
+        const V s = pyrepr::load<float>(from + i * stride + j * W);
         erased[j] += decayed_k[i] * s;
         read[j] += decayed_q[i] * s;
       }
@@ -88,8 +88,8 @@ struct Token {
     for (i = 0; i < width; i++)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
-        float* const at = state + i * stride + j * W;
-        store<float>(at, decay[i] * pyrepr::load<float>(at) + k[i] * delta[j]);
+        const int64_t at = i * stride + j * W;
+        store<float>(to + at, decay[i] * pyrepr::load<float>(from + at) + k[i] * delta[j]);
       }
   }
 };
@@ -110,19 +110,19 @@ class DeltaRule {
     const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
     const Memory memory(bytes * threads);
     if (!memory.ok()) return Status::out_of_memory;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < heads * slices; task++) {
+    const auto run = [&](int64_t task) {
       float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
       const Sequence s(p, task / slices);
       const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
-      if (columns <= 0) continue;
-      Columns at{p, s, v0, columns, o, final + s.state_offset(p) + v0};
-      if (s.length <= kShort && !states.data)
-        walk_in_place(at, scratch);
-      else if (p.gate_per_key)
-        walk_tokens(at, scratch);
-      else
-        walk_chunks(at, states, scratch);
+      if (columns > 0) walk({p, s, v0, columns, o, final + s.state_offset(p) + v0}, states, scratch);
+    };
+    // Decoding: token after token, a thread gets the same heads, whose states its cache holds.
+    if (p.total <= kShort) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+      for (int64_t task = 0; task < heads * slices; task++) run(task);
+    } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+      for (int64_t task = 0; task < heads * slices; task++) run(task);
     }
     return Status::ok;
   }
@@ -176,6 +176,15 @@ class DeltaRule {
     return Chunk::size(padded) + padded * slice + 3 * C * NR + C * Token::size(p.width);
   }
 
+  static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
+    if (at.s.length <= kShort && !states.data)
+      walk_in_place(at, scratch);
+    else if (at.p.gate_per_key)
+      walk_tokens(at, scratch);
+    else
+      walk_chunks(at, states, scratch);
+  }
+
   static void walk_chunks(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     const DeltaRuleProblem& p = at.p;
     const int64_t padded = round_up(p.width, NR);
@@ -213,10 +222,11 @@ class DeltaRule {
   }
 
   template <int NV>
-  static void step_columns(const Columns& at, const Token& token, int64_t t, int64_t c, float* state, int64_t stride) {
+  static void step_columns(const Columns& at, const Token& token, int64_t t, int64_t c, const float* from, float* to,
+                           int64_t stride) {
     alignas(64) float v[NV * W], o[NV * W];
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(t, c + j * W), at.columns - c - j * W));
-    token.step<NV>(at.p.width, state, stride, v, o);
+    token.step<NV>(at.p.width, from, to, stride, v, o);
     for (int j = 0; j < NV; j++) store_some<S>(at.out(t, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
   }
 
@@ -241,35 +251,38 @@ class DeltaRule {
           Token token(tokens + t * Token::size(p.width), p.width);
           token.beta = numbers[t][0];
           token.kq = numbers[t][1];
+          float* const panel = state.panel(c / NR).data;
           if (at.columns - c > W)
-            step_columns<2>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
+            step_columns<2>(at, token, t0 + t, c, panel, panel, NR);
           else
-            step_columns<1>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
+            step_columns<1>(at, token, t0 + t, c, panel, panel, NR);
         }
     }
     store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
   }
 
-  // A few tokens: every one is a pass over the state in its own memory.
+  // A few tokens: every one is a pass over the state, the first from the initial to the final one, the others in place.
   static void walk_in_place(const Columns& at, float* scratch) {
     const DeltaRuleProblem& p = at.p;
     const int64_t stride = p.value_width;
-    for (int64_t i = 0; i < p.width && at.initial() != at.final; i++) {
-      if (at.initial())
-        std::memcpy(at.final + i * stride, at.initial() + i * stride, static_cast<size_t>(at.columns) * 4);
-      else
-        zero(at.final + i * stride, at.columns);
+    const float* from = at.initial();
+    if (!from) {
+      for (int64_t i = 0; i < p.width; i++) zero(at.final + i * stride, at.columns);
+      from = at.final;
+    } else if (from != at.final && at.s.length == 0) {
+      for (int64_t i = 0; i < p.width; i++)
+        std::memcpy(at.final + i * stride, from + i * stride, static_cast<size_t>(at.columns) * sizeof(float));
     }
     Token token(scratch, p.width);
     const Panels rest{scratch + Token::size(p.width), p.width};
-    for (int64_t t = 0; t < at.s.length; t++) {
+    for (int64_t t = 0; t < at.s.length; t++, from = at.final) {
       token.load<S>(p, at.s, t);
       int64_t c = 0;
-      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, at.final + c, stride);
-      for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, at.final + c, stride);
+      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, from + c, at.final + c, stride);
+      for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, from + c, at.final + c, stride);
       if (c == at.columns) continue;
-      load_matrix<StoreF32>(at.final + c, stride, p.width, p.width, at.columns - c, rest);
-      step_columns<1>(at, token, t, c, rest.data, NR);
+      load_matrix<StoreF32>(from + c, stride, p.width, p.width, at.columns - c, rest);
+      step_columns<1>(at, token, t, c, rest.data, rest.data, NR);
       store_matrix<StoreF32>(rest, p.width, at.columns - c, at.final + c, stride);
     }
   }
