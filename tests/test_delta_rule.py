@@ -430,7 +430,7 @@ def test_opcheck(rule):
     o, state, kept = forward_op(*arguments, 0.5, True, slots)
     torch.library.opcheck(backward_op.overload, (*arguments, kept, o, state, 0.5, True), test_utils=tests)
     *rest, initial, cu = arguments
-    torch.library.opcheck(update_op_.overload, (initial.clone(), *rest, cu, 0.5, True), test_utils=tests)
+    torch.library.opcheck(update_op_.overload, (initial.clone(), *rest, initial, cu, 0.5, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("rule", RULES)

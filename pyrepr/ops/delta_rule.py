@@ -47,23 +47,35 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _dense(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
 class _Problem:
     """What every native function takes, and the tensors that must live while it runs."""
 
+    __slots__ = ("native", "tensors")
+
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-        q, k, v = _rows(q), _rows(k), _rows(v)
-        beta = beta.to(torch.float32).contiguous()
-        g = None if g is None else g.to(torch.float32).contiguous()
-        if initial_state is not None:
-            initial_state = initial_state.contiguous()
-        self.tensors = (q, k, v, g, beta, initial_state)
+        q, k, v, beta = _rows(q), _rows(k), _rows(v), _dense(beta)
+        g = None if g is None else _dense(g)
+        state = None if initial_state is None else _dense(initial_state)
+        self.tensors = (q, k, v, g, beta, state)
+        pointers = (
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            0 if g is None else g.data_ptr(),
+            beta.data_ptr(),
+            0 if state is None else state.data_ptr(),
+        )
         self.native = module().DeltaRule(
-            [0 if x is None else x.data_ptr() for x in self.tensors],
-            [s for x in (q, k, v) for s in x.stride()[:3]],
-            (*k.shape, v.shape[2], v.shape[3]),
+            pointers,
+            (*k.shape, *v.shape[2:]),
+            (*q.stride(), *k.stride(), *v.stride()),
             DTYPE_CODES[v.dtype],
             g is not None and g.dim() == 4,
-            [] if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
+            () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
             scale,
             use_qk_l2norm,
             torch.get_num_threads(),
@@ -91,24 +103,30 @@ forward_op = leaf_op(
 )
 
 
-def _update_fake(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     return v.new_empty(v.shape)
 
 
-def _update_cpu(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_update_(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm)
+        return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     o = v.new_empty(v.shape)
-    dense = state.contiguous()
-    problem = _Problem(q, k, v, g, beta, dense, cu_seqlens, scale, use_qk_l2norm)
-    problem.native.forward(o.data_ptr(), dense.data_ptr(), 0, 0, 1)
-    if dense is not state:
-        state.copy_(dense)
+    final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
+    if initial_state is not None:
+        initial_state = _dense(initial_state)
+        # The kernel may read the state that it writes, but not one that merely overlaps it.
+        if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
+            initial_state = initial_state.clone()
+    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem.native.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    if final is not state:
+        state.copy_(final)
     return o
 
 
 update_op_ = leaf_op(
-    f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? cu_seqlens, float scale, bool use_qk_l2norm) -> Tensor",
+    f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, "
+    "bool use_qk_l2norm) -> Tensor",
     fake=_update_fake,
     reference=reference.delta_rule_update_,
     cpu=_update_cpu,
@@ -136,7 +154,7 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     dv = v.new_empty(v.shape, dtype=torch.float32)
     dg, dbeta = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    grads = [x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds)]
+    grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
     problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
     if heads != v.shape[2]:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
