@@ -31,13 +31,18 @@ def _came(x: object) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _check_tensor(name: str, x: object, device: torch.device | None) -> None:
+def _check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], device: torch.device | None) -> None:
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.device != device:
+            break
+    else:
+        return
+    name = next(name for name, y in zip(names, tensors, strict=True) if y is x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+    raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
 
 
 def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
@@ -51,11 +56,9 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
     gate: "", "HV" or "K". A decoding step is checked in a few µs: attributes of a tensor are not free, so each is read
     once.
     """
-    _check_tensor("q", q, None)
-    device, shape = q.device, q.shape
-    _check_tensor("k", k, device)
-    _check_tensor("v", v, device)
-    _check_tensor("beta", beta, device)
+    device = q.device if isinstance(q, Tensor) else None
+    _check_tensors(("q", "k", "v", "beta", "g"), (q, k, v, beta, g if gate else beta), device)
+    shape = q.shape
     if len(shape) != 4:
         raise ValueError(f"q must have shape [B, T, H, K], got {_came(q)}")
     batch, total, heads, width = shape
@@ -73,12 +76,10 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
     _check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate:
-        _check_tensor("g", g, device)
-        if gate == "HV":
-            _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-        else:
-            _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
+    if gate == "HV":
+        _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
+    elif gate:
+        _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
     sequences = batch if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, device)
     state = (sequences, value_heads, width, value_width)
     if initial_state is not None:
@@ -101,7 +102,7 @@ def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> i
 
 
 def _check_state(name: str, state: object, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    _check_tensor(name, state, device)
+    _check_tensors((name,), (state,), device)
     assert isinstance(state, Tensor)
     _check_shape(name, state, "[N, HV, K, V]", shape)
     if state.dtype != compute_dtype(dtype):

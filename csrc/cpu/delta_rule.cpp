@@ -85,7 +85,8 @@ struct Token {
       delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
       store<float>(o + j * W, read[j] + kq * delta[j]);
     }
-    for (i = 0; i < width; i++)
+    // Last row first: the rows just read are still in L1.
+    for (i = width - 1; i >= 0; i--)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
         const int64_t at = i * stride + j * W;

@@ -1,7 +1,7 @@
 """Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
 
-Three ops over the same arguments: the forward, the backward, and the update of a state in place (decoding). The
-forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
+Three ops over the same arguments: the forward, the backward, and the forward without a gradient, which writes the final
+state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
 ``csrc/cpu/delta_rule.h``).
 """
 
@@ -42,13 +42,17 @@ def _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2n
     return o, state, v.new_empty((slots, *state.shape[1:]), dtype=dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its last axis dense; every other stride is the kernel's business."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _dense(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x with its last axis dense, and its strides: every other one is the kernel's business."""
+    stride = x.stride()
+    if stride[-1] != 1:
+        x = x.contiguous()
+        stride = x.stride()
+    return x, stride
 
 
 class _Problem:
@@ -57,22 +61,22 @@ class _Problem:
     __slots__ = ("native", "tensors")
 
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-        q, k, v, beta = _rows(q), _rows(k), _rows(v), _dense(beta)
+        (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
+        beta = _dense(beta)
         g = None if g is None else _dense(g)
         state = None if initial_state is None else _dense(initial_state)
         self.tensors = (q, k, v, g, beta, state)
-        pointers = (
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            0 if g is None else g.data_ptr(),
-            beta.data_ptr(),
-            0 if state is None else state.data_ptr(),
-        )
         self.native = module().DeltaRule(
-            pointers,
+            (
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                0 if g is None else g.data_ptr(),
+                beta.data_ptr(),
+                0 if state is None else state.data_ptr(),
+            ),
             (*k.shape, *v.shape[2:]),
-            (*q.stride(), *k.stride(), *v.stride()),
+            (*q_stride, *k_stride, *v_stride),
             DTYPE_CODES[v.dtype],
             g is not None and g.dim() == 4,
             () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
@@ -110,7 +114,7 @@ def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_
 def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
         return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
-    o = v.new_empty(v.shape)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
     if initial_state is not None:
         initial_state = _dense(initial_state)
@@ -208,10 +212,11 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
-        return o, state
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        shape, dtype = (sequences, v.shape[2], k.shape[3], v.shape[3]), compute_dtype(v.dtype)
+        state = torch.empty(shape, dtype=dtype, device=v.device)
+        return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
     keep = v.dtype != torch.float64 and (g is None or g.dim() == 3)
     slots = kept_states(v.shape[0], v.shape[1], sequences) if keep else 0
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
