@@ -87,7 +87,6 @@ void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uin
 
 void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, int64_t segment,
                          const std::array<uintptr_t, 7>& grads) {
-  if (a.problem.gate_per_key) throw std::invalid_argument("a gate per key runs in the reference");
   const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
   if (!slots && a.states_needed(segment)) throw std::invalid_argument("the forward kept no states");
   const bool no_values = a.no_tokens(), no_gates = a.problem.batch * a.problem.total * a.problem.value_heads == 0;
@@ -96,7 +95,7 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
                                     pointer<float>(grads[1], "dq", no_keys),
                                     pointer<float>(grads[2], "dk", no_keys),
                                     pointer<float>(grads[3], "dv", no_values),
-                                    pointer<float>(grads[4], "dg", no_gates),
+                                    pointer<float>(grads[4], "dg", a.problem.gate_per_key ? no_keys : no_gates),
                                     pointer<float>(grads[5], "dbeta", no_gates),
                                     pointer<float>(grads[6], "dstate", a.no_states())};
   py::gil_scoped_release release;

@@ -174,14 +174,12 @@ class DeltaRule {
 
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
-    return Chunk::size(padded) + padded * slice + 3 * C * NR + C * Token::size(p.width);
+    return Chunk::size(padded) + padded * slice + 3 * C * NR;
   }
 
   static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     if (at.s.length <= kShort && !states.data)
       walk_in_place(at, scratch);
-    else if (at.p.gate_per_key)
-      walk_tokens(at, scratch);
     else
       walk_chunks(at, states, scratch);
   }
@@ -205,8 +203,7 @@ class DeltaRule {
       chunk.load_k<S>(p, at.s, t0);
       chunk.solve(p);
       chunk.load_q<S>(p, at.s, t0, p.scale);
-      chunk.gate_keys(p.width);
-      if (chunk.gates.gated) scale_columns(chunk.qt, p.width, chunk.gates.decay);
+      chunk.gate(p, true);
       for (int64_t c = 0; c < at.columns; c += NR) {
         const Panels slice = state.panel(c / NR);
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
@@ -229,37 +226,6 @@ class DeltaRule {
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(t, c + j * W), at.columns - c - j * W));
     token.step<NV>(at.p.width, from, to, stride, v, o);
     for (int j = 0; j < NV; j++) store_some<S>(at.out(t, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
-  }
-
-  // Token by token, a panel of the state at a time: it stays in L1 for the C tokens whose keys are at hand.
-  static void walk_tokens(const Columns& at, float* scratch) {
-    const DeltaRuleProblem& p = at.p;
-    const int64_t padded = round_up(p.width, NR);
-    const Panels state{scratch, padded};
-    float* const tokens = scratch + Panels::size(padded, at.columns);
-    at.load_state(state);
-    for (int64_t t0 = 0; t0 < at.s.length; t0 += C) {
-      const int64_t rows = smaller(C, at.s.length - t0);
-      float numbers[C][2];
-      for (int64_t t = 0; t < rows; t++) {
-        Token token(tokens + t * Token::size(p.width), p.width);
-        token.load<S>(p, at.s, t0 + t);
-        numbers[t][0] = token.beta;
-        numbers[t][1] = token.kq;
-      }
-      for (int64_t c = 0; c < at.columns; c += NR)
-        for (int64_t t = 0; t < rows; t++) {
-          Token token(tokens + t * Token::size(p.width), p.width);
-          token.beta = numbers[t][0];
-          token.kq = numbers[t][1];
-          float* const panel = state.panel(c / NR).data;
-          if (at.columns - c > W)
-            step_columns<2>(at, token, t0 + t, c, panel, panel, NR);
-          else
-            step_columns<1>(at, token, t0 + t, c, panel, panel, NR);
-        }
-    }
-    store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
   }
 
   // A few tokens: every one is a pass over the state, the first from the initial to the final one, the others in place.

@@ -145,7 +145,7 @@ def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, gra
 
 
 def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
-    if v.dtype == torch.float64 or (g is not None and g.dim() == 4):
+    if v.dtype == torch.float64:
         return reference.delta_rule_backward(
             q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
         )
@@ -156,7 +156,8 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     # Value heads that share a query and key head each write a gradient of it; their sum is taken here.
     dq, dk = (v.new_empty(per_value_head, dtype=torch.float32) for _ in range(2))
     dv = v.new_empty(v.shape, dtype=torch.float32)
-    dg, dbeta = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
+    dbeta = v.new_empty(v.shape[:3], dtype=torch.float32)
+    dg = torch.empty_like(dbeta) if g is None else v.new_empty(g.shape, dtype=torch.float32)
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
     grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
     problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
@@ -217,7 +218,6 @@ def delta_rule(
         shape, dtype = (sequences, v.shape[2], k.shape[3], v.shape[3]), compute_dtype(v.dtype)
         state = torch.empty(shape, dtype=dtype, device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    keep = v.dtype != torch.float64 and (g is None or g.dim() == 3)
-    slots = kept_states(v.shape[0], v.shape[1], sequences) if keep else 0
+    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], sequences)
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state
