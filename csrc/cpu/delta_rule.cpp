@@ -12,6 +12,9 @@
 
 #include "cpu/delta_rule_backward.h"
 #include "cpu/delta_rule_chunk.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/delta_rule_dot.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -95,10 +98,23 @@ struct Token {
   }
 };
 
+// What takes inputs of this storage through their chunks, where the gate is not per key.
+template <class S>
+struct ForwardOf {
+  using Type = FloatForward;
+};
+#if defined(PYREPR_LEVEL_avx512_bf16)
+template <>
+struct ForwardOf<StoreBf16> {
+  using Type = DotForward;
+};
+#endif
+
 template <class S>
 class DeltaRule {
  public:
   using Element = typename S::Memory;
+  using Forward = typename ForwardOf<S>::Type;
 
   static Status forward(const DeltaRuleProblem& p, void* o_, float* final, const DeltaRuleStates& states) {
     Element* const o = static_cast<Element*>(o_);
@@ -174,21 +190,24 @@ class DeltaRule {
 
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
-    return Chunk::size(padded) + padded * slice + 3 * C * NR;
+    return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR;
   }
 
   static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     if (at.s.length <= kShort && !states.data)
       walk_in_place(at, scratch);
+    else if (at.p.gate_per_key)
+      walk_chunks<FloatForward>(at, states, scratch);
     else
-      walk_chunks(at, states, scratch);
+      walk_chunks<Forward>(at, states, scratch);
   }
 
+  template <class Engine>
   static void walk_chunks(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     const DeltaRuleProblem& p = at.p;
     const int64_t padded = round_up(p.width, NR);
-    Chunk chunk(scratch, padded);
-    const Panels state{scratch + Chunk::size(padded), padded};
+    Engine engine(p, scratch);
+    const Panels state{scratch + Engine::size(padded), padded};
     const Panels v{state.data + Panels::size(padded, at.columns), C}, values{v.data + C * NR, C},
         o{values.data + C * NR, C};
     at.load_state(state);
@@ -200,20 +219,14 @@ class DeltaRule {
                                p.value_width);
       }
       const int64_t rows = smaller(C, at.s.length - t0);
-      chunk.load_k<S>(p, at.s, t0);
-      chunk.solve(p);
-      chunk.load_q<S>(p, at.s, t0, p.scale);
-      chunk.gate(p, true);
+      engine.template load<S>(at.s, t0);
       for (int64_t c = 0; c < at.columns; c += NR) {
         const Panels slice = state.panel(c / NR);
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
         at.prefetch_share(t0 + C, c);
         load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
-        new_values(p, chunk, slice, n, v, values);
-        multiply_panels<Part::all, true>(chunk.qt, C, slice, n, p.width, o);
-        multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+        engine.advance(n, v, values, o, slice);
         store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
-        advance(p, chunk, values, n, slice);
       }
     }
     store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);

@@ -23,9 +23,9 @@
 //
 // because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s.
 //
-// With a gate per key channel (KDA) g_t, G_t and e^{G_t} are vectors over K. They then belong to the elements of K and Q
-// instead of the rows, (K K^T o Gamma)_ts is sum_c K_tc K_sc e^{G_tc - G_sc}, e^{G_C} scales the rows of S, and what is
-// summed over c in dG is not.
+// With a gate per key channel (KDA) g_t, G_t and e^{G_t} are vectors over K. They then belong to the elements of K and
+// Q instead of the rows, (K K^T o Gamma)_ts is sum_c K_tc K_sc e^{G_tc - G_sc}, e^{G_C} scales the rows of S, and what
+// is summed over c in dG is not.
 #pragma once
 
 #include "common.h"
@@ -87,6 +87,9 @@ namespace avx2 {
 DeltaRuleFunctions delta_rule_functions();
 }
 namespace avx512 {
+DeltaRuleFunctions delta_rule_functions();
+}
+namespace avx512_bf16 {
 DeltaRuleFunctions delta_rule_functions();
 }
 

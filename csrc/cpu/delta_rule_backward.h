@@ -156,7 +156,7 @@ class DeltaRuleBackward {
       if (first + i + 1 == last) break;
       std::memcpy(used.data, values_of(i).data, static_cast<size_t>(C * vp) * sizeof(float));
       std::memcpy(state_of(i + 1).data, state_of(i).data, static_cast<size_t>(kp * vp) * sizeof(float));
-      advance(p, chunk, used, vp, state_of(i + 1));
+      next_state(p, chunk, used, vp, state_of(i + 1));
     }
   }
 
@@ -249,7 +249,8 @@ class DeltaRuleBackward {
       V own[W];
       for (int i = 0; i < W; i++) {
         own[i] = V{};
-        for (int64_t j = 0; j < vp; j += W) own[i] += load<float>(state.at(c + i, j)) * load<float>(dstate.at(c + i, j));
+        for (int64_t j = 0; j < vp; j += W)
+          own[i] += load<float>(state.at(c + i, j)) * load<float>(dstate.at(c + i, j));
       }
       const V sums = sum_each(own) * gates.last(c);
       for (int i = 0; i < W; i++) last[c + i] = static_cast<double>(sums[i]);

@@ -193,9 +193,9 @@ inline void mask_upper(const Panels& gamma, const Panels& x) {
     }
 }
 
-// out [C, C], row s, column t >= s: sum over the columns c of k_sc x_tc e^{g_{s+1,c} + ... + g_tc}, with step = e^g. The
-// decay between two tokens is a product of the steps between them: no exponent is ever positive, and nothing overflows
-// or is lost that the recurrence keeps. Below the diagonal stands rubbish.
+// out [C, C], row s, column t >= s: sum over the columns c of k_sc x_tc e^{g_{s+1,c} + ... + g_tc}, with step = e^g.
+// The decay between two tokens is a product of the steps between them: no exponent is ever positive, and nothing
+// overflows or is lost that the recurrence keeps. Below the diagonal stands rubbish.
 inline void decayed_products(const Panels& k, const Panels& x, const Panels& step, int64_t columns, const Panels& out) {
   alignas(64) float sums[C * W];
   for (int64_t s = 0; s < C; s++) {
@@ -315,9 +315,7 @@ struct Chunk {
   Panels gamma, xt, pt;              // [C, C] gamma, X^T, P^T: row s, column t, zero for t < s
   Panels scaled;                     // [C, K] k or q with the decays of their channels
 
-  static int64_t size(int64_t padded_width) {
-    return 5 * C * padded_width + 3 * C * C + KeyGates::size(padded_width);
-  }
+  static int64_t size(int64_t padded_width) { return 5 * C * padded_width + 3 * C * C + KeyGates::size(padded_width); }
   Chunk(float* memory, int64_t padded_width) : key_gates(memory, padded_width) {
     k = {memory + KeyGates::size(padded_width), C};
     q = {k.data + C * padded_width, C};
@@ -390,8 +388,8 @@ inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Pane
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
 }
 // state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.
-inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
-                    const Panels& state) {
+inline void next_state(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
+                       const Panels& state) {
   const int64_t rows = round_up(p.width, Panels::MR);
   if (p.gate_per_key) {
     chunk.key_gates.decay_rows(state, rows, n);
@@ -401,6 +399,33 @@ inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels&
   if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
   multiply_panels<Part::all, false>(chunk.k, rows, values, n, C, state, chunk.gates.last);
 }
+
+// Takes a sequence chunk by chunk, in float.
+class FloatForward {
+ public:
+  static int64_t size(int64_t padded) { return Chunk::size(padded); }
+  FloatForward(const DeltaRuleProblem& p, float* memory) : p(p), chunk(memory, round_up(p.width, NR)) {}
+
+  // What the value columns of the chunk at t0 share.
+  template <class S>
+  void load(const Sequence& s, int64_t t0) {
+    chunk.load_k<S>(p, s, t0);
+    chunk.solve(p);
+    chunk.load_q<S>(p, s, t0, p.scale);
+    chunk.gate(p, true);
+  }
+  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
+  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state) {
+    new_values(p, chunk, state, n, v, values);
+    multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o);
+    multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+    next_state(p, chunk, values, n, state);
+  }
+
+ private:
+  const DeltaRuleProblem& p;
+  Chunk chunk;
+};
 
 }  // namespace
 }  // namespace pyrepr::cpu::PYREPR_LEVEL
