@@ -260,11 +260,12 @@ def _tiles(
     )
     if KIND != 0:
         _store_row_sums(values, sums, layer, row, column, blocks, n_pad, BLOCK)
-    # Tensor cores cut float32 down to tf32; rounding it before leaves no bias in the sums of squares.
-    rounded = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    if PARTS == 1:
+        # Tensor cores cut float32 down to tf32; rounding it before leaves no bias in the sums of squares.
+        values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     at = tl.arange(0, BLOCK)
     slot = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + layer) * BLOCK * BLOCK
-    tl.store(slab + slot + at[:, None] * BLOCK + at[None, :], rounded)
+    tl.store(slab + slot + at[:, None] * BLOCK + at[None, :], values)
 
 
 @triton.jit(do_not_specialize=["first", "layers", "blocks"])
@@ -274,6 +275,7 @@ def _products(
     first,
     layers,
     blocks,
+    PARTS: tl.constexpr,
     ENTRIES: tl.constexpr,
     SPLIT: tl.constexpr,
     BL: tl.constexpr,
@@ -293,7 +295,7 @@ def _products(
             for at in range(chunk, chunk + 4 * BK, BK):
                 left = tl.load(mine + a[:, None] * ENTRIES + at + k[None, :], mask=(a < layers)[:, None], other=0.0)
                 right = tl.load(mine + b[None, :] * ENTRIES + at + k[:, None], mask=(b < layers)[None, :], other=0.0)
-                short = tl.dot(left, right, short, input_precision="tf32")
+                short = tl.dot(left, right, short, input_precision="tf32" if PARTS == 1 else "tf32x3")
             total += short
     padded = tl.num_programs(1) * BL
     out = partial + tl.program_id(0).to(tl.int64) * padded * padded

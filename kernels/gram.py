@@ -113,9 +113,9 @@ def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
     return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
-def products_variant(block: int, layers: int) -> Variant:
+def products_variant(block: int, parts: int, layers: int) -> Variant:
     config = Config({"BL": layers, **PRODUCTS}, 4, 3)
-    constexprs = {"ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
+    constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
     return _variant(
         tiles._products, config, constexprs, {"slab": "*fp32", "partial": "*fp32"}, ("first", "layers", "blocks")
     )
@@ -160,8 +160,9 @@ def variants(architecture: int) -> list[Variant]:
         found.append(moments_variant(FEATURES.rows[architecture], parts))
         found.append(histogram_variant(HISTOGRAM.rows[architecture], parts))
         found.append(apply_variant(APPLY.rows[architecture], parts))
-    block = TILES.rows[architecture].blocks["BLOCK"]
-    return found + [products_variant(block, layers) for layers in (16, 32, 64)]
+        block = TILES.rows[architecture].blocks["BLOCK"]
+        found += [products_variant(block, parts, layers) for layers in (16, 32, 64)]
+    return found
 
 
 class Packed:
@@ -340,7 +341,9 @@ def _layer_arguments(packed: Packed, constants: Tensor, degree: int) -> dict[str
 
 
 def _grid(blocks: int) -> int:
-    """How many tiles `_tile` numbers for blocks × blocks tiles, the empty ones of the last squares among them."""
+    """How many tiles `_tile` numbers for blocks × blocks tiles, empty ones in the last squares among them."""
+    if blocks <= 8:
+        return 8 * blocks
     squares = triton.cdiv(blocks, 8)
     return 32 * squares * (squares + 1)
 
@@ -383,18 +386,18 @@ def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, deg
     for first in range(0, tile_count, at_once):
         count = min(at_once, tile_count - first)
         launch(tiles_variant(config, kind, packed.parts), (count, m), {**arguments, "first": first}, packed.device)
-        s += _slab_products(slab, first, count, blocks)
+        s += _slab_products(slab, packed.parts, first, count, blocks)
     return 2 * s, sums
 
 
-def _slab_products(slab: Tensor, first: int, count: int, blocks: int) -> Tensor:
+def _slab_products(slab: Tensor, parts: int, first: int, count: int, blocks: int) -> Tensor:
     m, block = slab.shape[1], slab.shape[2]
     layers = 16 if m <= 16 else 32 if m <= 32 else 64
     padded = triton.cdiv(m, layers)
     shape = (count * PRODUCTS_SPLIT, padded * layers, padded * layers)
     partial = torch.empty(shape, dtype=torch.float32, device=slab.device)
     arguments = {"slab": slab, "partial": partial, "first": first, "layers": m, "blocks": blocks}
-    launch(products_variant(block, layers), (shape[0], padded, padded), arguments, slab.device)
+    launch(products_variant(block, parts, layers), (shape[0], padded, padded), arguments, slab.device)
     return partial.sum(0, dtype=torch.float64)[:m, :m]
 
 
@@ -437,7 +440,7 @@ def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int,
         pointers = {"x": left.data, "y": right.data, "x_norms": left.q, "y_norms": right.q, "constants": constants}
         integers = {"n": n, "m": m, "same": int(y is None), "degree": degree}
         padded = {"x_pad": left.n_pad, "y_pad": right.n_pad, "width": left.width}
-        grid = (_grid(columns) if columns else 0,) if y is None else (rows, columns)
+        grid = (_grid(columns),) if y is None else (rows, columns)
         arguments = {**pointers, "out": out, **integers, **padded}
         launch(matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
         return out

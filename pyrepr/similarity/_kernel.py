@@ -66,10 +66,10 @@ class Kernel:
         else:
             value = [1.0] * len(xs)
         # Fills, not a copy from the host: that would synchronise with a GPU, and not go into a CUDA graph.
-        options = {"dtype": torch.float64, "device": xs[0].device}
+        f64, device = torch.float64, xs[0].device
         if len(set(value)) == 1:
-            return torch.full((len(value),), value[0], **options)
-        return torch.stack([torch.full((), v, **options) for v in value])
+            return torch.full((len(value),), value[0], dtype=f64, device=device)
+        return torch.stack([torch.full((), v, dtype=f64, device=device) for v in value])
 
 
 def as_kernel(kernel: str | Kernel, bandwidth: float, sigma: float | None) -> Kernel:
