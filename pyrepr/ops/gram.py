@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
@@ -75,7 +76,7 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
-        raise RuntimeError("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
+        raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):
         rows = slice(None) if mask is None else mask
         x, y = ((a[rows] - a[rows].double().mean(0)).float().contiguous() for a in xs)
