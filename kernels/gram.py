@@ -151,7 +151,7 @@ def products_variant(block: int, parts: int, layers: int) -> Variant:
     constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
     return _variant(
         tiles._products,
-        PRODUCTS[layers],
+        PRODUCTS[parts][layers],
         constexprs,
         {"slab": "*fp32", "partial": "*fp32"},
         ("first", "layers", "blocks"),
