@@ -207,7 +207,9 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 def _checks() -> list[GpuCase]:
     small = [
-        GpuCase(f"cka {k}", "n=300 p=70 q=33", pair_problem(300, 70, 33, k), VALUE, sanitize=True, error=_error)
+        GpuCase(
+            f"cka {k}", "n=300 p=70 q=33", pair_problem(300, 70, 33, k), VALUE, graph=True, sanitize=True, error=_error
+        )
         for k in KERNELS
     ]
     small += [
@@ -233,7 +235,7 @@ def _checks() -> list[GpuCase]:
         ("cka", "n=3 000 p=1 q=5 000", pair_problem(3000, 1, 5000), LONG, ("triton",), False),
     ]
     return small + [
-        GpuCase(op, shape, make, tolerance, backends, sanitize=sanitize, error=_error)
+        GpuCase(op, shape, make, tolerance, backends, graph="masked" not in op, sanitize=sanitize, error=_error)
         for op, shape, make, tolerance, backends, sanitize in other
     ]
 

@@ -66,7 +66,7 @@ def time_items(family: str, dry: bool) -> list[tuple[GpuCase, torch.dtype]]:
 
 
 def check(item: tuple[GpuCase, str, torch.dtype], device: torch.device, _seconds: float) -> list[dict[str, Any]]:
-    """The error against float64, and whether a second run, on a side stream, gives the same bits."""
+    """The error against float64, and whether a second run, on a side stream, and a CUDA graph give the same bits."""
     case, backend, dtype = item
     problem = case.make(device, dtype, 0)
     with pyrepr.use_backend(backend):
@@ -80,17 +80,36 @@ def check(item: tuple[GpuCase, str, torch.dtype], device: torch.device, _seconds
             _synchronise(device)
         else:
             again = problem.run()
-    same = all(torch.equal(a, b) for a, b in zip(_flat(result), _flat(again), strict=True))
+        graph = _graph_failure(problem, result, device) if case.graph and device.type == "cuda" else None
     error = case.error(result, problem.truth())
     tolerance = case.tolerance[dtype]
-    failure = None
     if not error <= tolerance:
         failure = f"error {error:.2e} is more than {tolerance:.0e}"
-    elif not same:
-        failure = "two runs gave different bits"
+    else:
+        failure = graph if _same_bits(result, again) else "two runs gave different bits"
     return [
         {"backend": backend, "dtype": dtype_name(dtype), "error": error, "tolerance": tolerance, "failure": failure}
     ]
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(_flat(a), _flat(b), strict=True)
+    return all(torch.equal(x.nan_to_num(0.0), y.nan_to_num(0.0)) for x, y in pairs)
+
+
+def _graph_failure(problem: Problem, expected: Any, device: torch.device) -> str | None:
+    """What is wrong with the problem in a CUDA graph: capturing one fails if anything synchronises."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = problem.run()
+    except Exception as failure:
+        return f"it does not go into a CUDA graph: {type(failure).__name__}: {failure}"[:300]
+    for tensor in _flat(result):
+        tensor.detach().zero_()
+    graph.replay()
+    _synchronise(device)
+    return None if _same_bits(result, expected) else "its CUDA graph gave different bits"
 
 
 def _timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
