@@ -64,6 +64,9 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    def __hash__(self) -> int:  # so that variants can be cached: making one costs as much as a launch
+        return hash((*self.blocks.items(), self.num_warps, self.num_stages))
+
     def __str__(self) -> str:
         return f"Config({dict(self.blocks)!r}, {self.num_warps}, {self.num_stages})"
 

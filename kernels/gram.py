@@ -125,6 +125,7 @@ def _variant(kernel, config: Config, constexprs: dict, pointers: dict[str, str],
     )
 
 
+@functools.cache
 def pack_variant(dtype: torch.dtype) -> Variant:
     pointers = {"x": "*" + DTYPE_NAMES[dtype], **dict.fromkeys(("mean", "scale", "valid"), "*fp32")}
     pointers |= {"packed": "*fp16", "q": "*fp32"}
@@ -136,17 +137,20 @@ def pack_variant(dtype: torch.dtype) -> Variant:
     )
 
 
+@functools.cache
 def pair_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "starts": "*i32", "partial": "*fp64"}
     return _variant(tiles._pair, config, {"PARTS": parts}, pointers, ("blocks", "n_pad", "width"))
 
 
+@functools.cache
 def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
     pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "sums")}
     integers = ("first", "degree", "blocks", "n_pad", "width")
     return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def products_variant(block: int, parts: int, layers: int) -> Variant:
     constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
     return _variant(
@@ -158,28 +162,33 @@ def products_variant(block: int, parts: int, layers: int) -> Variant:
     )
 
 
+@functools.cache
 def features_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "owner": "*i32", "squares": "*fp64"}
     return _variant(tiles._features, config, {"PARTS": parts}, pointers, ("blocks", "split", "n_pad", "width"))
 
 
+@functools.cache
 def matrix_variant(config: Config, kind: int, parts: int) -> Variant:
     pointers = {"x": "*fp16", "y": "*fp16", **dict.fromkeys(("x_norms", "y_norms", "constants", "out"), "*fp32")}
     integers = ("n", "m", "same", "degree", "x_pad", "y_pad", "width")
     return _variant(tiles._matrix, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def histogram_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "q": "*fp32", "valid": "*fp32", "prefix": "*i32", "counts": "*i32"}
     return _variant(tiles._histogram, config, {"PARTS": parts}, pointers, ("blocks", "shift", "n_pad", "width"))
 
 
+@functools.cache
 def moments_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "unit": "*fp64", "out": "*fp64"}
     integers = ("a", "b", "d_a", "d_b", "n_pad", "width")
     return _variant(tiles._moments, config, {"PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def apply_variant(config: Config, parts: int) -> Variant:
     pointers = {"weights": "*fp32", "factor": "*fp32", "unit": "*fp32", "packed": "*fp16", "out": "*fp32"}
     return _variant(tiles._apply, config, {"PARTS": parts}, pointers, ("m", "n", "d", "n_pad", "width"))

@@ -94,6 +94,7 @@ class Unsupported(RuntimeError):
     """
 
 
+@functools.cache
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``): on CPU tensors, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
