@@ -46,6 +46,7 @@ inline void check(Status status) {
 void bind_gram(py::module_& m);
 void bind_delta_rule(py::module_& m);
 void bind_lookup(py::module_& m);
+void bind_causal_conv1d(py::module_& m);
 void bind_probe(py::module_& m);
 
 }  // namespace pyrepr

@@ -32,7 +32,13 @@ struct Processor {
 
 // A level with the functions that every family has in this namespace.
 #define PYREPR_LEVEL_ROW(name, supported, code) \
-  {name, supported, code::gram_functions, code::delta_rule_functions, code::lookup_functions, code::probe_functions}
+  {name,                                        \
+   supported,                                   \
+   code::gram_functions,                        \
+   code::delta_rule_functions,                  \
+   code::lookup_functions,                      \
+   code::causal_conv1d_functions,               \
+   code::probe_functions}
 
 }  // namespace
 
