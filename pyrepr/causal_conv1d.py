@@ -5,6 +5,8 @@ Names, arguments and layouts are those of the package causal-conv1d, so that mod
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,8 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,  # [N, D, W - 1]
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,  # [N + 1]
-) -> Tensor | tuple[Tensor, Tensor]:  # [B, D, T], [N, D, W - 1]
-    """Every channel convolved with its own filter of W taps that looks back only: Σ_j w_j x_{t−W+1+j} + bias, then SiLU.
+) -> Any:  # [B, D, T], and with return_final_states [N, D, W - 1]
+    """Every channel convolved with its own filter of W taps, looking back: Σ_j w_j x_{t−W+1+j} + bias, then SiLU.
 
     Args:
         x: [B, D, T]; float32, bfloat16 or float16 on the kernels, float64 in the reference. Any strides are read in

@@ -1,4 +1,4 @@
-"""The causal convolution against torch's own and its float64 reference: values, gradients, packing, layouts, compile."""
+"""The causal convolution against torch's own in float64: values, gradients, packing, layouts, and torch.compile."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_every_width(W):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_layouts_and_dtypes(layout, dtype):
-    x, *rest = inputs(2, 150, 131, dtype=dtype, states=2)
+    x, weight, *rest = inputs(2, 150, 131, dtype=dtype, states=2)
+    rest = (weight.to(dtype), *rest)
     tensors = (LAYOUTS[layout](x), *rest)
     out = fn(*tensors)
     assert out.dtype == dtype and out.mT.is_contiguous()

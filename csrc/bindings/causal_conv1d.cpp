@@ -46,18 +46,25 @@ struct CausalConvArguments {
     problem.threads = threads;
   }
 
+  // A large fresh result, [B, T, D] in x's dtype, costs more in page faults than in arithmetic.
+  void* result(uintptr_t address, const char* what) const {
+    void* const data = pointer<void>(address, what, empty());
+    const int64_t bytes = problem.tokens() * problem.channels * (problem.dtype == DType::f32 ? 4 : 2);
+    if (bytes > int64_t(4) << 20) huge_pages(address, bytes, false);
+    return data;
+  }
   bool empty() const { return problem.tokens() * problem.channels == 0; }
 };
 
 void causal_conv1d_forward(CausalConvArguments& a, uintptr_t out) {
-  void* const data = pointer<void>(out, "out", a.empty());
+  void* const data = a.result(out, "out");
   py::gil_scoped_release release;
   if (!a.empty()) check(current_level().causal_conv1d().forward(a.problem, data));
 }
 
 void causal_conv1d_backward(CausalConvArguments& a, uintptr_t grad, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
                             uintptr_t dinitial) {
-  const cpu::CausalConvGradients out{pointer<const void>(grad, "grad", a.empty()), pointer<void>(dx, "dx", a.empty()),
+  const cpu::CausalConvGradients out{pointer<const void>(grad, "grad", a.empty()), a.result(dx, "dx"),
                                      pointer<float>(dweight, "dweight", a.problem.channels == 0),
                                      pointer<float>(dbias, "dbias", true), pointer<float>(dinitial, "dinitial", true)};
   py::gil_scoped_release release;

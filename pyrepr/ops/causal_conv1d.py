@@ -48,8 +48,8 @@ def _forward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
     if x.dtype == torch.float64:
         return _forward_reference(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
     out = x.new_empty(x.shape)
-    bounds = reference.bounds_of(x, seq_idx, cu_seqlens)
-    _Problem(x, weight, bias, initial_states, bounds, silu).native.forward(out.data_ptr())
+    problem = _Problem(x, weight, bias, initial_states, reference.bounds_of(x, seq_idx, cu_seqlens), silu)
+    problem.native.forward(out.data_ptr())
     return out
 
 
