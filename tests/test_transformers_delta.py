@@ -302,6 +302,7 @@ def test_an_installed_flash_linear_attention_is_not_called_on_the_cpu(tmp_path):
 
 
 KERNELS = """
+import inspect
 from torch import nn
 
 class _Nothing:
@@ -318,6 +319,9 @@ def use_kernel_forward_from_hub(name):
         class Func(nn.Module):
             kernel_layer_name = name
             def forward(self, *args, **kwargs): return target(*args, **kwargs)
+        parameters = inspect.signature(target).parameters.values()
+        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        Func.forward.__signature__ = inspect.Signature([me, *parameters])
         return Func()
     return decorate
 

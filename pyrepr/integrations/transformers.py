@@ -37,6 +37,11 @@ _FACTORY = "use_kernel_func_from_hub_with_fallback"
 _ORIGINAL = "_pyrepr_original"
 
 
+def _function(original: Callable) -> Callable:
+    """What has the name and the arguments: the package `kernels` makes modules of functions."""
+    return original.forward if isinstance(original, torch.nn.Module) else original
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -62,7 +67,7 @@ def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
     """
     original_on_cpu = inspect.unwrap(original)
 
-    @functools.wraps(original, updated=())
+    @functools.wraps(_function(original), updated=())
     def run(
         query: Tensor,  # [B, T, H, K]
         key: Tensor,  # [B, T, H, K]
@@ -107,7 +112,7 @@ def _with_activation(run: Callable[[str | None], Tensor], activation: str | None
 def _convolution(original: Callable) -> Callable:
     """The causal convolution before a delta rule; packed sequences are kept apart, where the fallback raises."""
 
-    @functools.wraps(original, updated=())
+    @functools.wraps(_function(original), updated=())
     def run(
         hidden_states: Tensor,  # [B, D, T]
         weight: Tensor,  # [D, W]
@@ -133,7 +138,7 @@ def _step(original: Callable) -> Callable:
     """The causal convolution of new tokens, with the ones before in a state."""
     original_on_cpu = inspect.unwrap(original)
 
-    @functools.wraps(original, updated=())
+    @functools.wraps(_function(original), updated=())
     def run(
         hidden_states: Tensor,  # [B, D, T]
         conv_state: Tensor,  # [B, D, S]
@@ -176,7 +181,7 @@ _FILTER = {"hidden_states", "weight", "bias", "activation"}
 def _check_signature(kind: str, function: Callable) -> None:
     """That a function of an unknown version still takes what its replacement does."""
     wanted = _FILTER | {"conv_state"} if kind == "causal_conv1d_update" else _FILTER if "conv" in kind else _RULE
-    missing = sorted(wanted - inspect.signature(function).parameters.keys())
+    missing = sorted(wanted - inspect.signature(_function(function)).parameters.keys())
     if missing:
         import transformers
 
