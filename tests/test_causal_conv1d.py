@@ -269,9 +269,9 @@ def test_opcheck(cu):
     x, weight, bias, initial = inputs(1 if cu is not None else 3, 20, 40, states=3)
     arguments = (x.mT, weight, bias, initial, None, cu)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (*arguments, True), test_utils=tests)
-    torch.library.opcheck(backward_op, (*arguments, torch.randn(x.mT.shape), True), test_utils=tests)
-    torch.library.opcheck(update_op_, (x[..., :4].clone(), x.mT, weight, bias, True), test_utils=tests)
+    torch.library.opcheck(forward_op.overload, (*arguments, True), test_utils=tests)
+    torch.library.opcheck(backward_op.overload, (*arguments, torch.randn(x.mT.shape), True), test_utils=tests)
+    torch.library.opcheck(update_op_.overload, (x[..., :4].clone(), x.mT, weight, bias, True), test_utils=tests)
 
 
 def test_compile_in_one_graph():

@@ -369,3 +369,19 @@ def test_a_function_that_changed_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="has a chunk_gated_delta_rule without initial_state, output_final_state"):
         accelerated.enable()
     assert module.causal_conv1d_fn is before
+
+
+def test_the_whole_model_benchmark_runs():
+    from argparse import Namespace
+
+    from pyrepr.benchmarks import model
+
+    tiny = Namespace(layers=4, hidden=64, heads=2, prompt=40, tokens=4, rounds=1, profiled=2)
+    result = model.measure(tiny)
+    assert result["same_tokens"] == 4
+    for run in model.RUNS:
+        for phase in model.PHASES:
+            took = result["milliseconds"][run][phase]
+            assert 0 < took["rule"] < took["all"] and 0 < took["convolution"] < took["all"]
+            assert len(result["profile_milliseconds"][run][phase]) > 5
+    assert "rule + convolution" in model.report(result)

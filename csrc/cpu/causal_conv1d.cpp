@@ -56,14 +56,16 @@ struct Shape {
   }
 };
 
-// `in` [count, 4] dense to out [4, stride]; and back.
-inline void split_fours(const float* in, int64_t count, float* out, int64_t stride) {
+// `in` [count, N] dense to out [N, stride]; and back. With N known the compiler shuffles whole vectors.
+template <int N>
+void split(const float* in, int64_t count, float* out, int64_t stride) {
   for (int64_t c = 0; c < count; c++)
-    for (int64_t j = 0; j < 4; j++) out[j * stride + c] = in[c * 4 + j];
+    for (int64_t j = 0; j < N; j++) out[j * stride + c] = in[c * N + j];
 }
-inline void join_fours(const float* in, int64_t count, int64_t stride, float* out) {
+template <int N>
+void join(const float* in, int64_t count, int64_t stride, float* out) {
   for (int64_t c = 0; c < count; c++)
-    for (int64_t j = 0; j < 4; j++) out[c * 4 + j] = in[j * stride + c];
+    for (int64_t j = 0; j < N; j++) out[c * N + j] = in[j * stride + c];
 }
 
 // Neighbouring channels [first, first + count) with their weights: [W, stride], then the bias. `stride` is the length
@@ -77,7 +79,7 @@ struct Block {
       : first(number * stride_), count(smaller(stride_, p.channels - first)), stride(stride_), weights(memory) {
     const float* const w = p.weight + first * p.taps;
     if (p.taps == 4)
-      split_fours(w, count, weights, stride);
+      split<4>(w, count, weights, stride);
     else
       for (int64_t c = 0; c < count; c++)
         for (int64_t j = 0; j < p.taps; j++) weights[j * stride + c] = w[c * p.taps + j];
@@ -270,18 +272,18 @@ class CausalConv {
   }
 
  private:
-  // Models keep four tokens, channel by channel.
-  static bool fours(const CausalConvStep& s) {
-    return sizeof(Element) == 4 && s.state_length == 4 && s.state_token == 1 && s.state_channel == 4;
-  }
   static void load_state(const CausalConvStep& s, const Element* own, const Block& block, float* rows) {
-    if constexpr (sizeof(Element) == 4)
-      if (fours(s)) return split_fours(own, block.count, rows, block.stride);
+    if constexpr (sizeof(Element) == 4) {
+      if (dense(s) && s.state_length == 4) return split<4>(own, block.count, rows, block.stride);
+      if (dense(s) && s.state_length == 3) return split<3>(own, block.count, rows, block.stride);
+    }
     load_tile<S>(own, s.state_token, s.state_channel, s.state_length, block.count, rows, block.stride);
   }
   static void store_state(const CausalConvStep& s, const float* rows, const Block& block, Element* own) {
-    if constexpr (sizeof(Element) == 4)
-      if (fours(s)) return join_fours(rows, block.count, block.stride, own);
+    if constexpr (sizeof(Element) == 4) {
+      if (dense(s) && s.state_length == 4) return join<4>(rows, block.count, block.stride, own);
+      if (dense(s) && s.state_length == 3) return join<3>(rows, block.count, block.stride, own);
+    }
     for (int64_t i = 0; i < s.state_length; i++)
       for (int64_t c = 0; c < block.count; c += W) {
         Element packed[W];
@@ -290,6 +292,7 @@ class CausalConv {
           own[(c + lane) * s.state_channel + i * s.state_token] = packed[lane];
       }
   }
+  static bool dense(const CausalConvStep& s) { return s.state_token == 1 && s.state_channel == s.state_length; }
 
   // dx of a run's tokens, its part of the sums [W + 1, stride], and before the first token the initial state's
   // gradient. The dy of the W - 1 tokens after the run are needed too; dx is W - 1 tokens behind.
