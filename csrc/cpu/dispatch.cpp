@@ -33,7 +33,13 @@ struct Processor {
 
 // A level with the functions that every family has in this namespace, and the delta rule in its own.
 #define PYREPR_LEVEL_ROW(name, supported, code, delta) \
-  {name, supported, code::gram_functions, delta::delta_rule_functions, code::lookup_functions, code::probe_functions}
+  {name,                                               \
+   supported,                                          \
+   code::gram_functions,                               \
+   delta::delta_rule_functions,                        \
+   code::lookup_functions,                             \
+   code::causal_conv1d_functions,                      \
+   code::probe_functions}
 
 }  // namespace
 
