@@ -12,15 +12,16 @@ Nothing here synchronises with the device: packed sequences are laid out by a ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrepr.backend import Unsupported
+from pyrepr.backend import Unsupported, triton_interprets
 from pyrepr.kernels._launch import Config, Variant, architecture, launch
 from pyrepr.kernels.delta_rule import _variants as table
+from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, variants
 
 __all__ = ["backward", "forward", "update_", "variants"]
@@ -37,10 +38,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _aligned(x: Tensor | int) -> bool:
+    return (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0
+
+
 class Problem:
     """The inputs as the kernels take them, and what the sizes alone say about the work."""
 
-    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment):
+    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots=0):
         self.dtype, self.device = v.dtype, v.device
         if self.dtype not in CHUNK or q.dtype != self.dtype or k.dtype != self.dtype:
             raise Unsupported(f"backend 'triton' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
@@ -69,6 +74,8 @@ class Problem:
             self.N = cu_seqlens.numel() - 1
             self.chunk_slots = self.T // self.C + self.N
             self.segment_slots = self.chunk_slots // self.L + self.N
+        if slots:  # as many as there are states kept: never fewer than there are segments
+            self.segment_slots = min(self.segment_slots, slots)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -91,7 +98,10 @@ class Problem:
             **self.strides,
         }
         own |= arguments
-        launch(variant, (programs,), {name: own[name] for name in variant.signature}, self.device)
+        taken = {name: own[name] for name in variant.signature}
+        if triton_interprets():  # which checks what a variant says about alignment; shapes need not have it
+            variant = replace(variant, aligned=tuple(name for name in variant.aligned if _aligned(taken[name])))
+        launch(variant, (programs,), taken, self.device)
 
 
 @dataclass
@@ -129,7 +139,7 @@ class Chunks:
 
     def __init__(self, p: Problem, layout: Layout) -> None:
         self.x, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
-        self.factors = p.new(p.chunk_slots, p.HV, 4, p.C, dtype=torch.float32)
+        self.factors = p.new(p.chunk_slots, p.HV, FACTORS.value, p.C, dtype=torch.float32)
         empty = p.new(0, dtype=torch.float32)
         self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": empty}
 
@@ -150,6 +160,7 @@ class Scan:
     def __init__(self, p: Problem, layout: Layout, chunks: Chunks) -> None:
         self.p, self.layout, self.chunks = p, layout, chunks
         self.common = {**chunks.arguments, "sequences": layout.sequences, "segments": layout.segments}
+        self.gate = 2 if p.gate == 2 else int(p.gate == 1 or p.normalize)
         self.common |= {"maps": 0, "keep": 0, "has_states": 0, "split": 0}
 
     def units(self, split: bool) -> int:
@@ -165,7 +176,7 @@ class Scan:
         def run(config: Config) -> None:
             width = config.blocks["BV"]
             blocks = (0 if maps == 2 else _ceil(p.V, width)) + (_ceil(p.K, width) if maps else 0)
-            variant = table.scan_variant(config, p.dtype, p.width, p.gate == 2, out)
+            variant = table.scan_variant(config, p.dtype, p.width, self.gate, out)
             tensors = {**self.common, **stand_in, **more, "initial": initial, "starts": starts, "final": final}
             p.run(variant, self.units(split) * p.HV * blocks, **{**tensors, **flags})
 
@@ -178,19 +189,25 @@ class Scan:
 
         def run(config: Config) -> None:
             programs = self.units(bool(more.get("split"))) * p.HV * _ceil(p.V, config.blocks["BV"])
-            variant = table.reverse_variant(config, p.dtype, p.width, p.gate == 2)
+            variant = table.reverse_variant(config, p.dtype, p.width, self.gate)
             p.run(variant, programs, **{**self.common, **stand_in, **tensors, **more})
 
         table.REVERSE[p.dtype.itemsize, p.width].run(p.device, run, (more.get("maps", 0),))
 
-    def merge(self, starts: Tensor, mapped: Tensor, initial: Tensor | None, final: Tensor, reverse: bool) -> None:
-        """In place, so a search could not repeat it: the table's row is taken."""
+    def merge(self, offsets: Tensor, mapped: Tensor, initial: Tensor | None, final: Tensor, reverse: bool) -> Tensor:
+        """The states before the segments; `final` gets the one after the last."""
         p = self.p
-        config = table.MERGE[p.width].rows[architecture(p.device)]
+        starts = torch.empty_like(offsets)
         more = {"initial": final if initial is None else initial, "has_initial": int(initial is not None)}
-        more |= {"starts": starts, "mapped": mapped, "final": final, "sequences": self.layout.sequences}
-        programs = p.N * p.HV * _ceil(p.V, config.blocks["BV"])
-        p.run(table.merge_variant(config, p.C, p.width, reverse), programs, **more)
+        more |= {"offsets": offsets, "mapped": mapped, "starts": starts, "final": final}
+
+        def run(config: Config) -> None:
+            programs = p.N * p.HV * _ceil(p.V, config.blocks["BV"])
+            variant = table.merge_variant(config, p.C, reverse)
+            p.run(variant, programs, sequences=self.layout.sequences, **more)
+
+        table.MERGE.run(p.device, run, (p.width,))
+        return starts
 
     def new_maps(self) -> Tensor:
         p = self.p
@@ -227,7 +244,7 @@ def forward(
 
     The kept states are laid out [slots, HV, V, K]. split: cut the sequences into segments; default: where that pays.
     """
-    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment)
+    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     o, final, kept = p.new(p.B, p.T, p.HV, p.V), p.new_states(p.N), p.new_states(slots)
     if not slots and p.T * p.B <= SHORT * p.N:
         _recur(p, o, final)
@@ -235,11 +252,12 @@ def forward(
     layout = Layout(p)
     scan = Scan(p, layout, Chunks(p, layout))
     if _worth_splitting(p) if split is None else split:
-        starts = kept if slots else p.new_states(p.segment_slots)
-        mapped = scan.new_maps()
-        scan.forward(starts, final, out=False, split=True, maps=1, mapped=mapped)
-        scan.merge(starts, mapped, p.initial, final, reverse=False)
+        offsets, mapped = p.new_states(slots or p.segment_slots), scan.new_maps()
+        scan.forward(offsets, final, out=False, split=True, maps=1, mapped=mapped)
+        starts = scan.merge(offsets, mapped, p.initial, final, reverse=False)
         scan.forward(starts, final, out=True, split=True, o=o)
+        if slots:
+            kept = starts
     else:
         scan.forward(kept if slots else final, final, out=True, o=o, keep=int(slots > 0))
     return o, final, kept
@@ -302,7 +320,8 @@ def backward(
     split: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta and the initial state, in their dtypes."""
-    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment)
+    slots = checkpoints.shape[0]
+    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     split = _worth_splitting(p) if split is None else split
     layout = Layout(p)
     scan = Scan(p, layout, Chunks(p, layout))
@@ -316,9 +335,9 @@ def backward(
     if mapped is None:
         scan.reverse(grad_o, ds, grad_final, ds, **written)
     else:
-        starts = p.new_states(p.segment_slots)
-        scan.reverse(grad_o, starts, grad_final, ds, split=1, maps=1)
-        scan.merge(starts, mapped, grad_final, ds, reverse=True)
+        offsets = p.new_states(p.segment_slots)
+        scan.reverse(grad_o, offsets, grad_final, ds, split=1, maps=1)
+        starts = scan.merge(offsets, mapped, grad_final, ds, reverse=True)
         scan.reverse(grad_o, starts, grad_final, ds, split=1, **written)
     dq, dk, dg, dbeta = _gradients(p, layout, scan.chunks, grad_o, walked)
     dg = p.new(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
@@ -333,12 +352,11 @@ def _states(scan: Scan, checkpoints: Tensor, mapped: Tensor | None) -> dict[str,
     final = p.new_states(p.N)
     starts = checkpoints
     if mapped is not None:
-        if not checkpoints.shape[0]:
-            starts = p.new_states(p.segment_slots)
-        only_maps = checkpoints.shape[0] > 0
-        scan.forward(starts, final, out=False, split=True, maps=2 if only_maps else 1, mapped=mapped)
-        if not only_maps:
-            scan.merge(starts, mapped, p.initial, final, reverse=False)
+        kept = checkpoints.shape[0] > 0
+        offsets = final if kept else p.new_states(p.segment_slots)
+        scan.forward(offsets, final, out=False, split=True, maps=2 if kept else 1, mapped=mapped)
+        if not kept:
+            starts = scan.merge(offsets, mapped, p.initial, final, reverse=False)
     split = starts.shape[0] > 0
     scan.forward(starts if split else final, final, out=False, split=split, has_states=1, **walked)
     return walked

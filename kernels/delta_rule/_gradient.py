@@ -18,6 +18,7 @@ Work per chunk and value head: 3 C K V + 2 C² V ⌈K / BK⌉ + 4 C² K multiply
 import triton
 import triton.language as tl
 
+from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile
 
 
@@ -28,7 +29,7 @@ def gradient_kernel(
     v,  # [B, T, HV, V]
     g,  # [B, T, HV]
     beta,  # [B, T, HV]
-    factors,  # [chunks, HV, 4, C]
+    factors,  # [chunks, HV, FACTORS, C]
     grad_o,  # [B, T, HV, V]
     states,  # [chunks, HV, V, K]
     grad_states,  # [chunks, HV, V, K]
@@ -110,7 +111,7 @@ def gradient_kernel(
                 value = load_tile(column, vt, rows, V - v0, 0, C, 0, BV).to(tl.float32)
                 d_rate += tl.sum(dr.to(tl.float32) * value, 1)
         rate = tl.load(beta + token + t * HV, mask=live, other=0.0)
-        factor = factors + at * 4 * C + t
+        factor = factors + at * FACTORS * C + t
         d = tl.where(at_or_before, d * scale, 0.0)
         m = tl.where(t[:, None] > t[None, :], -m, 0.0)
         own_q *= scale
@@ -129,16 +130,16 @@ def gradient_kernel(
         own_q += product((d * norm_k[None, :]).to(k_rows.dtype), k_rows)
         z += product((m * norm_k[None, :]).to(k_rows.dtype), k_rows)
         d_rate += tl.sum(z * unit_k, 1)
-        tl.store(grad_beta + block.to(tl.int64) * B * T * HV + token + t * HV, d_rate, mask=live)
+        tl.store(grad_beta + (pid % blocks) * B * T * HV + token + t * HV, d_rate, mask=live)
         z *= rate[:, None]
         if GATED:
-            end = tl.sum(inner, 0) * tl.load(factors + at * 4 * C + C - 1) + tl.sum(tl.sum(y * unit_k, 1), 0)
+            end = tl.sum(inner, 0) * tl.load(factors + at * FACTORS * C + C - 1) + tl.sum(tl.sum(y * unit_k, 1), 0)
         y += product(tl.trans(d * norm_q[:, None]).to(k_rows.dtype), q_rows)
         y += product(tl.trans(m * (rate * norm_k)[:, None]).to(k_rows.dtype), k_rows)
         if GATED:
             sums = tl.sum(own_q * q_rows.to(tl.float32) * norm_q[:, None] + (z - y) * unit_k, 1)
             dg = tl.cumsum(sums, 0, reverse=True) + end
-            tl.store(grad_g + block.to(tl.int64) * B * T * HV + token + t * HV, dg, mask=live)
+            tl.store(grad_g + (pid % blocks) * B * T * HV + token + t * HV, dg, mask=live)
         dq += own_q
         dk += z + y
     out = ((batch * T + first) * H + h) * K + k0

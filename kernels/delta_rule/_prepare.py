@@ -20,6 +20,11 @@ import triton.language as tl
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile, substitute
 
 
+# Rows of `factors`, per chunk and value head: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|, and products of them that the
+# scans take: e^{G_i} / |k|, e^{G_C − G_i} / |k|, scale · e^{G_i} / |q|.
+FACTORS = tl.constexpr(7)
+
+
 @triton.jit
 def _norms(x, stride, rows, K, r0: tl.constexpr, BLOCK: tl.constexpr):
     """1 / √(Σ x² + 1e-6) of 16 rows."""
@@ -28,6 +33,22 @@ def _norms(x, stride, rows, K, r0: tl.constexpr, BLOCK: tl.constexpr):
         tile = load_tile(x, stride, rows, K, r0, 16, c, BLOCK).to(tl.float32)
         total += tl.sum(tile * tile, 1)
     return tl.rsqrt(total + 1e-6)
+
+
+@triton.jit
+def _decays(g, step, rows, I: tl.constexpr, GATED: tl.constexpr):
+    """Of the 16 tokens of block I: the sum of g up to each, after each, and of all."""
+    upto = tl.zeros([16], tl.float32)
+    after = upto
+    total = 0.0
+    if GATED:
+        r = I * 16 + tl.arange(0, 16)
+        own = tl.load(g + r * step, mask=r < rows, other=0.0)
+        later = tl.load(g + (r + 1) * step, mask=(r + 1 < rows) & (r + 1 < I * 16 + 16), other=0.0)
+        upto = tl.cumsum(own, 0)
+        after = tl.cumsum(later, 0, reverse=True)
+        total = tl.sum(own, 0)
+    return upto, after, total
 
 
 @triton.jit
@@ -41,32 +62,32 @@ def _factors(
     rows,
     K,
     scale,
-    out,
     normalize,
+    upto,  # [16] sum of g from the chunk's start up to each token
+    after,  # [16] sum of g after each token, to the chunk's end
+    out,
     I: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What multiplies the rows of block I: β / |k| and scale / |q| on the left, 1 / |k| on the right."""
+    """Writes the factors of block I; returns what multiplies rows of A, rows of P, and columns of both."""
     r = I * 16 + tl.arange(0, 16)
     own_k = tl.full([16], 1.0, tl.float32)
     own_q = own_k
     if normalize:
         own_k = _norms(k, kt, rows, K, I * 16, BLOCK)
         own_q = _norms(q, qt, rows, K, I * 16, BLOCK)
+    decay = tl.exp(upto)
+    tail = tl.exp(after)
+    tl.store(out + r, decay)
+    tl.store(out + C + r, tail)
     tl.store(out + 2 * C + r, own_k)
     tl.store(out + 3 * C + r, own_q)
+    tl.store(out + 4 * C + r, decay * own_k)
+    tl.store(out + 5 * C + r, tail * own_k)
+    tl.store(out + 6 * C + r, scale * decay * own_q)
     rate = tl.load(beta + r * step, mask=r < rows, other=0.0)
     return rate * own_k, scale * own_q, own_k
-
-
-@triton.jit
-def _decays(g, step, rows, I: tl.constexpr):
-    """Of the 16 tokens of block I: the sum of g up to each, after each, and of all."""
-    r = I * 16 + tl.arange(0, 16)
-    own = tl.load(g + r * step, mask=r < rows, other=0.0)
-    after = tl.load(g + (r + 1) * step, mask=(r + 1 < rows) & (r + 1 < I * 16 + 16), other=0.0)
-    return tl.cumsum(own, 0), tl.cumsum(after, 0, reverse=True), tl.sum(own, 0)
 
 
 @triton.jit
@@ -89,17 +110,8 @@ def _diagonal(block, left, right, g, step, rows, I: tl.constexpr, GATED: tl.cons
 
 
 @triton.jit
-def _products(
-    x,
-    xs,
-    y,
-    ys,
-    rows,
-    K,
-    NB: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Blocks (I, J), J ≤ I, of X Yᵀ; those past NB are zero."""
+def _products(x, xs, y, ys, rows, K, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks (I, J), J ≤ I, of X Yᵀ, row by row; those past NB are zero."""
     b00 = tl.zeros([16, 16], tl.float32)
     b10, b11, b20, b21, b22 = b00, b00, b00, b00, b00
     b30, b31, b32, b33 = b00, b00, b00, b00
@@ -125,15 +137,37 @@ def _products(
 
 
 @triton.jit
+def _weigh(blocks, left, right, upto, after, t1, t2, g, step, rows, NB: tl.constexpr, GATED: tl.constexpr):
+    """Blocks with the factors `left` of their rows, `right` of their columns, and the decays between them.
+
+    upto, after: of every block's tokens, inside the block; t1, t2: the sum of g in blocks 1 and 2.
+    """
+    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = blocks
+    b00 = _diagonal(b00, left[0], right[0], g, step, rows, 0, GATED)
+    b10 = _below(b10, left[1], right[0], upto[1], after[0], GATED)
+    b11 = _diagonal(b11, left[1], right[1], g, step, rows, 1, GATED)
+    if NB == 4:
+        b20 = _below(b20, left[2], right[0], upto[2], after[0] + t1, GATED)
+        b21 = _below(b21, left[2], right[1], upto[2], after[1], GATED)
+        b22 = _diagonal(b22, left[2], right[2], g, step, rows, 2, GATED)
+        b30 = _below(b30, left[3], right[0], upto[3], after[0] + (t1 + t2), GATED)
+        b31 = _below(b31, left[3], right[1], upto[3], after[1] + t2, GATED)
+        b32 = _below(b32, left[3], right[2], upto[3], after[2], GATED)
+        b33 = _diagonal(b33, left[3], right[3], g, step, rows, 3, GATED)
+    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+
+
+@triton.jit
 def _put(x, C: tl.constexpr, I: tl.constexpr, J: tl.constexpr, block):
     """Block (I, J) of a matrix [C, C]."""
     store_tile(x + J * 16, C, C, 16, I * 16, 16, 0, 16, block)
 
 
 @triton.jit
-def _put_lower(x, b00, b10, b11, b20, b21, b22, b30, b31, b32, b33, NB: tl.constexpr):
+def put_lower(x, blocks, NB: tl.constexpr):
     """All blocks of a lower triangular matrix [C, C], the zeros too."""
     C: tl.constexpr = NB * 16
+    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = blocks
     zero = tl.zeros([16, 16], tl.float32)
     _put(x, C, 0, 0, b00)
     _put(x, C, 0, 1, zero)
@@ -161,11 +195,14 @@ def _chain(left, right):
 
 
 @triton.jit
-def _invert(x, a00, a10, a11, a20, a21, a22, a30, a31, a32, a33, NB: tl.constexpr):
-    """Writes (I + tril(A, −1))⁻¹, A given by its blocks."""
+def invert(blocks, NB: tl.constexpr):
+    """Blocks of (I + tril(A, −1))⁻¹ from those of A."""
+    a00, a10, a11, a20, a21, a22, a30, a31, a32, a33 = blocks
     r = tl.arange(0, 16)
     eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
-    a00, a11, a22, a33 = tl.trans(a00), tl.trans(a11), tl.trans(a22), tl.trans(a33)
+    above = r[:, None] < r[None, :]
+    a00, a11 = tl.where(above, tl.trans(a00), 0.0), tl.where(above, tl.trans(a11), 0.0)
+    a22, a33 = tl.where(above, tl.trans(a22), 0.0), tl.where(above, tl.trans(a33), 0.0)
     x0, x1, x2, x3 = eye, eye, eye, eye
     for i in range(1, 16):
         x0 = substitute(x0, a00, i)
@@ -181,57 +218,7 @@ def _invert(x, a00, a10, a11, a20, a21, a22, a30, a31, a32, a33, NB: tl.constexp
         x20 = -_chain(x2, _chain(a20, x0) + _chain(a21, x10))
         x31 = -_chain(x3, _chain(a31, x1) + _chain(a32, x21))
         x30 = -_chain(x3, _chain(a30, x0) + _chain(a31, x10) + _chain(a32, x20))
-    _put_lower(x, x0, x10, x1, x20, x21, x2, x30, x31, x32, x3, NB)
-
-
-@triton.jit
-def _weigh(
-    b00,
-    b10,
-    b11,
-    b20,
-    b21,
-    b22,
-    b30,
-    b31,
-    b32,
-    b33,
-    l0,
-    l1,
-    l2,
-    l3,
-    r0,
-    r1,
-    r2,
-    r3,
-    g,
-    step,
-    rows,
-    NB: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """The blocks of a product with the factors l of their rows, r of their columns, and the decays between them."""
-    u1, u2, u3 = r0, r0, r0
-    s0, s1, s2 = r0, r0, r0
-    t1, t2 = 0.0, 0.0
-    if GATED:
-        u0, s0, t0 = _decays(g, step, rows, 0)
-        u1, s1, t1 = _decays(g, step, rows, 1)
-        if NB == 4:
-            u2, s2, t2 = _decays(g, step, rows, 2)
-            u3, s3, t3 = _decays(g, step, rows, 3)
-    b00 = _diagonal(b00, l0, r0, g, step, rows, 0, GATED)
-    b10 = _below(b10, l1, r0, u1, s0, GATED)
-    b11 = _diagonal(b11, l1, r1, g, step, rows, 1, GATED)
-    if NB == 4:
-        b20 = _below(b20, l2, r0, u2, s0 + t1, GATED)
-        b21 = _below(b21, l2, r1, u2, s1, GATED)
-        b22 = _diagonal(b22, l2, r2, g, step, rows, 2, GATED)
-        b30 = _below(b30, l3, r0, u3, s0 + t1 + t2, GATED)
-        b31 = _below(b31, l3, r1, u3, s1 + t2, GATED)
-        b32 = _below(b32, l3, r2, u3, s2, GATED)
-        b33 = _diagonal(b33, l3, r3, g, step, rows, 3, GATED)
-    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+    return x0, x10, x1, x20, x21, x2, x30, x31, x32, x3
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "H", "HV", "normalize"])
@@ -242,7 +229,7 @@ def prepare_kernel(
     beta,  # [B, T, HV] float32
     x,  # out: [chunks, HV, C, C] X
     p,  # out: [chunks, HV, C, C] P
-    factors,  # out: [chunks, HV, 4, C] float32: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|
+    factors,  # out: [chunks, HV, FACTORS, C] float32
     chunks,  # [chunks, 2] of packed sequences: first token, tokens
     packed,
     T,
@@ -278,29 +265,33 @@ def prepare_kernel(
     at = slot * HV + hv
     x += at * C * C
     p += at * C * C
-    factors += at * 4 * C
-    r = tl.arange(0, C)
-    upto = tl.zeros([C], tl.float32)
-    after = upto
-    if GATED:
-        upto = tl.cumsum(tl.load(g + r * HV, mask=r < rows, other=0.0), 0)
-        after = tl.cumsum(tl.load(g + (r + 1) * HV, mask=r + 1 < rows, other=0.0), 0, reverse=True)
-    tl.store(factors + r, tl.exp(upto))
-    tl.store(factors + C + r, tl.exp(after))
-    w0, s0, n0 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, factors, normalize, 0, C, BLOCK)
-    w1, s1, n1 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, factors, normalize, 1, C, BLOCK)
-    w2, s2, n2 = w1, s1, n1
-    w3, s3, n3 = w1, s1, n1
+    out = factors + at * FACTORS * C
+    u0, s0, t0 = _decays(g, HV, rows, 0, GATED)
+    u1, s1, t1 = _decays(g, HV, rows, 1, GATED)
+    u2, s2, t2 = u0, s0, 0.0
+    u3, s3, t3 = u0, s0, 0.0
     if NB == 4:
-        w2, s2, n2 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, factors, normalize, 2, C, BLOCK)
-        w3, s3, n3 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, factors, normalize, 3, C, BLOCK)
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = _products(k, kt, k, kt, rows, K, NB, BLOCK)
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = _weigh(
-        b00, b10, b11, b20, b21, b22, b30, b31, b32, b33, w0, w1, w2, w3, n0, n1, n2, n3, g, HV, rows, NB, GATED
+        u2, s2, t2 = _decays(g, HV, rows, 2, GATED)
+        u3, s3, t3 = _decays(g, HV, rows, 3, GATED)
+    a0, p0, n0 = _factors(
+        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK
     )
-    _invert(x, b00, b10, b11, b20, b21, b22, b30, b31, b32, b33, NB)
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = _products(q, qt, k, kt, rows, K, NB, BLOCK)
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = _weigh(
-        b00, b10, b11, b20, b21, b22, b30, b31, b32, b33, s0, s1, s2, s3, n0, n1, n2, n3, g, HV, rows, NB, GATED
+    a1, p1, n1 = _factors(
+        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK
     )
-    _put_lower(p, b00, b10, b11, b20, b21, b22, b30, b31, b32, b33, NB)
+    a2, p2, n2 = a1, p1, n1
+    a3, p3, n3 = a1, p1, n1
+    if NB == 4:
+        a2, p2, n2 = _factors(
+            q, qt, k, kt, beta, HV, rows, K, scale, normalize, u2 + (t0 + t1), s2 + t3, out, 2, C, BLOCK
+        )
+        a3, p3, n3 = _factors(
+            q, qt, k, kt, beta, HV, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK
+        )
+    upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
+    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
+    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
+    put_lower(x, invert(a, NB), NB)
+    pairs = _products(q, qt, k, kt, rows, K, NB, BLOCK)
+    pairs = _weigh(pairs, (p0, p1, p2, p3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
+    put_lower(p, pairs, NB)

@@ -61,16 +61,16 @@ def recurrent_kernel(
     in_v = columns < V
     mask = in_k[:, None] & in_v[None, :]
     at = (sequence * HV + hv) * K * V + keys[:, None] * V + columns[None, :]
-    s = tl.load(initial + at, mask=mask & (has_initial != 0), other=0.0)
-    q += batch * qb + first * qt + h * qh
-    k += batch * kb + first * kt + h * kh
-    v += batch * vb + first * vt + hv * vh
-    row = (batch * T + first) * HV + hv
+    s = tl.load(initial + at, mask=(keys < K * has_initial)[:, None] & in_v[None, :], other=0.0)
+    q += batch * qb + h * qh
+    k += batch * kb + h * kh
+    v += batch * vb + hv * vh
     for t in range(0, length.to(tl.int32)):
-        token = row + t.to(tl.int64) * HV
-        key = tl.load(k + t.to(tl.int64) * kt + keys, mask=in_k, other=0.0).to(tl.float32)
-        query = tl.load(q + t.to(tl.int64) * qt + keys, mask=in_k, other=0.0).to(tl.float32)
-        value = tl.load(v + t.to(tl.int64) * vt + columns, mask=in_v, other=0.0).to(tl.float32)
+        at_t = first + t
+        token = (batch * T + at_t) * HV + hv
+        key = tl.load(k + at_t * kt + keys, mask=in_k, other=0.0).to(tl.float32)
+        query = tl.load(q + at_t * qt + keys, mask=in_k, other=0.0).to(tl.float32)
+        value = tl.load(v + at_t * vt + columns, mask=in_v, other=0.0).to(tl.float32)
         rate = tl.load(beta + token)
         if normalize:
             key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)

@@ -24,6 +24,7 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 import triton
 import triton.language as tl
 
+from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
 
 
@@ -74,7 +75,7 @@ def scan_kernel(
     beta,  # [B, T, HV] float32
     x,  # [chunks, HV, C, C]
     p,  # [chunks, HV, C, C]
-    factors,  # [chunks, HV, 4, C] float32
+    factors,  # [chunks, HV, FACTORS, C] float32
     initial,  # [N, HV, K, V] float32
     starts,  # [segments, HV, V, K] float32: states before segments; read (split), written (maps: N; keep)
     mapped,  # out (maps): [segments, HV, K, K] float32: Mᵀ
@@ -110,7 +111,7 @@ def scan_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PER_KEY: tl.constexpr,
+    GATE: tl.constexpr,  # 0: no decay, no normalisation; 1: factors per token; 2: a gate per key
     OUT: tl.constexpr,
 ):
     """BV value columns of one head through the chunks of a sequence or segment."""
@@ -131,54 +132,61 @@ def scan_kernel(
     if (split != 0) & (maps == 0):
         s = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
     else:
-        s = load_state(initial + (sequence * HV + hv) * K * V, K, width, v0, BV, BK, has_initial)
+        s = load_state(initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, has_initial)
         s = tl.where(of_map & ((v0 + tl.arange(0, BV))[:, None] == keys[None, :]), 1.0, s)
-    row = (batch * T + first) * HV + hv
+    row = batch * T * HV + hv
     beta += row
-    v += batch * vb + first * vt + hv * vh
+    v += batch * vb + hv * vh
     o += row * V
     values += row * V
-    if not PER_KEY:
-        q += batch * qb + first * qt + h * qh
-        k += batch * kb + first * kt + h * kh
+    if GATE < 2:
+        q += batch * qb + h * qh
+        k += batch * kb + h * kh
     t = tl.arange(0, C)
     for n in range(0, tl.cdiv(length, C).to(tl.int32)):
         at = (slot + n) * HV + hv
         rows = tl.minimum(length - n * C, C).to(tl.int32)
-        token = n.to(tl.int64) * C
+        token = first + n * C
         if keep:
             if n % L == 0:
                 kept = first_segment(sequence, sequences, packed, NT, L) + n // L
                 store_tile(starts + ((kept * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
         if has_states:
             store_tile(states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
-        if PER_KEY:
+        if GATE == 2:
             keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
             keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
-            decay = tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
         else:
             keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
             keys_out = keys_in
-            decay = tl.load(factors + at * 4 * C + C - 1)
         rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
-        before, after, norm_k, norm_q = load_factors(factors + at * 4 * C, C, PER_KEY)
+        factor = factors + at * FACTORS * C + t
         operand = s.to(keys_in.dtype)
-        known = product(operand, tl.trans(keys_in)) * (before * norm_k)[None, :]
+        known = product(operand, tl.trans(keys_in))
+        if GATE == 1:
+            known *= tl.load(factor + 4 * C)[None, :]
         given = tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV).to(tl.float32))
         right = (rate[None, :] * (given - known)).to(keys_in.dtype)
         new = product(right, tl.trans(load_square(x + at * C * C, C)))
         if has_states:
             store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
         if OUT:
-            if PER_KEY:
+            if GATE == 2:
                 out = product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
             else:
                 out = product(operand, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
-                out *= (scale * before * norm_q)[None, :]
+                if GATE == 1:
+                    out *= tl.load(factor + 6 * C)[None, :]
+                else:
+                    out *= scale
             out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
             store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
-        new *= (after * norm_k)[None, :]
-        s = s * decay + product(new.to(keys_in.dtype), keys_out)
+        if GATE == 1:
+            new *= tl.load(factor + 5 * C)[None, :]
+            s *= tl.load(factors + at * FACTORS * C + C - 1)
+        if GATE == 2:
+            s *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+        s += product(new.to(keys_in.dtype), keys_out)
     if maps:
         if of_map:
             store_tile(mapped + ((unit * HV + hv) * K + v0) * K, K, K - v0, K, 0, BV, 0, BK, s)
@@ -188,26 +196,11 @@ def scan_kernel(
         store_state(final + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, s)
 
 
-@triton.jit
-def load_factors(factors, C: tl.constexpr, PER_KEY: tl.constexpr):
-    """e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|; ones where they are in the rows already."""
-    t = tl.arange(0, C)
-    one = tl.full([C], 1.0, tl.float32)
-    if PER_KEY:
-        return one, one, one, one
-    else:
-        return (
-            tl.load(factors + t),
-            tl.load(factors + C + t),
-            tl.load(factors + 2 * C + t),
-            tl.load(factors + 3 * C + t),
-        )
-
-
 @triton.jit(do_not_specialize=["has_initial", "packed", "T", "NT", "L", "HV"])
 def merge_kernel(
-    starts,  # [segments, HV, V, K] float32: N of every segment, replaced by the state it starts from
+    offsets,  # [segments, HV, V, K] float32: N of every segment
     mapped,  # [segments, HV, K, K] float32: Mᵀ
+    starts,  # out: [segments, HV, V, K] float32: the state before every segment
     initial,  # [N, HV, K, V] float32
     final,  # out: [N, HV, K, V] float32
     sequences,
@@ -221,13 +214,13 @@ def merge_kernel(
     V,
     C: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,
     BV: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """S = M S + N, segment by segment, for BV value columns of one head; REVERSE: S = Mᵀ S + N from the last one.
 
-    K is walked in PARTS parts of BK, 1 or 2, so that a part of M fits beside the state.
+    The state passes from a segment to the next through `starts`: the program reads back what it wrote, with a barrier
+    between. That takes the products in pieces of BK keys, which registers have room for.
     """
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -240,38 +233,33 @@ def merge_kernel(
         length = tl.load(sequences + sequence * 4 + 1)
     count = tl.cdiv(tl.cdiv(length, C), L).to(tl.int32)
     state = (sequence * HV + hv) * K * V
-    low = load_state(initial + state, K, V, v0, BV, BK, has_initial)
-    high = low
-    if PARTS == 2:
-        high = load_state(initial + state + BK * V, K - BK, V, v0, BV, BK, has_initial)
+    first = tl.where(count > 0, 0, -1)  # a sequence without segments goes straight to `final`
+    for k0 in range(0, K, BK):
+        s = load_state(initial + state + k0 * V, K - k0, V, v0, BV, BK, has_initial)
+        if first == 0:
+            number = unit + (count - 1 if REVERSE else 0)
+            store_tile(starts + ((number * HV + hv) * V + v0) * K + k0, K, V - v0, K - k0, 0, BV, 0, BK, s)
+        else:
+            store_state(final + state + k0 * V, K - k0, V, v0, BV, BK, s)
     for n in range(0, count):
-        number = n
-        if REVERSE:
-            number = count - 1 - n
-        at = (unit + number) * HV + hv
+        tl.debug_barrier()
+        number = unit + (count - 1 - n if REVERSE else n)
+        at = number * HV + hv
+        following = (number - 1 if REVERSE else number + 1) * HV + hv
         m = mapped + at * K * K
-        own = starts + (at * V + v0) * K
-        next_low = load_tile(own, K, V - v0, K, 0, BV, 0, BK) + _times(low, m, K, 0, 0, BK, REVERSE)
-        if PARTS == 2:
-            next_low += _times(high, m, K, BK, 0, BK, REVERSE)
-            next_high = load_tile(own, K, V - v0, K, 0, BV, BK, BK) + _times(low, m, K, 0, BK, BK, REVERSE)
-            next_high += _times(high, m, K, BK, BK, BK, REVERSE)
-            store_tile(own, K, V - v0, K, 0, BV, BK, BK, high)
-            high = next_high
-        store_tile(own, K, V - v0, tl.minimum(K, BK), 0, BV, 0, BK, low)
-        low = next_low
-    store_state(final + state, tl.minimum(K, BK), V, v0, BV, BK, low)
-    if PARTS == 2:
-        store_state(final + state + BK * V, K - BK, V, v0, BV, BK, high)
-
-
-@triton.jit
-def _times(s, m, K, k0: tl.constexpr, k1: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr):
-    """Sᵀ (from row k0 of S) times Mᵀ, or under REVERSE times M, to columns from k1. m: Mᵀ [K, K]."""
-    if REVERSE:
-        return product(s, tl.trans(load_tile(m + (k1 * K + k0), K, K - k1, K - k0, 0, BK, 0, BK)))
-    else:
-        return product(s, load_tile(m + (k0 * K + k1), K, K - k0, K - k1, 0, BK, 0, BK))
+        for k1 in range(0, K, BK):
+            s = load_tile(offsets + (at * V + v0) * K + k1, K, V - v0, K - k1, 0, BV, 0, BK)
+            for k0 in range(0, K, BK):
+                left = load_tile(starts + (at * V + v0) * K + k0, K, V - v0, K - k0, 0, BV, 0, BK)
+                if REVERSE:
+                    right = tl.trans(load_tile(m + (k1 * K + k0), K, K - k1, K - k0, 0, BK, 0, BK))
+                else:
+                    right = load_tile(m + (k0 * K + k1), K, K - k0, K - k1, 0, BK, 0, BK)
+                s += product(left, right)
+            if n + 1 < count:
+                store_tile(starts + (following * V + v0) * K + k1, K, V - v0, K - k1, 0, BV, 0, BK, s)
+            else:
+                store_state(final + state + k1 * V, K - k1, V, v0, BV, BK, s)
 
 
 @triton.jit(do_not_specialize=["split", "maps", "packed", "T", "NT", "L", "H", "HV"])
@@ -313,7 +301,7 @@ def reverse_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PER_KEY: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """The gradient of the state, from the last chunk to the first, for BV value columns of one head."""
     blocks = tl.cdiv(V, BV)
@@ -330,37 +318,37 @@ def reverse_kernel(
         ds = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, (V - v0) * (1 - maps), K, 0, BV, 0, BK)
     else:
         ds = load_state(grad_final + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, 1)
-    row = (batch * T + first) * HV + hv
+    row = batch * T * HV + hv
     beta += row
     grad_o += row * V
     residuals += row * V
     grad_v += row * V
-    if not PER_KEY:
-        q += batch * qb + first * qt + h * qh
-        k += batch * kb + first * kt + h * kh
+    if GATE < 2:
+        q += batch * qb + h * qh
+        k += batch * kb + h * kh
     t = tl.arange(0, C)
     count = tl.cdiv(length, C).to(tl.int32)
     for i in range(0, count):
         n = count - 1 - i
         at = (slot + n) * HV + hv
         rows = tl.minimum(length - n * C, C).to(tl.int32)
-        token = n.to(tl.int64) * C
+        token = first + n * C
         if maps == 0:
             store_tile(grad_states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
-        if PER_KEY:
+        if GATE == 2:
             queries = load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)
             keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
             keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
-            decay = tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
         else:
             queries = load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)
             keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
             keys_out = keys_in
-            decay = tl.load(factors + at * 4 * C + C - 1)
         rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
-        before, after, norm_k, norm_q = load_factors(factors + at * 4 * C, C, PER_KEY)
+        factor = factors + at * FACTORS * C + t
         grad = tl.trans(load_tile(grad_o + token * HV * V, HV * V, rows, V, 0, C, v0, BV))
-        dr = product(ds.to(keys_in.dtype), tl.trans(keys_out)) * (after * norm_k)[None, :]
+        dr = product(ds.to(keys_in.dtype), tl.trans(keys_out))
+        if GATE == 1:
+            dr *= tl.load(factor + 5 * C)[None, :]
         dr += product(grad, load_square(p + at * C * C, C))
         dr = product(dr.to(keys_in.dtype), load_square(x + at * C * C, C))
         erased = dr * rate[None, :]
@@ -368,10 +356,15 @@ def reverse_kernel(
             store_tile(residuals + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(dr))
             store_tile(grad_v + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(erased))
         read = grad.to(tl.float32)
-        if not PER_KEY:
-            read *= (scale * before * norm_q)[None, :]
-        erased *= (before * norm_k)[None, :]
-        ds = ds * decay + product(read.to(keys_in.dtype), queries)
+        if GATE == 0:
+            read *= scale
+        if GATE == 1:
+            read *= tl.load(factor + 6 * C)[None, :]
+            erased *= tl.load(factor + 4 * C)[None, :]
+            ds *= tl.load(factors + at * FACTORS * C + C - 1)
+        if GATE == 2:
+            ds *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+        ds += product(read.to(keys_in.dtype), queries)
         ds -= product(erased.to(keys_in.dtype), keys_in)
     if maps:
         store_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)

@@ -54,10 +54,10 @@ def load_square(x, C: tl.constexpr):
 
 @triton.jit
 def load_state(state, K, V, v0, BV: tl.constexpr, BK: tl.constexpr, there):
-    """Sᵀ [BV, BK] of a state [K, V]; zero unless `there`."""
+    """Sᵀ [BV, BK] of a state [K, V]; zero where `there` is 0."""
     columns = v0 + tl.arange(0, BV)
     keys = tl.arange(0, BK)
-    mask = (columns < V)[:, None] & (keys < K)[None, :] & (there != 0)
+    mask = (columns < V)[:, None] & (keys < K * there)[None, :]
     return tl.load(state + keys[None, :] * V + columns[:, None], mask=mask, other=0.0)
 
 

@@ -6,6 +6,7 @@ Not measured on a GPU yet: the values are estimates from registers and shared me
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,11 @@ from pyrepr.kernels.delta_rule._scan import merge_kernel, reverse_kernel, scan_k
 
 # Tokens per chunk. float32 tiles are twice as large and take twice the shared memory.
 CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+GATES = (0, 1)  # of the scans: without and with factors per token
 WIDTHS = (64, 128, 256)  # K is padded to one of these
 
 _FLOAT32 = {
-    *("g", "beta", "factors", "last", "initial", "starts", "mapped", "final"),
+    *("g", "beta", "factors", "last", "initial", "starts", "offsets", "mapped", "final"),
     *("grad_final", "grad_initial", "grad_beta", "grad_g"),
 }
 _INT64 = {"cu_seqlens", "sequences", "segments", "chunks"}
@@ -31,6 +33,7 @@ _DATA = {
     *("q", "k", "k_tail", "v", "x", "p", "o", "states", "values"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
+# Divisible by 16 in the usual case; Triton looks at every launch.
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 
@@ -39,8 +42,13 @@ def width_of(K: int) -> int:
 
 
 def _make(name: str, kernel: Any, dtype: torch.dtype, constexprs: Mapping[str, Any], config: Config) -> Variant:
+    values = tuple({**config.blocks, **constexprs}.items())
+    return _made(name, kernel, dtype, values, config.num_warps, config.num_stages)
+
+
+@functools.cache
+def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: int, num_stages: int) -> Variant:
     """The types of the arguments follow from their names, which mean the same in every kernel of the family."""
-    values = {**config.blocks, **constexprs}
     types = {
         **dict.fromkeys(_FLOAT32, "*fp32"),
         **dict.fromkeys(_INT64, "*i64"),
@@ -48,11 +56,11 @@ def _make(name: str, kernel: Any, dtype: torch.dtype, constexprs: Mapping[str, A
         "valid": "*i1",
         "scale": "fp32",
     }
-    arguments = [a for a in kernel.arg_names if a not in values]
+    arguments = [a for a in kernel.arg_names if a not in dict(values)]
     signature = {a: types.get(a, "i32") for a in arguments}
     aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
-    label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values.items())])
-    return Variant(label, kernel, signature, values, config.num_warps, config.num_stages, aligned)
+    label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
+    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
 
 
 def _table(name: str, *rows: tuple[int, int, int], block: str = "BV", candidates=()) -> Table:
@@ -88,11 +96,8 @@ GRADIENT = {
     4: _table("GRADIENT 4", (32, 8, 1), (32, 8, 1), (32, 8, 1)),
 }
 GRADIENT_WIDTH = 64  # key columns of a program
-MERGE = {
-    64: _table("MERGE 64", (32, 4, 1), (32, 4, 2), (32, 4, 2)),
-    128: _table("MERGE 128", (32, 4, 1), (32, 4, 1), (32, 4, 1)),
-    256: _table("MERGE 256", (32, 8, 1), (32, 8, 1), (32, 8, 1)),
-}
+MERGE = _table("MERGE", (32, 4, 1), (32, 4, 1), (32, 4, 1))  # one stage: the kernel reads back what it wrote
+MERGE_WIDTH = 64
 RECURRENT = {
     64: _table("RECURRENT 64", (16, 1, 1), (16, 1, 1), (16, 1, 1)),
     128: _table("RECURRENT 128", (16, 2, 1), (16, 2, 1), (16, 2, 1)),
@@ -110,18 +115,17 @@ def prepare_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
     return _make("prepare", prepare_kernel, dtype, {"C": CHUNK[dtype], "GATED": gated}, config)
 
 
-def scan_variant(config: Config, dtype: torch.dtype, width: int, per_key: bool, out: bool) -> Variant:
-    values = {"C": CHUNK[dtype], "BK": width, "PER_KEY": per_key, "OUT": out}
+def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, out: bool) -> Variant:
+    values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "OUT": out}
     return _make("scan", scan_kernel, dtype, values, config)
 
 
-def reverse_variant(config: Config, dtype: torch.dtype, width: int, per_key: bool) -> Variant:
-    return _make("reverse", reverse_kernel, dtype, {"C": CHUNK[dtype], "BK": width, "PER_KEY": per_key}, config)
+def reverse_variant(config: Config, dtype: torch.dtype, width: int, gate: int) -> Variant:
+    return _make("reverse", reverse_kernel, dtype, {"C": CHUNK[dtype], "BK": width, "GATE": gate}, config)
 
 
-def merge_variant(config: Config, chunk: int, width: int, reverse: bool) -> Variant:
-    values = {"C": chunk, "BK": min(width, 128), "PARTS": 2 if width == 256 else 1, "REVERSE": reverse}
-    return _make("merge", merge_kernel, torch.float32, values, config)
+def merge_variant(config: Config, chunk: int, reverse: bool) -> Variant:
+    return _make("merge", merge_kernel, torch.float32, {"C": chunk, "BK": MERGE_WIDTH, "REVERSE": reverse}, config)
 
 
 def gradient_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
@@ -146,13 +150,14 @@ def variants(architecture: int) -> list[Variant]:
         for gated in (False, True):
             found.append(prepare_variant(PREPARE[size].rows[architecture], dtype, gated))
             found.append(gradient_variant(GRADIENT[size].rows[architecture], dtype, gated))
+        merge = MERGE.rows[architecture]
+        if dtype != torch.float16:
+            found += [merge_variant(merge, chunk, backwards) for backwards in (False, True)]
         for width in WIDTHS:
             scan, reverse = SCAN[size, width].rows[architecture], REVERSE[size, width].rows[architecture]
-            found += [scan_variant(scan, dtype, width, False, out) for out in (False, True)]
-            found.append(reverse_variant(reverse, dtype, width, False))
+            for gate in GATES:
+                found += [scan_variant(scan, dtype, width, gate, out) for out in (False, True)]
+                found.append(reverse_variant(reverse, dtype, width, gate))
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
             found.append(norm_gradient_variant(dtype, width))
-            if dtype != torch.float16:
-                merge = MERGE[width].rows[architecture]
-                found += [merge_variant(merge, chunk, width, backwards) for backwards in (False, True)]
     return found
