@@ -135,19 +135,35 @@ def _assert_valid(valid: Tensor, p: Problem) -> None:
 
 
 class Chunks:
-    """X, P and the factors of every chunk (see ``_prepare``)."""
+    """X, P and the factors of every chunk, and the decayed rows of a gate per key (see ``_prepare`` and ``_kda``)."""
 
     def __init__(self, p: Problem, layout: Layout) -> None:
         self.x, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
         self.factors = p.new(p.chunk_slots, p.HV, FACTORS.value, p.C, dtype=torch.float32)
-        empty = p.new(0, dtype=torch.float32)
-        self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": empty}
+        # What the scans take besides: with a gate per key, the rows that stand in for q and k.
+        self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": self.factors}
+        (self._prepare_per_key if p.gate == 2 else self._prepare)(p, layout.chunks)
 
+    def _prepare(self, p: Problem, chunks: Tensor) -> None:
         def run(config: Config) -> None:
             variant = table.prepare_variant(config, p.dtype, p.gate == 1)
-            p.run(variant, p.chunk_slots * p.HV, x=self.x, p=self.p, factors=self.factors, chunks=layout.chunks)
+            p.run(variant, p.chunk_slots * p.HV, x=self.x, p=self.p, factors=self.factors, chunks=chunks)
 
         table.PREPARE[p.dtype.itemsize].run(p.device, run, (p.gate,))
+
+    def _prepare_per_key(self, p: Problem, chunks: Tensor) -> None:
+        a = p.new(*self.x.shape, dtype=torch.float32)
+        decayed = {n: p.new(p.chunk_slots, p.HV, p.C, p.K) for n in ("q_decayed", "k_decayed", "k_tail")}
+        last = p.new(p.chunk_slots, p.HV, p.K, dtype=torch.float32)
+        outputs = {"a": a, "p": self.p, "factors": self.factors, "last": last, **decayed}
+
+        def run(config: Config) -> None:
+            programs = p.chunk_slots * p.HV * (p.C // 16)
+            p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=chunks, **outputs)
+
+        table.KDA_PREPARE[p.dtype.itemsize].run(p.device, run)
+        p.run(table.invert_variant(p.dtype), p.chunk_slots * p.HV, a=a, x=self.x, chunks=chunks)
+        self.rows = {"q": decayed["q_decayed"], "k": decayed["k_decayed"], "k_tail": decayed["k_tail"], "last": last}
 
     @property
     def arguments(self) -> dict[str, Tensor]:
@@ -339,7 +355,11 @@ def backward(
         scan.reverse(grad_o, offsets, grad_final, ds, split=1, maps=1)
         starts = scan.merge(offsets, mapped, grad_final, ds, reverse=True)
         scan.reverse(grad_o, starts, grad_final, ds, split=1, **written)
-    dq, dk, dg, dbeta = _gradients(p, layout, scan.chunks, grad_o, walked)
+    gradients = _gradients_per_key if p.gate == 2 else _gradients
+    dq, dk, dg, dbeta = gradients(p, layout, scan.chunks, grad_o, walked)
+    if p.normalize:
+        _through_norm(p, p.q, dq)
+        _through_norm(p, p.k, dk)
     dg = p.new(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
     return dq, dk, dv, dg, dbeta.to(beta.dtype), ds
 
@@ -375,10 +395,29 @@ def _gradients(p: Problem, layout: Layout, chunks: Chunks, grad_o: Tensor, walke
         p.run(variant, p.chunk_slots * p.H * blocks, **inputs, **walked, **outputs)
 
     table.GRADIENT[p.dtype.itemsize].run(p.device, run, (p.gate,))
-    if p.normalize:
-        for x, grad in ((p.q, dq), (p.k, dk)):
-            _through_norm(p, x, grad)
     return dq, dk, dg.sum(0), dbeta.sum(0)
+
+
+def _gradients_per_key(p: Problem, layout: Layout, chunks: Chunks, grad_o: Tensor, walked: dict[str, Tensor]) -> tuple:
+    """dq, dk [B, T, H, K], dg [B, T, HV, K] float32 and dbeta [B, T, HV] float32."""
+    blocks = _ceil(p.K, table.KDA_WIDTH)
+    dq, dk = (p.new(p.B, p.T, p.HV, p.K) for _ in range(2))
+    dg = p.new(p.B, p.T, p.HV, p.K, dtype=torch.float32)
+    dbeta = p.new(blocks, p.B, p.T, p.HV, dtype=torch.float32)
+    pairs = {name: torch.empty_like(chunks.p) for name in ("d", "m")}
+    outputs = {"grad_q": dq, "grad_k": dk, "grad_beta": dbeta, "grad_g": dg}
+    inputs = {"chunks": layout.chunks, "factors": chunks.factors, "grad_o": grad_o, **walked, **pairs}
+
+    def run(config: Config) -> None:
+        heads = p.chunk_slots * p.HV
+        p.run(table.kda_pairs_variant(config, p.dtype), heads, **inputs)
+        p.run(table.kda_gradient_variant(config, p.dtype), heads * blocks * (p.C // 16), **inputs, **outputs)
+        p.run(table.kda_gate_variant(config, p.dtype), heads * blocks, **inputs, **chunks.rows, grad_g=dg)
+
+    table.KDA_GRADIENT[p.dtype.itemsize].run(p.device, run)
+    if p.H != p.HV:
+        dq, dk = (x.unflatten(2, (p.H, -1)).sum(3, dtype=torch.float32).to(p.dtype) for x in (dq, dk))
+    return dq, dk, dg, dbeta.sum(0)
 
 
 def _through_norm(p: Problem, x: Tensor, grad: Tensor) -> None:

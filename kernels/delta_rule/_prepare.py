@@ -26,7 +26,7 @@ FACTORS = tl.constexpr(7)
 
 
 @triton.jit
-def _norms(x, stride, rows, K, r0: tl.constexpr, BLOCK: tl.constexpr):
+def norms(x, stride, rows, K, r0: tl.constexpr, BLOCK: tl.constexpr):
     """1 / √(Σ x² + 1e-6) of 16 rows."""
     total = tl.zeros([16], tl.float32)
     for c in range(0, K, BLOCK):
@@ -75,8 +75,8 @@ def _factors(
     own_k = tl.full([16], 1.0, tl.float32)
     own_q = own_k
     if normalize:
-        own_k = _norms(k, kt, rows, K, I * 16, BLOCK)
-        own_q = _norms(q, qt, rows, K, I * 16, BLOCK)
+        own_k = norms(k, kt, rows, K, I * 16, BLOCK)
+        own_q = norms(q, qt, rows, K, I * 16, BLOCK)
     decay = tl.exp(upto)
     tail = tl.exp(after)
     tl.store(out + r, decay)

@@ -15,22 +15,30 @@ import torch
 from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant
 from pyrepr.kernels.delta_rule._gradient import gradient_kernel, norm_gradient_kernel
 from pyrepr.kernels.delta_rule._index import index_kernel
+from pyrepr.kernels.delta_rule._kda import (
+    invert_kernel,
+    kda_gate_kernel,
+    kda_gradient_kernel,
+    kda_pairs_kernel,
+    kda_prepare_kernel,
+)
 from pyrepr.kernels.delta_rule._prepare import prepare_kernel
 from pyrepr.kernels.delta_rule._recurrent import recurrent_kernel
 from pyrepr.kernels.delta_rule._scan import merge_kernel, reverse_kernel, scan_kernel
 
 # Tokens per chunk. float32 tiles are twice as large and take twice the shared memory.
 CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-GATES = (0, 1)  # of the scans: without and with factors per token
+GATES = (0, 1, 2)  # of the scans: nothing, factors per token, a gate per key
 WIDTHS = (64, 128, 256)  # K is padded to one of these
 
 _FLOAT32 = {
     *("g", "beta", "factors", "last", "initial", "starts", "offsets", "mapped", "final"),
-    *("grad_final", "grad_initial", "grad_beta", "grad_g"),
+    *("grad_final", "grad_initial", "grad_beta", "grad_g", "a"),
 }
 _INT64 = {"cu_seqlens", "sequences", "segments", "chunks"}
 _DATA = {
     *("q", "k", "k_tail", "v", "x", "p", "o", "states", "values"),
+    *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
 # Divisible by 16 in the usual case; Triton looks at every launch.
@@ -96,6 +104,16 @@ GRADIENT = {
     4: _table("GRADIENT 4", (32, 8, 1), (32, 8, 1), (32, 8, 1)),
 }
 GRADIENT_WIDTH = 64  # key columns of a program
+KDA_PREPARE = {
+    2: _table("KDA_PREPARE 2", (64, 4, 1), (64, 4, 2), (64, 4, 2), block="BLOCK"),
+    4: _table("KDA_PREPARE 4", (32, 4, 1), (32, 4, 1), (32, 4, 1), block="BLOCK"),
+}
+KDA_GRADIENT = {
+    2: _table("KDA_GRADIENT 2", (64, 4, 1), (64, 4, 2), (64, 4, 2)),
+    4: _table("KDA_GRADIENT 4", (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+}
+KDA_WIDTH = 32  # key columns of a program of the gradients
+INVERT = Config({}, 4, 1)
 MERGE = _table("MERGE", (32, 4, 1), (32, 4, 1), (32, 4, 1))  # one stage: the kernel reads back what it wrote
 MERGE_WIDTH = 64
 RECURRENT = {
@@ -133,6 +151,26 @@ def gradient_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant
     return _make("gradient", gradient_kernel, dtype, values, config)
 
 
+def kda_prepare_variant(config: Config, dtype: torch.dtype) -> Variant:
+    return _make("kda prepare", kda_prepare_kernel, dtype, {"C": CHUNK[dtype]}, config)
+
+
+def invert_variant(dtype: torch.dtype) -> Variant:
+    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype]}, INVERT)
+
+
+def kda_pairs_variant(config: Config, dtype: torch.dtype) -> Variant:
+    return _make("kda pairs", kda_pairs_kernel, dtype, {"C": CHUNK[dtype]}, config)
+
+
+def kda_gradient_variant(config: Config, dtype: torch.dtype) -> Variant:
+    return _make("kda gradient", kda_gradient_kernel, dtype, {"C": CHUNK[dtype], "BK": KDA_WIDTH}, config)
+
+
+def kda_gate_variant(config: Config, dtype: torch.dtype) -> Variant:
+    return _make("kda gate", kda_gate_kernel, dtype, {"C": CHUNK[dtype], "BK": KDA_WIDTH}, config)
+
+
 def norm_gradient_variant(dtype: torch.dtype, width: int) -> Variant:
     return _make("norm gradient", norm_gradient_kernel, dtype, {"BK": width}, NORM)
 
@@ -150,6 +188,9 @@ def variants(architecture: int) -> list[Variant]:
         for gated in (False, True):
             found.append(prepare_variant(PREPARE[size].rows[architecture], dtype, gated))
             found.append(gradient_variant(GRADIENT[size].rows[architecture], dtype, gated))
+        kda = KDA_GRADIENT[size].rows[architecture]
+        found += [kda_prepare_variant(KDA_PREPARE[size].rows[architecture], dtype), invert_variant(dtype)]
+        found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
         merge = MERGE.rows[architecture]
         if dtype != torch.float16:
             found += [merge_variant(merge, chunk, backwards) for backwards in (False, True)]
