@@ -16,220 +16,216 @@ in a fixed order: same input, same bits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant, launch
+from pyrepr.kernels import _gram_tiles as tiles
+from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant, architecture, launch
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
+from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT
 
 # Layers are padded to these, so that no loop over tiles needs a mask.
-ROWS, COLUMNS = 128, 64
+ROWS, COLUMNS, BY_FEATURES = 128, 64, 128
 
 PARTS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
 
-PACK_ROWS, PACK_COLUMNS = 16, 128
+
+# Blocks that fit registers and shared memory. Not one of these rows has been measured on a GPU yet.
+def _rows(sm80: Config, sm90: Config) -> dict[int, Config]:
+    return {80: sm80, 90: sm90, 100: sm90}
 
 
-@triton.jit(do_not_specialize=["stride", "n", "d", "start"], do_not_specialize_on_alignment=["x"])
-def _pack(
-    x,  # [n, d], rows `stride` apart
-    mean,  # [2, d] float32: the mean row and what float32 left of it
-    scale,  # [1] float32, a power of two
-    valid,  # [n_pad] float32: 1, or 0 for rows that do not count
-    packed,  # [PARTS, n_pad, width] float16
-    q,  # [n_pad] float32: squared norms of the packed rows, in units of 1 / scale²
-    stride,
-    n,
-    d,
-    start,
-    n_pad,
-    width,
-    PARTS: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    columns = tl.arange(0, BC)
-    counts = tl.load(valid + rows)[:, None] > 0
-    source = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    target = packed + rows.to(tl.int64)[:, None] * width + start + columns[None, :]
-    factor = tl.load(scale)
-    norm = tl.zeros([BR], tl.float32)
-    for first in range(0, d, BC):
-        inside = first + columns < d
-        values = tl.load(source + first, mask=counts & inside[None, :] & (rows < n)[:, None], other=0.0).to(tl.float32)
-        shift = tl.load(mean + first + columns, mask=inside, other=0.0)
-        rest = tl.load(mean + d + first + columns, mask=inside, other=0.0)
-        values = tl.where(counts, (values - shift[None, :]) - rest[None, :], 0.0) * factor
-        high = values.to(tl.float16)
-        low = (values - high.to(tl.float32)).to(tl.float16)
-        # The padding of the last block of columns belongs to the next layer or to nobody; it was zeroed.
-        tl.store(target + first, high, mask=inside[None, :])
-        kept = high.to(tl.float32)
-        if PARTS == 2:
-            tl.store(target + n_pad.to(tl.int64) * width + first, low, mask=inside[None, :])
-            kept += low.to(tl.float32)
-        norm += tl.sum(kept * kept, 1)
-    tl.store(q + rows, norm)
+def _square(block: int, bk: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK": block, "BK": bk}, warps, stages)
 
 
-@triton.jit
-def _upper_tile(number):
-    """Number of a tile -> (I, J), I ≤ J, counting down the columns of the upper triangle."""
-    column = ((tl.sqrt(8.0 * number.to(tl.float64) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    column -= (column * (column + 1) // 2 > number).to(tl.int32)
-    column += ((column + 1) * (column + 2) // 2 <= number).to(tl.int32)
-    return number - column * (column + 1) // 2, column
-
-
-@triton.jit
-def _dots(packed, i, j, start, stop, n_pad, width, PARTS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr):
-    """Inner products of rows i... with rows j... of the layer in columns start:stop -> [BLOCK, BLOCK] float32."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BK)
-    left = packed + (i + rows).to(tl.int64)[:, None] * width + start + columns[None, :]
-    right = packed + (j + rows).to(tl.int64)[None, :] * width + start + columns[:, None]
-    low = n_pad.to(tl.int64) * width
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for _ in range(start, stop, BK):
-        a, b = tl.load(left), tl.load(right)
-        if PARTS == 2:
-            total = tl.dot(a, tl.load(right + low), total)
-            total = tl.dot(tl.load(left + low), b, total)
-        total = tl.dot(a, b, total)
-        left += BK
-        right += BK
-    return total
-
-
-@triton.jit(do_not_specialize=["a", "b", "tiles"])
-def _pair(
-    packed,  # [PARTS, n_pad, width] float16
-    starts,  # [M + 1] int32: the columns of each layer
-    partial,  # [tiles, 3] float64: Σ_{i<j} of k k, k l, l l
-    a,
-    b,
-    n_pad,
-    width,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
-    number = tl.program_id(0)
-    row, column = _upper_tile(number)
-    i, j = row * BLOCK, column * BLOCK
-    start, stop = tl.multiple_of(tl.load(starts + a), 64), tl.load(starts + a + 1)
-    k = _dots(packed, i, j, start, stop, n_pad, width, PARTS, BLOCK, BK)
-    start, stop = tl.multiple_of(tl.load(starts + b), 64), tl.load(starts + b + 1)
-    l = _dots(packed, i, j, start, stop, n_pad, width, PARTS, BLOCK, BK)
-    rows = tl.arange(0, BLOCK)
-    upper = (i + rows)[:, None] < (j + rows)[None, :]
-    k, l = tl.where(upper, k, 0.0), tl.where(upper, l, 0.0)
-    tl.store(partial + number.to(tl.int64) * 3, tl.sum(tl.sum(k * k, 1).to(tl.float64)))
-    tl.store(partial + number.to(tl.int64) * 3 + 1, tl.sum(tl.sum(k * l, 1).to(tl.float64)))
-    tl.store(partial + number.to(tl.int64) * 3 + 2, tl.sum(tl.sum(l * l, 1).to(tl.float64)))
-
-
-# Not measured on a GPU yet: the blocks are those that fit registers (two float32 tiles a block) and shared memory.
-PAIR = Table(
-    "PAIR",
-    {
-        80: Config({"BLOCK": 128, "BK": 32}, 8, 2),
-        90: Config({"BLOCK": 128, "BK": 64}, 8, 3),
-        100: Config({"BLOCK": 128, "BK": 64}, 8, 3),
-    },
-    [
-        Config({"BLOCK": block, "BK": bk}, w, s)
-        for block, w in ((128, 8), (64, 4))
-        for bk in (32, 64)
-        for s in (2, 3, 4)
-    ],
+_SEARCH = [_square(b, bk, w, s) for b, w in ((128, 8), (128, 4), (64, 4)) for bk in (32, 64) for s in (2, 3, 4)]
+PAIR = Table("PAIR", _rows(_square(128, 32, 8, 2), _square(128, 64, 8, 3)), _SEARCH)
+TILES = Table("TILES", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
+FEATURES = Table("FEATURES", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
+MATRIX = Table("MATRIX", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
+HISTOGRAM = Table("HISTOGRAM", _rows(_square(64, 32, 4, 3), _square(64, 64, 4, 3)), _SEARCH)
+APPLY = Table(
+    "APPLY",
+    _rows(Config({"BM": 128, "BN": 128, "BK": 32}, 8, 3), Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3)),
+    [Config({"BM": m, "BN": 128, "BK": k}, 8, s) for m in (64, 128) for k in (32, 64) for s in (2, 3, 4)],
 )
+PACK = Config({"BR": 16, "BC": 128}, 4, 1)
+PRODUCTS, PRODUCTS_SPLIT = {"BK": 64}, 8
+
+# The slab that all layers' tiles pass through on their way to their inner products.
+SLAB_BYTES = 128 << 20
+
+_POINTERS = {
+    "packed": "*fp16",
+    "starts": "*i32",
+    **dict.fromkeys(("q", "valid", "constants", "sums", "slab", "unit32", "x_norms", "y_norms"), "*fp32"),
+}
+_LAYERS = ("packed", "starts", "q", "valid", "constants")
+_ALIGNED = ("n_pad", "width", "x_pad", "y_pad")
+
+
+def _variant(kernel, config: Config, constexprs: dict, pointers: dict[str, str], integers: tuple[str, ...]) -> Variant:
+    """A variant whose pointers are aligned, and of the integers those that padding makes multiples of 16."""
+    constexprs = {**constexprs, **config.blocks}
+    options = " ".join(f"{name}={value}" for name, value in constexprs.items())
+    types = " ".join(sorted({t for p, t in pointers.items() if p in ("x", "weights")} - {"*fp16"}))
+    return Variant(
+        " ".join(part for part in (kernel.fn.__name__.strip("_"), types.strip("*"), options) if part),
+        kernel,
+        {**pointers, **dict.fromkeys(integers, "i32")},
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        aligned=(*pointers, *(name for name in integers if name in _ALIGNED)),
+    )
 
 
 def pack_variant(dtype: torch.dtype) -> Variant:
-    return Variant(
-        f"pack {DTYPE_NAMES[dtype]}",
-        _pack,
-        {
-            "x": "*" + DTYPE_NAMES[dtype],
-            **dict.fromkeys(("mean", "scale", "valid"), "*fp32"),
-            "packed": "*fp16",
-            "q": "*fp32",
-            **dict.fromkeys(("stride", "n", "d", "start", "n_pad", "width"), "i32"),
-        },
-        {"PARTS": PARTS[dtype], "BR": PACK_ROWS, "BC": PACK_COLUMNS},
-        aligned=("mean", "scale", "valid", "packed", "q", "n_pad", "width"),
+    pointers = {"x": "*" + DTYPE_NAMES[dtype], **dict.fromkeys(("mean", "scale", "valid"), "*fp32")}
+    pointers |= {"packed": "*fp16", "q": "*fp32"}
+    integers = ("stride", "n", "d", "start", "n_pad", "width")
+    variant = _variant(tiles._pack, PACK, {"PARTS": PARTS[dtype]}, pointers, integers)
+    # Rows of x may start anywhere.
+    return dataclasses.replace(
+        variant, name=f"pack {DTYPE_NAMES[dtype]}", aligned=tuple(a for a in variant.aligned if a != "x")
     )
 
 
-def pair_variant(config: Config, parts: int) -> Variant:
-    return Variant(
-        f"pair parts={parts} {config}",
-        _pair,
-        {
-            "packed": "*fp16",
-            "starts": "*i32",
-            "partial": "*fp64",
-            **dict.fromkeys(("a", "b", "n_pad", "width"), "i32"),
-        },
-        {"PARTS": parts, **config.blocks},
-        config.num_warps,
-        config.num_stages,
-        aligned=("packed", "starts", "partial", "n_pad", "width"),
+def pair_variant(config: Config, kind: int, parts: int) -> Variant:
+    pointers = {p: _POINTERS[p] for p in _LAYERS} | {"partial": "*fp64", "sums": "*fp32"}
+    return _variant(
+        tiles._pair, config, {"KIND": kind, "PARTS": parts}, pointers, ("degree", "blocks", "n_pad", "width")
     )
+
+
+def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
+    pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "sums")}
+    integers = ("first", "degree", "blocks", "n_pad", "width")
+    return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
+
+
+def products_variant(block: int, parts: int, layers: int) -> Variant:
+    config = Config({"BL": layers, **PRODUCTS}, 4, 3)
+    constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
+    return _variant(
+        tiles._products, config, constexprs, {"slab": "*fp32", "partial": "*fp32"}, ("first", "layers", "blocks")
+    )
+
+
+def features_variant(config: Config, parts: int) -> Variant:
+    pointers = {"packed": "*fp16", "owner": "*i32", "squares": "*fp64"}
+    return _variant(tiles._features, config, {"PARTS": parts}, pointers, ("blocks", "split", "n_pad", "width"))
+
+
+def matrix_variant(config: Config, kind: int, parts: int) -> Variant:
+    pointers = {"x": "*fp16", "y": "*fp16", **dict.fromkeys(("x_norms", "y_norms", "constants", "out"), "*fp32")}
+    integers = ("n", "m", "same", "degree", "x_pad", "y_pad", "width")
+    return _variant(tiles._matrix, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
+
+
+def histogram_variant(config: Config, parts: int) -> Variant:
+    pointers = {"packed": "*fp16", "q": "*fp32", "valid": "*fp32", "prefix": "*i32", "counts": "*i32"}
+    return _variant(tiles._histogram, config, {"PARTS": parts}, pointers, ("blocks", "shift", "n_pad", "width"))
+
+
+def moments_variant(config: Config, parts: int) -> Variant:
+    pointers = {"packed": "*fp16", "unit": "*fp64", "out": "*fp64"}
+    integers = ("a", "b", "d_a", "d_b", "n_pad", "width")
+    return _variant(tiles._moments, config, {"PARTS": parts}, pointers, integers)
+
+
+def apply_variant(config: Config, parts: int) -> Variant:
+    pointers = {"weights": "*fp32", "factor": "*fp32", "unit": "*fp32", "packed": "*fp16", "out": "*fp32"}
+    return _variant(tiles._apply, config, {"PARTS": parts}, pointers, ("m", "n", "d", "n_pad", "width"))
 
 
 def variants(architecture: int) -> list[Variant]:
     """Everything this module launches on that architecture."""
-    packs = [pack_variant(dtype) for dtype in PARTS]
-    return packs + [pair_variant(PAIR.rows[architecture], parts) for parts in (1, 2)]
+    found = [pack_variant(dtype) for dtype in PARTS]
+    for parts in (1, 2):
+        for kind in range(len(KERNELS)):
+            found.append(pair_variant(PAIR.rows[architecture], kind, parts))
+            found.append(tiles_variant(TILES.rows[architecture], kind, parts))
+            found.append(matrix_variant(MATRIX.rows[architecture], kind, parts))
+        found.append(features_variant(FEATURES.rows[architecture], parts))
+        found.append(moments_variant(FEATURES.rows[architecture], parts))
+        found.append(histogram_variant(HISTOGRAM.rows[architecture], parts))
+        found.append(apply_variant(APPLY.rows[architecture], parts))
+        block = TILES.rows[architecture].blocks["BLOCK"]
+        found += [products_variant(block, parts, layers) for layers in (16, 32, 64)]
+    return found
 
 
 class Packed:
-    """M layers, packed: ``data`` [PARTS, n_pad, width] float16, ``q`` [M, n_pad] and ``scale`` [M] as in `_pack`."""
+    """M layers, packed: ``data`` [PARTS, n_pad, width] float16, ``q`` [M, n_pad] and ``scale`` [M] as in `_pack`.
 
-    def __init__(self, xs: Sequence[Tensor], mask: Tensor | None, centre: bool) -> None:
+    Args:
+        xs: M layers, [n, d_l] each.
+        mask: [n] bool, the rows that count; the others become zeros.
+        centre: subtract the mean row, or this row.
+        columns: what layers are padded to.
+        scale: the scale to take instead of one that fits each layer, [1].
+    """
+
+    def __init__(
+        self,
+        xs: Sequence[Tensor],
+        mask: Tensor | None = None,
+        centre: bool | Tensor = False,
+        columns: int = COLUMNS,
+        scale: Tensor | None = None,
+    ) -> None:
         dtype, self.device, self.n = xs[0].dtype, xs[0].device, xs[0].shape[0]
-        if dtype not in PARTS:
-            raise Unsupported(f"backend 'triton' computes float32, bfloat16 and float16 layers, got {dtype}")
-        self.parts, self.widths = PARTS[dtype], tuple(x.shape[1] for x in xs)
+        self.parts, self.widths = parts_of(dtype), tuple(x.shape[1] for x in xs)
         self.n_pad = max(1, triton.cdiv(self.n, ROWS)) * ROWS
         self.first = [0]  # of every layer, its first column
         for width in self.widths:
-            self.first.append(self.first[-1] + max(1, triton.cdiv(width, COLUMNS)) * COLUMNS)
+            self.first.append(self.first[-1] + max(1, triton.cdiv(width, columns)) * columns)
         self.width = self.first[-1]
-        self.starts = _on_device(tuple(self.first), self.device)
-        self.data = torch.zeros(self.parts, self.n_pad, self.width, dtype=torch.float16, device=self.device)
-        self.q = torch.empty(len(xs), self.n_pad, dtype=torch.float32, device=self.device)
-        self.valid = torch.zeros(self.n_pad, dtype=torch.float32, device=self.device)
+        new = functools.partial(torch.empty, device=self.device)
+        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16).zero_()
+        self.q = new(len(xs), self.n_pad, dtype=torch.float32)
+        self.valid = new(self.n_pad, dtype=torch.float32).zero_()
         self.valid[: self.n] = 1 if mask is None else mask
-        self.scale = torch.stack([self._pack(layer, x, mask, centre) for layer, x in enumerate(xs)])
+        fits = [_mean_and_scale(x, mask, centre) for x in xs]
+        self.means = [mean for mean, _ in fits]
+        self.scale = torch.stack([fit for _, fit in fits]) if scale is None else scale
+        factors = self.scale.float()
+        for layer, x in enumerate(xs):
+            self._pack(layer, x, factors[layer : layer + 1])
 
-    def _pack(self, layer: int, x: Tensor, mask: Tensor | None, centre: bool) -> Tensor:
-        """Writes one layer and returns its scale, float64."""
-        x = x if x.stride(1) == 1 else x.contiguous()
-        mean, scale = _centre_and_scale(x, mask, centre)
-        arguments = {
-            "x": x,
-            "mean": mean,
-            "scale": scale.float()[None],
-            "valid": self.valid,
-            "packed": self.data,
-            "q": self.q[layer],
-            "stride": x.stride(0),
-            "n": self.n,
-            "d": x.shape[1],
-            "start": self.first[layer],
-            "n_pad": self.n_pad,
-            "width": self.width,
-        }
-        launch(pack_variant(x.dtype), (self.n_pad // PACK_ROWS,), arguments, self.device)
-        return scale
+    def _pack(self, layer: int, x: Tensor, factor: Tensor) -> None:
+        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        high = self.means[layer].float()
+        mean = torch.stack([high, (self.means[layer] - high).float()])
+        pointers = {"x": x, "mean": mean, "scale": factor.clone(), "valid": self.valid, "packed": self.data}
+        integers = {"stride": x.stride(0), "n": self.n, "d": x.shape[1], "start": self.first[layer]}
+        arguments = {**pointers, "q": self.q[layer], **integers, **self.shape}
+        launch(pack_variant(x.dtype), (self.n_pad // PACK.blocks["BR"],), arguments, self.device)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"n_pad": self.n_pad, "width": self.width}
+
+    @property
+    def starts(self) -> Tensor:
+        return _on_device(tuple(self.first), self.device)
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """In how many float16 a dtype is packed."""
+    if dtype not in PARTS:
+        raise Unsupported(f"backend 'triton' computes float32, bfloat16 and float16 layers, got {dtype}")
+    return PARTS[dtype]
 
 
 @functools.lru_cache(maxsize=64)
@@ -238,39 +234,283 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-def _centre_and_scale(x: Tensor, mask: Tensor | None, centre: bool) -> tuple[Tensor, Tensor]:
-    """The mean row as two float32 [2, d] (zeros without `centre`), and the power of two that brings the largest entry
-    of the centred x into [2¹⁴, 2¹⁵), float64. Rows outside the mask do not count."""
+def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tuple[Tensor, Tensor]:
+    """The row to subtract, [d] float64, and the power of two that then brings the largest entry of x into
+    [2¹⁴, 2¹⁵), float64. Rows outside the mask do not count."""
     count: Tensor | int = max(1, x.shape[0])
     if mask is not None:
         x, count = torch.where(mask[:, None], x, 0), mask.sum().clamp_min(1)
-    mean = x.sum(0, dtype=torch.float64) / count if centre else x.new_zeros(x.shape[1], dtype=torch.float64)
-    high = mean.float()
+    if isinstance(centre, Tensor):
+        mean = centre
+    elif centre:
+        mean = x.sum(0, dtype=torch.float64) / count
+    else:
+        mean = x.new_zeros(x.shape[1], dtype=torch.float64)
     largest = mean.new_zeros(())
     if x.numel():
-        # A masked row of zeros counts here as if it were data, so the range is that of x and 0.
+        # Rows outside the mask count as zeros here, which can only make the scale smaller than need be.
         largest = torch.maximum(x.amax(0).double() - mean, mean - x.amin(0).double()).amax()
     exponent = torch.frexp(largest).exponent
-    return torch.stack([high, (mean - high).float()]), torch.ldexp(torch.ones_like(largest), 15 - exponent)
+    return mean, torch.ldexp(torch.ones_like(largest), 15 - exponent)
 
 
-def _pair_sums(packed: Packed, a: int, b: int) -> Tensor:
-    """Σ_{i≠j} of k_a k_a, k_a k_b, k_b k_b, in packed units: [3] float64."""
+def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
+    """[M, 4] float32 for `_values`: factor, offset and shift of every layer in packed units."""
+    unit = packed.scale
+    if kernel == "rbf":
+        factor = -math.log2(math.e) / (2 * (scale * unit) ** 2)
+    elif kernel == "laplacian":
+        factor = -math.log2(math.e) / (scale * unit)
+    else:
+        factor = (scale if kernel == "polynomial" else 1) / unit**2
+    zero = torch.zeros_like(unit)
+    return torch.stack([factor, zero + coef0, zero if shift is None else shift, zero], 1).float()
+
+
+def _near_mean(packed: Packed, kernel: str, constants: Tensor, degree: int) -> Tensor:
+    """A number near the mean value of every layer's kernel, [M] float64: that of up to 128 rows with each other.
+
+    The measures do not notice a constant added to the kernel, but the rounding errors of their sums shrink with it.
+    """
+    step = max(1, packed.n // 128)
+    valid = packed.valid[: packed.n : step][:128]
+    pairs = (valid[:, None] * valid).triu_(1)
+    means = []
+    for layer, (start, stop) in enumerate(itertools.pairwise(packed.first)):
+        rows = packed.data[0, : packed.n : step, start:stop][:128].float()
+        dots, q = rows @ rows.T, packed.q[layer, : packed.n : step][:128]
+        factor, offset = constants[layer, 0], constants[layer, 1]
+        if kernel == "polynomial":
+            values = (factor * dots + offset) ** degree
+        elif kernel == "cosine":
+            inverse = torch.where(q > 0, q.rsqrt(), 0)
+            values = dots * inverse[:, None] * inverse
+        else:
+            distance = (q[:, None] + q - 2 * dots).clamp_min_(0)
+            values = torch.exp2(factor * (distance.sqrt() if kernel == "laplacian" else distance))
+        means.append((values * pairs).sum(dtype=torch.float64) / pairs.sum().clamp_min(1))
+    return torch.stack(means).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _diagonal(packed: Packed, kernel: str, scale: Tensor, degree: int, coef0: float, shift: Tensor) -> Tensor:
+    """k_l(i, i) − shift of the rows that count, 0 of the others: [M, n] float64."""
+    q = packed.q[:, : packed.n].double() / packed.scale[:, None] ** 2
+    if kernel == "polynomial":
+        q = (scale[:, None] * q + coef0) ** degree
+    elif kernel == "cosine":
+        q = (q > 0).double()
+    elif kernel != "linear":
+        q = torch.ones_like(q) + 0 * q  # NaN where a row is
+    return torch.where(packed.valid[: packed.n] > 0, q - shift[:, None], 0)
+
+
+def stats(
+    xs: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    kernel: str,
+    degree: int,
+    coef0: float,
+    by_features: bool,
+    split: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S [M, M], R [M, n], D [M, n], shift [M], float64; see `ops.gram`."""
+    packed = Packed(xs, mask, kernel in SHIFT_INVARIANT, BY_FEATURES if by_features else COLUMNS)
+    if kernel == "linear":
+        shift = torch.zeros_like(packed.scale)
+        d = _diagonal(packed, kernel, scale, degree, coef0, shift)
+        unit = packed.scale**2
+        if by_features:
+            squares = _square_sums(packed, split)
+            s = squares / torch.outer(unit, unit) - d @ d.T
+        else:
+            s, _ = _gram_sums(packed, _constants(packed, kernel, scale, coef0), kernel, degree)
+            s = s / torch.outer(unit, unit)
+        return s, -d, d, shift
+    constants = _constants(packed, kernel, scale, coef0)
+    shift = _near_mean(packed, kernel, constants, degree).float()
+    constants[:, 2] = shift
+    s, r = _gram_sums(packed, constants, kernel, degree)
+    shift = shift.double()
+    return s, r, _diagonal(packed, kernel, scale, degree, coef0, shift), shift
+
+
+def _layer_arguments(packed: Packed, constants: Tensor, degree: int) -> dict[str, Any]:
+    pointers = {"packed": packed.data, "starts": packed.starts, "q": packed.q, "valid": packed.valid}
+    return {**pointers, "constants": constants, "degree": degree, **packed.shape}
+
+
+def _grid(blocks: int) -> int:
+    """How many tiles `_tile` numbers for blocks × blocks tiles, empty ones in the last squares among them."""
+    if blocks <= 8:
+        return 8 * blocks
+    squares = triton.cdiv(blocks, 8)
+    return 32 * squares * (squares + 1)
+
+
+def _gram_sums(packed: Packed, constants: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
+    """Σ_{i≠j} k_a k_b, [M, M] float64, and Σ_{j≠i} k_l(i, j), [M, n] float64 (empty for the linear kernel)."""
+    m, kind = len(packed.widths), KERNELS.index(kernel)
+    run, table = (_pair_sums, PAIR) if m == 2 else (_slab_sums, TILES)
+    key = (kind, packed.parts, m)
+    s, sums = table.run(packed.device, lambda config: run(config, packed, constants, kind, degree), key)
+    return s, sums.sum(1, dtype=torch.float64)[:, : packed.n]
+
+
+def _empty_sums(packed: Packed, kind: int, blocks: int) -> Tensor:
+    shape = (len(packed.widths), blocks if kind else 0, packed.n_pad)
+    return torch.empty(shape, dtype=torch.float32, device=packed.device)
+
+
+def _pair_sums(config: Config, packed: Packed, constants: Tensor, kind: int, degree: int) -> tuple[Tensor, Tensor]:
+    """Both layers' tiles stay in registers until they are summed up."""
+    blocks = packed.n_pad // config.blocks["BLOCK"]
+    partial = torch.empty(_grid(blocks), 3, dtype=torch.float64, device=packed.device)
+    sums = _empty_sums(packed, kind, blocks)
+    arguments = {**_layer_arguments(packed, constants, degree), "partial": partial, "sums": sums, "blocks": blocks}
+    launch(pair_variant(config, kind, packed.parts), (len(partial),), arguments, packed.device)
+    kk, kl, ll = (2 * partial.sum(0)).unbind()
+    return torch.stack([kk, kl, kl, ll]).view(2, 2), sums
+
+
+def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, degree: int) -> tuple[Tensor, Tensor]:
+    """Any number of layers: their tiles go through a slab of fixed size, which `_products` reads while it is in L2."""
+    m, block = len(packed.widths), config.blocks["BLOCK"]
+    blocks = packed.n_pad // block
+    tile_count = _grid(blocks)
+    at_once = min(tile_count, max(1, SLAB_BYTES // (4 * m * block * block)))
+    slab = torch.empty(at_once, m, block, block, dtype=torch.float32, device=packed.device)
+    sums = _empty_sums(packed, kind, blocks)
+    arguments = {**_layer_arguments(packed, constants, degree), "slab": slab, "sums": sums, "blocks": blocks}
+    s = torch.zeros(m, m, dtype=torch.float64, device=packed.device)
+    for first in range(0, tile_count, at_once):
+        count = min(at_once, tile_count - first)
+        launch(tiles_variant(config, kind, packed.parts), (count, m), {**arguments, "first": first}, packed.device)
+        s += _slab_products(slab, packed.parts, first, count, blocks)
+    return 2 * s, sums
+
+
+def _slab_products(slab: Tensor, parts: int, first: int, count: int, blocks: int) -> Tensor:
+    m, block = slab.shape[1], slab.shape[2]
+    layers = 16 if m <= 16 else 32 if m <= 32 else 64
+    padded = triton.cdiv(m, layers)
+    shape = (count * PRODUCTS_SPLIT, padded * layers, padded * layers)
+    partial = torch.empty(shape, dtype=torch.float32, device=slab.device)
+    arguments = {"slab": slab, "partial": partial, "first": first, "layers": m, "blocks": blocks}
+    launch(products_variant(block, parts, layers), (shape[0], padded, padded), arguments, slab.device)
+    return partial.sum(0, dtype=torch.float64)[:m, :m]
+
+
+def _square_sums(packed: Packed, split: int) -> Tensor:
+    """‖X_aᵀX_b‖² in packed units, [M, M] float64; of pairs that `split` leaves out 0."""
 
     def run(config: Config) -> Tensor:
-        blocks = packed.n_pad // config.blocks["BLOCK"]
-        tiles = blocks * (blocks + 1) // 2
-        partial = torch.empty(tiles, 3, dtype=torch.float64, device=packed.device)
-        arguments = {
-            "packed": packed.data,
-            "starts": packed.starts,
-            "partial": partial,
-            "a": a,
-            "b": b,
-            "n_pad": packed.n_pad,
-            "width": packed.width,
-        }
-        launch(pair_variant(config, packed.parts), (tiles,), arguments, packed.device)
-        return 2 * partial.sum(0)
+        block = config.blocks["BLOCK"]
+        blocks = packed.width // block
+        owner = tuple(l for l, (a, b) in enumerate(itertools.pairwise(packed.first)) for _ in range(a, b, block))
+        owner = _on_device(owner, packed.device)
+        squares = torch.zeros(blocks, blocks, dtype=torch.float64, device=packed.device)
+        pointers = {"packed": packed.data, "owner": owner, "squares": squares}
+        arguments = {**pointers, "blocks": blocks, "split": split, **packed.shape}
+        launch(features_variant(config, packed.parts), (_grid(blocks),), arguments, packed.device)
+        mine = (owner == torch.arange(len(packed.widths), device=packed.device)[:, None]).double()  # [M, blocks]
+        upper = mine @ squares @ mine.T
+        return upper + upper.T - torch.diag(upper.diagonal())
 
-    return PAIR.run(packed.device, run, (packed.parts,))
+    return FEATURES.run(packed.device, run, (packed.parts,))
+
+
+def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:
+    """The kernel matrix [n, m] float32; with `centre`, x and y are shifted by the mean row of x."""
+    left = Packed([x], None, centre)
+    right = left if y is None else Packed([y], None, left.means[0])
+    if kernel in ("rbf", "laplacian") and y is not None:  # a distance needs both in the same units
+        common = torch.minimum(left.scale, right.scale)
+        left = Packed([x], None, left.means[0], scale=common)
+        right = Packed([y], None, left.means[0], scale=common)
+    constants = _constants(left, kernel, scale, coef0)
+    if y is not None and kernel in ("linear", "polynomial"):
+        constants[:, 0] *= (left.scale / right.scale).float()
+    n, m = left.n, right.n
+    out = torch.empty(n, m, dtype=torch.float32, device=x.device)
+
+    def run(config: Config) -> Tensor:
+        block = config.blocks["BLOCK"]
+        rows, columns = triton.cdiv(n, block), triton.cdiv(m, block)
+        pointers = {"x": left.data, "y": right.data, "x_norms": left.q, "y_norms": right.q, "constants": constants}
+        integers = {"n": n, "m": m, "same": int(y is None), "degree": degree}
+        padded = {"x_pad": left.n_pad, "y_pad": right.n_pad, "width": left.width}
+        grid = (_grid(columns),) if y is None else (rows, columns)
+        arguments = {**pointers, "out": out, **integers, **padded}
+        launch(matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
+        return out
+
+    return MATRIX.run(x.device, run, (left.parts,))
+
+
+def median(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """The median distance of the rows of each layer, [M] float64: the exact one of the distances in float32."""
+    return torch.stack([_median(Packed([x], mask, True)) for x in xs])
+
+
+def _median(packed: Packed) -> Tensor:
+    """Radix selection, 8 bits a pass, of the two middle ones (the same one twice of an odd number of distances)."""
+    count = packed.valid.sum(dtype=torch.float64).long()
+    total = count * (count - 1) // 2
+    rank = torch.stack([(total - 1) // 2, total // 2]).clamp_min(0)
+    prefix = torch.zeros(2, dtype=torch.int32, device=packed.device)
+    for shift in (24, 16, 8, 0):
+        counts = HISTOGRAM.run(
+            packed.device, functools.partial(_counts, packed=packed, prefix=prefix, shift=shift), (packed.parts,)
+        )
+        below = counts.cumsum(1)  # [2, 256] int64
+        digit = (below <= rank[:, None]).sum(1).clamp_max(255)
+        rank = rank - (below - counts).gather(1, digit[:, None])[:, 0]
+        prefix = prefix * 256 + digit.int()
+    distances = prefix.view(torch.float32).double().sqrt() / packed.scale
+    return torch.where(packed.q.isnan().any(), torch.nan, distances.mean())
+
+
+def _counts(config: Config, packed: Packed, prefix: Tensor, shift: int) -> Tensor:
+    blocks = packed.n_pad // config.blocks["BLOCK"]
+    counts = torch.empty(_grid(blocks), 2, 256, dtype=torch.int32, device=packed.device)
+    pointers = {"packed": packed.data, "q": packed.q, "valid": packed.valid, "prefix": prefix, "counts": counts}
+    arguments = {**pointers, "blocks": blocks, "shift": shift, **packed.shape}
+    launch(histogram_variant(config, packed.parts), (len(counts),), arguments, packed.device)
+    return counts.sum(0, dtype=torch.int64)
+
+
+def moments_(blocks: Sequence[Tensor], xs: Sequence[Tensor], pairs: Sequence[int]) -> None:
+    """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
+    packed = Packed(xs, columns=BY_FEATURES)
+    config = FEATURES.rows[architecture(packed.device)]
+    block = config.blocks["BLOCK"]
+    units = 1 / (packed.scale[:, None] * packed.scale)
+    for p, out in enumerate(blocks):
+        a, b = pairs[2 * p], pairs[2 * p + 1]
+        target = out.contiguous()
+        pointers = {"packed": packed.data, "unit": units[a, b].reshape(1).clone(), "out": target}
+        integers = {"a": packed.first[a], "b": packed.first[b], "d_a": out.shape[0], "d_b": out.shape[1]}
+        grid = (triton.cdiv(out.shape[0], block), triton.cdiv(out.shape[1], block))
+        launch(moments_variant(config, packed.parts), grid, {**pointers, **integers, **packed.shape}, packed.device)
+        if target is not out:
+            out.copy_(target)
+
+
+def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
+    """weights @ X, X minus its mean row under `centre`. weights: [m, n] float32, x: [n, d] -> [m, d] float32."""
+    packed = Packed([x], None, centre, BY_FEATURES)
+    weights = weights.contiguous()
+    (m, n), d = weights.shape, x.shape[1]
+    exponent = torch.frexp(weights.abs().amax() if weights.numel() else weights.new_zeros(())).exponent
+    factor = torch.ldexp(torch.ones_like(packed.scale), 15 - exponent)
+    out = weights.new_empty(m, d)
+    pointers = {"weights": weights, "factor": factor.float(), "unit": (1 / (factor * packed.scale)).float()}
+    arguments = {**pointers, "packed": packed.data, "out": out, "m": m, "n": n, "d": d, **packed.shape}
+
+    def run(config: Config) -> Tensor:
+        grid = (triton.cdiv(m, config.blocks["BM"]), triton.cdiv(d, config.blocks["BN"]))
+        launch(apply_variant(config, packed.parts), grid, arguments, x.device)
+        return out
+
+    return APPLY.run(x.device, run, (packed.parts,))

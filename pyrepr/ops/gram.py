@@ -94,12 +94,24 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
     return s, -d, d, s.new_zeros(2), x.new_empty(0)
 
 
+def _stats_triton(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+    from pyrepr.kernels import gram as kernels
+
+    results = kernels.stats(xs, mask, scale, kernel, degree, coef0, by_features, split)
+    dots = xs[0].new_empty(0, dtype=torch.float32)
+    if keep_dots:
+        centre, one = kernel in SHIFT_INVARIANT, torch.ones_like(scale[:1])
+        dots = torch.stack([kernels.matrix(x, None, one, "linear", 1, 0.0, centre) for x in xs])
+    return (*results, dots)
+
+
 stats_op = leaf_op(
     "gram_stats(Tensor[] xs, Tensor? mask, Tensor scale, str kernel, int degree, float coef0, bool by_features, "
     "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_stats_fake,
     reference=reference.gram_stats,
     cpu=_stats_cpu,
+    triton=_stats_triton,
     cuda=_stats_cuda,
 )
 
@@ -115,11 +127,18 @@ def _matrix_cpu(x, y, scale, kernel, degree, coef0, centre):
     return out
 
 
+def _matrix_triton(x, y, scale, kernel, degree, coef0, centre):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.matrix(x, y, scale, kernel, degree, coef0, centre)
+
+
 matrix_op = leaf_op(
     "gram_matrix(Tensor x, Tensor? y, Tensor scale, str kernel, int degree, float coef0, bool centre) -> Tensor",
     fake=_matrix_fake,
     reference=reference.gram_matrix,
     cpu=_matrix_cpu,
+    triton=_matrix_triton,
 )
 
 
@@ -134,11 +153,18 @@ def _median_cpu(xs, mask):
     return out
 
 
+def _median_triton(xs, mask):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.median(xs, mask)
+
+
 median_op = leaf_op(
     "gram_median(Tensor[] xs, Tensor? mask) -> Tensor",
     fake=_median_fake,
     reference=reference.gram_median,
     cpu=_median_cpu,
+    triton=_median_triton,
 )
 
 
@@ -150,11 +176,18 @@ def _moments_cpu(blocks, xs, pairs):
     _problem(xs).moments(list(pairs), [block.data_ptr() for block in blocks])
 
 
+def _moments_triton(blocks, xs, pairs):
+    from pyrepr.kernels import gram as kernels
+
+    kernels.moments_(blocks, xs, pairs)
+
+
 moments_op_ = leaf_op(
     "gram_moments_(Tensor(a!)[] blocks, Tensor[] xs, int[] pairs) -> ()",
     fake=_moments_fake,
     reference=reference.gram_moments_,
     cpu=_moments_cpu,
+    triton=_moments_triton,
 )
 
 
@@ -169,11 +202,18 @@ def _apply_cpu(weights, x, centre):
     return out
 
 
+def _apply_triton(weights, x, centre):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.apply(weights, x, centre)
+
+
 apply_op = leaf_op(
     "gram_apply(Tensor weights, Tensor x, bool centre) -> Tensor",
     fake=_apply_fake,
     reference=reference.gram_apply,
     cpu=_apply_cpu,
+    triton=_apply_triton,
 )
 
 

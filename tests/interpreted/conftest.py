@@ -1,4 +1,5 @@
-"""For the suites that tests/test_triton_interpreter.py runs: every launch must be one that `variants` lists."""
+"""For the suites that tests/test_triton_interpreter.py runs, one file a family, named like its module of kernels:
+every launch must be one that the family's `variants` lists."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ import pyrepr
 
 
 @pytest.fixture(autouse=True)
-def only_listed_variants():
+def only_listed_variants(request):
     with pyrepr.use_backend("triton"), _launch.recorded() as seen:
         yield seen
-    modules = {importlib.import_module(".".join(v.kernel.fn.__module__.split(".")[:3])) for v in seen}
-    listed = {v.key for module in modules for v in module.variants(90)}
+    family = importlib.import_module(f"pyrepr.kernels.{request.path.stem}")
+    listed = {v.key for v in family.variants(90)}
     unlisted = sorted({v.name for v in seen if v.key not in listed})
     assert not unlisted, f"launched, but not listed by variants(90), so never compiled ahead: {unlisted}"
