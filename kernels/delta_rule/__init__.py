@@ -26,6 +26,7 @@ from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, variants
 
 __all__ = ["backward", "forward", "update_", "variants"]
 
+OUT, STATES, MAPS = table.MODES
 SHORT = 16  # tokens a sequence up to which the recurrence is run as it stands
 
 
@@ -177,38 +178,39 @@ class Scan:
         self.p, self.layout, self.chunks = p, layout, chunks
         self.common = {**chunks.arguments, "sequences": layout.sequences, "segments": layout.segments}
         self.gate = 2 if p.gate == 2 else int(p.gate == 1 or p.normalize)
-        self.common |= {"maps": 0, "keep": 0, "has_states": 0, "split": 0}
+        self.common |= {"only_m": 0, "keep": 0, "split": 0}
 
     def units(self, split: bool) -> int:
         return self.p.segment_slots if split else self.p.N
 
-    def forward(self, starts: Tensor, final: Tensor, *, out: bool, split: bool = False, maps: int = 0, **more) -> None:
-        """`starts`, `final` and what else a mode writes; what it does not touch is stood in for by `final`."""
+    def forward(self, mode: int, starts: Tensor, final: Tensor, *, split: bool = False, only_m: bool = False, **more):
+        """`starts`, `final` and what else a mode reads or writes; something stands in for what it does not touch."""
         p = self.p
-        stand_in = {"o": p.v, "states": p.v, "values": p.v, "mapped": final}
-        initial = final if p.initial is None or maps else p.initial
-        flags = {"has_initial": int(p.initial is not None and not maps), "split": int(split), "maps": maps}
+        initial = final if p.initial is None else p.initial
+        tensors = {"o": p.v, "states": p.v, "values": p.v, "mapped": final, "initial": initial}
+        tensors |= {"starts": starts, "final": final, "has_initial": int(p.initial is not None)}
+        tensors |= {"split": int(split), "only_m": int(only_m), **more}
 
         def run(config: Config) -> None:
             width = config.blocks["BV"]
-            blocks = (0 if maps == 2 else _ceil(p.V, width)) + (_ceil(p.K, width) if maps else 0)
-            variant = table.scan_variant(config, p.dtype, p.width, self.gate, out)
-            tensors = {**self.common, **stand_in, **more, "initial": initial, "starts": starts, "final": final}
-            p.run(variant, self.units(split) * p.HV * blocks, **{**tensors, **flags})
+            blocks = (0 if only_m else _ceil(p.V, width)) + (_ceil(p.K, width) if mode == MAPS else 0)
+            variant = table.scan_variant(config, p.dtype, p.width, self.gate, mode)
+            p.run(variant, self.units(split) * p.HV * blocks, **{**self.common, **tensors})
 
-        table.SCAN[p.dtype.itemsize, p.width].run(p.device, run, (out, split, maps))
+        table.SCAN[p.dtype.itemsize, p.width].run(p.device, run, (mode, split))
 
-    def reverse(self, grad_o: Tensor, starts: Tensor, grad_final: Tensor, grad_initial: Tensor, **more) -> None:
+    def reverse(self, offsets: bool, grad_o: Tensor, starts: Tensor, grad_final: Tensor, grad_initial: Tensor, **more):
+        """The same for the way back; `offsets`: N' of the segments alone."""
         p = self.p
-        stand_in = {"grad_states": p.v, "residuals": p.v, "grad_v": p.v}
-        tensors = {"grad_o": grad_o, "starts": starts, "grad_final": grad_final, "grad_initial": grad_initial}
+        tensors = {"grad_states": p.v, "residuals": p.v, "grad_v": p.v, "grad_o": grad_o, "starts": starts}
+        tensors |= {"grad_final": grad_final, "grad_initial": grad_initial, **more}
 
         def run(config: Config) -> None:
             programs = self.units(bool(more.get("split"))) * p.HV * _ceil(p.V, config.blocks["BV"])
-            variant = table.reverse_variant(config, p.dtype, p.width, self.gate)
-            p.run(variant, programs, **{**self.common, **stand_in, **tensors, **more})
+            variant = table.reverse_variant(config, p.dtype, p.width, self.gate, offsets)
+            p.run(variant, programs, **{**self.common, **tensors})
 
-        table.REVERSE[p.dtype.itemsize, p.width].run(p.device, run, (more.get("maps", 0),))
+        table.REVERSE[p.dtype.itemsize, p.width].run(p.device, run, (offsets,))
 
     def merge(self, offsets: Tensor, mapped: Tensor, initial: Tensor | None, final: Tensor, reverse: bool) -> Tensor:
         """The states before the segments; `final` gets the one after the last."""
@@ -269,13 +271,13 @@ def forward(
     scan = Scan(p, layout, Chunks(p, layout))
     if _worth_splitting(p) if split is None else split:
         offsets, mapped = p.new_states(slots or p.segment_slots), scan.new_maps()
-        scan.forward(offsets, final, out=False, split=True, maps=1, mapped=mapped)
+        scan.forward(MAPS, offsets, final, split=True, mapped=mapped)
         starts = scan.merge(offsets, mapped, p.initial, final, reverse=False)
-        scan.forward(starts, final, out=True, split=True, o=o)
+        scan.forward(OUT, starts, final, split=True, o=o)
         if slots:
             kept = starts
     else:
-        scan.forward(kept if slots else final, final, out=True, o=o, keep=int(slots > 0))
+        scan.forward(OUT, kept if slots else final, final, o=o, keep=int(slots > 0))
     return o, final, kept
 
 
@@ -349,12 +351,12 @@ def backward(
     walked["residuals"], dv, ds = torch.empty_like(grad_o), torch.empty_like(grad_o), p.new_states(p.N)
     written = {"grad_states": walked["grad_states"], "residuals": walked["residuals"], "grad_v": dv}
     if mapped is None:
-        scan.reverse(grad_o, ds, grad_final, ds, **written)
+        scan.reverse(False, grad_o, ds, grad_final, ds, **written)
     else:
         offsets = p.new_states(p.segment_slots)
-        scan.reverse(grad_o, offsets, grad_final, ds, split=1, maps=1)
+        scan.reverse(True, grad_o, offsets, grad_final, ds, split=1)
         starts = scan.merge(offsets, mapped, grad_final, ds, reverse=True)
-        scan.reverse(grad_o, starts, grad_final, ds, split=1, **written)
+        scan.reverse(False, grad_o, starts, grad_final, ds, split=1, **written)
     gradients = _gradients_per_key if p.gate == 2 else _gradients
     dq, dk, dg, dbeta = gradients(p, layout, scan.chunks, grad_o, walked)
     if p.normalize:
@@ -374,11 +376,11 @@ def _states(scan: Scan, checkpoints: Tensor, mapped: Tensor | None) -> dict[str,
     if mapped is not None:
         kept = checkpoints.shape[0] > 0
         offsets = final if kept else p.new_states(p.segment_slots)
-        scan.forward(offsets, final, out=False, split=True, maps=2 if kept else 1, mapped=mapped)
+        scan.forward(MAPS, offsets, final, split=True, only_m=kept, mapped=mapped)
         if not kept:
             starts = scan.merge(offsets, mapped, p.initial, final, reverse=False)
     split = starts.shape[0] > 0
-    scan.forward(starts if split else final, final, out=False, split=split, has_states=1, **walked)
+    scan.forward(STATES, starts if split else final, final, split=split, **walked)
     return walked
 
 

@@ -27,6 +27,8 @@ import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
 
+OUT, STATES, MAPS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def unit_place(unit, split, sequences, segments, packed, T, NT, L, C: tl.constexpr):
@@ -65,7 +67,7 @@ def first_segment(sequence, sequences, packed, NT, L):
     return segment
 
 
-@triton.jit(do_not_specialize=["has_initial", "split", "maps", "keep", "has_states", "packed", "T", "NT", "L", "H", "HV"])
+@triton.jit(do_not_specialize=["has_initial", "split", "only_m", "keep", "packed", "T", "NT", "L", "H", "HV"])
 def scan_kernel(
     q,  # [B, T, H, K]; with a gate per key [chunks, HV, C, K], times scale · e^G
     k,  # [B, T, H, K]; with a gate per key [chunks, HV, C, K], times e^G
@@ -77,19 +79,18 @@ def scan_kernel(
     p,  # [chunks, HV, C, C]
     factors,  # [chunks, HV, FACTORS, C] float32
     initial,  # [N, HV, K, V] float32
-    starts,  # [segments, HV, V, K] float32: states before segments; read (split), written (maps: N; keep)
-    mapped,  # out (maps): [segments, HV, K, K] float32: Mᵀ
+    starts,  # [segments, HV, V, K] float32: states before segments; read (split), written (MAPS: N; keep)
+    mapped,  # out under MAPS: [segments, HV, K, K] float32: Mᵀ
     o,  # out under OUT: [B, T, HV, V]
-    final,  # out (final): [N, HV, K, V] float32
-    states,  # out (states): [chunks, HV, V, K], states before chunks
-    values,  # out (states): [B, T, HV, V], V'
+    final,  # out unless split: [N, HV, K, V] float32
+    states,  # out under STATES: [chunks, HV, V, K], states before chunks
+    values,  # out under STATES: [B, T, HV, V], V'
     sequences,  # [N, 4] of packed sequences: first token, tokens, first slot, first segment
     segments,  # [segments, 2] of packed sequences: sequence, number in it
     has_initial,  # 1 or 0, and so on
     split,  # a unit of work is a segment, not a sequence
-    maps,  # 1: what is wanted is N and M; 2: M alone
-    keep,
-    has_states,
+    only_m,  # MAPS without N
+    keep,  # store the states before segments
     packed,
     T,
     NT,
@@ -112,11 +113,13 @@ def scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATE: tl.constexpr,  # 0: no decay, no normalisation; 1: factors per token; 2: a gate per key
-    OUT: tl.constexpr,
+    MODE: tl.constexpr,  # OUT, STATES or MAPS
 ):
     """BV value columns of one head through the chunks of a sequence or segment."""
-    value_blocks = tl.where(maps == 2, 0, tl.cdiv(V, BV))
-    blocks = value_blocks + tl.where(maps == 0, 0, tl.cdiv(K, BV))
+    value_blocks = tl.cdiv(V, BV) * (1 - only_m)
+    blocks = value_blocks
+    if MODE == MAPS:
+        blocks += tl.cdiv(K, BV)
     pid = tl.program_id(0).to(tl.int64)
     block = (pid % blocks).to(tl.int32)
     hv = pid // blocks % HV
@@ -125,15 +128,18 @@ def scan_kernel(
     sequence, batch, first, length, slot = unit_place(unit, split, sequences, segments, packed, T, NT, L, C)
     if sequence < 0:
         return
-    of_map = block >= value_blocks
-    v0 = tl.where(of_map, block - value_blocks, block) * BV
-    width = tl.where(of_map, 0, V)
+    v0 = block * BV
+    width = V
     keys = tl.arange(0, BK)
-    if (split != 0) & (maps == 0):
+    if MODE == MAPS:
+        of_map = block >= value_blocks
+        v0 = tl.where(of_map, block - value_blocks, block) * BV
+        width = tl.where(of_map, 0, V)
+        s = tl.where(of_map & ((v0 + tl.arange(0, BV))[:, None] == keys[None, :]), 1.0, 0.0)
+    elif split:
         s = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
     else:
         s = load_state(initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, has_initial)
-        s = tl.where(of_map & ((v0 + tl.arange(0, BV))[:, None] == keys[None, :]), 1.0, s)
     row = batch * T * HV + hv
     beta += row
     v += batch * vb + hv * vh
@@ -143,51 +149,56 @@ def scan_kernel(
         q += batch * qb + h * qh
         k += batch * kb + h * kh
     t = tl.arange(0, C)
-    for n in range(0, tl.cdiv(length, C).to(tl.int32)):
-        at = (slot + n) * HV + hv
-        rows = tl.minimum(length - n * C, C).to(tl.int32)
-        token = first + n * C
+    count = tl.cdiv(length, C).to(tl.int32)
+    period = tl.maximum(count, 1)
+    if keep:
+        period = L
+    for start in range(0, count, period):
+        # Outside the loop over chunks, which would lose registers to the branch.
         if keep:
-            if n % L == 0:
-                kept = first_segment(sequence, sequences, packed, NT, L) + n // L
-                store_tile(starts + ((kept * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
-        if has_states:
-            store_tile(states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
-        if GATE == 2:
-            keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
-            keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
-        else:
-            keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
-            keys_out = keys_in
-        rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
-        factor = factors + at * FACTORS * C + t
-        operand = s.to(keys_in.dtype)
-        known = product(operand, tl.trans(keys_in))
-        if GATE == 1:
-            known *= tl.load(factor + 4 * C)[None, :]
-        given = tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV).to(tl.float32))
-        right = (rate[None, :] * (given - known)).to(keys_in.dtype)
-        new = product(right, tl.trans(load_square(x + at * C * C, C)))
-        if has_states:
-            store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
-        if OUT:
+            kept = first_segment(sequence, sequences, packed, NT, L) + start // L
+            store_tile(starts + ((kept * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
+        for n in tl.range(start, tl.minimum(start + period, count), disable_licm=True):
+            at = (slot + n) * HV + hv
+            rows = tl.minimum(length - n * C, C).to(tl.int32)
+            token = first + n * C
+            if MODE == STATES:
+                store_tile(states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
             if GATE == 2:
-                out = product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
+                keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
+                keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
             else:
-                out = product(operand, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
-                if GATE == 1:
-                    out *= tl.load(factor + 6 * C)[None, :]
+                keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
+                keys_out = keys_in
+            rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
+            factor = factors + at * FACTORS * C + t
+            operand = s.to(keys_in.dtype)
+            known = product(operand, tl.trans(keys_in))
+            if GATE == 1:
+                known *= tl.load(factor + 4 * C)[None, :]
+            given = tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV).to(tl.float32))
+            right = (rate[None, :] * (given - known)).to(keys_in.dtype)
+            new = product(right, tl.trans(load_square(x + at * C * C, C)))
+            if MODE == STATES:
+                store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
+            if MODE == OUT:
+                if GATE == 2:
+                    out = product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
                 else:
-                    out *= scale
-            out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
-            store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
-        if GATE == 1:
-            new *= tl.load(factor + 5 * C)[None, :]
-            s *= tl.load(factors + at * FACTORS * C + C - 1)
-        if GATE == 2:
-            s *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
-        s += product(new.to(keys_in.dtype), keys_out)
-    if maps:
+                    out = product(operand, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
+                    if GATE == 1:
+                        out *= tl.load(factor + 6 * C)[None, :]
+                    else:
+                        out *= scale
+                out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
+                store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
+            if GATE == 1:
+                new *= tl.load(factor + 5 * C)[None, :]
+                s *= tl.load(factors + at * FACTORS * C + C - 1)
+            if GATE == 2:
+                s *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+            s += product(new.to(keys_in.dtype), keys_out)
+    if MODE == MAPS:
         if of_map:
             store_tile(mapped + ((unit * HV + hv) * K + v0) * K, K, K - v0, K, 0, BV, 0, BK, s)
         else:
@@ -262,7 +273,7 @@ def merge_kernel(
                 store_state(final + state + k1 * V, K - k1, V, v0, BV, BK, s)
 
 
-@triton.jit(do_not_specialize=["split", "maps", "packed", "T", "NT", "L", "H", "HV"])
+@triton.jit(do_not_specialize=["split", "packed", "T", "NT", "L", "H", "HV"])
 def reverse_kernel(
     q,  # q to factors: as scan_kernel takes them
     k,
@@ -274,15 +285,14 @@ def reverse_kernel(
     factors,
     grad_o,  # [B, T, HV, V]
     grad_final,  # [N, HV, K, V] float32
-    starts,  # [segments, HV, V, K] float32: gradients after segments; read (split), written (maps: N')
-    grad_states,  # out unless maps: [chunks, HV, V, K], gradients after chunks
-    residuals,  # out unless maps: [B, T, HV, V], dR
-    grad_v,  # out unless maps: [B, T, HV, V]
+    starts,  # [segments, HV, V, K] float32: gradients after segments; read (split), written (OFFSETS: N')
+    grad_states,  # out unless OFFSETS: [chunks, HV, V, K], gradients after chunks
+    residuals,  # out unless OFFSETS: [B, T, HV, V], dR
+    grad_v,  # out unless OFFSETS: [B, T, HV, V]
     grad_initial,  # out unless split: [N, HV, K, V] float32
     sequences,
     segments,
     split,
-    maps,
     packed,
     T,
     NT,
@@ -302,6 +312,7 @@ def reverse_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATE: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):
     """The gradient of the state, from the last chunk to the first, for BV value columns of one head."""
     blocks = tl.cdiv(V, BV)
@@ -314,8 +325,10 @@ def reverse_kernel(
     if sequence < 0:
         return
     keys = tl.arange(0, BK)
-    if split:
-        ds = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, (V - v0) * (1 - maps), K, 0, BV, 0, BK)
+    if OFFSETS:
+        ds = tl.zeros([BV, BK], tl.float32)
+    elif split:
+        ds = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
     else:
         ds = load_state(grad_final + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, 1)
     row = batch * T * HV + hv
@@ -328,12 +341,12 @@ def reverse_kernel(
         k += batch * kb + h * kh
     t = tl.arange(0, C)
     count = tl.cdiv(length, C).to(tl.int32)
-    for i in range(0, count):
+    for i in tl.range(0, count, disable_licm=True):
         n = count - 1 - i
         at = (slot + n) * HV + hv
         rows = tl.minimum(length - n * C, C).to(tl.int32)
         token = first + n * C
-        if maps == 0:
+        if not OFFSETS:
             store_tile(grad_states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
         if GATE == 2:
             queries = load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)
@@ -352,7 +365,7 @@ def reverse_kernel(
         dr += product(grad, load_square(p + at * C * C, C))
         dr = product(dr.to(keys_in.dtype), load_square(x + at * C * C, C))
         erased = dr * rate[None, :]
-        if maps == 0:
+        if not OFFSETS:
             store_tile(residuals + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(dr))
             store_tile(grad_v + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(erased))
         read = grad.to(tl.float32)
@@ -366,7 +379,7 @@ def reverse_kernel(
             ds *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
         ds += product(read.to(keys_in.dtype), queries)
         ds -= product(erased.to(keys_in.dtype), keys_in)
-    if maps:
+    if OFFSETS:
         store_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
     elif split == 0:
         store_state(grad_initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, ds)

@@ -24,11 +24,12 @@ from pyrepr.kernels.delta_rule._kda import (
 )
 from pyrepr.kernels.delta_rule._prepare import prepare_kernel
 from pyrepr.kernels.delta_rule._recurrent import recurrent_kernel
-from pyrepr.kernels.delta_rule._scan import merge_kernel, reverse_kernel, scan_kernel
+from pyrepr.kernels.delta_rule._scan import MAPS, OUT, STATES, merge_kernel, reverse_kernel, scan_kernel
 
 # Tokens per chunk. float32 tiles are twice as large and take twice the shared memory.
 CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 GATES = (0, 1, 2)  # of the scans: nothing, factors per token, a gate per key
+MODES = (OUT.value, STATES.value, MAPS.value)
 WIDTHS = (64, 128, 256)  # K is padded to one of these
 
 _FLOAT32 = {
@@ -133,13 +134,14 @@ def prepare_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
     return _make("prepare", prepare_kernel, dtype, {"C": CHUNK[dtype], "GATED": gated}, config)
 
 
-def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, out: bool) -> Variant:
-    values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "OUT": out}
+def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, mode: int) -> Variant:
+    values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "MODE": mode}
     return _make("scan", scan_kernel, dtype, values, config)
 
 
-def reverse_variant(config: Config, dtype: torch.dtype, width: int, gate: int) -> Variant:
-    return _make("reverse", reverse_kernel, dtype, {"C": CHUNK[dtype], "BK": width, "GATE": gate}, config)
+def reverse_variant(config: Config, dtype: torch.dtype, width: int, gate: int, offsets: bool) -> Variant:
+    values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "OFFSETS": offsets}
+    return _make("reverse", reverse_kernel, dtype, values, config)
 
 
 def merge_variant(config: Config, chunk: int, reverse: bool) -> Variant:
@@ -197,8 +199,8 @@ def variants(architecture: int) -> list[Variant]:
         for width in WIDTHS:
             scan, reverse = SCAN[size, width].rows[architecture], REVERSE[size, width].rows[architecture]
             for gate in GATES:
-                found += [scan_variant(scan, dtype, width, gate, out) for out in (False, True)]
-                found.append(reverse_variant(reverse, dtype, width, gate))
+                found += [scan_variant(scan, dtype, width, gate, mode) for mode in MODES]
+                found += [reverse_variant(reverse, dtype, width, gate, offsets) for offsets in (False, True)]
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
             found.append(norm_gradient_variant(dtype, width))
     return found
