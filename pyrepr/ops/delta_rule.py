@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, module
 from pyrepr.reference import delta_rule as reference
@@ -96,6 +97,17 @@ def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2no
     return o, state, checkpoints
 
 
+def _kept_tokens(total: int) -> int:
+    """Tokens between two kept states, in which the GPU's chunks are counted."""
+    return segment_length(total) * CHUNK
+
+
+def _forward_triton(q, k, v, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    return kernels.forward(q, k, v, *rest, _kept_tokens(v.shape[1]))
+
+
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
 
 forward_op = leaf_op(
@@ -104,6 +116,7 @@ forward_op = leaf_op(
     fake=_forward_fake,
     reference=reference.delta_rule_forward,
     cpu=_forward_cpu,
+    triton=_forward_triton,
 )
 
 
@@ -128,12 +141,51 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
     return o
 
 
+def _update_triton(state, q, k, v, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    return kernels.update_(state, q, k, v, *rest, _kept_tokens(v.shape[1]))
+
+
+def _update_cuda(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+    """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
+    if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
+    if k.shape[3] > 256:
+        raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
+    o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        good = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == v.shape[1])
+        torch._assert_async(good, f"cu_seqlens must start at 0, never decrease, and end at T = {v.shape[1]}")
+    tensors = (q, k, v, g, beta, dense, dense, o, cu_seqlens)
+    with torch.cuda.device(v.device):
+        module().cuda_delta_rule_step(
+            [0 if x is None else x.data_ptr() for x in tensors],
+            [s for x in (q, k, v) for s in x.stride()[:3]],
+            (*k.shape, v.shape[2], v.shape[3]),
+            dense.shape[0],
+            DTYPE_CODES[v.dtype],
+            g is not None and g.dim() == 4,
+            scale,
+            use_qk_l2norm,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    if dense is not state:
+        state.copy_(dense)
+    return o
+
+
 update_op_ = leaf_op(
     f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, "
     "bool use_qk_l2norm) -> Tensor",
     fake=_update_fake,
     reference=reference.delta_rule_update_,
     cpu=_update_cpu,
+    triton=_update_triton,
+    cuda=_update_cuda,
 )
 
 
@@ -167,12 +219,19 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
 
 
+def _backward_triton(q, k, v, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    return kernels.backward(q, k, v, *rest, _kept_tokens(v.shape[1]))
+
+
 backward_op = leaf_op(
     f"delta_rule_backward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_o, "
     "Tensor grad_state, float scale, bool use_qk_l2norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     reference=reference.delta_rule_backward,
     cpu=_backward_cpu,
+    triton=_backward_triton,
 )
 
 
