@@ -126,7 +126,7 @@ def _run(
     q, k, v = _one_dtype(q, k, v)
     scale = shape[2] ** -0.5 if scale is None else float(scale)
     if out_state is None:
-        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
+        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)
         return o, state if output_final_state else None
     _check_state("out_state", out_state, q.device, shape, v.dtype)
     if torch.is_grad_enabled() and any(

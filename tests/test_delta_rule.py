@@ -214,6 +214,19 @@ def test_packed_sequences_with_empty_ones(rule):
     check_gradients(CHUNKED[rule], x, GRADIENT_TOLERANCE[torch.float32], cu_seqlens=cu)
 
 
+def test_packed_and_odd_shapes_in_bf16():
+    """The 16-bit dot products where the machine has them: K, V and T that are multiples of nothing, grouped heads."""
+    cu = torch.tensor([0, 0, 40, 40, 41, 110, 110], dtype=torch.int32)
+    x = inputs("gated", 110, N=6, K=61, V=35, dtype=torch.bfloat16, unit=False)
+    options = {"cu_seqlens": cu, "use_qk_l2norm_in_kernel": True, "scale": 0.3}
+    o, state = call(pyrepr.chunk_gated_delta_rule, x, **options)
+    expected = truth(x, cu, l2norm=True, scale=0.3)
+    assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.bfloat16]
+    assert error(state, expected[1]) < STATE_TOLERANCE[torch.bfloat16]
+    x = {**x, "q": x["q"] * 0, "v": x["v"] * 0, "initial_state": None}
+    assert not any(t.any() for t in call(pyrepr.chunk_gated_delta_rule, x, **options))
+
+
 def test_many_short_packed_sequences():
     cu = torch.arange(0, 121, 3)
     x = inputs("gated", 120, N=40)

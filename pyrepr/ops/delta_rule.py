@@ -279,18 +279,17 @@ def delta_rule(
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,
     use_qk_l2norm: bool,
+    state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        if v.device.type != "cpu":
+        if not v.is_cpu:
             o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
             return o, state
         # Without the kept states the update is the same, and has one tensor less to allocate.
-        shape, dtype = (sequences, v.shape[2], k.shape[3], v.shape[3]), compute_dtype(v.dtype)
-        state = torch.empty(shape, dtype=dtype, device=v.device)
+        state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], sequences)
+    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state
