@@ -124,7 +124,8 @@ class DeltaRule {
     const int threads = work < kSmall ? 1 : p.threads;
     const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
     const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
-    const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
+    const bool decoding = p.total <= kShort && !states.data;
+    const int64_t bytes = round_up((decoding ? short_size(p) : forward_size(p, slice)) * 4, 64);
     const Memory memory(bytes * threads);
     if (!memory.ok()) return Status::out_of_memory;
     const auto run = [&](int64_t task) {
@@ -133,8 +134,8 @@ class DeltaRule {
       const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
       if (columns > 0) walk({p, s, v0, columns, o, final + s.state_offset(p) + v0}, states, scratch);
     };
-    // Decoding: token after token, a thread gets the same heads, whose states its cache holds.
-    if (p.total <= kShort) {
+    // Token after token, a thread gets the same heads, whose states its cache holds.
+    if (decoding) {
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < heads * slices; task++) run(task);
     } else {
@@ -194,6 +195,7 @@ class DeltaRule {
     }
   };
 
+  static int64_t short_size(const DeltaRuleProblem& p) { return Token::size(p.width) + Panels::size(p.width, NR); }
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
     return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR;

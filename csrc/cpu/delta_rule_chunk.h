@@ -224,21 +224,23 @@ inline void decayed_products(const Panels& k, const Panels& x, const Panels& ste
   }
 }
 
-// X^T = (I + A^T)^-1 by substitution from the last row up. a [C, C] holds A^T above the diagonal.
+// X^T = (I + A^T)^-1 by substitution from the last row up, two rows at a time: one alone would wait for its own sums.
+// a [C, C] holds A^T above the diagonal. The order of the terms matters: repeated keys make them alternate in sign, and
+// sums of every other one would be large.
 inline void invert(const Panels& a, const Panels& x) {
-  for (int64_t s = C - 1; s >= 0; s--) {
-    // Two sums in turn: one alone would wait for itself.
-    V row[C / W] = {}, other[C / W] = {};
-    int64_t t = s + 1;
-    for (; t + 2 <= C; t += 2)
+  for (int64_t s = C - 2; s >= 0; s -= 2) {
+    V row[C / W] = {}, next[C / W] = {};
+    for (int64_t t = C - 1; t > s + 1; t--)
 #pragma GCC unroll 8
       for (int64_t c = 0; c < C / W; c++) {
-        row[c] -= *a.at(s, t) * load<float>(x.at(t, c * W));
-        other[c] -= *a.at(s, t + 1) * load<float>(x.at(t + 1, c * W));
+        const V known = load<float>(x.at(t, c * W));
+        next[c] -= *a.at(s + 1, t) * known;
+        row[c] -= *a.at(s, t) * known;
       }
-    for (; t < C; t++)
-      for (int64_t c = 0; c < C / W; c++) row[c] -= *a.at(s, t) * load<float>(x.at(t, c * W));
-    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s, c * W), row[c] + other[c]);
+    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s + 1, c * W), next[c]);
+    *x.at(s + 1, s + 1) = 1;
+    for (int64_t c = 0; c < C / W; c++)
+      store<float>(x.at(s, c * W), row[c] - *a.at(s, s + 1) * load<float>(x.at(s + 1, c * W)));
     *x.at(s, s) = 1;
   }
 }

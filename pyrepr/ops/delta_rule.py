@@ -56,44 +56,40 @@ def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, stride
 
 
-class _Problem:
-    """What every native function takes, and the tensors that must live while it runs."""
-
-    __slots__ = ("native", "tensors")
-
-    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-        (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
-        beta = _dense(beta)
-        g = None if g is None else _dense(g)
-        state = None if initial_state is None else _dense(initial_state)
-        self.tensors = (q, k, v, g, beta, state)
-        self.native = module().DeltaRule(
-            (
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                0 if g is None else g.data_ptr(),
-                beta.data_ptr(),
-                0 if state is None else state.data_ptr(),
-            ),
-            (*k.shape, *v.shape[2:]),
-            (*q_stride, *k_stride, *v_stride),
-            DTYPE_CODES[v.dtype],
-            g is not None and g.dim() == 4,
-            () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
-            scale,
-            use_qk_l2norm,
-            torch.get_num_threads(),
-        )
+def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+    """What every native function is called on, and the tensors that must live while it runs."""
+    (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
+    beta = _dense(beta)
+    g = None if g is None else _dense(g)
+    state = None if initial_state is None else _dense(initial_state)
+    problem = module().DeltaRule(
+        (
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            0 if g is None else g.data_ptr(),
+            beta.data_ptr(),
+            0 if state is None else state.data_ptr(),
+        ),
+        (*k.shape, *v.shape[2:]),
+        (*q_stride, *k_stride, *v_stride),
+        DTYPE_CODES[v.dtype],
+        g is not None and g.dim() == 4,
+        () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
+        scale,
+        use_qk_l2norm,
+        torch.get_num_threads(),
+    )
+    return problem, (q, k, v, g, beta, state)
 
 
 def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
     if v.dtype == torch.float64:
         return reference.delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
     o, state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     kept = checkpoints.data_ptr() if slots else 0
-    problem.native.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
+    problem.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
     return o, state, checkpoints
 
 
@@ -134,8 +130,8 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
         # The kernel may read the state that it writes, but not one that merely overlaps it.
         if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
             initial_state = initial_state.clone()
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
-    problem.native.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
     if final is not state:
         state.copy_(final)
     return o
@@ -211,7 +207,7 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
         return reference.delta_rule_backward(
             q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
         )
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     batch, total, heads, width = k.shape
     grad_o = grad_o.to(torch.float32).contiguous()
     per_value_head = (batch, total, v.shape[2], width)
@@ -222,7 +218,7 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     dg = torch.empty_like(dbeta) if g is None else v.new_empty(g.shape, dtype=torch.float32)
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
     grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
-    problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
+    problem.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
     if heads != v.shape[2]:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
     dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
