@@ -60,11 +60,11 @@ TILES = {
 }
 FEATURES = {
     1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("FEATURES[2]", _square(64, 32, 4, 3), _square(128, 64, 8, 2)),
+    2: _table("FEATURES[2]", _square(64, 32, 4, 2), _square(128, 64, 8, 2)),
 }
 MATRIX = {
-    1: _table("MATRIX[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("MATRIX[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
+    1: _table("MATRIX[1]", _square(64, 32, 4, 4), _square(64, 64, 4, 4)),
+    2: _table("MATRIX[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
 }
 MOMENTS = {
     1: _table("MOMENTS[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),

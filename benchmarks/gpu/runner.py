@@ -81,33 +81,33 @@ class Run:
         sys.stderr.write(result.stderr)
         if result.returncode == 0:
             return None
-        last = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()][-3:]
-        return f"its process ended with code {result.returncode}: {' | '.join(last)}"[:600]
+        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        found = [line for line in lines if line.startswith("=========")][:6] or lines[-3:]  # compute-sanitizer's report
+        return f"its process ended with code {result.returncode}: {' | '.join(found)}"[:900]
 
     def sanitize(self, family: str, seconds: float) -> None:
-        """compute-sanitizer on every small case, each in its own process."""
+        """compute-sanitizer on every small case: one process a tool, because starting one takes half a minute."""
         from pyrepr.benchmarks.gpu.worker import describe, sanitize_items
 
-        items = sanitize_items(family, self.dry)
-        tool_path = shutil.which("compute-sanitizer")
+        names = [describe(item) for item in sanitize_items(family, self.dry)]
+        shared = {"section": "sanitize", "family": family}
+        path_of_tool = shutil.which("compute-sanitizer")
         end = time.monotonic() + seconds
-        for number, item in enumerate(items):
-            shared = {"section": "sanitize", "family": family, "number": number, **describe(item)}
-            for tool in TOOLS:
-                left = end - time.monotonic()
-                if self.dry or tool_path is None:
-                    note = "not run: dry run" if self.dry else "not run: there is no compute-sanitizer"
-                elif left <= 0:
-                    note = "not run: the section's time was over"
-                else:
-                    prefix = (tool_path, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-                    with tempfile.TemporaryDirectory() as folder:
-                        path = Path(folder, "records")
-                        options = ["--only", str(number)]
-                        note = self._worker("sanitize", family, path, options, min(left, 90), prefix)
-                        failed = [line["failure"] for line in _read(path) if line.get("failure")]
-                        note = note or (failed[0] if failed else None)
-                self.records.append({**shared, "tool": tool, "failure": note})
+        for i, tool in enumerate(TOOLS):
+            if self.dry or path_of_tool is None:
+                note = "not run: " + ("dry run" if self.dry else "there is no compute-sanitizer")
+                self.records += [{**shared, **name, "tool": tool, "failure": note} for name in names]
+                continue
+            prefix = (path_of_tool, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "records")
+                path.touch()
+                budget = (end - time.monotonic()) / (len(TOOLS) - i)
+                note = self._worker("sanitize", family, path, [], budget, prefix)
+                lines = [{**line, "tool": tool} for line in _read(path) if not line.get("start")]
+            self.records += lines
+            if note is not None:
+                self.records.append({**shared, "op": "all of the above", "tool": tool, "failure": note})
 
     def report(self, finished: bool) -> dict[str, Any]:
         facts = next((r["facts"] for r in self.records if "facts" in r), {})
@@ -189,4 +189,5 @@ def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int
         write(out, state.report(finished=i + 1 == len(state.sections)))
     print((out / "gpu.md").read_text())
     bad = [r for r in state.records if r.get("failure") and not str(r["failure"]).startswith("not run")]
-    return 1 if any(not r.get("implementation") or r["implementation"].startswith("pyrepr") for r in bad) else 0
+    ours = (None, "pyrepr triton", "pyrepr cuda")  # a peer that cannot do it is a finding, no failure
+    return 1 if any(r.get("implementation") in ours for r in bad) else 0

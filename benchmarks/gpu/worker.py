@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import math
@@ -43,6 +44,13 @@ def _flat(result: Any) -> list[torch.Tensor]:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _forget(device: torch.device) -> None:
+    """Gives memory back that nothing holds any more: the next case may need all of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def family_cases(family: str, dry: bool) -> list[GpuCase]:
@@ -192,8 +200,10 @@ def time_case(item: tuple[GpuCase, torch.dtype], device: torch.device, seconds: 
             row["first"] = clock(function)
         except Exception as failure:
             _synchronise(device)  # a lost context ends the process here
+            _forget(device)
             row["failure"] = f"{type(failure).__name__}: {failure}"[:300]
         result = None
+    truth = None
     running = [name for name, row in rows.items() if row["failure"] is None]
     round_seconds = sum(rows[name].pop("first") for name in running) / 1e3 + 1e-3 * len(running)
     for i in range(max(1 if device.type == "cpu" else 3, min(100, int(seconds / round_seconds)))):
@@ -302,6 +312,7 @@ def records(section: str, family: str, first: int, seconds: float, dry: bool) ->
         except Exception as failure:
             yield {**shared, "failure": f"{type(failure).__name__}: {failure}"[:600]}
             _synchronise(device)
+        _forget(device)
 
 
 def finite(value: Any) -> Any:
@@ -317,16 +328,12 @@ def main() -> int:
     parser.add_argument("family")
     parser.add_argument("records", type=Path)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    first = args.first if args.only is None else args.only
     with open(args.records, "a") as file:
         try:
-            for record in records(args.section, args.family, first, args.seconds, args.dry_run):
-                if args.only is not None and record["number"] > args.only:
-                    break
+            for record in records(args.section, args.family, args.first, args.seconds, args.dry_run):
                 file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
                 file.flush()
         except Exception as failure:
