@@ -296,8 +296,13 @@ def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tu
     if x.numel():
         # Rows outside the mask count as zeros here, which can only make the scale smaller than need be.
         largest = torch.maximum(x.amax(0).double() - mean, mean - x.amin(0).double()).amax()
-    exponent = torch.frexp(largest).exponent
-    return mean, torch.ldexp(torch.ones_like(largest), 15 - exponent)
+    return mean, _scale_of(largest)
+
+
+def _scale_of(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` into [2¹⁴, 2¹⁵), float64: its bits, since a power may be off by one."""
+    exponent = (15 - torch.frexp(largest.double()).exponent.long()).clamp(-126, 126)
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
@@ -546,8 +551,7 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
     packed = Packed([x], None, centre, BY_FEATURES)
     weights = weights.contiguous()
     (m, n), d = weights.shape, x.shape[1]
-    exponent = torch.frexp(weights.abs().amax() if weights.numel() else weights.new_zeros(())).exponent
-    factor = torch.ldexp(torch.ones_like(packed.scale), 15 - exponent)
+    factor = _scale_of(weights.abs().amax() if weights.numel() else weights.new_zeros(())).reshape(1)
     out = weights.new_empty(m, d)
     pointers = {"weights": weights, "factor": factor.float(), "unit": (1 / (factor * packed.scale)).float()}
     arguments = {**pointers, "packed": packed.data, "out": out, "m": m, "n": n, "d": d, **packed.shape}

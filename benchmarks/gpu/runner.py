@@ -16,9 +16,11 @@ from typing import Any
 
 from pyrepr.benchmarks.report import gpu_markdown
 
+import pyrepr
+
 FAMILIES = ("gram", "delta_rule", "lookup")
 # Shares of the time that is left when a section's turn comes. Correctness first: it is worth most.
-SHARES = {"machine": 1.0, "check": 4.0, "time": 5.0, "sanitize": 3.0}
+SHARES = {"machine": 1.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -35,7 +37,8 @@ class Run:
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
         self.sections = [("machine", "all")]
-        self.sections += [(kind, f) for kind in ("check", "time", "sanitize") for f in families or known]
+        self.sections += [(kind, f) for kind in ("check", "time") for f in families or known]
+        self.sections += [("tests", "all"), *(("sanitize", f) for f in families or known)]
         self.commit = _commit()
 
     def left(self) -> float:
@@ -109,6 +112,21 @@ class Run:
             if note is not None:
                 self.records.append({**shared, "op": "all of the above", "tool": tool, "failure": note})
 
+    def tests(self, family: str, seconds: float) -> None:
+        """The tests marked ``gpu``, where pyrepr was installed from a clone."""
+        folder = _root() / "tests"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(folder)]
+        if self.dry or not folder.is_dir() or importlib.util.find_spec("pytest") is None:
+            note = "not run: " + ("dry run" if self.dry else "there is no clone, or no pytest")
+        else:
+            try:
+                result = subprocess.run(command, text=True, capture_output=True, timeout=max(1, seconds), check=False)
+                failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                note = " | ".join(failed or result.stdout.splitlines()[-3:])[:900] if result.returncode else None
+            except subprocess.TimeoutExpired:
+                note = "it was still running when the section's time was over"
+        self.records.append({"section": "tests", "family": family, "op": "pytest -m gpu", "shape": "", "failure": note})
+
     def report(self, finished: bool) -> dict[str, Any]:
         facts = next((r["facts"] for r in self.records if "facts" in r), {})
         return {
@@ -147,15 +165,17 @@ def _driver() -> str | None:
     return output.splitlines()[0] if output else None
 
 
+def _root() -> Path:
+    return Path(pyrepr.__file__).resolve().parents[1]
+
+
 def _commit() -> str:
     """The commit of the clone pyrepr was installed from, with + if something was changed; or the environment's word."""
-    import pyrepr
-
-    root = str(Path(pyrepr.__file__).resolve().parents[1])
-    commit = _output(["git", "-C", root, "rev-parse", "--short=12", "HEAD"])
+    git = ["git", "-C", str(_root())]
+    commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
     if not commit:
         return os.environ.get("PYREPR_COMMIT", "unknown")
-    return commit + ("+" if _output(["git", "-C", root, "status", "--porcelain", "-uno"]) else "")
+    return commit + ("+" if _output([*git, "status", "--porcelain", "-uno"]) else "")
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
@@ -175,8 +195,8 @@ def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int
         budget = max(0.0, state.left() - 5) * shares[0] / sum(shares)
         before = len(state.records)
         try:
-            if kind == "sanitize":
-                state.sanitize(family, budget)
+            if kind in ("sanitize", "tests"):
+                getattr(state, kind)(family, budget)
             else:
                 state.section(kind, family, budget)
         except Exception as failure:
