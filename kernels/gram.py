@@ -238,7 +238,9 @@ class Packed:
             self.first.append(self.first[-1] + max(1, triton.cdiv(width, columns)) * columns)
         self.width = self.first[-1]
         new = functools.partial(torch.empty, device=self.device)
-        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16).zero_()
+        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16)
+        if self.width > sum(self.widths):
+            self.data.zero_()  # the padding between layers, which nothing else writes
         self.q = new(len(xs), self.n_pad, dtype=torch.float32)
         self.valid = new(self.n_pad, dtype=torch.float32).zero_()
         self.valid[: self.n] = 1 if mask is None else mask
@@ -295,7 +297,8 @@ def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tu
     largest = mean.new_zeros(())
     if x.numel():
         # Rows outside the mask count as zeros here, which can only make the scale smaller than need be.
-        largest = torch.maximum(x.amax(0).double() - mean, mean - x.amin(0).double()).amax()
+        low, high = torch.aminmax(x, dim=0)
+        largest = torch.maximum(high - mean, mean - low).amax()
     return mean, _scale_of(largest)
 
 

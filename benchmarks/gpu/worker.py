@@ -27,7 +27,7 @@ from pyrepr.backend import _PROBES
 
 FLUSH_BYTES = 512 << 20  # more than any L2
 SEEDS = 3
-DRY_CASES = 5
+DRY_CASES = 2
 BROKEN = 3  # exit code: the CUDA context is lost, start again behind this item
 
 
