@@ -36,6 +36,7 @@ class Run:
         self.end = self.started + seconds
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
+        self.tuned: list[str] = []
         self.sections = [("machine", "all")]
         self.sections += [(kind, f) for kind in ("check", "time") for f in families or known]
         self.sections += [("tests", "all"), *(("sanitize", f) for f in families or known)]
@@ -82,6 +83,9 @@ class Run:
         except subprocess.TimeoutExpired:
             return "it was still running when the section's time was over"
         sys.stderr.write(result.stderr)
+        sys.stdout.write(result.stdout)
+        # Of PYREPR_AUTOTUNE=1: what the tables in the code should say.
+        self.tuned += [line for line in result.stdout.splitlines() if "best of its table's row" in line]
         if result.returncode == 0:
             return None
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
@@ -137,6 +141,7 @@ class Run:
             "finished": finished,
             "seconds": round(time.monotonic() - self.started, 1),
             "machine": facts,
+            "tuned": self.tuned,
             "records": [r for r in self.records if "facts" not in r],
         }
 
