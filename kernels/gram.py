@@ -49,8 +49,8 @@ def _table(name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SE
     return Table(name, {80: sm80, 90: sm90, 100: sm90}, search)
 
 
-# PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet. Three
-# stages of TILES[1] and 128 registers let two blocks share a multiprocessor: one makes products while the other stores.
+# PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
+# Three stages of TILES[1] and 128 registers let two blocks share a multiprocessor: one multiplies, the other stores.
 PAIR = {
     1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
     2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3)),
