@@ -125,6 +125,47 @@ def test_two_runs_with_different_bits_fail():
     assert record["failure"] == "two runs gave different bits"
 
 
+def test_table_of_a_run(tmp_path):
+    shared = {"family": "gram", "op": "cka", "shape": "n=9", "dtype": "float32"}
+    time = {"section": "time", **shared, "failure": None, "flops": 8e9, "bytes": 1e6, "error": 1e-7, "peak_mib": 3.2}
+    run = {
+        "date": "D",
+        "commit": "C",
+        "driver": "7",
+        "dry_run": False,
+        "finished": True,
+        "machine": {"device": "A GPU", "torch": "2", "cuda": "13"},
+        "records": [
+            {"section": "machine", "op": "copy", "bound": "copy", "value": 100.0, "unit": "GB/s"},
+            {
+                "section": "machine",
+                "op": "matrix product float32",
+                "bound": "matrix product float32",
+                "value": 40.0,
+                "unit": "TFLOP/s",
+            },
+            {**time, "implementation": "pyrepr triton", "milliseconds": 0.4},
+            {**time, "implementation": "pyrepr cuda", "milliseconds": 0.8},
+            {**time, "implementation": "plain torch", "milliseconds": 2000.0, "error": "inf"},
+            {"section": "check", **shared, "backend": "triton", "failure": None},
+            {"section": "check", **shared, "backend": "cuda", "failure": "not run: the section's time was over"},
+        ],
+    }
+    (tmp_path / "gpu_a.json").write_text(json.dumps(run))
+    assert report.gpu_section(tmp_path).splitlines() == [
+        "A GPU, driver 7, torch 2, cuda 13, commit C, D. Measured in the same run: copy 100 GB/s, "
+        "matrix product float32 40 TFLOP/s.",
+        "",
+        "| op | shape | dtype | implementation | ms | × | error | extra MiB | of bound |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        "| cka | n=9 | float32 | **pyrepr triton** | 0.4 | 1.00 | 1e-07 | 3 | 50 % |",
+        "|  |  |  | **pyrepr cuda** | 0.8 | 2.00 | 1e-07 | 3 | 25 % |",
+        "|  |  |  | plain torch | 2000 | 5000.00 | inf | 3 |  |",
+        "",
+        "Passed: gram against float64 1 of 1. Not run: 1.",
+    ]
+
+
 def test_unknown_family_is_refused():
     with pytest.raises(ValueError, match=r"--families must be among gram, .*got 'grams'"):
         runner.Run(["grams"], 1, dry=True)
