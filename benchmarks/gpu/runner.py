@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +17,11 @@ from typing import Any
 from pyrepr.benchmarks.report import gpu_markdown
 
 import pyrepr
+from pyrepr.gpu_check import cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "lookup")
 # Shares of the time that is left when a section's turn comes. Correctness first: it is worth most.
-SHARES = {"machine": 1.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
+SHARES = {"machine": 1.0, "prepare": 4.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -34,10 +35,11 @@ class Run:
                 raise ValueError(f"--families must be among {', '.join(known)}, got {family!r}")
         self.started, self.dry = time.monotonic(), dry
         self.end = self.started + seconds
+        self.most = 2 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
         self.tuned: list[str] = []
-        self.sections = [("machine", "all")]
+        self.sections = [("machine", "all"), *(("prepare", f) for f in families or known)]
         self.sections += [(kind, f) for kind in ("check", "time") for f in families or known]
         self.sections += [("tests", "all"), *(("sanitize", f) for f in families or known)]
         self.commit = _commit()
@@ -75,6 +77,7 @@ class Run:
         """Runs a worker; returns why it ended early, or ``None``."""
         command = [*prefix, sys.executable, "-m", "pyrepr.benchmarks.gpu.worker", kind, family, str(path), *options]
         command += ["--seconds", str(seconds), *(["--dry-run"] if self.dry else [])]
+        command += [] if self.most is None else ["--most", str(self.most)]
         try:
             # Some time more: the worker sees for itself that its time is over, unless it hangs.
             result = subprocess.run(
@@ -92,13 +95,23 @@ class Run:
         found = [line for line in lines if line.startswith("=========")][:6] or lines[-3:]  # compute-sanitizer's report
         return f"its process ended with code {result.returncode}: {' | '.join(found)}"[:900]
 
+    def prepare(self, family: str, seconds: float) -> None:
+        """Compiles what the cases launch, on all processors; what fails here fails again where it is recorded."""
+        if self.dry:
+            return
+        count = min(8, os.cpu_count() or 1)
+        with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(count) as pool:
+            for i in range(count):
+                options = ["--first", str(i), "--step", str(count)]
+                pool.submit(self._worker, "prepare", family, Path(folder, str(i)), options, seconds)
+
     def sanitize(self, family: str, seconds: float) -> None:
         """compute-sanitizer on every small case: one process a tool, because starting one takes half a minute."""
         from pyrepr.benchmarks.gpu.worker import describe, sanitize_items
 
         names = [describe(item) for item in sanitize_items(family, self.dry)]
         shared = {"section": "sanitize", "family": family}
-        path_of_tool = shutil.which("compute-sanitizer")
+        path_of_tool = cuda_tool("compute-sanitizer")
         end = time.monotonic() + seconds
         for i, tool in enumerate(TOOLS):
             if self.dry or path_of_tool is None:
@@ -200,7 +213,7 @@ def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int
         budget = max(0.0, state.left() - 5) * shares[0] / sum(shares)
         before = len(state.records)
         try:
-            if kind in ("sanitize", "tests"):
+            if kind in ("prepare", "sanitize", "tests"):
                 getattr(state, kind)(family, budget)
             else:
                 state.section(kind, family, budget)
