@@ -272,7 +272,7 @@ class _GramStats(torch.autograd.Function):
             xs, full = [x[rows] for x in xs], xs
             d, grad_r, grad_d = d[:, rows], grad_r[:, rows], grad_d[:, rows]
         if by_features:
-            pairs = _pairs(len(xs), split)
+            pairs = layer_pairs(len(xs), split)
             grads = _features_backward(xs, d, pairs, wanted, grad_s, grad_d - grad_r)
         else:
             backward = _TilesBackward(xs, scale, kernel, degree, coef0, d, shift, dots if keep_dots else None)
@@ -285,7 +285,7 @@ class _GramStats(torch.autograd.Function):
         return (None,) * 8 + tuple(grads)
 
 
-def _pairs(m: int, split: int) -> list[tuple[int, int]]:
+def layer_pairs(m: int, split: int) -> list[tuple[int, int]]:
     """The pairs a ≤ b whose S is wanted: all of them, or with `split` the cross pairs and the diagonal."""
     return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
 
