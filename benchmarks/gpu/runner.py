@@ -17,6 +17,7 @@ from typing import Any
 from pyrepr.benchmarks.report import gpu_markdown
 
 import pyrepr
+from pyrepr.backend import build_info
 from pyrepr.gpu_check import cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "lookup")
@@ -192,7 +193,7 @@ def _commit() -> str:
     git = ["git", "-C", str(_root())]
     commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
     if not commit:
-        return os.environ.get("PYREPR_COMMIT", "unknown")
+        return build_info().get("commit") or os.environ.get("PYREPR_COMMIT", "unknown")
     return commit + ("+" if _output([*git, "status", "--porcelain", "-uno"]) else "")
 
 
