@@ -8,6 +8,7 @@ from pyrepr import nn
 from pyrepr.backend import backends, use_backend
 from pyrepr.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.comparison import Comparison, compare
+from pyrepr.conversion import Conversion, convert
 from pyrepr.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -16,6 +17,7 @@ from pyrepr.delta_rule import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
+from pyrepr.distillation import Distillation, distill
 from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, segment_sum
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
@@ -23,7 +25,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "Conversion",
     "DegenerateInputWarning",
+    "Distillation",
     "Kernel",
     "StreamingCKA",
     "backends",
@@ -35,6 +39,8 @@ __all__ = [
     "cka",
     "cka_matrix",
     "compare",
+    "convert",
+    "distill",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
