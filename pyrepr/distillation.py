@@ -206,9 +206,7 @@ def _run(
     for batch in progress_bar(batches, progress, description, "step", epochs * length if length else None):
         value = loss_of(batch)
         if not bool(value.isfinite()):
-            raise FloatingPointError(
-                f"the loss must be finite, got {value.item()} at step {steps}; lr = {lr} too large?"
-            )
+            raise FloatingPointError(f"the loss must be finite, got {value.item()} at step {steps}; try a smaller lr")
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -384,7 +384,8 @@ def _outputs(mlp: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         pieces = [mlp(piece) for piece in rows.split(4096)]
     y = pieces[0]
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"mlp must give a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        came = str(getattr(y, "dtype", type(y).__name__)).removeprefix("torch.")
+        raise TypeError(f"mlp must give a floating-point tensor, got {came}")
     if y.dim() != 2 or sum(map(len, pieces)) != len(rows):
         raise ValueError(f"mlp must give [N, h] for N = {len(rows[:4096])} rows, got {list(y.shape)}")
     return torch.cat(pieces)
