@@ -6,6 +6,7 @@ import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares,
 
 from pyrepr import nn
 from pyrepr.backend import backends, use_backend
+from pyrepr.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.comparison import Comparison, compare
 from pyrepr.conversion import Conversion, convert
 from pyrepr.delta_rule import (
@@ -30,6 +31,8 @@ __all__ = [
     "Kernel",
     "StreamingCKA",
     "backends",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",

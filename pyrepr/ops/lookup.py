@@ -10,6 +10,8 @@ is another, so two autograd functions cover the family.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -57,6 +59,15 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _triton(function: str, file: str = "lookup"):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*args)
+
+    return run
+
+
 def _hash_fake(x, bits, weighting, temperature):
     shape = (x.shape[0], x.shape[1] // bits)
     return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=compute_dtype(x.dtype))
@@ -77,6 +88,7 @@ hash_op = leaf_op(
     fake=_hash_fake,
     reference=reference.hash_op,
     cpu=_hash_cpu,
+    triton=_triton("hash"),
 )
 
 
@@ -110,6 +122,7 @@ linear_op = leaf_op(
     fake=_linear_fake,
     reference=reference.linear_op,
     cpu=_linear_cpu,
+    triton=_triton("linear"),
 )
 
 
@@ -130,6 +143,7 @@ sum_op = leaf_op(
     fake=_sum_fake,
     reference=reference.sum_op,
     cpu=_sum_cpu,
+    triton=_triton("sum"),
 )
 
 
@@ -171,6 +185,7 @@ backward_op = leaf_op(
     fake=_backward_fake,
     reference=reference.backward_op,
     cpu=_backward_cpu,
+    triton=_triton("backward", "lookup_backward"),
 )
 
 
@@ -193,6 +208,7 @@ hash_backward_op = leaf_op(
     fake=_hash_backward_fake,
     reference=reference.hash_backward_op,
     cpu=_hash_backward_cpu,
+    triton=_triton("hash_backward", "lookup_backward"),
 )
 
 
