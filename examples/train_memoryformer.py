@@ -14,17 +14,15 @@ Leaves train_memoryformer.json and the plot train_memoryformer.png in the folder
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
 import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from docstrings import docstrings
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,24 +83,7 @@ class DenseTwin(Transformer):
         super().__init__(lambda: DenseBlock(d, heads), d, depth, context)
 
 
-def docstrings(packages: tuple[str, ...]) -> list[str]:
-    """Every docstring of at least 80 letters in the sources of installed packages, each once, in a fixed order."""
-    found: dict[str, None] = {}
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for file in sorted(Path(spec.origin).parent.rglob("*.py")):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in other people's strings
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    text = ast.get_docstring(node) or ""
-                    if len(text) >= 80:
-                        found[text] = None
-    return list(found)
-
-
-def corpus(packages: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def corpus(packages: list[str]) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and those of a twentieth of the docstrings to validate on."""
     texts = docstrings(packages)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED)).tolist()
@@ -166,7 +147,7 @@ class Run:
 
 def train(options: argparse.Namespace) -> dict:
     """Both models, step by step in turn; the results."""
-    text, unseen = corpus(PACKAGES)
+    text, unseen = corpus(options.packages)
     torch.manual_seed(SEED)
     shape = {"d": options.width, "heads": 4, "depth": options.depth, "context": options.context}
     runs = {
@@ -223,6 +204,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("results"))
     for name, default in (("steps", 400), ("batch", 16), ("context", 256), ("width", 128), ("depth", 4), ("bits", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--packages", nargs="+", default=list(PACKAGES), help="whose docstrings are the text")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     result = train(options)

@@ -587,6 +587,18 @@ def test_quantized_layer_and_its_state():
         layer.quantize_("int8")
 
 
+def test_state_of_a_converted_layer_fits_a_new_one():
+    linear, x = torch.nn.Linear(64, 48), torch.randn(300, 64)
+    converted = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=8)
+    assert set(converted.state_dict()) == {"tables", "bias", "shift", "scale", "down", "up"}
+    loaded = pyrepr.nn.LookupLinear(64, 48, weighting="l1")
+    loaded.load_state_dict(converted.state_dict())
+    assert torch.equal(loaded(x), converted(x))
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in converted.named_parameters()]
+    with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got 63"):
+        loaded(x[:, 1:])
+
+
 def test_usage_counts_every_token_once_a_table():
     layer = pyrepr.nn.LookupLinear(24, 5, bits=4)
     usage = layer.usage(torch.randn(2, 50, 24))

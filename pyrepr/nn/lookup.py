@@ -160,6 +160,15 @@ class LookupLinear(nn.Module):
         to_huge_pages(self.tables)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        """Makes room for what a converted layer has and a new one has not."""
+        for name in ("shift", "scale", "down", "up"):
+            value = state_dict.get(prefix + name)
+            if value is not None and getattr(self, name) is None:
+                room = torch.empty_like(value, device=self.tables.device)
+                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
         if x.shape[-1] != self.in_features:
