@@ -55,7 +55,7 @@ class Setting:
 SETTINGS = (
     Setting("linear", 4, 0),
     Setting("linear", 4, 48),
-    Setting("linear", 8, 48),
+    Setting("linear", 6, 48),
     Setting("ffn", 4, 48),
     Setting("ffn", 8, 0),
     Setting("ffn", 8, 48),
@@ -76,17 +76,17 @@ class Data:
         held = 64 if quick else 512
         self.test = self.batches(text[:held])
         train = text[held : 5 * held] if quick else text[held:]
-        self.calibration = self.batches(train[:1024])
+        self.calibration = self.batches(train[:768])
         self.train = self.batches(train)
 
     def batches(self, text: list[str]) -> list[Any]:
-        """64 sentences of about one length together, so that little is padded, in shuffled order."""
+        """32 sentences of about one length together, so that little is padded, in shuffled order."""
         text = sorted(text, key=len)
-        order = torch.randperm(-(-len(text) // 64), generator=torch.Generator().manual_seed(1)).tolist()
+        order = torch.randperm(-(-len(text) // 32), generator=torch.Generator().manual_seed(1)).tolist()
         return [
             dict(
                 self.tokenizer(
-                    text[64 * i : 64 * i + 64], padding=True, return_tensors="pt", max_length=64, truncation=True
+                    text[32 * i : 32 * i + 32], padding=True, return_tensors="pt", max_length=64, truncation=True
                 )
             )
             for i in order
@@ -193,7 +193,7 @@ def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick:
     networks = [part for block in model.encoder.layer for part in (block.intermediate, block.output.dense)]
     own = {id(p) for network in networks for p in network.parameters()}
     result = pyrepr.distill(
-        model, original, data.train, layers="encoder.layer.*", train=lambda name, p: id(p) in own, epochs=(1, 2)
+        model, original, data.train, layers="encoder.layer.*", train=lambda name, p: id(p) in own, epochs=(1, 1)
     )
     print(result)
     end = time.perf_counter()
