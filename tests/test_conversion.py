@@ -195,6 +195,21 @@ def test_what_cannot_be_replaced_is_left_alone_and_named():
     }
 
 
+def test_a_module_under_two_names_is_tied_and_any_name_will_do():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.a = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(self.module(x)))
+
+    report = convert(Net(), torch.randn(100, 16))
+    assert [layer.name for layer in report.layers] == ["module"]
+    assert report.skipped == {"a": "is tied to b.weight", "b": "is tied to a.weight"}
+
+
 def test_a_layer_called_twice_and_layers_of_one_input():
     class Net(nn.Module):
         def __init__(self):
@@ -205,9 +220,7 @@ def test_a_layer_called_twice_and_layers_of_one_input():
             return self.twice(self.twice(self.q(x) * self.k(x)))
 
     model, seen = Net(), []
-    counter = nn.Linear(16, 16)
     model.register_forward_pre_hook(lambda *args: seen.append(1))
-    del counter
     report = convert(model, [torch.randn(100, 16) for _ in range(3)])
     assert [layer.name for layer in report.layers] == ["q", "k", "twice"]
     assert report.calibration_rows == 600
