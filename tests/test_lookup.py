@@ -587,6 +587,18 @@ def test_quantized_layer_and_its_state():
         layer.quantize_("int8")
 
 
+def test_a_converted_layer_takes_any_shape_and_passes_nan_on():
+    layer = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(24, 10), torch.randn(200, 24), rank=3)
+    x = torch.randn(2, 3, 24)
+    assert_close(layer(x)[1, 2], layer(x[1, 2]))
+    assert layer(x[:0]).shape == (0, 3, 10)
+    x[0, 1, 5] = torch.nan
+    assert layer(x).isnan().any(-1).nonzero().tolist() == [[0, 1]]
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    sum(layer(x.bfloat16())[1]).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 def test_state_of_a_converted_layer_fits_a_new_one():
     linear, x = torch.nn.Linear(64, 48), torch.randn(300, 64)
     converted = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=8)
