@@ -135,6 +135,15 @@ class Run:
         losses = [self.loss(*part) for part in zip(x.split(16), y.split(16), strict=True)]
         self.validation.append([len(self.train), torch.stack(losses).mean().item()])
 
+    def state(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        return {**parts, "history": (self.ms, self.train, self.validation)}
+
+    def load(self, state: dict) -> None:
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.ms, self.train, self.validation = state["history"]
+
     def result(self) -> dict:
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -146,7 +155,7 @@ class Run:
 
 
 def train(options: argparse.Namespace) -> dict:
-    """Both models, step by step in turn; the results."""
+    """Both models, step by step in turn; the results. Goes on from the last validation if it was interrupted."""
     text, unseen = corpus(options.packages)
     torch.manual_seed(SEED)
     shape = {"d": options.width, "heads": 4, "depth": options.depth, "context": options.context}
@@ -162,8 +171,15 @@ def train(options: argparse.Namespace) -> dict:
         )
 
     fixed = draw(unseen, 4 * options.batch)
+    checkpoint, start = options.out / "train_memoryformer.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, run in runs.items():
+            run.load(state[name])
+        start = len(run.train)
+        generator.set_state(state["generator"])
     every = max(1, options.steps // 20)
-    for step in range(options.steps):
+    for step in range(start, options.steps):
         batch = draw(text, options.batch)
         for run in runs.values():
             run.step(*batch)
@@ -172,6 +188,9 @@ def train(options: argparse.Namespace) -> dict:
                 run.validate(*fixed)
             line = (f"{name} {run.validation[-1][1]:.3f} ({run.ms[-1]:.0f} ms)" for name, run in runs.items())
             print(f"step {step + 1}: validation loss, nats a byte: " + ", ".join(line), flush=True)
+            states = {name: run.state() for name, run in runs.items()}
+            torch.save({**states, "generator": generator.get_state()}, checkpoint)
+    checkpoint.unlink()
     result = {"bytes": len(text), "batch": options.batch, "bits": options.bits, "seed": SEED, **shape}
     return {**result, "runs": {name: run.result() for name, run in runs.items()}}
 
