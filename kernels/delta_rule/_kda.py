@@ -16,7 +16,6 @@ Backward, D and M as in ``_gradient`` but without Γ:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._prepare import FACTORS, invert, norms, put_lower
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, store_tile
 
@@ -178,7 +177,7 @@ def invert_kernel(
 ):
     NB: tl.constexpr = C // 16
     at = tl.program_id(0).to(tl.int64)
-    batch, first, rows = chunk_place(at // HV, chunks, packed, T, NT, C)
+    _, _, rows = chunk_place(at // HV, chunks, packed, T, NT, C)
     if rows <= 0:
         return
     a += at * C * C

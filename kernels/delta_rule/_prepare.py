@@ -16,9 +16,7 @@ Work per chunk and head: C² K multiply-adds for A and P; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile, substitute
-
 
 # Rows of `factors`, per chunk and value head: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|, and products of them that the
 # scans take: e^{G_i} / |k|, e^{G_C − G_i} / |k|, scale · e^{G_i} / |q|.
@@ -273,12 +271,8 @@ def prepare_kernel(
     if NB == 4:
         u2, s2, t2 = _decays(g, HV, rows, 2, GATED)
         u3, s3, t3 = _decays(g, HV, rows, 3, GATED)
-    a0, p0, n0 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK
-    )
-    a1, p1, n1 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK
-    )
+    a0, p0, n0 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
+    a1, p1, n1 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
     a2, p2, n2 = a1, p1, n1
     a3, p3, n3 = a1, p1, n1
     if NB == 4:

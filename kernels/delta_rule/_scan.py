@@ -23,7 +23,6 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
 
@@ -153,7 +152,7 @@ def scan_kernel(
     period = tl.maximum(count, 1)
     if keep:
         period = L
-    for start in range(0, count, period):
+    for start in tl.range(0, count, period, disable_licm=True):
         # Outside the loop over chunks, which would lose registers to the branch.
         if keep:
             kept = first_segment(sequence, sequences, packed, NT, L) + start // L
