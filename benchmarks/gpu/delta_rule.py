@@ -58,7 +58,7 @@ def _with_gradient(function: Callable[..., Tensor], inputs: list[Tensor], grad: 
 
 
 def _float64(rule: str) -> Callable[..., Tensor]:
-    """o in float64: the chunk form where there is one, since the recurrence keeps a state per token for its gradient."""
+    """o in float64: the chunk form where there is one, as the recurrence keeps a state per token for its gradient."""
 
     def plain(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         g, beta = rest if len(rest) == 2 else (None, rest[0])

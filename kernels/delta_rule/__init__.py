@@ -1,13 +1,15 @@
 """Family `delta_rule` in Triton: the leaf ops of ``pyrepr/ops/delta_rule.py`` on the GPU.
 
 Forward: ``_prepare`` makes what a chunk owes to its own tokens, for all chunks at once, 2 C numbers a token in the
-inputs' dtype; ``_scan`` carries the state through the chunks and writes the output. Too few sequences and heads to fill
-the GPU are cut into segments (see ``_scan``). Backward: the forward scan again, from the states the forward kept, leaves
-the state before every chunk; the scan in reverse leaves its gradient after every chunk; ``_gradient`` does the rest, for
-all chunks at once. A few tokens are decoded by ``_recurrent``.
+inputs' dtype; ``_scan`` carries the state through the chunks and writes the output. Too few sequences and heads to
+fill the GPU are cut into segments (see ``_scan``). Backward: the forward scan again, from the states the forward kept,
+leaves the state before every chunk; the scan in reverse leaves its gradient after every chunk; ``_gradient`` does the
+rest, for all chunks at once. A gate per key takes ``_kda`` in place of ``_prepare`` and ``_gradient``. A few tokens
+are decoded by ``_recurrent``.
 
-The state is float32. Operands of products are the inputs' dtype, sums are float32; float32 inputs go through ``tf32x3``.
-Nothing here synchronises with the device: packed sequences are laid out by a kernel, in as many slots as T and N allow.
+The state is float32. Operands of products have the inputs' dtype, sums are float32; float32 inputs go through
+``tf32x3``. Nothing here synchronises with the device: packed sequences are laid out by a kernel, in as many slots as
+T and N allow.
 """
 
 from __future__ import annotations
