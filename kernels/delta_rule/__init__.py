@@ -29,6 +29,8 @@ from pyrepr.backend import Unsupported, triton_interprets
 __all__ = ["backward", "forward", "update_", "variants"]
 
 OUT, STATES, MAPS = table.MODES
+# Segments of a sequence: merging them is a chain of as many products. An estimate, not measured yet.
+MOST_SEGMENTS = 16
 SHORT = 16  # tokens a sequence up to which the recurrence is run as it stands
 
 
@@ -67,7 +69,7 @@ class Problem:
         self.C = CHUNK[self.dtype]
         self.width = table.width_of(self.K)
         self.NT = _ceil(self.T, self.C)
-        self.L = max(1, _ceil(segment, self.C))  # chunks of a segment
+        self.L = max(1, _ceil(segment, self.C), _ceil(self.NT, MOST_SEGMENTS))  # chunks of a segment
         self.cu_seqlens = cu_seqlens
         self.packed = cu_seqlens is not None
         if cu_seqlens is None:

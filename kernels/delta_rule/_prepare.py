@@ -283,9 +283,10 @@ def prepare_kernel(
             q, qt, k, kt, beta, HV, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK
         )
     upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
-    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
-    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
-    put_lower(x, invert(a, NB), NB)
+    # P first: nothing but A has to stay in registers while A is inverted.
     pairs = _products(q, qt, k, kt, rows, K, NB, BLOCK)
     pairs = _weigh(pairs, (p0, p1, p2, p3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
     put_lower(p, pairs, NB)
+    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
+    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
+    put_lower(x, invert(a, NB), NB)

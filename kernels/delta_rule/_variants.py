@@ -7,11 +7,11 @@ Not measured on a GPU yet: the values are estimates from registers and shared me
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant
+from pyrepr.kernels._launch import ARCHITECTURES, DTYPE_NAMES, Config, Table, Variant
 from pyrepr.kernels.delta_rule._gradient import gradient_kernel, norm_gradient_kernel
 from pyrepr.kernels.delta_rule._index import index_kernel
 from pyrepr.kernels.delta_rule._kda import (
@@ -71,12 +71,15 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
 
 
-def _table(name: str, *rows: tuple[int, int, int], block: str = "BV", candidates=()) -> Table:
+def _table(
+    name: str, *rows: tuple[int, int, int], block: str = "BV", candidates: Sequence[tuple[int, int, int]] = ()
+) -> Table:
     """Rows (block, warps, stages) for sm_80, sm_90, sm_100."""
-    configs = [Config({block: size}, warps, stages) for size, warps, stages in rows]
-    return Table(
-        name, dict(zip((80, 90, 100), configs, strict=True)), [Config({block: s}, w, n) for s, w, n in candidates]
-    )
+
+    def configs(triples: Sequence[tuple[int, int, int]]) -> list[Config]:
+        return [Config({block: size}, warps, stages) for size, warps, stages in triples]
+
+    return Table(name, dict(zip(ARCHITECTURES, configs(rows), strict=True)), configs(candidates))
 
 
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
@@ -116,8 +119,9 @@ KDA_GRADIENT = {
 }
 KDA_WIDTH = 32  # key columns of a program of the gradients
 INVERT = Config({}, 4, 1)
-MERGE = _table("MERGE", (32, 4, 1), (32, 4, 1), (32, 4, 1))  # one stage: the kernel reads back what it wrote
-MERGE_WIDTH = 64
+# One stage: the kernel reads back what it wrote.
+_merge = Config({"BV": 16, "BK": 64}, 4, 1)
+MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 128}, 8, 1)])
 RECURRENT = {
     64: _table("RECURRENT 64", (16, 1, 1), (16, 1, 1), (16, 1, 1)),
     128: _table("RECURRENT 128", (16, 2, 1), (16, 2, 1), (16, 2, 1)),
@@ -146,7 +150,7 @@ def reverse_variant(config: Config, dtype: torch.dtype, width: int, gate: int, o
 
 
 def merge_variant(config: Config, chunk: int, reverse: bool) -> Variant:
-    return _make("merge", merge_kernel, torch.float32, {"C": chunk, "BK": MERGE_WIDTH, "REVERSE": reverse}, config)
+    return _make("merge", merge_kernel, torch.float32, {"C": chunk, "REVERSE": reverse}, config)
 
 
 def gradient_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
@@ -194,8 +198,8 @@ def variants(architecture: int) -> list[Variant]:
         kda = KDA_GRADIENT[size].rows[architecture]
         found += [kda_prepare_variant(KDA_PREPARE[size].rows[architecture], dtype), invert_variant(dtype)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
-        merge = MERGE.rows[architecture]
         if dtype != torch.float16:
+            merge = MERGE.rows[architecture]
             found += [merge_variant(merge, chunk, backwards) for backwards in (False, True)]
         for width in WIDTHS:
             scan, reverse = SCAN[size, width].rows[architecture], REVERSE[size, width].rows[architecture]
