@@ -21,12 +21,12 @@ import torch
 from pyrepr.kernels._launch import Config, Variant, architecture, launch
 from pyrepr.kernels.delta_rule import _variants as table
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, variants
+from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, representative_variants, variants
 from torch import Tensor
 
 from pyrepr.backend import Unsupported, triton_interprets
 
-__all__ = ["backward", "forward", "update_", "variants"]
+__all__ = ["backward", "forward", "representative_variants", "update_", "variants"]
 
 OUT, STATES, MAPS = table.MODES
 # Segments of a sequence: merging them is a chain of as many products. An estimate, not measured yet.

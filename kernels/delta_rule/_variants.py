@@ -7,7 +7,7 @@ Not measured on a GPU yet: the values are estimates from registers and shared me
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,26 +186,35 @@ def recurrent_variant(config: Config, dtype: torch.dtype, width: int) -> Variant
     return _make("recurrent", recurrent_kernel, dtype, {"BK": width}, config)
 
 
-def variants(architecture: int) -> list[Variant]:
-    """Everything the family launches on that architecture."""
+def variants(
+    architecture: int,
+    dtypes: Iterable[torch.dtype] = tuple(CHUNK),
+    widths: Iterable[int] = WIDTHS,
+    gates: Iterable[int] = GATES,
+) -> list[Variant]:
+    """Everything the family launches on that architecture, for these dtypes, padded K and kinds of gate."""
     found = []
-    for dtype, chunk in CHUNK.items():
-        size = dtype.itemsize
-        found += [index_variant(dtype)] if dtype != torch.float16 else []
+    for dtype in dtypes:
+        tables = (PREPARE, GRADIENT, KDA_PREPARE, KDA_GRADIENT)
+        prepare, gradient, kda_prepare, kda = (t[dtype.itemsize].rows[architecture] for t in tables)
         for gated in (False, True):
-            found.append(prepare_variant(PREPARE[size].rows[architecture], dtype, gated))
-            found.append(gradient_variant(GRADIENT[size].rows[architecture], dtype, gated))
-        kda = KDA_GRADIENT[size].rows[architecture]
-        found += [kda_prepare_variant(KDA_PREPARE[size].rows[architecture], dtype), invert_variant(dtype)]
+            found.append(prepare_variant(prepare, dtype, gated))
+            found.append(gradient_variant(gradient, dtype, gated))
+        found += [kda_prepare_variant(kda_prepare, dtype), invert_variant(dtype)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
-        if dtype != torch.float16:
-            merge = MERGE.rows[architecture]
-            found += [merge_variant(merge, chunk, backwards) for backwards in (False, True)]
-        for width in WIDTHS:
-            scan, reverse = SCAN[size, width].rows[architecture], REVERSE[size, width].rows[architecture]
-            for gate in GATES:
+        for width in widths:
+            scan, reverse = (t[dtype.itemsize, width].rows[architecture] for t in (SCAN, REVERSE))
+            for gate in gates:
                 found += [scan_variant(scan, dtype, width, gate, mode) for mode in MODES]
                 found += [reverse_variant(reverse, dtype, width, gate, offsets) for offsets in (False, True)]
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
             found.append(norm_gradient_variant(dtype, width))
-    return found
+        found.append(index_variant(dtype))
+        merge = MERGE.rows[architecture]
+        found += [merge_variant(merge, CHUNK[dtype], backwards) for backwards in (False, True)]
+    return list({v.key: v for v in found}.values())  # what does not depend on the dtype is there once
+
+
+def representative_variants(architecture: int) -> list[Variant]:
+    """Those that the rest differ from by a dtype, by a padded K, or by what another architecture compiles."""
+    return variants(architecture, (torch.bfloat16,), (128,), GATES if architecture == 90 else (1,))
