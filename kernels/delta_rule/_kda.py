@@ -124,7 +124,7 @@ def kda_prepare_kernel(
         of_a = tl.zeros([16, 16], tl.float32)
         of_p = tl.zeros([16, 16], tl.float32)
         right = tl.full([16], 1.0, tl.float32)
-        if normalize and other <= block:
+        if (normalize != 0) & (other <= block):
             right = norms(k + j0 * kt, kt, rows - j0, K, 0, BLOCK)
         if other < block:
             for c in range(0, K, BLOCK):
