@@ -203,7 +203,7 @@ class Scan:
             variant = table.scan_variant(config, p.dtype, p.width, self.gate, mode)
             p.run(variant, self.units(split) * p.HV * blocks, **{**self.common, **tensors})
 
-        table.SCAN[p.dtype.itemsize, p.width].run(p.device, run, (mode, split))
+        table.SCAN[p.dtype.itemsize, p.width, p.gate == 2].run(p.device, run, (mode, split))
 
     def reverse(self, offsets: bool, grad_o: Tensor, starts: Tensor, grad_final: Tensor, grad_initial: Tensor, **more):
         """The same for the way back; `offsets`: N' of the segments alone."""
@@ -216,7 +216,7 @@ class Scan:
             variant = table.reverse_variant(config, p.dtype, p.width, self.gate, offsets)
             p.run(variant, programs, **{**self.common, **tensors})
 
-        table.REVERSE[p.dtype.itemsize, p.width].run(p.device, run, (offsets,))
+        table.REVERSE[p.dtype.itemsize, p.width, p.gate == 2].run(p.device, run, (offsets,))
 
     def merge(self, offsets: Tensor, mapped: Tensor, initial: Tensor | None, final: Tensor, reverse: bool) -> Tensor:
         """The states before the segments; `final` gets the one after the last."""

@@ -82,27 +82,29 @@ def _table(
     return Table(name, dict(zip(ARCHITECTURES, configs(rows), strict=True)), configs(candidates))
 
 
+_BLOCKS = [(size, warps, stages) for size in (32, 64) for warps in (1, 2, 4) for stages in (1, 2)]
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
-# (bytes per element, padded K) → table
+# (bytes per element, padded K, whether there is a gate per key, which takes another tile) → table
 SCAN = {
-    (2, 64): _table("SCAN 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
-    (2, 128): _table("SCAN 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (2, 256): _table("SCAN 2 256", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 64): _table("SCAN 4 64", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (4, 128): _table("SCAN 4 128", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 256): _table("SCAN 4 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 64, False): _table("SCAN 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
+    (2, 128, False): _table("SCAN 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
+    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 64, True): _table("SCAN 2 64 per key", (64, 4, 2), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
+    (2, 128, True): _table("SCAN 2 128 per key", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
+    (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("SCAN 4 64", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
+    (4, 128, False): _table("SCAN 4 128", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 256, False): _table("SCAN 4 256", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 64, True): _table("SCAN 4 64 per key", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
+    (4, 128, True): _table("SCAN 4 128 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 256, True): _table("SCAN 4 256 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
 }
 REVERSE = {
-    (2, 64): _table("REVERSE 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
-    (2, 128): _table("REVERSE 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (2, 256): _table("REVERSE 2 256", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 64): _table("REVERSE 4 64", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (4, 128): _table("REVERSE 4 128", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 256): _table("REVERSE 4 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    key: Table(table.name.replace("SCAN", "REVERSE"), table.rows, table.candidates) for key, table in SCAN.items()
 }
 PREPARE = {
-    2: _table("PREPARE 2", (64, 4, 2), (64, 4, 2), (64, 4, 2), block="BLOCK"),
-    4: _table("PREPARE 4", (64, 4, 1), (64, 4, 2), (64, 4, 2), block="BLOCK"),
+    2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
+    4: _table("PREPARE 4", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
 }
 GRADIENT = {
     2: _table("GRADIENT 2", (64, 8, 1), (64, 8, 2), (64, 8, 2)),
@@ -123,9 +125,8 @@ INVERT = Config({}, 4, 1)
 _merge = Config({"BV": 16, "BK": 64}, 4, 1)
 MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 128}, 8, 1)])
 RECURRENT = {
-    64: _table("RECURRENT 64", (16, 1, 1), (16, 1, 1), (16, 1, 1)),
-    128: _table("RECURRENT 128", (16, 2, 1), (16, 2, 1), (16, 2, 1)),
-    256: _table("RECURRENT 256", (16, 4, 1), (16, 4, 1), (16, 4, 1)),
+    width: _table(f"RECURRENT {width}", *[(32, width // 32, 1)] * 3, candidates=[(8, 1, 1), (16, 2, 1), (32, 8, 1)])
+    for width in WIDTHS
 }
 INDEX = Config({"BLOCK": 128}, 1, 1)
 NORM = Config({"R": 8}, 4, 1)
@@ -203,8 +204,8 @@ def variants(
         found += [kda_prepare_variant(kda_prepare, dtype), invert_variant(dtype)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
         for width in widths:
-            scan, reverse = (t[dtype.itemsize, width].rows[architecture] for t in (SCAN, REVERSE))
             for gate in gates:
+                scan, reverse = (t[dtype.itemsize, width, gate == 2].rows[architecture] for t in (SCAN, REVERSE))
                 found += [scan_variant(scan, dtype, width, gate, mode) for mode in MODES]
                 found += [reverse_variant(reverse, dtype, width, gate, offsets) for offsets in (False, True)]
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
