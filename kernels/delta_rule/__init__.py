@@ -144,37 +144,39 @@ def _assert_valid(valid: Tensor, p: Problem) -> None:
 class Chunks:
     """X, P and the factors of every chunk, and the decayed rows of a gate per key (see ``_prepare`` and ``_kda``)."""
 
-    def __init__(self, p: Problem, layout: Layout) -> None:
-        self.x, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
+    def __init__(self, p: Problem, layout: Layout, with_x: bool = False) -> None:
+        self.x_beta, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
+        self.x = torch.empty_like(self.x_beta) if with_x else self.x_beta
+        self.solved = {"x": self.x, "x_beta": self.x_beta, "chunks": layout.chunks, "with_x": int(with_x)}
         self.factors = p.new(p.chunk_slots, p.HV, FACTORS.value, p.C, dtype=torch.float32)
         # What the scans take besides: with a gate per key, the rows that stand in for q and k.
         self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": self.factors}
-        (self._prepare_per_key if p.gate == 2 else self._prepare)(p, layout.chunks)
+        (self._prepare_per_key if p.gate == 2 else self._prepare)(p)
 
-    def _prepare(self, p: Problem, chunks: Tensor) -> None:
+    def _prepare(self, p: Problem) -> None:
         def run(config: Config) -> None:
             variant = table.prepare_variant(config, p.dtype, p.gate == 1)
-            p.run(variant, p.chunk_slots * p.HV, x=self.x, p=self.p, factors=self.factors, chunks=chunks)
+            p.run(variant, p.chunk_slots * p.HV, p=self.p, factors=self.factors, **self.solved)
 
         table.PREPARE[p.dtype.itemsize].run(p.device, run, (p.gate,))
 
-    def _prepare_per_key(self, p: Problem, chunks: Tensor) -> None:
-        a = p.new(*self.x.shape, dtype=torch.float32)
+    def _prepare_per_key(self, p: Problem) -> None:
+        a = p.new(*self.p.shape, dtype=torch.float32)
         decayed = {n: p.new(p.chunk_slots, p.HV, p.C, p.K) for n in ("q_decayed", "k_decayed", "k_tail")}
         last = p.new(p.chunk_slots, p.HV, p.K, dtype=torch.float32)
         outputs = {"a": a, "p": self.p, "factors": self.factors, "last": last, **decayed}
 
         def run(config: Config) -> None:
             programs = p.chunk_slots * p.HV * (p.C // 16)
-            p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=chunks, **outputs)
+            p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=self.solved["chunks"], **outputs)
 
         table.KDA_PREPARE[p.dtype.itemsize].run(p.device, run)
-        p.run(table.invert_variant(p.dtype), p.chunk_slots * p.HV, a=a, x=self.x, chunks=chunks)
+        p.run(table.invert_variant(p.dtype), p.chunk_slots * p.HV, a=a, **self.solved)
         self.rows = {"q": decayed["q_decayed"], "k": decayed["k_decayed"], "k_tail": decayed["k_tail"], "last": last}
 
     @property
     def arguments(self) -> dict[str, Tensor]:
-        return {"x": self.x, "p": self.p, "factors": self.factors, **self.rows}
+        return {"x": self.x, "x_beta": self.x_beta, "p": self.p, "factors": self.factors, **self.rows}
 
 
 class Scan:
@@ -198,6 +200,7 @@ class Scan:
         tensors |= {"split": int(split), "only_m": int(only_m), **more}
 
         def run(config: Config) -> None:
+            config = table.narrowed(config, p.V)
             width = config.blocks["BV"]
             blocks = (0 if only_m else _ceil(p.V, width)) + (_ceil(p.K, width) if mode == MAPS else 0)
             variant = table.scan_variant(config, p.dtype, p.width, self.gate, mode)
@@ -212,6 +215,7 @@ class Scan:
         tensors |= {"grad_final": grad_final, "grad_initial": grad_initial, **more}
 
         def run(config: Config) -> None:
+            config = table.narrowed(config, p.V)
             programs = self.units(bool(more.get("split"))) * p.HV * _ceil(p.V, config.blocks["BV"])
             variant = table.reverse_variant(config, p.dtype, p.width, self.gate, offsets)
             p.run(variant, programs, **{**self.common, **tensors})
@@ -247,7 +251,7 @@ def _fills(p: Problem) -> int:
 
 def _worth_splitting(p: Problem) -> bool:
     """Splitting doubles the work of the scan, so it pays where half of the GPU or more would idle."""
-    return p.N * p.HV * _ceil(p.V, 64) * 2 <= _fills(p) and p.segment_slots > 2 * p.N
+    return p.N * p.HV * _ceil(p.V, 128) * 2 <= _fills(p) and p.segment_slots > 2 * p.N
 
 
 def forward(
@@ -350,7 +354,7 @@ def backward(
     p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     split = _worth_splitting(p) if split is None else split
     layout = Layout(p)
-    scan = Scan(p, layout, Chunks(p, layout))
+    scan = Scan(p, layout, Chunks(p, layout, with_x=True))
     grad_o = grad_o.to(p.dtype).contiguous()
     grad_final = grad_state.to(torch.float32).contiguous()
     mapped = scan.new_maps() if split else None

@@ -7,6 +7,7 @@ Not measured on a GPU yet: the values are estimates from registers and shared me
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ _FLOAT32 = {
 }
 _INT64 = {"cu_seqlens", "sequences", "segments", "chunks"}
 _DATA = {
-    *("q", "k", "k_tail", "v", "x", "p", "o", "states", "values"),
+    *("q", "k", "k_tail", "v", "x", "x_beta", "p", "o", "states", "values"),
     *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
@@ -86,11 +87,11 @@ _BLOCKS = [(size, warps, stages) for size in (32, 64) for warps in (1, 2, 4) for
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
 # (bytes per element, padded K, whether there is a gate per key, which takes another tile) → table
 SCAN = {
-    (2, 64, False): _table("SCAN 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
-    (2, 128, False): _table("SCAN 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
+    (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
     (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
-    (2, 64, True): _table("SCAN 2 64 per key", (64, 4, 2), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (2, 128, True): _table("SCAN 2 128 per key", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
+    (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("SCAN 2 128 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
     (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
     (4, 64, False): _table("SCAN 4 64", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
     (4, 128, False): _table("SCAN 4 128", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
@@ -130,6 +131,12 @@ RECURRENT = {
 }
 INDEX = Config({"BLOCK": 128}, 1, 1)
 NORM = Config({"R": 8}, 4, 1)
+
+
+def narrowed(config: Config, V: int) -> Config:
+    """Half of a scan's value columns and warps where no more are there to be filled."""
+    width = config.blocks["BV"]
+    return Config({"BV": 64}, config.num_warps // 2, config.num_stages) if width == 128 and V <= 64 else config
 
 
 def index_variant(dtype: torch.dtype) -> Variant:
@@ -192,8 +199,9 @@ def variants(
     dtypes: Iterable[torch.dtype] = tuple(CHUNK),
     widths: Iterable[int] = WIDTHS,
     gates: Iterable[int] = GATES,
+    values: Iterable[int] = (64, 128),
 ) -> list[Variant]:
-    """Everything the family launches on that architecture, for these dtypes, padded K and kinds of gate."""
+    """Everything the family launches on that architecture, for these dtypes, padded K, kinds of gate and V."""
     found = []
     for dtype in dtypes:
         tables = (PREPARE, GRADIENT, KDA_PREPARE, KDA_GRADIENT)
@@ -204,8 +212,9 @@ def variants(
         found += [kda_prepare_variant(kda_prepare, dtype), invert_variant(dtype)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
         for width in widths:
-            for gate in gates:
-                scan, reverse = (t[dtype.itemsize, width, gate == 2].rows[architecture] for t in (SCAN, REVERSE))
+            for gate, V in itertools.product(gates, values):
+                tables = (t[dtype.itemsize, width, gate == 2] for t in (SCAN, REVERSE))
+                scan, reverse = (narrowed(t.rows[architecture], V) for t in tables)
                 found += [scan_variant(scan, dtype, width, gate, mode) for mode in MODES]
                 found += [reverse_variant(reverse, dtype, width, gate, offsets) for offsets in (False, True)]
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
@@ -218,4 +227,4 @@ def variants(
 
 def representative_variants(architecture: int) -> list[Variant]:
     """Those that the rest differ from by a dtype, by a padded K, or by what another architecture compiles."""
-    return variants(architecture, (torch.bfloat16,), (128,), GATES if architecture == 90 else (1,))
+    return variants(architecture, (torch.bfloat16,), (128,), GATES if architecture == 90 else (1,), (128,))
