@@ -23,8 +23,14 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SPILLS: dict[tuple[str, str, str], str] = {}
 
 
+# A family with many variants names those that stand for the rest; PYREPR_COMPILE_ALL=1 compiles every one.
+EVERYTHING = os.environ.get("PYREPR_COMPILE_ALL") == "1"
+
+
 def variants(family, architecture):
-    return {v.name: v for v in importlib.import_module(f"pyrepr.kernels.{family}").variants(architecture)}
+    module = importlib.import_module(f"pyrepr.kernels.{family}")
+    some = module.variants if EVERYTHING else getattr(module, "representative_variants", module.variants)
+    return {v.name: v for v in some(architecture)}
 
 
 CASES = [
