@@ -14,9 +14,9 @@ Sums are in float32 and in one order, without atomics: the same bits every time.
   T K h s bytes. The ordinary cores do T K h multiply-adds, as many conversions of 16-bit tables, and one address for 16
   bytes: about 3 instructions an element, which is what bounds it once the rows come from L1. The hash is a kernel of
   its own: 8 T K bytes, read h / BLOCK_H times, are less work than h / BLOCK_H hashes.
-- one_hot (n ≤ 16): a matrix that holds w at (k, code) and else 0, times the tables, on the tensor cores: 32 T K h
-  flops, or twice that with the weights in two bfloat16 parts. There 0 · ∞ is NaN, so a tile whose result is not finite
-  is gathered again: the reference's NaN and ∞ without a test in the loop.
+- one_hot (n ≤ 16, 16-bit x): a matrix that holds w at (k, code) and else 0, times the tables, on the tensor cores:
+  32 T K h flops. The weights are rounded to 16 bits as the result is, so float32 x is gathered. There 0 · ∞ is NaN, so
+  a tile whose result is not finite is gathered again: the reference's NaN and ∞ without a test in the loop.
 - segments: the codes of each table are sorted, stably, and a program adds up the rows of grad of one code in the order
   of the tokens: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot matrix, transposed, times
   grad, unsorted: 32 T K h flops.
@@ -29,6 +29,7 @@ synchronisation. float64 is refused.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -209,7 +210,6 @@ def _one_hot_kernel(
     n,
     h,
     part,  # tables in a split, a multiple of BLOCK_K
-    EXACT: tl.constexpr,  # float32 weights as two parts instead of rounded
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -231,10 +231,7 @@ def _one_hot_kernel(
             a *= tl.load(scales + row, mask=real, other=0.0)[None, :]
         mask = real[:, None] & (columns < h)[None, :]
         b = dot_input(tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(kind))
-        high = a.to(kind)
-        sums = tl.dot(dot_input(high), b, sums)
-        if EXACT:
-            sums = tl.dot(dot_input((a - high.to(tl.float32)).to(kind)), b, sums)
+        sums = tl.dot(dot_input(a.to(kind)), b, sums)
     if not all_finite(sums):
         sums = _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
@@ -269,10 +266,11 @@ ONE_HOT = table(
 
 # (x, tables) whose rows kernel hashes too; for other pairs the hash is a launch of its own.
 FUSED = ((F32, F32), (F32, BF16), (F32, I8), (BF16, BF16), (BF16, I8), (F16, F16), (F16, I8))
-# (tables, exact weights) that the tensor cores take. float16 holds the weights of float16 x, not any float32.
-ONE_HOT_KINDS = ((BF16, False), (BF16, True), (I8, False), (I8, True), (F16, False))
+# (x, tables) that the tensor cores take. float16 holds the weights of float16 x, but not those of any bfloat16 x.
+ONE_HOT_KINDS = ((BF16, BF16), (BF16, I8), (F16, F16), (F16, I8))
 
 
+@functools.cache
 def _hash_variant(config: Config, x: torch.dtype) -> Variant:
     return variant(_hash_kernel, "hash", config, {"x": x, "codes": torch.int32, "weights": F32})
 
@@ -288,19 +286,22 @@ def _sum_variant(
     return variant(kernel, name, config, pointers, **constexprs)
 
 
+@functools.cache
 def _rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype) -> Variant:
     return _sum_variant(_rows_kernel, "rows", config, x, tables)
 
 
+@functools.cache
 def _stream_variant(config: Config, tables: torch.dtype) -> Variant:
     return _sum_variant(_stream_kernel, "stream", config, None, tables)
 
 
-def _one_hot_variant(config: Config, tables: torch.dtype, exact: bool) -> Variant:
-    name = "one_hot_exact" if exact else "one_hot"
-    return _sum_variant(_one_hot_kernel, name, config, None, tables, EXACT=exact, ROWS=ONE_HOT_ROWS)
+@functools.cache
+def _one_hot_variant(config: Config, tables: torch.dtype) -> Variant:
+    return _sum_variant(_one_hot_kernel, "one_hot", config, None, tables, ROWS=ONE_HOT_ROWS)
 
 
+@functools.cache
 def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Variant:
     return variant(_finish_kernel, "finish", config, {"partial": F32, "bias": bias, "out": out})
 
@@ -314,7 +315,7 @@ def variants(architecture: int) -> list[Variant]:
     found += [_rows_variant(ROWS.rows[a], x, tables) for x, tables in FUSED]
     found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
     found += [_stream_variant(STREAM.rows[a], tables) for tables in stored]
-    found += [_one_hot_variant(ONE_HOT.rows[a], tables, exact) for tables, exact in ONE_HOT_KINDS]
+    found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
     found += [_finish_variant(FINISH.rows[a], bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
     found += backward_kernels.variants(a)
     usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
@@ -396,16 +397,15 @@ def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, bits: int, weighti
 
 
 def _from_codes(
-    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int, exact: bool
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int, hot: bool = False
 ) -> Tensor:
-    """[parts, T, h]; `exact`: the weights may not be rounded to the dtype of the tables."""
+    """[parts, T, h]; on the tensor cores if `hot`."""
     tokens, dtype = codes.shape[0], tables.dtype
     arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
     # The rows kernel's arguments for hashing.
     arguments.update(stride=0, bits=0, slope=0.0, weighting=0)
-    hot = tokens >= ONE_HOT_TOKENS and tables.shape[1] <= ONE_HOT_ROWS and (dtype, exact) in ONE_HOT_KINDS
-    if route == 0 and hot:
-        configs, describe = ONE_HOT, lambda config: _one_hot_variant(config, dtype, exact)
+    if hot:
+        configs, describe = ONE_HOT, lambda config: _one_hot_variant(config, dtype)
     elif route == 1 or (route == 0 and tokens <= FEW_TOKENS):
         configs, describe = ROWS, lambda config: _rows_variant(config, None, dtype)
     else:
@@ -435,13 +435,13 @@ def linear(
     if x.shape[0] == 0 or h == 0 or chunks == 0:
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
-    tensor_cores = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS
-    few = route == 1 or (route == 0 and x.shape[0] <= FEW_TOKENS and not tensor_cores)
-    if few and (x.dtype, tables.dtype) in FUSED:
+    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS and route == 0
+    few = route == 1 or (route == 0 and x.shape[0] <= FEW_TOKENS)
+    if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)
     else:
         codes, weights = hash(x, bits, weighting, temperature)
-        partial = _from_codes(codes, weights, tables, scales, route, x.dtype == F32)
+        partial = _from_codes(codes, weights, tables, scales, route, hot)
     return finish(partial, bias, x.dtype)
 
 
@@ -452,4 +452,4 @@ def sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, r
     if codes.numel() == 0 or tables.shape[2] == 0:
         return weights.new_zeros(codes.shape[0], tables.shape[2])
     scales = None if scales is None else scales.contiguous()
-    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, route, True), None, F32)
+    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, route), None, F32)

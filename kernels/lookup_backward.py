@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -274,27 +276,32 @@ ONE_HOT_DOTS = table(
 )
 
 
+@functools.cache
 def _hash_variant(config: Config, x: torch.dtype) -> Variant:
     return variant(_hash_backward_kernel, "hash_backward", config, {"x": x, "grad_weights": F32, "grad": x})
 
 
+@functools.cache
 def _segments_variant(config: Config, grad: torch.dtype) -> Variant:
     pointers = {"grad": grad, "codes": torch.int32, "weights": F32, "out": F32}
     places = dict.fromkeys(("order", "starts", "rows"), torch.int64)
     return variant(_segments_kernel, "segments", config, {**pointers, **places})
 
 
+@functools.cache
 def _one_hot_segments_variant(config: Config) -> Variant:
     pointers = {"grad": BF16, "codes": torch.int32, "weights": F32, "out": F32}
     return variant(_one_hot_segments_kernel, "one_hot_segments", config, pointers, ROWS=ONE_HOT_ROWS)
 
 
+@functools.cache
 def _dots_variant(config: Config, tables: torch.dtype) -> Variant:
     scales = F32 if tables == I8 else None
     pointers = {"grad": F32, "codes": torch.int32, "tables": tables, "scales": scales, "out": F32}
     return variant(_dots_kernel, "dots_few" if config.blocks["BLOCK_T"] == 1 else "dots", config, pointers)
 
 
+@functools.cache
 def _one_hot_dots_variant(config: Config, tables: torch.dtype) -> Variant:
     pointers = {"grad": tables, "codes": torch.int32, "tables": tables, "out": F32}
     return variant(_one_hot_dots_kernel, "one_hot_dots", config, pointers, ROWS=ONE_HOT_ROWS)

