@@ -115,9 +115,9 @@ def _gpu_checks(records: list[dict[str, Any]]) -> str:
     counts: dict[tuple[str, str], list[int]] = {}
     lines = []
     for r in records:
-        if r["section"] not in ("check", "sanitize") or str(r.get("failure")).startswith("not run"):
+        if r["section"] not in ("check", "tests", "sanitize") or str(r.get("failure")).startswith("not run"):
             continue
-        what = "compute-sanitizer" if r["section"] == "sanitize" else "against float64"
+        what = {"check": "against float64", "tests": "tests", "sanitize": "compute-sanitizer"}[r["section"]]
         passed = counts.setdefault((r["family"], what), [0, 0])
         passed[0] += not r.get("failure")
         passed[1] += 1

@@ -54,15 +54,25 @@ def _pack(
 
 
 @triton.jit
+def _triangle(number):
+    """Counting down the columns of an upper triangle: number -> (row, column)."""
+    column = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # off by one at most
+    column -= (column * (column + 1) // 2 > number).to(tl.int32)
+    column += ((column + 1) * (column + 2) // 2 <= number).to(tl.int32)
+    return number - column * (column + 1) // 2, column
+
+
+@triton.jit
 def _tile(number):
     """Number of a tile -> (I, J). Tiles go in squares of 8 × 8, squares down the columns of the upper triangle: what
     runs at the same time shares rows in L2. With I > J, or J past the end, there is nothing to do."""
-    square, inside = number // 64, number % 64
-    column = ((tl.sqrt(8.0 * square.to(tl.float64) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    column -= (column * (column + 1) // 2 > square).to(tl.int32)
-    column += ((column + 1) * (column + 2) // 2 <= square).to(tl.int32)
-    row = square - column * (column + 1) // 2
-    return row * 8 + inside % 8, column * 8 + inside // 8
+    inside = number % 64
+    square_row, square_column = _triangle(number // 64)
+    row, column = _triangle(inside)
+    on_diagonal = square_row == square_column
+    row = tl.where(on_diagonal, tl.where(inside < 36, row, 8), inside % 8)
+    column = tl.where(on_diagonal, tl.where(inside < 36, column, 7), inside // 8)
+    return square_row * 8 + row, square_column * 8 + column
 
 
 @triton.jit
@@ -81,21 +91,18 @@ def _dots(
     BK: tl.constexpr,
 ):
     """Inner products of rows i... of x with rows j... of y over columns start:stop -> [BLOCK, BLOCK] float32."""
+    # The large part of an address is one number; tensors of int64 addresses would fill the registers.
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BK)
-    left = x + (i + rows).to(tl.int64)[:, None] * width + start + columns[None, :]
-    right = y + (j + rows).to(tl.int64)[None, :] * width + start + columns[:, None]
+    down, across = rows[:, None] * width + columns[None, :], rows[None, :] * width + columns[:, None]
+    left, right = x + i.to(tl.int64) * width, y + j.to(tl.int64) * width
     left_low, right_low = left + x_pad.to(tl.int64) * width, right + y_pad.to(tl.int64) * width
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for _ in range(start, stop, BK):
-        a, b = tl.load(left), tl.load(right)
+    for k in range(start, stop, BK):
+        a, b = tl.load(left + k + down), tl.load(right + k + across)
         if PARTS == 2:
-            total = tl.dot(a, tl.load(right_low), total)
-            total = tl.dot(tl.load(left_low), b, total)
-            left_low += BK
-            right_low += BK
+            total = tl.dot(a, tl.load(right_low + k + across), total)
+            total = tl.dot(tl.load(left_low + k + down), b, total)
         total = tl.dot(a, b, total)
-        left += BK
-        right += BK
     return total
 
 
@@ -111,7 +118,8 @@ def _values(
     """The kernel's values of a tile of inner products, minus the shift."""
     factor, offset, shift = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
     if KIND == 1 or KIND == 2:
-        distances = tl.maximum(x_norms[:, None] + y_norms[None, :] - 2.0 * dots, 0.0)
+        distances = x_norms[:, None] + y_norms[None, :] - 2.0 * dots
+        distances = tl.where(distances < 0.0, 0.0, distances)  # and NaN stays NaN
         if KIND == 2:
             distances = tl.sqrt(distances)
         values = tl.exp2(factor * distances)
@@ -177,47 +185,40 @@ def _total(values):
     return tl.sum(tl.sum(values, 1).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["degree", "blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def _pair(
-    packed,  # [PARTS, n_pad, width] float16
+    packed,  # [PARTS, n_pad, width] float16, two layers
     starts,
-    q,
-    valid,
-    constants,
     partial,  # [tiles, 3] float64: Σ_{i<j} of k k, k l, l l
-    sums,  # [2, blocks, n_pad] float32; not of the linear kernel
-    degree,
     blocks,
     n_pad,
     width,
-    KIND: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """The linear kernel of two layers: both tiles stay in registers."""
     number = tl.program_id(0)
     row, column = _tile(number)
     out = partial + number.to(tl.int64) * 3
-    if row > column or column >= blocks:
+    if (row > column) | (column >= blocks):
         tl.store(out, 0.0)
         tl.store(out + 1, 0.0)
         tl.store(out + 2, 0.0)
         return
     i, j = row * BLOCK, column * BLOCK
-    layer = tl.full((), 0, tl.int32)
-    k = _layer_tile(layer, i, j, packed, starts, q, valid, constants, degree, n_pad, width, KIND, PARTS, BLOCK, BK)
-    if KIND != 0:
-        _store_row_sums(k, sums, layer, row, column, blocks, n_pad, BLOCK)
-    layer += 1
-    l = _layer_tile(layer, i, j, packed, starts, q, valid, constants, degree, n_pad, width, KIND, PARTS, BLOCK, BK)
-    if KIND != 0:
-        _store_row_sums(l, sums, layer, row, column, blocks, n_pad, BLOCK)
+    middle = tl.multiple_of(tl.load(starts + 1), 64)
+    k = _dots(packed, packed, i, j, 0, middle, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    l = _dots(packed, packed, i, j, middle, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    rows = tl.arange(0, BLOCK)
+    upper = (i + rows)[:, None] < (j + rows)[None, :]
+    k, l = tl.where(upper, k, 0.0), tl.where(upper, l, 0.0)
     tl.store(out, _total(k * k))
     tl.store(out + 1, _total(k * l))
     tl.store(out + 2, _total(l * l))
 
 
-@triton.jit(do_not_specialize=["first", "count", "degree", "blocks"])
+@triton.jit(do_not_specialize=["first", "degree", "blocks"])
 def _tiles(
     packed,  # [PARTS, n_pad, width] float16
     starts,
@@ -238,7 +239,7 @@ def _tiles(
 ):
     """Tiles first, first + 1, ... of every layer, for `_products`. Layers run slowest: they share nothing."""
     row, column = _tile(first + tl.program_id(0))
-    if row > column or column >= blocks:
+    if (row > column) | (column >= blocks):
         return
     layer = tl.program_id(1)
     values = _layer_tile(
@@ -286,13 +287,13 @@ def _products(
     a, b = tl.program_id(1) * BL + tl.arange(0, BL), tl.program_id(2) * BL + tl.arange(0, BL)
     row, column = _tile(first + tile)
     total = tl.zeros([BL, BL], tl.float32)
-    if row <= column and column < blocks:
+    if (row <= column) & (column < blocks):
         mine = slab + tile.to(tl.int64) * layers * ENTRIES + part * (ENTRIES // SPLIT)
         k = tl.arange(0, BK)
         # Sums inside a tensor core are cut off, not rounded; short ones, added up outside, keep that small.
-        for chunk in range(0, ENTRIES // SPLIT, 4 * BK):
+        for chunk in range(0, ENTRIES // SPLIT, 256):
             short = tl.zeros([BL, BL], tl.float32)
-            for at in range(chunk, chunk + 4 * BK, BK):
+            for at in range(chunk, chunk + 256, BK):
                 left = tl.load(mine + a[:, None] * ENTRIES + at + k[None, :], mask=(a < layers)[:, None], other=0.0)
                 right = tl.load(mine + b[None, :] * ENTRIES + at + k[:, None], mask=(b < layers)[None, :], other=0.0)
                 short = tl.dot(left, right, short, input_precision="tf32" if PARTS == 1 else "tf32x3")
@@ -315,20 +316,19 @@ def _column_dots(
 ):
     """Inner products of columns i... with columns j... over all rows -> [BLOCK, BLOCK] float32."""
     rows, columns = tl.arange(0, BK), tl.arange(0, BLOCK)
-    left = packed + i + columns[:, None] + rows.to(tl.int64)[None, :] * width
-    right = packed + j + columns[None, :] + rows.to(tl.int64)[:, None] * width
-    low = n_pad.to(tl.int64) * width
+    down, across = columns[:, None] + rows[None, :] * width, columns[None, :] + rows[:, None] * width
+    long_width = width.to(tl.int64)
+    low = n_pad * long_width
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for chunk in range(0, n_pad, 1024):  # short sums, as in `_products`
         short = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for _ in range(chunk, tl.minimum(chunk + 1024, n_pad), BK):
-            a, b = tl.load(left), tl.load(right)
+        for k in range(chunk, tl.minimum(chunk + 1024, n_pad), BK):
+            row = packed + long_width * k
+            a, b = tl.load(row + i + down), tl.load(row + j + across)
             if PARTS == 2:
-                short = tl.dot(a, tl.load(right + low), short)
-                short = tl.dot(tl.load(left + low), b, short)
+                short = tl.dot(a, tl.load(row + low + j + across), short)
+                short = tl.dot(tl.load(row + low + i + down), b, short)
             short = tl.dot(a, b, short)
-            left += BK * width
-            right += BK * width
         total += short
     return total
 
@@ -347,10 +347,10 @@ def _features(
     BK: tl.constexpr,
 ):
     row, column = _tile(tl.program_id(0))
-    if row > column or column >= blocks:
+    if (row > column) | (column >= blocks):
         return
     a, b = tl.load(owner + row), tl.load(owner + column)
-    if a != b and split > 0 and (a >= split or b < split):
+    if (a != b) & (split > 0) & ((a >= split) | (b < split)):
         return
     total = _column_dots(packed, row * BLOCK, column * BLOCK, n_pad, width, PARTS, BLOCK, BK)
     twice = tl.where((a == b) & (row != column), 2.0, 1.0)
@@ -382,19 +382,21 @@ def _matrix(
         row, column = _tile(tl.program_id(0))
     else:
         row, column = tl.program_id(0), tl.program_id(1)
-    if (same and row > column) or column * BLOCK >= m:
+    if ((same != 0) & (row > column)) | (column * BLOCK >= m):
         return
     dots = _dots(x, y, row * BLOCK, column * BLOCK, 0, width, x_pad, y_pad, width, PARTS, BLOCK, BK)
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
     values = _values(dots, tl.load(x_norms + rows), tl.load(y_norms + columns), constants, degree, KIND)
     inside = (rows < n)[:, None] & (columns < m)[None, :]
+    at = tl.arange(0, BLOCK)
     if same:
         if KIND == 1 or KIND == 2:
             values = tl.where(rows[:, None] == columns[None, :], 1.0, values)
         # Of a tile on the diagonal the lower half is the mirror image of the upper one, to the bit.
         inside &= rows[:, None] <= columns[None, :]
-        tl.store(out + columns.to(tl.int64)[None, :] * m + rows[:, None], values, mask=inside)
-    tl.store(out + rows.to(tl.int64)[:, None] * m + columns[None, :], values, mask=inside)
+        mirror = out + (column * BLOCK).to(tl.int64) * m + row * BLOCK
+        tl.store(mirror + at[:, None] * m + at[None, :], tl.trans(values), mask=tl.trans(inside))
+    tl.store(out + (row * BLOCK).to(tl.int64) * m + column * BLOCK + at[:, None] * m + at[None, :], values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks", "shift"])
@@ -416,13 +418,14 @@ def _histogram(
     number = tl.program_id(0)
     row, column = _tile(number)
     out = counts + number.to(tl.int64) * 512 + tl.arange(0, 512)
-    if row > column or column >= blocks:
+    if (row > column) | (column >= blocks):
         tl.store(out, tl.zeros([512], tl.int32))
         return
     i, j = row * BLOCK, column * BLOCK
     dots = _dots(packed, packed, i, j, 0, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
-    distances = tl.maximum(tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots, 0.0)
+    distances = tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots
+    distances = tl.where(distances < 0.0, 0.0, distances)
     bits = distances.to(tl.int32, bitcast=True)  # ordered like the numbers, which are not negative
     here = (rows[:, None] < columns[None, :]) & (tl.load(valid + rows) > 0)[:, None]
     here &= (tl.load(valid + columns) > 0)[None, :]
@@ -451,13 +454,14 @@ def _moments(
 ):
     """out += X_aᵀX_b for the layers in columns a... and b...; of a layer with itself the upper triangle."""
     row, column = tl.program_id(0), tl.program_id(1)
-    if a == b and row > column:
+    if (a == b) & (row > column):
         return
     i, j = tl.multiple_of(a + row * BLOCK, 64), tl.multiple_of(b + column * BLOCK, 64)
     total = _column_dots(packed, i, j, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < d_a)[:, None] & (columns < d_b)[None, :]
-    inside &= (rows[:, None] <= columns[None, :]) | (a != b)
+    if a == b:
+        inside &= rows[:, None] <= columns[None, :]
     at = out + rows.to(tl.int64)[:, None] * d_b + columns[None, :]
     tl.store(at, tl.load(at, mask=inside) + total.to(tl.float64) * tl.load(unit), mask=inside)
 
@@ -481,20 +485,22 @@ def _apply(
 ):
     """weights @ X, the weights split into two float16 like the packed layers."""
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    w = weights + rows.to(tl.int64)[:, None] * n + k[None, :]
-    x = packed + k.to(tl.int64)[:, None] * width + columns[None, :]
-    low = n_pad.to(tl.int64) * width
+    inner = tl.arange(0, BK)
+    w = weights + (tl.program_id(0) * BM).to(tl.int64) * n
+    down, across = tl.arange(0, BM)[:, None] * n + inner[None, :], inner[:, None] * width + columns[None, :]
+    long_width = width.to(tl.int64)
+    low = n_pad * long_width
     scale = tl.load(factor)
     total = tl.zeros([BM, BN], tl.float32)
-    for first in range(0, n, BK):
-        value = tl.load(w + first, mask=(rows < m)[:, None] & (first + k < n)[None, :], other=0.0) * scale
+    for k in range(0, n, BK):
+        inside = (rows < m)[:, None] & (k + inner < n)[None, :]
+        value = tl.load(w + k + down, mask=inside, other=0.0) * scale
         high = value.to(tl.float16)
+        x = packed + long_width * k + across
         b = tl.load(x)
         if PARTS == 2:
             total = tl.dot((value - high.to(tl.float32)).to(tl.float16), b, total)
             total = tl.dot(high, tl.load(x + low), total)
         total = tl.dot(high, b, total)
-        x += BK * width
     inside = (rows < m)[:, None] & (columns < d)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * d + columns[None, :], total * tl.load(unit), mask=inside)

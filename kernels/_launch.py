@@ -64,6 +64,9 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    def __hash__(self) -> int:  # so that variants can be cached: making one costs as much as a launch
+        return hash((*self.blocks.items(), self.num_warps, self.num_stages))
+
     def __str__(self) -> str:
         return f"Config({dict(self.blocks)!r}, {self.num_warps}, {self.num_stages})"
 
@@ -142,10 +145,19 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, text=True, capture_output=True, check=True).stdout
-    use = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return use["REG"], use["STACK"] + use["LOCAL"]
+        use = {
+            key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _dump(file.name, "-res-usage"))
+        }
+        local = use["STACK"] + use["LOCAL"]
+        # A stack frame need not be a spill: calls have one too. A spill stores to local memory.
+        if local and not re.search(r"\bSTL\b", _dump(file.name, "-sass")):
+            local = 0
+    return use["REG"], local
+
+
+def _dump(path: str, option: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, text=True, capture_output=True, check=True).stdout
 
 
 _recording: list[list[Variant]] = []

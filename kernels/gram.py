@@ -38,28 +38,64 @@ ROWS, COLUMNS, BY_FEATURES = 128, 64, 128
 PARTS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
 
 
-# Blocks that fit registers and shared memory. Not one of these rows has been measured on a GPU yet.
-def _rows(sm80: Config, sm90: Config) -> dict[int, Config]:
-    return {80: sm80, 90: sm90, 100: sm90}
-
-
 def _square(block: int, bk: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK": block, "BK": bk}, warps, stages)
 
 
 _SEARCH = [_square(b, bk, w, s) for b, w in ((128, 8), (128, 4), (64, 4)) for bk in (32, 64) for s in (2, 3, 4)]
-PAIR = Table("PAIR", _rows(_square(128, 32, 8, 2), _square(128, 64, 8, 3)), _SEARCH)
-TILES = Table("TILES", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
-FEATURES = Table("FEATURES", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
-MATRIX = Table("MATRIX", _rows(_square(128, 32, 8, 3), _square(128, 64, 8, 3)), _SEARCH)
-HISTOGRAM = Table("HISTOGRAM", _rows(_square(64, 32, 4, 3), _square(64, 64, 4, 3)), _SEARCH)
-APPLY = Table(
-    "APPLY",
-    _rows(Config({"BM": 128, "BN": 128, "BK": 32}, 8, 3), Config({"BM": 128, "BN": 128, "BK": 64}, 8, 3)),
-    [Config({"BM": m, "BN": 128, "BK": k}, 8, s) for m in (64, 128) for k in (32, 64) for s in (2, 3, 4)],
-)
+
+
+def _table(name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH) -> Table:
+    return Table(name, {80: sm80, 90: sm90, 100: sm90}, search)
+
+
+# PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
+PAIR = {
+    1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
+    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3)),
+}
+TILES = {
+    1: _table("TILES[1]", _square(128, 32, 8, 4), _square(128, 64, 8, 4)),
+    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
+}
+FEATURES = {
+    1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
+    2: _table("FEATURES[2]", _square(64, 32, 4, 2), _square(128, 64, 8, 2)),
+}
+MATRIX = {
+    1: _table("MATRIX[1]", _square(64, 32, 4, 4), _square(64, 64, 4, 4)),
+    2: _table("MATRIX[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+}
+MOMENTS = {
+    1: _table("MOMENTS[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+    2: _table("MOMENTS[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+}
+HISTOGRAM = {
+    1: _table("HISTOGRAM[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+    2: _table("HISTOGRAM[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+}
+
+
+def _oblong(bm: int, bk: int, stages: int) -> Config:
+    return Config({"BM": bm, "BN": 128, "BK": bk}, 8, stages)
+
+
+def _layers(bl: int, bk: int, warps: int) -> Config:
+    return Config({"BL": bl, "BK": bk}, warps, 3)
+
+
+_OBLONG = [_oblong(bm, bk, s) for bm in (64, 128) for bk in (32, 64) for s in (2, 3, 4)]
+APPLY = {
+    1: _table("APPLY[1]", _oblong(128, 32, 2), _oblong(128, 64, 3), _OBLONG),
+    2: _table("APPLY[2]", _oblong(64, 32, 2), _oblong(64, 64, 3), _OBLONG),
+}
+# PARTS → layers at a time → config of `_products`
+PRODUCTS = {
+    1: {16: _layers(16, 64, 4), 32: _layers(32, 64, 4), 64: _layers(64, 32, 8)},
+    2: {16: _layers(16, 64, 4), 32: _layers(32, 32, 4), 64: _layers(64, 32, 8)},
+}
+PRODUCTS_SPLIT = 8
 PACK = Config({"BR": 16, "BC": 128}, 4, 1)
-PRODUCTS, PRODUCTS_SPLIT = {"BK": 64}, 8
 
 # The slab that all layers' tiles pass through on their way to their inner products.
 SLAB_BYTES = 128 << 20
@@ -89,6 +125,7 @@ def _variant(kernel, config: Config, constexprs: dict, pointers: dict[str, str],
     )
 
 
+@functools.cache
 def pack_variant(dtype: torch.dtype) -> Variant:
     pointers = {"x": "*" + DTYPE_NAMES[dtype], **dict.fromkeys(("mean", "scale", "valid"), "*fp32")}
     pointers |= {"packed": "*fp16", "q": "*fp32"}
@@ -100,49 +137,58 @@ def pack_variant(dtype: torch.dtype) -> Variant:
     )
 
 
-def pair_variant(config: Config, kind: int, parts: int) -> Variant:
-    pointers = {p: _POINTERS[p] for p in _LAYERS} | {"partial": "*fp64", "sums": "*fp32"}
-    return _variant(
-        tiles._pair, config, {"KIND": kind, "PARTS": parts}, pointers, ("degree", "blocks", "n_pad", "width")
-    )
+@functools.cache
+def pair_variant(config: Config, parts: int) -> Variant:
+    pointers = {"packed": "*fp16", "starts": "*i32", "partial": "*fp64"}
+    return _variant(tiles._pair, config, {"PARTS": parts}, pointers, ("blocks", "n_pad", "width"))
 
 
+@functools.cache
 def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
     pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "sums")}
     integers = ("first", "degree", "blocks", "n_pad", "width")
     return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def products_variant(block: int, parts: int, layers: int) -> Variant:
-    config = Config({"BL": layers, **PRODUCTS}, 4, 3)
     constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
     return _variant(
-        tiles._products, config, constexprs, {"slab": "*fp32", "partial": "*fp32"}, ("first", "layers", "blocks")
+        tiles._products,
+        PRODUCTS[parts][layers],
+        constexprs,
+        {"slab": "*fp32", "partial": "*fp32"},
+        ("first", "layers", "blocks"),
     )
 
 
+@functools.cache
 def features_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "owner": "*i32", "squares": "*fp64"}
     return _variant(tiles._features, config, {"PARTS": parts}, pointers, ("blocks", "split", "n_pad", "width"))
 
 
+@functools.cache
 def matrix_variant(config: Config, kind: int, parts: int) -> Variant:
     pointers = {"x": "*fp16", "y": "*fp16", **dict.fromkeys(("x_norms", "y_norms", "constants", "out"), "*fp32")}
     integers = ("n", "m", "same", "degree", "x_pad", "y_pad", "width")
     return _variant(tiles._matrix, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def histogram_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "q": "*fp32", "valid": "*fp32", "prefix": "*i32", "counts": "*i32"}
     return _variant(tiles._histogram, config, {"PARTS": parts}, pointers, ("blocks", "shift", "n_pad", "width"))
 
 
+@functools.cache
 def moments_variant(config: Config, parts: int) -> Variant:
     pointers = {"packed": "*fp16", "unit": "*fp64", "out": "*fp64"}
     integers = ("a", "b", "d_a", "d_b", "n_pad", "width")
     return _variant(tiles._moments, config, {"PARTS": parts}, pointers, integers)
 
 
+@functools.cache
 def apply_variant(config: Config, parts: int) -> Variant:
     pointers = {"weights": "*fp32", "factor": "*fp32", "unit": "*fp32", "packed": "*fp16", "out": "*fp32"}
     return _variant(tiles._apply, config, {"PARTS": parts}, pointers, ("m", "n", "d", "n_pad", "width"))
@@ -152,16 +198,16 @@ def variants(architecture: int) -> list[Variant]:
     """Everything this module launches on that architecture."""
     found = [pack_variant(dtype) for dtype in PARTS]
     for parts in (1, 2):
+        found.append(pair_variant(PAIR[parts].rows[architecture], parts))
         for kind in range(len(KERNELS)):
-            found.append(pair_variant(PAIR.rows[architecture], kind, parts))
-            found.append(tiles_variant(TILES.rows[architecture], kind, parts))
-            found.append(matrix_variant(MATRIX.rows[architecture], kind, parts))
-        found.append(features_variant(FEATURES.rows[architecture], parts))
-        found.append(moments_variant(FEATURES.rows[architecture], parts))
-        found.append(histogram_variant(HISTOGRAM.rows[architecture], parts))
-        found.append(apply_variant(APPLY.rows[architecture], parts))
-        block = TILES.rows[architecture].blocks["BLOCK"]
-        found += [products_variant(block, parts, layers) for layers in (16, 32, 64)]
+            found.append(tiles_variant(TILES[parts].rows[architecture], kind, parts))
+            found.append(matrix_variant(MATRIX[parts].rows[architecture], kind, parts))
+        found.append(features_variant(FEATURES[parts].rows[architecture], parts))
+        found.append(moments_variant(MOMENTS[parts].rows[architecture], parts))
+        found.append(histogram_variant(HISTOGRAM[parts].rows[architecture], parts))
+        found.append(apply_variant(APPLY[parts].rows[architecture], parts))
+        block = TILES[parts].rows[architecture].blocks["BLOCK"]
+        found += [products_variant(block, parts, layers) for layers in PRODUCTS[parts]]
     return found
 
 
@@ -192,7 +238,9 @@ class Packed:
             self.first.append(self.first[-1] + max(1, triton.cdiv(width, columns)) * columns)
         self.width = self.first[-1]
         new = functools.partial(torch.empty, device=self.device)
-        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16).zero_()
+        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16)
+        if self.width > sum(self.widths):
+            self.data.zero_()  # the padding between layers, which nothing else writes
         self.q = new(len(xs), self.n_pad, dtype=torch.float32)
         self.valid = new(self.n_pad, dtype=torch.float32).zero_()
         self.valid[: self.n] = 1 if mask is None else mask
@@ -249,9 +297,15 @@ def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tu
     largest = mean.new_zeros(())
     if x.numel():
         # Rows outside the mask count as zeros here, which can only make the scale smaller than need be.
-        largest = torch.maximum(x.amax(0).double() - mean, mean - x.amin(0).double()).amax()
-    exponent = torch.frexp(largest).exponent
-    return mean, torch.ldexp(torch.ones_like(largest), 15 - exponent)
+        low, high = torch.aminmax(x, dim=0)
+        largest = torch.maximum(high - mean, mean - low).amax()
+    return mean, _scale_of(largest)
+
+
+def _scale_of(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` into [2¹⁴, 2¹⁵), float64: its bits, since a power may be off by one."""
+    exponent = (15 - torch.frexp(largest.double()).exponent.long()).clamp(-126, 126)
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
@@ -277,7 +331,7 @@ def _near_mean(packed: Packed, kernel: str, constants: Tensor, degree: int) -> T
     pairs = (valid[:, None] * valid).triu_(1)
     means = []
     for layer, (start, stop) in enumerate(itertools.pairwise(packed.first)):
-        rows = packed.data[0, : packed.n : step, start:stop][:128].float()
+        rows = packed.data[:, : packed.n : step, start:stop][:, :128].float().sum(0)
         dots, q = rows @ rows.T, packed.q[layer, : packed.n : step][:128]
         factor, offset = constants[layer, 0], constants[layer, 1]
         if kernel == "polynomial":
@@ -343,7 +397,7 @@ def _layer_arguments(packed: Packed, constants: Tensor, degree: int) -> dict[str
 def _grid(blocks: int) -> int:
     """How many tiles `_tile` numbers for blocks × blocks tiles, empty ones in the last squares among them."""
     if blocks <= 8:
-        return 8 * blocks
+        return blocks * (blocks + 1) // 2
     squares = triton.cdiv(blocks, 8)
     return 32 * squares * (squares + 1)
 
@@ -351,26 +405,25 @@ def _grid(blocks: int) -> int:
 def _gram_sums(packed: Packed, constants: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
     """Σ_{i≠j} k_a k_b, [M, M] float64, and Σ_{j≠i} k_l(i, j), [M, n] float64 (empty for the linear kernel)."""
     m, kind = len(packed.widths), KERNELS.index(kernel)
-    run, table = (_pair_sums, PAIR) if m == 2 else (_slab_sums, TILES)
-    key = (kind, packed.parts, m)
-    s, sums = table.run(packed.device, lambda config: run(config, packed, constants, kind, degree), key)
+    if kernel == "linear" and m == 2:
+        return PAIR[packed.parts].run(packed.device, functools.partial(_pair_sums, packed=packed)), constants
+    run = functools.partial(_slab_sums, packed=packed, constants=constants, kind=kind, degree=degree)
+    s, sums = TILES[packed.parts].run(packed.device, run, (kind, m))
     return s, sums.sum(1, dtype=torch.float64)[:, : packed.n]
 
 
-def _empty_sums(packed: Packed, kind: int, blocks: int) -> Tensor:
-    shape = (len(packed.widths), blocks if kind else 0, packed.n_pad)
-    return torch.empty(shape, dtype=torch.float32, device=packed.device)
-
-
-def _pair_sums(config: Config, packed: Packed, constants: Tensor, kind: int, degree: int) -> tuple[Tensor, Tensor]:
-    """Both layers' tiles stay in registers until they are summed up."""
+def _pair_sums(config: Config, packed: Packed) -> Tensor:
     blocks = packed.n_pad // config.blocks["BLOCK"]
     partial = torch.empty(_grid(blocks), 3, dtype=torch.float64, device=packed.device)
-    sums = _empty_sums(packed, kind, blocks)
-    arguments = {**_layer_arguments(packed, constants, degree), "partial": partial, "sums": sums, "blocks": blocks}
-    launch(pair_variant(config, kind, packed.parts), (len(partial),), arguments, packed.device)
+    pointers = {"packed": packed.data, "starts": packed.starts, "partial": partial}
+    launch(
+        pair_variant(config, packed.parts),
+        (len(partial),),
+        {**pointers, "blocks": blocks, **packed.shape},
+        packed.device,
+    )
     kk, kl, ll = (2 * partial.sum(0)).unbind()
-    return torch.stack([kk, kl, kl, ll]).view(2, 2), sums
+    return torch.stack([kk, kl, kl, ll]).view(2, 2)
 
 
 def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, degree: int) -> tuple[Tensor, Tensor]:
@@ -380,7 +433,7 @@ def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, deg
     tile_count = _grid(blocks)
     at_once = min(tile_count, max(1, SLAB_BYTES // (4 * m * block * block)))
     slab = torch.empty(at_once, m, block, block, dtype=torch.float32, device=packed.device)
-    sums = _empty_sums(packed, kind, blocks)
+    sums = torch.empty(m, blocks if kind else 0, packed.n_pad, dtype=torch.float32, device=packed.device)
     arguments = {**_layer_arguments(packed, constants, degree), "slab": slab, "sums": sums, "blocks": blocks}
     s = torch.zeros(m, m, dtype=torch.float64, device=packed.device)
     for first in range(0, tile_count, at_once):
@@ -417,7 +470,7 @@ def _square_sums(packed: Packed, split: int) -> Tensor:
         upper = mine @ squares @ mine.T
         return upper + upper.T - torch.diag(upper.diagonal())
 
-    return FEATURES.run(packed.device, run, (packed.parts,))
+    return FEATURES[packed.parts].run(packed.device, run)
 
 
 def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:
@@ -445,7 +498,7 @@ def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int,
         launch(matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
         return out
 
-    return MATRIX.run(x.device, run, (left.parts,))
+    return MATRIX[left.parts].run(x.device, run)
 
 
 def median(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -460,9 +513,8 @@ def _median(packed: Packed) -> Tensor:
     rank = torch.stack([(total - 1) // 2, total // 2]).clamp_min(0)
     prefix = torch.zeros(2, dtype=torch.int32, device=packed.device)
     for shift in (24, 16, 8, 0):
-        counts = HISTOGRAM.run(
-            packed.device, functools.partial(_counts, packed=packed, prefix=prefix, shift=shift), (packed.parts,)
-        )
+        run = functools.partial(_counts, packed=packed, prefix=prefix, shift=shift)
+        counts = HISTOGRAM[packed.parts].run(packed.device, run)
         below = counts.cumsum(1)  # [2, 256] int64
         digit = (below <= rank[:, None]).sum(1).clamp_max(255)
         rank = rank - (below - counts).gather(1, digit[:, None])[:, 0]
@@ -483,7 +535,7 @@ def _counts(config: Config, packed: Packed, prefix: Tensor, shift: int) -> Tenso
 def moments_(blocks: Sequence[Tensor], xs: Sequence[Tensor], pairs: Sequence[int]) -> None:
     """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
     packed = Packed(xs, columns=BY_FEATURES)
-    config = FEATURES.rows[architecture(packed.device)]
+    config = MOMENTS[packed.parts].rows[architecture(packed.device)]
     block = config.blocks["BLOCK"]
     units = 1 / (packed.scale[:, None] * packed.scale)
     for p, out in enumerate(blocks):
@@ -502,8 +554,7 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
     packed = Packed([x], None, centre, BY_FEATURES)
     weights = weights.contiguous()
     (m, n), d = weights.shape, x.shape[1]
-    exponent = torch.frexp(weights.abs().amax() if weights.numel() else weights.new_zeros(())).exponent
-    factor = torch.ldexp(torch.ones_like(packed.scale), 15 - exponent)
+    factor = _scale_of(weights.abs().amax() if weights.numel() else weights.new_zeros(())).reshape(1)
     out = weights.new_empty(m, d)
     pointers = {"weights": weights, "factor": factor.float(), "unit": (1 / (factor * packed.scale)).float()}
     arguments = {**pointers, "packed": packed.data, "out": out, "m": m, "n": n, "d": d, **packed.shape}
@@ -513,4 +564,4 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
         launch(apply_variant(config, packed.parts), grid, arguments, x.device)
         return out
 
-    return APPLY.run(x.device, run, (packed.parts,))
+    return APPLY[packed.parts].run(x.device, run)

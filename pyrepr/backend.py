@@ -94,6 +94,7 @@ class Unsupported(RuntimeError):
     """
 
 
+@functools.cache
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``): on CPU tensors, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -181,8 +182,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The backend forced by :func:`use_backend` or ``PYREPR_BACKEND``, checked; ``None`` if the choice is free."""
-    name = _forced.get()
-    if name is None and (name := os.environ.get("PYREPR_BACKEND") or None):
+    return _forced.get() or _environment()
+
+
+@functools.cache
+def _environment() -> str | None:
+    """``PYREPR_BACKEND``, checked; read at the first op, because looking it up costs as much as a small op does."""
+    name = os.environ.get("PYREPR_BACKEND") or None
+    if name is not None:
         _check_available(name, "PYREPR_BACKEND")
     return name
 

@@ -426,11 +426,11 @@ def test_opcheck(rule):
     arguments = op_arguments(rule, torch.tensor([0, 10, 10, 40]))
     slots = 0 if rule == "kda" else kept_states(1, 40, 3)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (*arguments, 0.5, True, slots), test_utils=tests)
+    torch.library.opcheck(forward_op.overload, (*arguments, 0.5, True, slots), test_utils=tests)
     o, state, kept = forward_op(*arguments, 0.5, True, slots)
-    torch.library.opcheck(backward_op, (*arguments, kept, o, state, 0.5, True), test_utils=tests)
+    torch.library.opcheck(backward_op.overload, (*arguments, kept, o, state, 0.5, True), test_utils=tests)
     *rest, initial, cu = arguments
-    torch.library.opcheck(update_op_, (initial.clone(), *rest, cu, 0.5, True), test_utils=tests)
+    torch.library.opcheck(update_op_.overload, (initial.clone(), *rest, cu, 0.5, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -110,8 +110,15 @@ def test_cuda_kernels(source, record_property):
         assert spilled == 0 or allowed, f"{kernel} for {architecture} spills {spilled} bytes"
 
 
-def test_importing_pyrepr_does_not_import_the_kernels():
-    code = "import pyrepr, sys; pyrepr.backends(); assert not any(m.startswith('pyrepr.kernels.') for m in sys.modules)"
+def test_importing_pyrepr_imports_neither_triton_nor_the_kernels():
+    code = """
+import sys, torch
+before = "triton" in sys.modules
+import pyrepr
+pyrepr.backends()
+assert ("triton" in sys.modules) == before
+assert not any(name.startswith("pyrepr.kernels.") for name in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrepr
 from pyrepr.ops import gram as ops
@@ -37,7 +40,7 @@ CALLS = {
 def test_opcheck(name, backend_name):
     op, args = CALLS[name]()
     with pyrepr.use_backend(backend_name):
-        torch.library.opcheck(op, args)
+        torch.library.opcheck(op.overload, args)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -123,3 +126,35 @@ def test_cuda_kernel():
     with pyrepr.use_backend("cuda"):
         value = pyrepr.cka(x, y)
     torch.testing.assert_close(value.cpu(), pyrepr.cka(x.cpu(), y.cpu()), rtol=1e-5, atol=1e-6)
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the names of the ops that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_direct_way_is_not_taken_where_somebody_could_tell():
+    x, y = torch.randn(6, 3), torch.randn(4, 3)
+    rest = (ONES[:1], "linear", 1, 0.0, False)
+    expected = x @ y.T
+    torch.testing.assert_close(ops.matrix_op(x, y, *rest), expected)
+    negated = torch._neg_view(-x)
+    assert negated.is_neg()
+    torch.testing.assert_close(ops.matrix_op(negated, y, *rest), expected)
+    with Watcher() as watcher:
+        ops.matrix_op(x, y, *rest)
+    assert "pyrepr.gram_matrix.default" in watcher.seen
+    with torch.profiler.profile() as profile:
+        ops.matrix_op(x, y, *rest)
+    assert any(event.key == "pyrepr::gram_matrix" for event in profile.key_averages())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ops.matrix_op(mode.from_tensor(x), mode.from_tensor(y), *rest).shape == (6, 4)
+    traced = make_fx(lambda a: ops.matrix_op(a, y, *rest))(x)
+    assert any("gram_matrix" in str(node.target) for node in traced.graph.nodes)

@@ -44,6 +44,7 @@ class GpuCase:
             interpreter's worst error times 4.
         backends: those that have a kernel for it.
         timed: also timed, in every dtype of ``timed_dtypes`` (default: all that have a tolerance).
+        graph: also captured into a CUDA graph and replayed, which fails if anything synchronises.
         sanitize: also run under compute-sanitizer; one small case a kernel.
         error: (result, truth) → number.
     """
@@ -55,6 +56,7 @@ class GpuCase:
     backends: tuple[str, ...] = ("triton",)
     timed: bool = False
     timed_dtypes: tuple[torch.dtype, ...] | None = None
+    graph: bool = False
     sanitize: bool = False
     error: Callable[[Any, Any], float] = relative_error
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import Unsupported, triton_interprets
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
@@ -75,7 +76,7 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
-        raise RuntimeError("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
+        raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):
         rows = slice(None) if mask is None else mask
         x, y = ((a[rows] - a[rows].double().mean(0)).float().contiguous() for a in xs)
@@ -97,12 +98,22 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
 def _stats_triton(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     from pyrepr.kernels import gram as kernels
 
-    results = kernels.stats(xs, mask, scale, kernel, degree, coef0, by_features, split)
     dots = xs[0].new_empty(0, dtype=torch.float32)
     if keep_dots:
         centre, one = kernel in SHIFT_INVARIANT, torch.ones_like(scale[:1])
         dots = torch.stack([kernels.matrix(x, None, one, "linear", 1, 0.0, centre) for x in xs])
-    return (*results, dots)
+        if kernel == "linear":
+            return (*_stats_of_dots(dots), dots)
+    return (*kernels.stats(xs, mask, scale, kernel, degree, coef0, by_features, split), dots)
+
+
+def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The linear kernel's statistics where its matrices are kept anyway. dots: [M, n, n]."""
+    k = dots.double()
+    d = k.diagonal(dim1=1, dim2=2).clone()
+    k.diagonal(dim1=1, dim2=2).zero_()
+    flat = k.flatten(1)
+    return flat @ flat.T, -d, d, d.new_zeros(len(d))
 
 
 stats_op = leaf_op(
@@ -278,6 +289,14 @@ def _pairs(m: int, split: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
 
 
+def _times(a: Tensor, b: Tensor, x: Tensor | None = None) -> Tensor:
+    """a @ b, where b may be what centring x gave. On the CPU by torch; on a GPU by the op, whose kernels get float32's
+    accuracy out of tensor cores, and take a narrow x as it is."""
+    if a.device.type == "cpu" and not triton_interprets():
+        return a @ b
+    return apply_op(a, b, False) if x is None else apply_op(a, x, True)
+
+
 def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
     """Linear kernel: S_ab = ‖X_aᵀX_b‖² − q_a·q_b gives dX_a = Σ_b 2 (g_ab + g_ba) [X_b (X_bᵀX_a) − diag(q_b) X_a].
 
@@ -289,11 +308,11 @@ def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
     diagonal = 2 * grad_q
     grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
-        product = centred[b].T @ centred[a]  # [d_b, d_a]
+        product = _times(centred[b].T, centred[a], xs[a])  # [d_b, d_a]
         for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
             if wanted[left]:
                 weight = 2 * symmetric[left, right]
-                part, so_far = centred[right] @ (cross * weight.to(dtype)), grads[left]
+                part, so_far = _times(centred[right], cross * weight.to(dtype)), grads[left]
                 grads[left] = part if so_far is None else so_far.add_(part)
                 diagonal[left] -= weight * d[right]
     for a, grad in enumerate(grads):
