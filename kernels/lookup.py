@@ -256,6 +256,8 @@ STREAM = table(
     Config({"BLOCK_T": 128, "BLOCK_H": 128}, 8),
     Config({"BLOCK_T": 128, "BLOCK_H": 64}, 4),
 )
+# For rows that do not start at multiples of 16 bytes: an address an element, so fewer of them a thread.
+STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 64, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",
     Config({"BLOCK_T": 128, "BLOCK_H": 128, "BLOCK_K": 4}, 8, 3),
@@ -307,7 +309,7 @@ def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Vari
 
 
 def variants(architecture: int) -> list[Variant]:
-    """All that can be launched there, aligned as tables with h a multiple of 16 are; two kernels also for others."""
+    """All that can be launched there, aligned as tables with h a multiple of 16 are; some also for other tables."""
     from pyrepr.kernels import lookup_backward as backward_kernels
 
     a, stored = architecture, (*FLOATS, I8)
@@ -320,7 +322,8 @@ def variants(architecture: int) -> list[Variant]:
     found += backward_kernels.variants(a)
     usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
     aligned = [replace(v, aligned=tuple(name for name in usual if name in v.signature)) for v in found]
-    odd = [_rows_variant(ROWS.rows[a], BF16, BF16), _stream_variant(STREAM.rows[a], BF16)]
+    odd = [_stream_variant(STREAM_ODD.rows[a], tables) for tables in stored]
+    odd += [_rows_variant(ROWS.rows[a], BF16, BF16)]
     return aligned + [replace(v, name=v.name + "-odd") for v in odd]
 
 
@@ -409,7 +412,8 @@ def _from_codes(
     elif route == 1 or (route == 0 and tokens <= FEW_TOKENS):
         configs, describe = ROWS, lambda config: _rows_variant(config, None, dtype)
     else:
-        configs, describe = STREAM, lambda config: _stream_variant(config, dtype)
+        aligned = tables.shape[2] % 16 == 0 and tables.data_ptr() % 16 == 0
+        configs, describe = STREAM if aligned else STREAM_ODD, lambda config: _stream_variant(config, dtype)
 
     def run(config: Config) -> Tensor:
         return _partial_sums(describe, config, tokens, arguments)

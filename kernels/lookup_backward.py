@@ -258,8 +258,9 @@ ONE_HOT_SEGMENTS = table(
 )
 DOTS = table(
     "dots",
-    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 8}, 8),
-    Config({"BLOCK_T": 256, "BLOCK_H": 64, "BLOCK_K": 8}, 16),
+    Config({"BLOCK_T": 64, "BLOCK_H": 64, "BLOCK_K": 8}, 8),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 8}, 16),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 4}, 8),
     Config({"BLOCK_T": 64, "BLOCK_H": 128, "BLOCK_K": 4}, 8),
 )
 DOTS_FEW = table(

@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunks = 512;           // hashed at a time
+constexpr int kChunks = 512;  // hashed at a time
+constexpr int kMostBits = 16;
 constexpr int kAhead = 8;              // rows a thread has asked for
 constexpr int kNarrow = 4, kWide = 8;  // lanes a row: 64 bytes while blocks are few, else a line of 128
 constexpr int64_t kBlocks = 132;       // that a GPU should have to do
@@ -61,31 +62,45 @@ __device__ void put(void* p, DType type, int64_t i, float value) {
     static_cast<__half*>(p)[i] = __float2half(value);
 }
 
+// The elements of a chunk, all of them asked for before the first arrives; 0 from `bits` on.
+template <class X>
+__device__ void read_chunk(const X* p, int bits, float (&z)[kMostBits]) {
+  constexpr int N = 16 / sizeof(X);
+  if (bits % N == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll
+    for (int first = 0; first < kMostBits; first += N) {
+      const uint4 piece = first < bits ? *reinterpret_cast<const uint4*>(p + first) : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < N; i++) z[first + i] = number(reinterpret_cast<const X*>(&piece)[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kMostBits; i++) z[i] = i < bits ? number(p[i]) : 0.f;
+  }
+}
+
 // Code and weight of chunk k of token t; the arithmetic of cpu/lookup_hash.h.
 __device__ void hash(const LookupLinear& call, int64_t t, int64_t k, int& code, float& weight) {
   const int64_t first = t * call.x_stride + k * call.bits;
-  float size = 0, inverse = 1;
+  float z[kMostBits], size = 0, inverse = 1;
+  if (call.x_type == DType::f32)
+    read_chunk(static_cast<const float*>(call.x) + first, call.bits, z);
+  else if (call.x_type == DType::bf16)
+    read_chunk(static_cast<const __nv_bfloat16*>(call.x) + first, call.bits, z);
+  else
+    read_chunk(static_cast<const __half*>(call.x) + first, call.bits, z);
   code = 0;
-#pragma unroll 8
-  for (int i = 0; i < call.bits; i++) {
-    const float z = element(call.x, call.x_type, first + i);
-    code |= int(z >= 0) << i;
-    size += fabsf(z);
-    inverse *= 1 + expf(-fabsf(z) * call.slope);
+#pragma unroll
+  for (int i = 0; i < kMostBits; i++) {
+    if (i >= call.bits) break;
+    code |= int(z[i] >= 0) << i;
+    size += fabsf(z[i]);
+    inverse *= 1 + expf(-fabsf(z[i]) * call.slope);
   }
-  switch (call.weighting) {
-    case 0:
-      weight = 1 / inverse;
-      break;
-    case 1:
-      weight = size / inverse;
-      break;
-    case 2:
-      weight = size / call.bits;
-      break;
-    default:
-      weight = size == size ? 1.f : size;
-  }
+  weight = size == size ? 1.f : size;
+  if (call.weighting == 0) weight = 1 / inverse;
+  if (call.weighting == 1) weight = size / inverse;
+  if (call.weighting == 2) weight = size / call.bits;
   if (call.scales) weight *= call.scales[(k << call.bits) + code];
 }
 
@@ -117,14 +132,14 @@ __device__ void add_rows(const LookupLinear& call, const int* codes, const float
 }
 
 template <class T, int N, int Lanes>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const LookupLinear call, int64_t columns, int64_t part) {
+__global__ void __launch_bounds__(kThreads) rows_kernel(const LookupLinear call, int64_t part) {
   __shared__ int codes[kChunks];
   __shared__ float weights[kChunks];
   __shared__ float sums[kWarps][Lanes * N];
 
-  const int64_t t = blockIdx.x / (columns * call.parts), rest = blockIdx.x % (columns * call.parts);
-  const int64_t column = rest % columns * Lanes * N + threadIdx.x % Lanes * N;
-  const int64_t begin = rest / columns * part, end = min(begin + part, call.K);
+  const int64_t t = blockIdx.x, block_column = int64_t(blockIdx.y) * Lanes * N, s = blockIdx.z;
+  const int64_t column = block_column + threadIdx.x % Lanes * N;
+  const int64_t begin = s * part, end = min(begin + part, call.K);
 
   float sum[N] = {};
   for (int64_t first = begin; first < end; first += kChunks) {
@@ -145,12 +160,12 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const LookupLinear call,
   if (threadIdx.x >= Lanes * N) return;
   float total = 0;
   for (int warp = 0; warp < kWarps; warp++) total += sums[warp][threadIdx.x];
-  const int64_t own = rest % columns * Lanes * N + threadIdx.x;
+  const int64_t own = block_column + threadIdx.x;
   if (own >= call.h) return;
   if (call.parts == 1)
     finish(call, t, own, total);
   else
-    call.partial[(rest / columns * call.T + t) * call.h + own] = total;
+    call.partial[(s * call.T + t) * call.h + own] = total;
 }
 
 __global__ void __launch_bounds__(kThreads) parts_kernel(const LookupLinear call) {
@@ -171,10 +186,10 @@ bool narrow(int64_t T, int64_t h, int table_type) {
 
 template <class T, int N, int Lanes>
 const char* launch(const LookupLinear& call, cudaStream_t stream) {
-  const int64_t columns = ceil_div(call.h, Lanes * N), blocks = call.T * call.parts * columns;
-  if (blocks > INT32_MAX) return "T h is too large for one launch";
-  rows_kernel<T, N, Lanes>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(call, columns, ceil_div(call.K, call.parts));
+  const int64_t columns = ceil_div(call.h, Lanes * N);
+  if (call.T > INT32_MAX || columns > 65535) return "T or h is too large for one launch";
+  const dim3 grid(static_cast<unsigned>(call.T), static_cast<unsigned>(columns), static_cast<unsigned>(call.parts));
+  rows_kernel<T, N, Lanes><<<grid, kThreads, 0, stream>>>(call, ceil_div(call.K, call.parts));
   return nullptr;
 }
 
@@ -215,7 +230,8 @@ int64_t lookup_linear_parts(int64_t T, int64_t K, int64_t h, int table_type) {
 const char* lookup_linear(const LookupLinear& call, void* stream) {
   if (call.T == 0 || call.h == 0) return nullptr;
   if (call.x_type == DType::f64) return "float64 has no CUDA kernel";
-  if (call.parts < 1 || (call.parts > 1 && !call.partial)) return "several parts need memory for their sums";
+  if (call.parts < 1 || call.parts > kBlocks || (call.parts > 1 && !call.partial))
+    return "the number of parts must be from lookup_linear_parts, with memory for their sums";
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (const char* reason = launch_any(call, queue)) return reason;
   if (call.parts > 1) {
