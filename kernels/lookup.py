@@ -66,22 +66,26 @@ from pyrepr.reference.lookup import WEIGHTINGS
 FEW_TOKENS = 256
 
 
-@triton.jit(do_not_specialize=["tokens", "bits", "weighting"])
+@triton.jit(do_not_specialize=["tokens", "bits", "weighting", "by_chunk"])
 def _hash_kernel(
     x,  # [T, K bits], rows `stride` apart
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, or [K, T] if by_chunk
+    weights,  # float32, likewise
     stride,
     tokens,
     chunks,
     bits,
     slope,
     weighting,
+    by_chunk,
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = j < tokens.to(tl.int64) * chunks
-    code, size, inverse = chunk_sums(x + j // chunks * stride + j % chunks * bits, inside, bits, slope)
+    length = tl.where(by_chunk != 0, tokens, chunks)
+    t = tl.where(by_chunk != 0, j % length, j // length)
+    k = tl.where(by_chunk != 0, j // length, j % length)
+    code, size, inverse = chunk_sums(x + t * stride + k * bits, inside, bits, slope)
     tl.store(codes + j, code, mask=inside)
     tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
 
@@ -153,19 +157,19 @@ def _finish_kernel(
 
 
 @triton.jit
-def _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last):
+def _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last):
     """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]."""
     sums = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
-    at = t.to(tl.int64) * chunks
+    at = t.to(tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_k
     present = t < tokens
     mask = present[:, None] & (columns < h)[None, :]
-    code = tl.load(codes + at + first, mask=present, other=0)
-    weight = tl.load(weights + at + first, mask=present, other=0.0)
+    code = tl.load(codes + at, mask=present, other=0)
+    weight = tl.load(weights + at, mask=present, other=0.0)
     for k in range(first, last):
         now, factor = checked(code, weight, n)
-        following = tl.minimum(k + 1, last - 1)  # whose codes are on their way while the rows are
-        code = tl.load(codes + at + following, mask=present, other=0)
-        weight = tl.load(weights + at + following, mask=present, other=0.0)
+        at += tl.where(k + 1 < last, stride_k, 0)  # the next codes are on their way while the rows are
+        code = tl.load(codes + at, mask=present, other=0)
+        weight = tl.load(weights + at, mask=present, other=0.0)
         row = tl.cast(k, tl.int64) * n + now
         if scales is not None:
             factor *= tl.load(scales + row, mask=present, other=0.0)
@@ -176,11 +180,13 @@ def _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, fi
 
 @triton.jit(do_not_specialize=["tokens", "part"])
 def _stream_kernel(
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, of these strides
+    weights,  # [T, K] float32, of the same
     tables,  # [K, n, h]
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
+    stride_t,
+    stride_k,
     tokens,
     chunks,
     n,
@@ -193,18 +199,20 @@ def _stream_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(2) * part
     last = tl.minimum(first + part, chunks)
-    sums = _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last)
+    sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "part"])
 def _one_hot_kernel(
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, of these strides
+    weights,  # [T, K] float32, of the same
     tables,  # [K, n, h], n ≤ ROWS
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
+    stride_t,
+    stride_k,
     tokens,
     chunks,
     n,
@@ -223,7 +231,8 @@ def _one_hot_kernel(
     lane = tl.arange(0, BLOCK_K * ROWS)
     sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for start in range(first, last, BLOCK_K):
-        a = one_hot(codes, weights, t, start + tl.arange(0, BLOCK_K), tokens, chunks, n, ROWS)
+        own = start + tl.arange(0, BLOCK_K)
+        a = one_hot(codes, weights, t, own, stride_t, stride_k, tokens, chunks, n, ROWS)
         k, c = start + lane // ROWS, lane % ROWS
         row = k.to(tl.int64) * n + c
         real = (k < chunks) & (c < n)
@@ -233,7 +242,7 @@ def _one_hot_kernel(
         b = dot_input(tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(kind))
         sums = tl.dot(dot_input(a.to(kind)), b, sums)
     if not all_finite(sums):
-        sums = _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last)
+        sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
@@ -248,13 +257,18 @@ ROWS = table(
     Config({"BLOCK_K": 8, "BLOCK_H": 512}),
     Config({"BLOCK_K": 64, "BLOCK_H": 64}),
 )
+# Fewer tokens than threads: Triton then lets every thread read the codes of its own rows instead of passing them round
+# through shared memory, with barriers.
 STREAM = table(
     "stream",
-    Config({"BLOCK_T": 256, "BLOCK_H": 64}, 8),
+    Config({"BLOCK_T": 256, "BLOCK_H": 64}, 16),
     Config({"BLOCK_T": 512, "BLOCK_H": 64}, 16),
-    Config({"BLOCK_T": 256, "BLOCK_H": 128}, 16),
+    Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16),
     Config({"BLOCK_T": 128, "BLOCK_H": 128}, 8),
-    Config({"BLOCK_T": 128, "BLOCK_H": 64}, 4),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8),
+)
+STREAM_FLOAT = table(
+    "stream_float", Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8), Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16)
 )
 # For rows that do not start at multiples of 16 bytes: an address an element, so fewer of them a thread.
 STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 64, "BLOCK_H": 64}, 8))
@@ -316,7 +330,7 @@ def variants(architecture: int) -> list[Variant]:
     found = [_hash_variant(HASH.rows[a], x) for x in FLOATS]
     found += [_rows_variant(ROWS.rows[a], x, tables) for x, tables in FUSED]
     found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
-    found += [_stream_variant(STREAM.rows[a], tables) for tables in stored]
+    found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t) for t in stored]
     found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
     found += [_finish_variant(FINISH.rows[a], bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
     found += backward_kernels.variants(a)
@@ -327,22 +341,23 @@ def variants(architecture: int) -> list[Variant]:
     return aligned + [replace(v, name=v.name + "-odd") for v in odd]
 
 
-def hash(x: Tensor, bits: int, weighting: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Codes [T, K] int32 and weights [T, K] float32 of x [T, d]."""
+def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] int32 and weights [T, K] float32 of x [T, d]; with `by_chunk` transposes of contiguous [K, T]."""
     refuse(x)
     x = readable(x)
     tokens, chunks = x.shape[0], x.shape[1] // bits
-    codes = x.new_empty(tokens, chunks, dtype=torch.int32)
-    weights = x.new_empty(tokens, chunks, dtype=F32)
+    shape = (chunks, tokens) if by_chunk else (tokens, chunks)
+    codes, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=F32)
     arguments = {"x": x, "codes": codes, "weights": weights, "stride": x.stride(0), "tokens": tokens, "chunks": chunks}
     arguments.update(bits=bits, slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
+    arguments["by_chunk"] = int(by_chunk)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(codes.numel(), config.blocks["BLOCK"]),)
         launch(_hash_variant(config, x.dtype), grid, arguments, x.device)
 
     HASH.run(x.device, run)
-    return codes, weights
+    return (codes.t(), weights.t()) if by_chunk else (codes, weights)
 
 
 def finish(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -392,28 +407,42 @@ def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, bits: int, weighti
     """Few tokens, hash included: [parts, T, h]."""
     arguments = {"x": x, "tables": tables, "scales": scales, "stride": x.stride(0), "bits": bits}
     arguments.update(slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
+    describe = functools.partial(_rows_variant, x=x.dtype, tables=tables.dtype)
 
     def run(config: Config) -> Tensor:
-        return _partial_sums(lambda c: _rows_variant(c, x.dtype, tables.dtype), config, x.shape[0], arguments)
+        return _partial_sums(describe, config, x.shape[0], arguments)
 
     return ROWS.run(x.device, run, (tables.dtype, x.shape[0]))
 
 
+def _few(tokens: int, route: int) -> bool:
+    return route == 1 or (route == 0 and tokens <= FEW_TOKENS)
+
+
+def _by_chunk(x: Tensor) -> Tensor:
+    """[T, K] as the transpose of a contiguous [K, T]: neighbouring tokens' codes of a table in one line."""
+    return x.t().contiguous().t()
+
+
 def _from_codes(
-    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int, hot: bool = False
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, few: bool, hot: bool = False
 ) -> Tensor:
-    """[parts, T, h]; on the tensor cores if `hot`."""
+    """[parts, T, h] by the rows kernel if `few`, on the tensor cores if `hot`."""
     tokens, dtype = codes.shape[0], tables.dtype
+    if few:
+        codes, weights = codes.contiguous(), weights.contiguous()
+        configs, describe = ROWS, functools.partial(_rows_variant, x=None, tables=dtype)
+    elif hot:
+        configs, describe = ONE_HOT, functools.partial(_one_hot_variant, tables=dtype)
+    else:
+        codes, weights = _by_chunk(codes), _by_chunk(weights)
+        aligned = tables.shape[2] % 16 == 0 and tables.data_ptr() % 16 == 0
+        configs = (STREAM_FLOAT if dtype == F32 else STREAM) if aligned else STREAM_ODD
+        describe = functools.partial(_stream_variant, tables=dtype)
     arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
+    arguments.update(stride_t=codes.stride(0), stride_k=codes.stride(1))
     # The rows kernel's arguments for hashing.
     arguments.update(stride=0, bits=0, slope=0.0, weighting=0)
-    if hot:
-        configs, describe = ONE_HOT, lambda config: _one_hot_variant(config, dtype)
-    elif route == 1 or (route == 0 and tokens <= FEW_TOKENS):
-        configs, describe = ROWS, lambda config: _rows_variant(config, None, dtype)
-    else:
-        aligned = tables.shape[2] % 16 == 0 and tables.data_ptr() % 16 == 0
-        configs, describe = STREAM if aligned else STREAM_ODD, lambda config: _stream_variant(config, dtype)
 
     def run(config: Config) -> Tensor:
         return _partial_sums(describe, config, tokens, arguments)
@@ -440,12 +469,12 @@ def linear(
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
     hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS and route == 0
-    few = route == 1 or (route == 0 and x.shape[0] <= FEW_TOKENS)
+    few = _few(x.shape[0], route)
     if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)
     else:
-        codes, weights = hash(x, bits, weighting, temperature)
-        partial = _from_codes(codes, weights, tables, scales, route, hot)
+        codes, weights = hash(x, bits, weighting, temperature, by_chunk=hot or not few)
+        partial = _from_codes(codes, weights, tables, scales, few and not hot, hot)
     return finish(partial, bias, x.dtype)
 
 
@@ -456,4 +485,5 @@ def sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, r
     if codes.numel() == 0 or tables.shape[2] == 0:
         return weights.new_zeros(codes.shape[0], tables.shape[2])
     scales = None if scales is None else scales.contiguous()
-    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, route), None, F32)
+    few = _few(codes.shape[0], route)
+    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, few), None, F32)

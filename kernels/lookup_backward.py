@@ -150,7 +150,7 @@ def _one_hot_segments_kernel(
     sums = tl.zeros([BLOCK_K * ROWS, BLOCK_H], tl.float32)
     for start in range(0, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        a = one_hot(codes, weights, t, first + tl.arange(0, BLOCK_K), tokens, chunks, n, ROWS).to(kind)
+        a = one_hot(codes, weights, t, first + tl.arange(0, BLOCK_K), chunks, 1, tokens, chunks, n, ROWS).to(kind)
         source = grad + t.to(tl.int64)[:, None] * stride + columns[None, :]
         b = tl.load(source, mask=(t < tokens)[:, None] & (columns < h)[None, :], other=0.0)
         sums = tl.dot(tl.trans(dot_input(a)), dot_input(b), sums)

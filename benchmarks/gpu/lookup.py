@@ -186,7 +186,13 @@ def _checks() -> list[GpuCase]:
     case = functools.partial(GpuCase, error=error_of, tolerance=TOLERANCE)
     both = ("triton", "cuda")
     found = [
-        GpuCase("codes", "T=3 d=720720, τ from 1 to 16", codes_bits(3, 720720), dict.fromkeys(TOLERANCE, 0.0), error=_differing),
+        GpuCase(
+            "codes",
+            "T=3 d=720720, τ from 1 to 16",
+            codes_bits(3, 720720),
+            dict.fromkeys(TOLERANCE, 0.0),
+            error=_differing,
+        ),
     ]
     for weighting in reference.WEIGHTINGS:
         make = forward(5, 240, 200, 8, weighting=weighting)
