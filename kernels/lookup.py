@@ -3,23 +3,26 @@
     out[t] = bias + Σ_k w[t, k] T_k[code[t, k]]           segments_k[c] = Σ_{t: code[t, k] = c} w[t, k] grad[t]
     dots[t, k] = ⟨grad[t], T_k[code[t, k]]⟩               codes and weights as in csrc/cpu/lookup.h
 
-Sums are in float32 and in one order, without atomics: the same bits every time. With s bytes a table element, at best:
+Sums are in float32 and in one order, without atomics: the same bits every time. What each kernel moves and computes at
+best, s being the bytes of a table element; no time here was measured on a GPU:
 
 - rows (few tokens): a program makes the codes of BLOCK_K chunks of a token and adds up their rows; K is split over
-  programs until the GPU is full, `finish` adds the parts up in their order. K h s bytes a token from memory, 2 K h
-  flops. The d elements of x are hashed by each of the h / BLOCK_H programs again: 1/32 of the bytes at 8 bits, 16-bit x
-  and tables and BLOCK_H = 128. A few MB take as long to arrive as one dependent read, so all must be asked for at once.
+  programs until the GPU is full, and `finish` adds the parts up in their order. K h s bytes a token from memory, 2 K h
+  flops; x once more for each of the h / BLOCK_H programs, from L2, 1/16 of the bytes with 8 bits, 16-bit x and tables.
+  d = h = 4096 in 16 bits are 4 MB a token: 1.3 µs of 3.3 TB/s, hardly more than the two reads that follow each other,
+  so every program has 8 KB in flight and four of them fit a multiprocessor.
 - stream (many tokens): BLOCK_T tokens × BLOCK_H columns, a row is one 128-byte line, and all programs walk the tables
-  in step: memory sees each table once, L2 at most min(BLOCK_T, n) rows of a table for each program, L1 the rest of the
-  T K h s bytes. The ordinary cores do T K h multiply-adds, as many conversions of 16-bit tables, and one address for 16
-  bytes: about 3 instructions an element, which is what bounds it once the rows come from L1. The hash is a kernel of
-  its own: 8 T K bytes, read h / BLOCK_H times, are less work than h / BLOCK_H hashes.
+  in step: memory sees each table once for all programs at work, L2 the distinct rows of BLOCK_T tokens (0.63 BLOCK_T
+  for 256 tokens and 8 bits), L1 all T K h s bytes. The ordinary cores do T K h multiply-adds, as many conversions of
+  narrow tables, and an address and a load for 16 bytes: about 3 instructions an element. Codes and weights come
+  transposed, so that the four rows of a warp's load find theirs in one line each; the hash is a kernel of its own, for
+  8 T K bytes, read h / BLOCK_H times, are less work than h / BLOCK_H hashes.
 - one_hot (n ≤ 16, 16-bit x): a matrix that holds w at (k, code) and else 0, times the tables, on the tensor cores:
   32 T K h flops. The weights are rounded to 16 bits as the result is, so float32 x is gathered. There 0 · ∞ is NaN, so
   a tile whose result is not finite is gathered again: the reference's NaN and ∞ without a test in the loop.
 - segments: the codes of each table are sorted, stably, and a program adds up the rows of grad of one code in the order
-  of the tokens: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot matrix, transposed, times
-  grad, unsorted: 32 T K h flops.
+  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot
+  matrix, transposed, times grad, unsorted: 32 T K h flops.
 - dots: as stream, with columns outside, so that a tile of grad serves BLOCK_K tables. For n ≤ 16 grad times all the
   rows, from which the code picks.
 
