@@ -128,12 +128,12 @@ def _rows_kernel(
             code = tl.load(codes + t * chunks + k, mask=inside, other=0)
             weight = tl.load(weights + t * chunks + k, mask=inside, other=0.0)
             code, weight = checked(code, weight, n)
-        row = k.to(tl.int64) * n + code
+        row = tl.minimum(k, last - 1).to(tl.int64) * n + code
         if scales is not None:
-            weight *= tl.load(scales + row, mask=inside, other=0.0)
-        mask = inside[:, None] & (columns < h)[None, :]
-        tile = tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += tl.where(inside, weight, 0.0)[:, None] * tile
+            weight *= tl.load(scales + row)
+        source = tables + row[:, None] * h + columns[None, :]
+        tile = tl.load(source, mask=(columns < h)[None, :], other=0.0).to(tl.float32)
+        sums += tl.where(inside[:, None], weight[:, None] * tile, 0.0)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t) * h + columns
     tl.store(target, tl.sum(sums, 0), mask=columns < h)
 
@@ -160,24 +160,39 @@ def _finish_kernel(
 
 
 @triton.jit
-def _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last):
-    """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]."""
+def _read_rows(tables, scales, k, code, weight, columns, n, h, WHOLE: tl.constexpr):
+    """The rows of table k that these codes name, as they are stored, and what to multiply them with."""
+    code, weight = checked(code, weight, n)
+    row = tl.cast(k, tl.int64) * n + code
+    if scales is not None:
+        weight *= tl.load(scales + row)
+    source = tables + row[:, None] * h + columns[None, :]
+    tile = tl.load(source) if WHOLE else tl.load(source, mask=(columns < h)[None, :], other=0.0)
+    return tile, weight
+
+
+@triton.jit
+def _gather(
+    codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE: tl.constexpr
+):
+    """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]; of tokens
+    that are not there the last one's. WHOLE: all columns are there.
+
+    The rows of a table are added up while those of the next are on their way: read and used in one turn of the loop,
+    ptxas would put each read right before its use, one in flight at a time.
+    """
     sums = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
-    at = t.to(tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_k
-    present = t < tokens
-    mask = present[:, None] & (columns < h)[None, :]
-    code = tl.load(codes + at, mask=present, other=0)
-    weight = tl.load(weights + at, mask=present, other=0.0)
+    at = tl.minimum(t, tokens - 1).to(tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_k
+    tile, factor = _read_rows(tables, scales, first, tl.load(codes + at), tl.load(weights + at), columns, n, h, WHOLE)
+    at += tl.where(first + 1 < last, stride_k, 0)
+    code, weight = tl.load(codes + at), tl.load(weights + at)
     for k in range(first, last):
-        now, factor = checked(code, weight, n)
-        at += tl.where(k + 1 < last, stride_k, 0)  # the next codes are on their way while the rows are
-        code = tl.load(codes + at, mask=present, other=0)
-        weight = tl.load(weights + at, mask=present, other=0.0)
-        row = tl.cast(k, tl.int64) * n + now
-        if scales is not None:
-            factor *= tl.load(scales + row, mask=present, other=0.0)
-        tile = tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += factor[:, None] * tile
+        following = tl.minimum(k + 1, last - 1)
+        next_tile, next_factor = _read_rows(tables, scales, following, code, weight, columns, n, h, WHOLE)
+        at += tl.where(k + 2 < last, stride_k, 0)
+        code, weight = tl.load(codes + at), tl.load(weights + at)
+        sums += factor[:, None] * tile.to(tl.float32)
+        tile, factor = next_tile, next_factor
     return sums
 
 
@@ -195,6 +210,7 @@ def _stream_kernel(
     n,
     h,
     part,  # tables in a split
+    WHOLE: tl.constexpr,  # BLOCK_H divides h
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -202,7 +218,7 @@ def _stream_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(2) * part
     last = tl.minimum(first + part, chunks)
-    sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last)
+    sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
@@ -245,7 +261,7 @@ def _one_hot_kernel(
         b = dot_input(tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(kind))
         sums = tl.dot(dot_input(a.to(kind)), b, sums)
     if not all_finite(sums):
-        sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last)
+        sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, False)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
@@ -267,13 +283,14 @@ STREAM = table(
     Config({"BLOCK_T": 256, "BLOCK_H": 64}, 16),
     Config({"BLOCK_T": 512, "BLOCK_H": 64}, 16),
     Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16),
-    Config({"BLOCK_T": 128, "BLOCK_H": 128}, 8),
     Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8),
 )
 STREAM_FLOAT = table(
     "stream_float", Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8), Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16)
 )
-# For rows that do not start at multiples of 16 bytes: an address an element, so fewer of them a thread.
+# No BLOCK_H of the two tables above may be larger.
+STREAM_COLUMNS = 64
+# For other rows: where they do not start at multiples of 16 bytes, an address an element, so few elements a thread.
 STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 64, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",
@@ -311,8 +328,8 @@ def _rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype) ->
 
 
 @functools.cache
-def _stream_variant(config: Config, tables: torch.dtype) -> Variant:
-    return _sum_variant(_stream_kernel, "stream", config, None, tables)
+def _stream_variant(config: Config, tables: torch.dtype, whole: bool) -> Variant:
+    return _sum_variant(_stream_kernel, "stream", config, None, tables, WHOLE=whole)
 
 
 @functools.cache
@@ -333,13 +350,13 @@ def variants(architecture: int) -> list[Variant]:
     found = [_hash_variant(HASH.rows[a], x) for x in FLOATS]
     found += [_rows_variant(ROWS.rows[a], x, tables) for x, tables in FUSED]
     found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
-    found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t) for t in stored]
+    found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t, True) for t in stored]
     found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
     found += [_finish_variant(FINISH.rows[a], bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
     found += backward_kernels.variants(a)
     usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
     aligned = [replace(v, aligned=tuple(name for name in usual if name in v.signature)) for v in found]
-    odd = [_stream_variant(STREAM_ODD.rows[a], tables) for tables in stored]
+    odd = [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
     odd += [_rows_variant(ROWS.rows[a], BF16, BF16)]
     return aligned + [replace(v, name=v.name + "-odd") for v in odd]
 
@@ -439,9 +456,9 @@ def _from_codes(
         configs, describe = ONE_HOT, functools.partial(_one_hot_variant, tables=dtype)
     else:
         codes, weights = _by_chunk(codes), _by_chunk(weights)
-        aligned = tables.shape[2] % 16 == 0 and tables.data_ptr() % 16 == 0
-        configs = (STREAM_FLOAT if dtype == F32 else STREAM) if aligned else STREAM_ODD
-        describe = functools.partial(_stream_variant, tables=dtype)
+        whole = tables.shape[2] % STREAM_COLUMNS == 0 and tables.data_ptr() % 16 == 0
+        configs = (STREAM_FLOAT if dtype == F32 else STREAM) if whole else STREAM_ODD
+        describe = functools.partial(_stream_variant, tables=dtype, whole=whole)
     arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
     arguments.update(stride_t=codes.stride(0), stride_k=codes.stride(1))
     # The rows kernel's arguments for hashing.

@@ -85,12 +85,12 @@ def _segments_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + r, mask=has_rows != 0, other=r)
-    k, c = row // n, row % n
+    r = tl.program_id(0)
+    row = tl.load(rows + r, mask=has_rows != 0, other=r).to(tl.int32)
+    k, c = (row // n).to(tl.int64), row % n
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    begin = tl.load(starts + row)
-    end = tl.load(starts + row + 1, mask=c + 1 < n, other=tokens)
+    begin = tl.load(starts + row).to(tl.int32)
+    end = tl.load(starts + row + 1, mask=c + 1 < n, other=tokens).to(tl.int32)
     part = tl.cdiv(end - begin, tl.num_programs(2))
     begin += tl.program_id(2) * part
     end = tl.minimum(begin + part, end)
@@ -204,6 +204,39 @@ def _dots_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
+def _dots_few_kernel(
+    grad,  # [T, h] float32, rows `stride` apart
+    codes,  # [T, K] int32
+    tables,  # [K, n, h]
+    scales,  # [K, n] float32 for int8 tables, else None
+    out,  # [T, K] float32
+    stride,
+    tokens,
+    chunks,
+    n,
+    h,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One token a program."""
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < chunks
+    code = tl.load(codes + t * chunks + k, mask=inside, other=0)
+    code, factor = checked(code, tl.full([BLOCK_K], 1.0, tl.float32), n)
+    row = tl.minimum(k, chunks - 1).to(tl.int64) * n + code
+    if scales is not None:
+        factor *= tl.load(scales + row)
+    sums = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for start in range(0, h, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        g = tl.load(grad + t * stride + columns, mask=columns < h, other=0.0).to(tl.float32)
+        source = tables + row[:, None] * h + columns[None, :]
+        sums += g[None, :] * tl.load(source, mask=(columns < h)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + t * chunks + k, tl.sum(sums, 1) * factor, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _one_hot_dots_kernel(
     grad,  # [T, h] in the dtype of tables, rows `stride` apart
     codes,  # [T, K] int32
@@ -265,9 +298,10 @@ DOTS = table(
 )
 DOTS_FEW = table(
     "dots_few",
-    Config({"BLOCK_T": 1, "BLOCK_H": 512, "BLOCK_K": 4}, 2),
-    Config({"BLOCK_T": 1, "BLOCK_H": 1024, "BLOCK_K": 2}, 4),
-    Config({"BLOCK_T": 1, "BLOCK_H": 256, "BLOCK_K": 8}, 1),
+    Config({"BLOCK_H": 1024, "BLOCK_K": 4}, 4),
+    Config({"BLOCK_H": 512, "BLOCK_K": 4}, 4),
+    Config({"BLOCK_H": 512, "BLOCK_K": 8}, 4),
+    Config({"BLOCK_H": 256, "BLOCK_K": 16}, 4),
 )
 ONE_HOT_DOTS = table(
     "one_hot_dots",
@@ -299,7 +333,8 @@ def _one_hot_segments_variant(config: Config) -> Variant:
 def _dots_variant(config: Config, tables: torch.dtype) -> Variant:
     scales = F32 if tables == I8 else None
     pointers = {"grad": F32, "codes": torch.int32, "tables": tables, "scales": scales, "out": F32}
-    return variant(_dots_kernel, "dots_few" if config.blocks["BLOCK_T"] == 1 else "dots", config, pointers)
+    kernel, name = (_dots_kernel, "dots") if "BLOCK_T" in config.blocks else (_dots_few_kernel, "dots_few")
+    return variant(kernel, name, config, pointers)
 
 
 @functools.cache
@@ -390,7 +425,8 @@ def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) ->
 
     def run(config: Config) -> None:
         described = _one_hot_dots_variant(config, dtype) if hot else _dots_variant(config, dtype)
-        grid = (triton.cdiv(tokens, config.blocks["BLOCK_T"]), triton.cdiv(chunks, config.blocks["BLOCK_K"]))
+        tokens_each, chunks_each = config.blocks.get("BLOCK_T", 1), config.blocks["BLOCK_K"]
+        grid = (triton.cdiv(tokens, tokens_each), triton.cdiv(chunks, chunks_each))
         launch(described, grid, arguments_of(described, arguments), grad.device)
 
     configs.run(grad.device, run, (dtype, tokens))
