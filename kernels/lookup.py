@@ -148,15 +148,17 @@ def _finish_kernel(
     parts,
     has_bias,
     BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # parts read at a time
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     count = rows.to(tl.int64) * h
-    inside = j < count
-    total = tl.load(partial + j, mask=inside, other=0.0)
-    for s in range(1, parts):
-        total += tl.load(partial + s * count + j, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        mask = (s < parts)[:, None] & (j < count)[None, :]
+        total += tl.sum(tl.load(partial + s.to(tl.int64)[:, None] * count + j[None, :], mask=mask, other=0.0), 0)
     total += tl.load(bias + j % h, mask=j < count * has_bias, other=0.0).to(tl.float32)
-    tl.store(out + j, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + j, total.to(out.dtype.element_ty), mask=j < count)
 
 
 @triton.jit
@@ -267,7 +269,8 @@ def _one_hot_kernel(
 
 
 HASH = table("hash", Config({"BLOCK": 256}))
-FINISH = table("finish", Config({"BLOCK": 512}))
+FINISH = table("finish", Config({"BLOCK": 512, "BLOCK_S": 1}))
+FINISH_PARTS = table("finish_parts", Config({"BLOCK": 128, "BLOCK_S": 16}))
 ROWS = table(
     "rows",
     Config({"BLOCK_K": 32, "BLOCK_H": 128}),
@@ -339,7 +342,8 @@ def _one_hot_variant(config: Config, tables: torch.dtype) -> Variant:
 
 @functools.cache
 def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Variant:
-    return variant(_finish_kernel, "finish", config, {"partial": F32, "bias": bias, "out": out})
+    name = "finish" if config.blocks["BLOCK_S"] == 1 else "finish_parts"
+    return variant(_finish_kernel, name, config, {"partial": F32, "bias": bias, "out": out})
 
 
 def variants(architecture: int) -> list[Variant]:
@@ -352,7 +356,8 @@ def variants(architecture: int) -> list[Variant]:
     found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
     found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t, True) for t in stored]
     found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
-    found += [_finish_variant(FINISH.rows[a], bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
+    kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
+    found += [_finish_variant(f.rows[a], bias, out) for f in (FINISH, FINISH_PARTS) for bias, out in kinds]
     found += backward_kernels.variants(a)
     usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
     aligned = [replace(v, aligned=tuple(name for name in usual if name in v.signature)) for v in found]
@@ -402,7 +407,7 @@ def finish(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
         launch(_finish_variant(config, arguments["bias"].dtype, dtype), grid, arguments, out.device)
 
-    FINISH.run(out.device, run)
+    (FINISH if parts == 1 else FINISH_PARTS).run(out.device, run)
     return out
 
 

@@ -86,8 +86,7 @@ def test_every_forward_kernel(x_dtype, table_dtype):
         assert relative(out, truth) < FLOAT32 + ROUNDING[x_dtype], (tokens, route)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 63, 65])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize(("tokens", "weighting"), [(0, "l1"), (1, "scaled"), (63, "none"), (65, "probability")])
 def test_forward_and_backward_of_a_batch(tokens, weighting):
     x, tables, _, _ = problem(tokens, 3, 6, 20)
     leaves = [x.requires_grad_(), tables.requires_grad_(), torch.randn(20, requires_grad=True)]
@@ -192,15 +191,16 @@ def test_float64_is_refused():
 
 def test_last_row_of_more_than_2_31_table_elements():
     """Zeros nobody touches take address space, not memory."""
-    k, n, h = 2, 1 << 16, 16400
+    k, n, h = 32, 1 << 16, 1040
     tables = torch.zeros(k, n, h, dtype=I8)
-    tables[1, n - 1] = torch.arange(h).to(I8)
+    assert tables.numel() > 2**31
+    tables[-1, n - 1] = torch.arange(h).to(I8)
     codes, ones = torch.full((1, k), n - 1, dtype=torch.int32), torch.ones(1, k)
     for route in (1, 2):
         out = ops.sum_op(codes, ones, tables, torch.ones(k, n), route)
-        assert torch.equal(out[0], tables[1, n - 1].float())
+        assert torch.equal(out[0], tables[-1, n - 1].float())
     dots = ops.backward_op(out, codes, ones, tables, torch.ones(k, n), n, None, False)[1]
-    assert relative(dots[0, 1], tables[1, n - 1].double().square().sum()) < FLOAT32
+    assert relative(dots[0, -1], tables[-1, n - 1].double().square().sum()) < FLOAT32
 
 
 def test_few_tokens_are_split_over_tables_and_every_split_is_listed(only_listed_variants):
