@@ -207,3 +207,14 @@ def test_few_tokens_are_split_over_tables_and_every_split_is_listed(only_listed_
     x, tables, _, wide = problem(1, 100, 2, 8)
     assert relative(pyrepr.lookup_linear(x, tables), reference.lookup_linear(x.double(), wide)) < FLOAT32
     assert [v.kernel for v in only_listed_variants] == [kernels._rows_kernel, kernels._finish_kernel]
+
+
+def test_compiles_without_a_graph_break():
+    x, tables, _, _ = problem(3, 3, 5, 16)
+    results = []
+    for function in (pyrepr.lookup_linear, torch.compile(pyrepr.lookup_linear, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_(), tables.clone().requires_grad_()]
+        out = function(*leaves)
+        out.sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
