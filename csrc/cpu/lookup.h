@@ -23,11 +23,15 @@ enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
 // Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once.
 enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2 };
 
+// Columns of a tile: what packed tables are cut into, and what a thread of the streaming kernel works on.
+constexpr int64_t kLookupTile = 64;
+
 struct LookupTables {
-  const void* data;  // [K, n, h] contiguous
+  const void* data;  // [K, n, h], or packed [h / kLookupTile, K, n, kLookupTile]; contiguous
   TableType type;
   const float* scales;  // [K, n] for i8, else null
   int64_t K, n, h;
+  bool packed;  // for linear and sum only
   int threads;
 };
 
