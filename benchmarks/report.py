@@ -1,9 +1,11 @@
-"""Markdown of a benchmark run: ``python -m pyrepr.benchmarks.report FILE.json``, for the README."""
+"""Markdown of benchmark runs, for the README: ``python -m pyrepr.benchmarks.report FILE.json`` for one run on a CPU,
+``python -m pyrepr.benchmarks.report --gpu benchmarks/results`` for all that was measured on GPUs."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -15,8 +17,9 @@ def markdown(run: dict[str, Any]) -> str:
         f"{facts['read_bandwidth_gbs']:.0f} GB/s"
     )
     lines = [
-        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}; "
-        f"measured in the same run: {bounds}.",
+        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}"
+        + (f", commit {facts['commit']}" if facts.get("commit") else "")
+        + f"; measured in the same run: {bounds}.",
         "",
         "| op | shape | implementation | ms | × | error | extra MiB | of bound |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -44,6 +47,99 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_markdown(run: dict[str, Any]) -> str:
+    """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
+    records = run["records"]
+    return "\n\n".join(part for part in (_gpu_head(run), _gpu_times(records), _gpu_checks(records)) if part)
+
+
+def _gpu_head(run: dict[str, Any]) -> str:
+    facts = run["machine"]
+    versions = ", ".join(
+        f"{k} {facts[k]}" for k in ("torch", "cuda", "triton", "flash-linear-attention") if facts.get(k)
+    )
+    bounds = ", ".join(f"{r['op']} {r['value']:.0f} {r['unit']}" for r in run["records"] if "bound" in r)
+    note = "" if run["finished"] else " The run did not finish."
+    return (
+        f"{facts.get('device', 'unknown device')}, driver {run['driver']}, {versions}, commit {run['commit']}, "
+        f"{run['date']}. Measured in the same run: {bounds or 'nothing'}.{note}"
+    )
+
+
+def _gpu_times(records: list[dict[str, Any]]) -> str:
+    """Device time with a cold L2 beside the error against float64; × is the time in units of pyrepr's fastest."""
+    rows = [r for r in records if r["section"] == "time"]
+    products = {r["op"].rsplit(" ", 1)[1]: r["value"] for r in records if r.get("bound", "").startswith("matrix")}
+    copy = next((r["value"] for r in records if r.get("bound") == "copy"), None)
+    fastest: dict[tuple, float] = {}
+    for r in rows:
+        if r.get("milliseconds") and r["implementation"] in ("pyrepr triton", "pyrepr cuda"):
+            fastest[_gpu_case(r)] = min(fastest.get(_gpu_case(r), float("inf")), r["milliseconds"])
+    lines = []
+    last = None
+    for r in rows:
+        case = _gpu_case(r)
+        op, shape, dtype = case[1:] if case != last else ("", "", "")
+        last = case
+        name = r.get("implementation", "")
+        if not r.get("milliseconds"):
+            lines.append(
+                f"| {op} | {shape} | {dtype} | {name} | {r.get('failure') or 'no time'} | | | | |".replace("\n", " ")
+            )
+            continue
+        ms = r["milliseconds"]
+        rate = r["flops"] / ms / 1e9
+        bandwidth = r["bytes"] / ms / 1e6
+        share = max(rate / products.get(dtype or case[3], float("inf")), bandwidth / copy if copy else 0)
+        own = name in ("pyrepr triton", "pyrepr cuda")
+        cells = [
+            *(op, shape, dtype, f"**{name}**" if own else name),
+            f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}",
+            f"{ms / fastest[case]:.2f}" if case in fastest else "",
+            "" if r.get("error") is None else f"{float(r['error']):.0e}",
+            "" if r.get("peak_mib") is None else f"{r['peak_mib']:.0f}",
+            f"{100 * share:.0f} %" if own and share else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    head = "| op | shape | dtype | implementation | ms | × | error | extra MiB | of bound |"
+    return "\n".join([head, "|---|---|---|---|---:|---:|---:|---:|---:|", *lines])
+
+
+def _gpu_case(record: dict[str, Any]) -> tuple:
+    return record["family"], record["op"], record["shape"], record.get("dtype", "")
+
+
+def _gpu_checks(records: list[dict[str, Any]]) -> str:
+    """How many correctness and sanitizer cases passed a family, and every one that did not."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    lines = []
+    for r in records:
+        if r["section"] not in ("check", "sanitize") or str(r.get("failure")).startswith("not run"):
+            continue
+        what = "compute-sanitizer" if r["section"] == "sanitize" else "against float64"
+        passed = counts.setdefault((r["family"], what), [0, 0])
+        passed[0] += not r.get("failure")
+        passed[1] += 1
+        if r.get("failure"):
+            name = " ".join(str(r[key]) for key in ("op", "shape", "backend", "dtype", "tool") if r.get(key))
+            lines.append(f"- {r['family']} {what}: {name}: {r['failure']}")
+    skipped = sum(1 for r in records if str(r.get("failure")).startswith("not run"))
+    summary = "; ".join(f"{family} {what} {good} of {all}" for (family, what), (good, all) in counts.items())
+    text = f"Passed: {summary or 'nothing was checked'}." + (f" Not run: {skipped}." if skipped else "")
+    return "\n".join([text, *lines])
+
+
+def gpu_section(folder: Path) -> str:
+    """What the README says about GPUs: every ``gpu*.json`` of the folder that comes from one, or that there is none."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu*.json"))]
+    return "\n\n".join(gpu_markdown(run) for run in runs if not run["dry_run"]) or "GPU: not measured yet."
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        print(markdown(json.load(file)))
+    if sys.argv[1] == "--gpu":
+        print(gpu_section(Path(sys.argv[2])))
+    else:
+        with open(sys.argv[1]) as file:
+            print(markdown(json.load(file)))

@@ -11,6 +11,8 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,9 +24,14 @@ __all__ = ["Backend", "backends", "use_backend"]
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# What an op takes on a device type when nothing is forced, best first. A GPU backend stands here once it has been
-# measured on a GPU; until then GPU tensors take the reference, and `use_backend("cuda")` asks for the kernel.
-DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+# What an op takes for CPU tensors when nothing is forced, best first.
+CPU_ORDER = ("cpu", "reference")
+
+# The same for CUDA tensors, op by op; an op that is not listed takes the reference. A GPU kernel has to earn its line:
+# it has passed `python -m pyrepr.gpu_check` on a GPU and was faster there than what stands behind it, and the file in
+# benchmarks/results/ that says so is in the repository (tests/test_backends.py looks for the op in it). Until then
+# `use_backend("triton")` and `use_backend("cuda")` ask for the kernels.
+GPU_ORDER: dict[str, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,36 @@ def _cpu() -> tuple[bool, str]:
     return True, f"SIMD level {module.simd_level()} (this machine can run: {possible})"
 
 
+class Unsupported(RuntimeError):
+    """What an implementation raises, before it writes anything, for arguments it was not made for.
+
+    Left alone, the op then takes its next implementation; a forced one lets the error through.
+    """
+
+
+@functools.cache
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``): on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton() -> tuple[bool, str]:
-    return False, "no Triton kernel in this version"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    version = f"triton {importlib.metadata.version('triton')}"
+    if triton_interprets():
+        return True, f"{version}, interpreting on CPU tensors (TRITON_INTERPRET=1)"
+    import torch
+
+    if torch.version.cuda is None:
+        return False, f"{version} is installed; PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return False, f"{version} is installed; PyTorch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if major < 8:
+        return False, f"{version} is installed; the kernels need sm_80 or newer, {name} is sm_{major}{minor}"
+    return True, f"{version}; device {name} (sm_{major}{minor})"
 
 
 def _cuda() -> tuple[bool, str]:
@@ -159,18 +194,19 @@ def _environment() -> str | None:
     return name
 
 
-def choose(op: str, implementations: dict[str, Callable], device: str) -> Callable:
-    """The implementation of `op` that tensors on a device of this type get (see the module's text)."""
+def choose(op: str, implementations: dict[str, Callable], device: str) -> list[Callable]:
+    """The implementations of `op` to try for tensors on a device of this type, in order; one, if it is forced."""
     forced = forced_backend()
     if forced is None:
-        for name in DEFAULT_ORDER.get(device, ("reference",)):
-            if name in implementations and (name == "reference" or _PROBES[name]()[0]):
-                return implementations[name]
-    on = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(forced or "reference", device)
+        order = CPU_ORDER if device == "cpu" else (*GPU_ORDER.get(op, ()), "reference") if device == "cuda" else ()
+        usable = (name for name in order if name in implementations)
+        found = [implementations[name] for name in usable if name == "reference" or _PROBES[name]()[0]]
+        return found or [implementations["reference"]]
+    on = {"cpu": "cpu", "triton": "cpu" if triton_interprets() else "cuda", "cuda": "cuda"}.get(forced, device)
     if forced not in implementations:
         raise RuntimeError(
             f"{op} has no implementation in backend {forced!r}, which use_backend or PYREPR_BACKEND forces"
         )
     if on != device:
         raise RuntimeError(f"backend {forced!r} runs on {on} tensors, but {op} was given {device} tensors")
-    return implementations[forced]
+    return [implementations[forced]]

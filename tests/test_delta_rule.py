@@ -185,7 +185,7 @@ def test_gradients(rule, T):
     check_gradients(CHUNKED[rule], inputs(rule, T, B=2, K=60, V=36), GRADIENT_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("rule", ["plain", "gated"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_long_sequences_in_every_dtype(rule, dtype):
     x = inputs(rule, 1000, H=1, HV=1, K=60, V=36, dtype=dtype)
@@ -331,8 +331,7 @@ def test_the_same_bits_for_any_number_of_threads():
             for rule, heads in (("plain", 1), ("gated", 3), ("kda", 1)):
                 x = inputs(rule, 100, H=heads, HV=heads, K=40, V=130)
                 row += call(CHUNKED[rule], x)
-                if rule != "kda":
-                    row += gradients(CHUNKED[rule], x, weights_of(*row[-2:])).values()
+                row += gradients(CHUNKED[rule], x, weights_of(*row[-2:])).values()
             results.append(row)
     finally:
         torch.set_num_threads(threads)
@@ -424,13 +423,13 @@ def op_arguments(rule, cu):
 @pytest.mark.parametrize("rule", RULES)
 def test_opcheck(rule):
     arguments = op_arguments(rule, torch.tensor([0, 10, 10, 40]))
-    slots = 0 if rule == "kda" else kept_states(1, 40, 3)
+    slots = kept_states(1, 40, 3)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op.overload, (*arguments, 0.5, True, slots), test_utils=tests)
     o, state, kept = forward_op(*arguments, 0.5, True, slots)
     torch.library.opcheck(backward_op.overload, (*arguments, kept, o, state, 0.5, True), test_utils=tests)
     *rest, initial, cu = arguments
-    torch.library.opcheck(update_op_.overload, (initial.clone(), *rest, cu, 0.5, True), test_utils=tests)
+    torch.library.opcheck(update_op_.overload, (initial.clone(), *rest, initial, cu, 0.5, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("rule", RULES)

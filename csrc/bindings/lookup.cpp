@@ -1,32 +1,8 @@
 // Bindings of family `lookup`.
 #include "bindings/common.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace pyrepr {
 namespace {
-
-// Asks the system to hold this memory in huge pages: a gather from small ones waits for address translation more than
-// for data, and a large fresh result costs more in page faults than in writes. With `now`, pages already in use are
-// moved too (MADV_COLLAPSE, Linux 6.1). Contents and addresses stay; true if nothing was refused.
-bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t start = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (end <= start) return false;
-  void* const data = reinterpret_cast<void*>(start);
-  if (madvise(data, end - start, MADV_HUGEPAGE)) return false;
-#if !defined(MADV_COLLAPSE)
-#define MADV_COLLAPSE 25
-#endif
-  return !now || madvise(data, end - start, MADV_COLLAPSE) == 0;
-#else
-  (void)address, (void)bytes, (void)now;
-  return false;
-#endif
-}
 
 cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h, bool packed,
                               int threads) {
@@ -51,7 +27,7 @@ View view_of(const MatrixTuple& matrix, const char* what) {
   return {pointer<const void>(data, what, rows == 0 || cols == 0), rows, cols, row_stride, 1};
 }
 
-const cpu::LookupHash& checked(const cpu::LookupHash& hash) {
+const cpu::LookupHash& checked_hash(const cpu::LookupHash& hash) {
   const int weighting = static_cast<int>(hash.weighting);
   if (hash.bits < 1 || hash.bits > 16 || hash.x.cols % hash.bits)
     throw std::invalid_argument("x does not consist of chunks of `bits` elements");
@@ -96,7 +72,7 @@ void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_
   const bool empty = rows == 0 || h == 0;
   const View view{pointer<const void>(x, "x", empty || K == 0), rows, K * bits, stride, 1};
   const cpu::LookupHash hash =
-      checked({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
+      checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
   if (n != int64_t(1) << bits || !same_precision(hash.dtype, tables.type))
     throw std::invalid_argument("x and tables do not fit together");
   if (!tables.data && K && !empty) throw std::invalid_argument("tables has no memory");

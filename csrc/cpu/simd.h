@@ -15,7 +15,7 @@ namespace pyrepr {
 inline namespace PYREPR_LEVEL {
 namespace {
 
-#if defined(PYREPR_LEVEL_avx512)
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
 constexpr int kVectorBytes = 64;
 #elif defined(PYREPR_LEVEL_avx2)
 constexpr int kVectorBytes = 32;

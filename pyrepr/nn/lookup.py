@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyrepr import lookup
+from pyrepr.integrations.recording import evaluating
 from pyrepr.lookup import check_bits, check_weighting
+from pyrepr.nn import fit
 from pyrepr.ops.lookup import to_huge_pages
-from pyrepr.reference.lookup import hash_codes, weights
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
@@ -32,15 +34,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What converting a linear layer cost: error on the calibration data over the variance of the outputs, and
-    bytes."""
+class Fit:
+    """What converting a layer cost: squared error over the variance of its outputs, and bytes."""
 
-    relative_mse: float
+    relative_mse: float  # on the calibration data the tables were fitted to
+    held_out_mse: float | None  # on calibration data they were not; None if all of it was used
     dense_bytes: int
     table_bytes: int
     dead_rows: int  # that no calibration row reads
-    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weight
+    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weights
 
 
 def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
@@ -129,7 +131,7 @@ class LookupLinear(nn.Module):
             raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.weighting, self.temperature, self.sparse = weighting, temperature, sparse
-        self.conversion: Conversion | None = None
+        self.conversion: Fit | None = None
         shape = (in_features // bits, 1 << bits, out_features)
         _check_memory(shape, table_dtype, device)
         quantized = table_dtype == torch.int8
@@ -241,54 +243,108 @@ class LookupLinear(nn.Module):
         Returns:
             A layer in the dtype of `linear` whose ``conversion`` reports error and bytes. Expect to fine-tune.
 
+        Raises:
+            ValueError: for calibration of another shape, without rows or with values that are not finite, or a rank out
+                of range.
+
         Warns:
             UserWarning: for fewer calibration rows than features.
         """
-        d, h = linear.in_features, linear.out_features
-        x = calibration.reshape(-1, calibration.shape[-1]).double()
-        if x.shape[1] != d:
-            came = list(calibration.shape)
-            raise ValueError(f"calibration must have shape [..., in_features] = [..., {d}], got {came}")
-        if not 0 <= rank <= min(d, h):
-            raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
-        if len(x) < d:
-            warnings.warn(f"calibration has {len(x)} rows for {d} features; the fit leans on the ridge", stacklevel=2)
+        x = _calibration_rows(calibration, linear.in_features)
+        _check_rank(rank, linear.in_features, linear.out_features)
         weight = linear.weight.double()
-        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=linear.weight.dtype, device=linear.weight.device)
-        y = functional.linear(x, weight)
-        rest = x
-        if rank:
-            down = _output_directions(weight, x, rank)
-            layer.down = nn.Parameter(down.to(linear.weight.dtype))
-            layer.up = nn.Parameter((weight @ down.T).to(linear.weight.dtype))
-            rest = x - x @ down.T @ down
-        target = functional.linear(rest, weight)
-        deviation = rest.std(0, correction=0)
-        shift, scale = rest.mean(0), 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
-        z = (rest - shift) * scale
-        features = (weights(z, bits, weighting).repeat_interleave(bits, -1)) * torch.where(z >= 0, 1.0, -1.0)
-        centre, mean = features.mean(0), target.mean(0)
-        features, centred = features - centre, target - mean
-        moments = features.T @ features
-        moments.diagonal().add_(ridge * moments.diagonal().mean())
-        a = torch.linalg.solve(moments, features.T @ centred)  # [d, h]
-        signs = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)] for c in range(1 << bits)])
-        layer.tables.copy_(torch.einsum("ci,kih->kch", signs.to(a), a.view(-1, bits, h)))
-        bias = mean - centre @ a
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        layer.bias = nn.Parameter((bias if linear.bias is None else bias + linear.bias.double()).to(wide))
-        layer.shift, layer.scale = shift.to(wide), scale.to(wide)
-        error = (features @ a - centred).square().sum() / (y - y.mean(0)).square().sum()
-        codes = hash_codes(z, bits) + (1 << bits) * torch.arange(d // bits, device=z.device)
-        item = layer.tables.element_size()
-        layer.conversion = Conversion(
-            float(error),
-            linear.weight.numel() * linear.weight.element_size(),
-            layer.tables.numel() * item,
-            layer.tables[..., 0].numel() - codes.unique().numel(),
-            bits * linear.weight.element_size() / item,
+        bias = None if linear.bias is None else linear.bias.double()
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bits=bits,
+            weighting=weighting,
+            table_dtype=linear.weight.dtype,
+            device=linear.weight.device,
         )
+        x = x.to(weight.device, torch.float64)
+        y = functional.linear(x, weight, bias)
+        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
+        layer._take(parts)
+        error = float(left.square().sum() / (y - y.mean(0)).square().sum())
+        layer._report(x, linear.weight.numel() * linear.weight.element_size(), error)
         return layer
+
+    @classmethod
+    @torch.no_grad()
+    def from_mlp(
+        cls,
+        mlp: Callable[[Tensor], Tensor],
+        calibration: Tensor,
+        *,
+        bits: int = 8,
+        weighting: str = "l1",
+        rank: int = 0,
+        ridge: float = 1e-4,
+    ) -> LookupLinear:
+        """One lookup layer in place of a whole feed-forward network, or of any function of single tokens.
+
+        The start is :meth:`from_linear`'s fit to the network's best linear approximation. What that leaves is fitted by
+        all K·2^bits rows freely (additive least squares by conjugate gradients, every table at once), with a penalty
+        that keeps rows few tokens read near the start. Free rows overfit, so an eighth of the calibration data is held
+        out and chooses the penalty; the error on it is in the report.
+
+        Args:
+            mlp: a module or function, [N, d] -> [N, h] in a float dtype; modules run in eval mode, and nothing in them
+                is changed.
+            calibration: [..., d], inputs the network sees, in its dtype and on its device. The free rows want many
+                tokens a row: some 10 · 2^bits of them, more for less noise.
+            bits, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since a
+                network's inputs have directions with hardly any variance.
+
+        Returns:
+            A layer with the dtype of calibration, with a bias. Its ``conversion`` has the error on the fitted rows
+            (``relative_mse``) and on those held out (``held_out_mse``).
+
+        Raises:
+            ValueError: for calibration of fewer than 16 rows or with values that are not finite, a rank out of range,
+                or a network that does not give a row a token. TypeError: if it gives no floating-point tensor.
+
+        Warns:
+            UserWarning: for fewer calibration rows than features.
+        """
+        rows = _calibration_rows(calibration)
+        if len(rows) < 16:
+            raise ValueError(f"calibration must have at least 16 rows, an eighth of which is held out, got {len(rows)}")
+        y = _outputs(mlp, rows)
+        d, h = rows.shape[1], y.shape[1]
+        _check_rank(rank, d, h)
+        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=rows.dtype, device=rows.device)
+        held = fit.hold_out(len(rows)).to(rows.device)
+        x, y, unseen, truth = (t.double() for t in (rows[~held], y[~held], rows[held], y[held]))
+        weight = fit.regression(x, y, ridge)
+        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
+        layer._take(fit.with_full_tables(parts, x, left, unseen, truth, bits, weighting))
+        dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
+        errors = (fit.relative_mse(layer(a.to(rows.dtype)), b) for a, b in ((x, y), (unseen, truth)))
+        layer._report(x, dense_bytes, *errors)
+        return layer
+
+    def _take(self, parts: fit.Parts) -> None:
+        """A fit into the parameters, in their dtype."""
+        wide = torch.promote_types(self.tables.dtype, torch.float32)
+        self.tables.copy_(parts.tables)
+        self.bias = nn.Parameter(parts.bias.to(wide))
+        self.shift, self.scale = parts.shift.to(wide), parts.scale.to(wide)
+        if parts.down is not None and parts.up is not None:
+            self.down = nn.Parameter(parts.down.to(self.tables.dtype))
+            self.up = nn.Parameter(parts.up.to(self.tables.dtype))
+
+    def _report(self, x: Tensor, dense_bytes: int, relative_mse: float, held_out_mse: float | None = None) -> None:
+        table_bytes = self.tables.numel() * self.tables.element_size()
+        self.conversion = Fit(
+            relative_mse,
+            held_out_mse,
+            dense_bytes,
+            table_bytes,
+            self.usage(x.to(torch.promote_types(self.tables.dtype, torch.float32))).dead_rows,
+            dense_bytes / (table_bytes >> self.bits),
+        )
 
     def extra_repr(self) -> str:
         low = "" if self.down is None else f", rank={self.down.shape[0]}"
@@ -298,13 +354,40 @@ class LookupLinear(nn.Module):
         )
 
 
-def _output_directions(weight: Tensor, x: Tensor, rank: int) -> Tensor:
-    """Orthonormal rows [rank, d] spanning what the output's `rank` principal components read of the input."""
-    y = functional.linear(x - x.mean(0), weight)
-    _, vectors = torch.linalg.eigh(y.T @ y)
-    read = vectors[:, -rank:].T @ weight  # [rank, d]
-    _, _, rows = torch.linalg.svd(read, full_matrices=False)
+def _calibration_rows(calibration: Tensor, d: int | None = None) -> Tensor:
+    """[N, d], checked."""
+    if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
+        came = str(getattr(calibration, "dtype", type(calibration).__name__)).removeprefix("torch.")
+        raise TypeError(f"calibration must be a floating-point tensor, got {came}")
+    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1]):
+        expected = "[..., d]" if d is None else f"[..., in_features] = [..., {d}]"
+        raise ValueError(f"calibration must have shape {expected}, got {list(calibration.shape)}")
+    d = calibration.shape[-1]
+    rows = calibration.reshape(-1, d)
+    if not len(rows):
+        raise ValueError(f"calibration must have at least one row, got shape {list(calibration.shape)}")
+    if not bool(rows.isfinite().all()):
+        raise ValueError("calibration must be finite, got NaN or infinity")
+    if len(rows) < d:
+        warnings.warn(f"calibration has {len(rows)} rows for {d} features; the fit leans on the ridge", stacklevel=4)
     return rows
+
+
+def _check_rank(rank: int, d: int, h: int) -> None:
+    if not 0 <= rank <= min(d, h):
+        raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
+
+
+def _outputs(mlp: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """mlp of rows [N, d], in pieces: [N, h]."""
+    with evaluating([mlp] if isinstance(mlp, nn.Module) else []):
+        pieces = [mlp(piece) for piece in rows.split(4096)]
+    y = pieces[0]
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise TypeError(f"mlp must give a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+    if y.dim() != 2 or sum(map(len, pieces)) != len(rows):
+        raise ValueError(f"mlp must give [N, h] for N = {len(rows[:4096])} rows, got {list(y.shape)}")
+    return torch.cat(pieces)
 
 
 class LookupQKV(nn.Module):

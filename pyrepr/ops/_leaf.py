@@ -9,12 +9,13 @@ tracing, transforming or profiling – the implementation is called directly: th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pyrepr.backend import choose
+from pyrepr.backend import Unsupported, choose
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -64,7 +65,11 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
                 "which is differentiable"
             )
-        return choose(name, implementations, tensors[0].device.type)(*args)
+        *others, last = choose(name, implementations, tensors[0].device.type)
+        for implementation in others:
+            with contextlib.suppress(Unsupported):
+                return implementation(*args)
+        return last(*args)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import Unsupported, triton_interprets
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
@@ -75,7 +76,7 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
-        raise RuntimeError("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
+        raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):
         rows = slice(None) if mask is None else mask
         x, y = ((a[rows] - a[rows].double().mean(0)).float().contiguous() for a in xs)
@@ -94,12 +95,34 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
     return s, -d, d, s.new_zeros(2), x.new_empty(0)
 
 
+def _stats_triton(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+    from pyrepr.kernels import gram as kernels
+
+    dots = xs[0].new_empty(0, dtype=torch.float32)
+    if keep_dots:
+        centre, one = kernel in SHIFT_INVARIANT, torch.ones_like(scale[:1])
+        dots = torch.stack([kernels.matrix(x, None, one, "linear", 1, 0.0, centre) for x in xs])
+        if kernel == "linear":
+            return (*_stats_of_dots(dots), dots)
+    return (*kernels.stats(xs, mask, scale, kernel, degree, coef0, by_features, split), dots)
+
+
+def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The linear kernel's statistics where its matrices are kept anyway. dots: [M, n, n]."""
+    k = dots.double()
+    d = k.diagonal(dim1=1, dim2=2).clone()
+    k.diagonal(dim1=1, dim2=2).zero_()
+    flat = k.flatten(1)
+    return flat @ flat.T, -d, d, d.new_zeros(len(d))
+
+
 stats_op = leaf_op(
     "gram_stats(Tensor[] xs, Tensor? mask, Tensor scale, str kernel, int degree, float coef0, bool by_features, "
     "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_stats_fake,
     reference=reference.gram_stats,
     cpu=_stats_cpu,
+    triton=_stats_triton,
     cuda=_stats_cuda,
 )
 
@@ -115,11 +138,18 @@ def _matrix_cpu(x, y, scale, kernel, degree, coef0, centre):
     return out
 
 
+def _matrix_triton(x, y, scale, kernel, degree, coef0, centre):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.matrix(x, y, scale, kernel, degree, coef0, centre)
+
+
 matrix_op = leaf_op(
     "gram_matrix(Tensor x, Tensor? y, Tensor scale, str kernel, int degree, float coef0, bool centre) -> Tensor",
     fake=_matrix_fake,
     reference=reference.gram_matrix,
     cpu=_matrix_cpu,
+    triton=_matrix_triton,
 )
 
 
@@ -134,11 +164,18 @@ def _median_cpu(xs, mask):
     return out
 
 
+def _median_triton(xs, mask):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.median(xs, mask)
+
+
 median_op = leaf_op(
     "gram_median(Tensor[] xs, Tensor? mask) -> Tensor",
     fake=_median_fake,
     reference=reference.gram_median,
     cpu=_median_cpu,
+    triton=_median_triton,
 )
 
 
@@ -150,11 +187,18 @@ def _moments_cpu(blocks, xs, pairs):
     _problem(xs).moments(list(pairs), [block.data_ptr() for block in blocks])
 
 
+def _moments_triton(blocks, xs, pairs):
+    from pyrepr.kernels import gram as kernels
+
+    kernels.moments_(blocks, xs, pairs)
+
+
 moments_op_ = leaf_op(
     "gram_moments_(Tensor(a!)[] blocks, Tensor[] xs, int[] pairs) -> ()",
     fake=_moments_fake,
     reference=reference.gram_moments_,
     cpu=_moments_cpu,
+    triton=_moments_triton,
 )
 
 
@@ -169,11 +213,18 @@ def _apply_cpu(weights, x, centre):
     return out
 
 
+def _apply_triton(weights, x, centre):
+    from pyrepr.kernels import gram as kernels
+
+    return kernels.apply(weights, x, centre)
+
+
 apply_op = leaf_op(
     "gram_apply(Tensor weights, Tensor x, bool centre) -> Tensor",
     fake=_apply_fake,
     reference=reference.gram_apply,
     cpu=_apply_cpu,
+    triton=_apply_triton,
 )
 
 
@@ -220,7 +271,7 @@ class _GramStats(torch.autograd.Function):
             xs, full = [x[rows] for x in xs], xs
             d, grad_r, grad_d = d[:, rows], grad_r[:, rows], grad_d[:, rows]
         if by_features:
-            pairs = _pairs(len(xs), split)
+            pairs = layer_pairs(len(xs), split)
             grads = _features_backward(xs, d, pairs, wanted, grad_s, grad_d - grad_r)
         else:
             backward = _TilesBackward(xs, scale, kernel, degree, coef0, d, shift, dots if keep_dots else None)
@@ -233,9 +284,17 @@ class _GramStats(torch.autograd.Function):
         return (None,) * 8 + tuple(grads)
 
 
-def _pairs(m: int, split: int) -> list[tuple[int, int]]:
+def layer_pairs(m: int, split: int) -> list[tuple[int, int]]:
     """The pairs a ≤ b whose S is wanted: all of them, or with `split` the cross pairs and the diagonal."""
     return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
+
+
+def _times(a: Tensor, b: Tensor, x: Tensor | None = None) -> Tensor:
+    """a @ b, where b may be what centring x gave. On the CPU by torch; on a GPU by the op, whose kernels get float32's
+    accuracy out of tensor cores, and take a narrow x as it is."""
+    if a.device.type == "cpu" and not triton_interprets():
+        return a @ b
+    return apply_op(a, b, False) if x is None else apply_op(a, x, True)
 
 
 def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
@@ -249,11 +308,11 @@ def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
     diagonal = 2 * grad_q
     grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
-        product = centred[b].T @ centred[a]  # [d_b, d_a]
+        product = _times(centred[b].T, centred[a], xs[a])  # [d_b, d_a]
         for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
             if wanted[left]:
                 weight = 2 * symmetric[left, right]
-                part, so_far = centred[right] @ (cross * weight.to(dtype)), grads[left]
+                part, so_far = _times(centred[right], cross * weight.to(dtype)), grads[left]
                 grads[left] = part if so_far is None else so_far.add_(part)
                 diagonal[left] -= weight * d[right]
     for a, grad in enumerate(grads):

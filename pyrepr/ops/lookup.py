@@ -10,6 +10,8 @@ is another, so two autograd functions cover the family.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -57,6 +59,15 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _triton(function: str, file: str = "lookup"):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*args)
+
+    return run
+
+
 def _hash_fake(x, bits, weighting, temperature):
     shape = (x.shape[0], x.shape[1] // bits)
     return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=compute_dtype(x.dtype))
@@ -77,6 +88,7 @@ hash_op = leaf_op(
     fake=_hash_fake,
     reference=reference.hash_op,
     cpu=_hash_cpu,
+    triton=_triton("hash"),
 )
 
 
@@ -123,6 +135,7 @@ linear_op = leaf_op(
     fake=_linear_fake,
     reference=reference.linear_op,
     cpu=_linear_cpu,
+    triton=_triton("linear"),
 )
 
 
@@ -143,6 +156,7 @@ sum_op = leaf_op(
     fake=_sum_fake,
     reference=reference.sum_op,
     cpu=_sum_cpu,
+    triton=_triton("sum"),
 )
 
 
@@ -183,6 +197,7 @@ backward_op = leaf_op(
     fake=_backward_fake,
     reference=reference.backward_op,
     cpu=_backward_cpu,
+    triton=_triton("backward", "lookup_backward"),
 )
 
 
@@ -205,6 +220,7 @@ hash_backward_op = leaf_op(
     fake=_hash_backward_fake,
     reference=reference.hash_backward_op,
     cpu=_hash_backward_cpu,
+    triton=_triton("hash_backward", "lookup_backward"),
 )
 
 
@@ -316,6 +332,8 @@ def lookup_linear(
     sparse: bool,
 ) -> Tensor:
     """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables and bias."""
+    if tables.dim() == 4 and not tables.is_cpu:
+        tables = unpack(tables)
     if _wants_grad(x, tables, bias):
         return _LookupLinear.apply(x, tables, scales, bias, weighting, temperature, sparse)
     return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
@@ -323,6 +341,8 @@ def lookup_linear(
 
 def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, sparse: bool) -> Tensor:
     """codes [T, K] int32, weights [T, K] in the compute dtype -> [T, h]; differentiable in weights and tables."""
+    if tables.dim() == 4 and not tables.is_cpu:
+        tables = unpack(tables)
     if _wants_grad(weights, tables):
         return _LookupSum.apply(codes, weights, tables, scales, sparse)
     return sum_op(codes, weights, tables, scales, ROUTES["auto"])

@@ -65,7 +65,11 @@ class Kernel:
             value = [self.gamma if self.gamma is not None else 1 / max(1, x.shape[1]) for x in xs]
         else:
             value = [1.0] * len(xs)
-        return torch.tensor(value, dtype=torch.float64, device=xs[0].device)
+        # Fills, not a copy from the host: that would synchronise with a GPU, and not go into a CUDA graph.
+        f64, device = torch.float64, xs[0].device
+        if len(set(value)) == 1:
+            return torch.full((len(value),), value[0], dtype=f64, device=device)
+        return torch.stack([torch.full((), v, dtype=f64, device=device) for v in value])
 
 
 def as_kernel(kernel: str | Kernel, bandwidth: float, sigma: float | None) -> Kernel:

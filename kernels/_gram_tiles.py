@@ -1,0 +1,501 @@
+"""The kernels of family `gram` in Triton; what they are for and how exact they are is said in ``gram.py``.
+
+Layers are packed: ``packed`` [PARTS, n_pad, width] float16 holds them side by side, padded by zeros so that no loop
+over a layer needs a mask. Tiles are BLOCK × BLOCK; KIND is the number of the kernel in `reference.gram.KERNELS`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["stride", "n", "d", "start"], do_not_specialize_on_alignment=["x"])
+def _pack(
+    x,  # [n, d], rows `stride` apart
+    mean,  # [2, d] float32: the mean row and what float32 left of it
+    scale,  # [1] float32, a power of two
+    valid,  # [n_pad] float32: 1, or 0 for rows that do not count
+    packed,  # [PARTS, n_pad, width] float16
+    q,  # [n_pad] float32: squared norms of the packed rows, in units of 1 / scale²
+    stride,
+    n,
+    d,
+    start,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    columns = tl.arange(0, BC)
+    counts = tl.load(valid + rows)[:, None] > 0
+    source = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    target = packed + rows.to(tl.int64)[:, None] * width + start + columns[None, :]
+    factor = tl.load(scale)
+    norm = tl.zeros([BR], tl.float32)
+    for first in range(0, d, BC):
+        inside = first + columns < d
+        values = tl.load(source + first, mask=counts & inside[None, :] & (rows < n)[:, None], other=0.0).to(tl.float32)
+        shift = tl.load(mean + first + columns, mask=inside, other=0.0)
+        rest = tl.load(mean + d + first + columns, mask=inside, other=0.0)
+        values = tl.where(counts, (values - shift[None, :]) - rest[None, :], 0.0) * factor
+        high = values.to(tl.float16)
+        low = (values - high.to(tl.float32)).to(tl.float16)
+        # The padding of the last block of columns belongs to the next layer or to nobody; it was zeroed.
+        tl.store(target + first, high, mask=inside[None, :])
+        kept = high.to(tl.float32)
+        if PARTS == 2:
+            tl.store(target + n_pad.to(tl.int64) * width + first, low, mask=inside[None, :])
+            kept += low.to(tl.float32)
+        norm += tl.sum(kept * kept, 1)
+    tl.store(q + rows, norm)
+
+
+@triton.jit
+def _triangle(number):
+    """Counting down the columns of an upper triangle: number -> (row, column)."""
+    column = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # off by one at most
+    column -= (column * (column + 1) // 2 > number).to(tl.int32)
+    column += ((column + 1) * (column + 2) // 2 <= number).to(tl.int32)
+    return number - column * (column + 1) // 2, column
+
+
+@triton.jit
+def _tile(number):
+    """Number of a tile -> (I, J). Tiles go in squares of 8 × 8, squares down the columns of the upper triangle: what
+    runs at the same time shares rows in L2. With I > J, or J past the end, there is nothing to do."""
+    inside = number % 64
+    square_row, square_column = _triangle(number // 64)
+    row, column = _triangle(inside)
+    on_diagonal = square_row == square_column
+    row = tl.where(on_diagonal, tl.where(inside < 36, row, 8), inside % 8)
+    column = tl.where(on_diagonal, tl.where(inside < 36, column, 7), inside // 8)
+    return square_row * 8 + row, square_column * 8 + column
+
+
+@triton.jit
+def _dots(
+    x,  # [PARTS, x_pad, width] float16
+    y,  # [PARTS, y_pad, width] float16
+    i,
+    j,
+    start,
+    stop,
+    x_pad,
+    y_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Inner products of rows i... of x with rows j... of y over columns start:stop -> [BLOCK, BLOCK] float32."""
+    # The large part of an address is one number; tensors of int64 addresses would fill the registers.
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BK)
+    down, across = rows[:, None] * width + columns[None, :], rows[None, :] * width + columns[:, None]
+    left, right = x + i.to(tl.int64) * width, y + j.to(tl.int64) * width
+    left_low, right_low = left + x_pad.to(tl.int64) * width, right + y_pad.to(tl.int64) * width
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(start, stop, BK):
+        a, b = tl.load(left + k + down), tl.load(right + k + across)
+        if PARTS == 2:
+            total = tl.dot(a, tl.load(right_low + k + across), total)
+            total = tl.dot(tl.load(left_low + k + down), b, total)
+        total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
+def _values(
+    dots,  # [BLOCK, BLOCK]
+    x_norms,  # [BLOCK] squared, like dots in packed units
+    y_norms,  # [BLOCK]
+    constants,  # pointer to the layer's four numbers, see `_constants`
+    degree,
+    KIND: tl.constexpr,
+):
+    """The kernel's values of a tile of inner products, minus the shift."""
+    factor, offset, shift = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
+    if KIND == 1 or KIND == 2:
+        distances = tl.maximum(x_norms[:, None] + y_norms[None, :] - 2.0 * dots, 0.0)
+        if KIND == 2:
+            distances = tl.sqrt(distances)
+        values = tl.exp2(factor * distances)
+    elif KIND == 3:
+        base = factor * dots + offset
+        values = base
+        for _ in range(1, degree):
+            values *= base
+    elif KIND == 4:
+        x_inverse = tl.where(x_norms > 0, tl.rsqrt(tl.where(x_norms > 0, x_norms, 1.0)), 0.0)
+        y_inverse = tl.where(y_norms > 0, tl.rsqrt(tl.where(y_norms > 0, y_norms, 1.0)), 0.0)
+        values = dots * x_inverse[:, None] * y_inverse[None, :]
+    else:
+        values = factor * dots
+    return values - shift
+
+
+@triton.jit
+def _layer_tile(
+    layer,
+    i,
+    j,
+    packed,
+    starts,  # [M + 1] int32: the columns of each layer
+    q,  # [M, n_pad]
+    valid,  # [n_pad]
+    constants,  # [M, 4] float32
+    degree,
+    n_pad,
+    width,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One layer's values k(i, j) of the pairs i < j that count, 0 elsewhere."""
+    start, stop = tl.multiple_of(tl.load(starts + layer), 64), tl.load(starts + layer + 1)
+    values = _dots(packed, packed, i, j, start, stop, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
+    counts = rows[:, None] < columns[None, :]
+    if KIND != 0:  # rows that do not count are zeros, which is enough for the linear kernel
+        norms = q + layer.to(tl.int64) * n_pad
+        values = _values(values, tl.load(norms + rows), tl.load(norms + columns), constants + 4 * layer, degree, KIND)
+        counts &= (tl.load(valid + rows) > 0)[:, None] & (tl.load(valid + columns) > 0)[None, :]
+    return tl.where(counts, values, 0.0)
+
+
+@triton.jit
+def _store_row_sums(values, sums, layer, row, column, blocks, n_pad, BLOCK: tl.constexpr):
+    """Row sums of a tile, and of its mirror image, each to a slot of its own. sums: [M, blocks, n_pad]."""
+    at = tl.arange(0, BLOCK)
+    down, across = tl.sum(values, 1), tl.sum(values, 0)
+    mine = sums + layer.to(tl.int64) * blocks * n_pad
+    if row == column:
+        tl.store(mine + row.to(tl.int64) * n_pad + row * BLOCK + at, down + across)
+    else:
+        tl.store(mine + column.to(tl.int64) * n_pad + row * BLOCK + at, down)
+        tl.store(mine + row.to(tl.int64) * n_pad + column * BLOCK + at, across)
+
+
+@triton.jit
+def _total(values):
+    return tl.sum(tl.sum(values, 1).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _pair(
+    packed,  # [PARTS, n_pad, width] float16, two layers
+    starts,
+    partial,  # [tiles, 3] float64: Σ_{i<j} of k k, k l, l l
+    blocks,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The linear kernel of two layers: both tiles stay in registers."""
+    number = tl.program_id(0)
+    row, column = _tile(number)
+    out = partial + number.to(tl.int64) * 3
+    if (row > column) | (column >= blocks):
+        tl.store(out, 0.0)
+        tl.store(out + 1, 0.0)
+        tl.store(out + 2, 0.0)
+        return
+    i, j = row * BLOCK, column * BLOCK
+    middle = tl.multiple_of(tl.load(starts + 1), 64)
+    k = _dots(packed, packed, i, j, 0, middle, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    l = _dots(packed, packed, i, j, middle, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    rows = tl.arange(0, BLOCK)
+    upper = (i + rows)[:, None] < (j + rows)[None, :]
+    k, l = tl.where(upper, k, 0.0), tl.where(upper, l, 0.0)
+    tl.store(out, _total(k * k))
+    tl.store(out + 1, _total(k * l))
+    tl.store(out + 2, _total(l * l))
+
+
+@triton.jit(do_not_specialize=["first", "degree", "blocks"])
+def _tiles(
+    packed,  # [PARTS, n_pad, width] float16
+    starts,
+    q,
+    valid,
+    constants,
+    slab,  # [count, M, BLOCK²] float32
+    sums,  # [M, blocks, n_pad] float32; not of the linear kernel
+    first,
+    degree,
+    blocks,
+    n_pad,
+    width,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Tiles first, first + 1, ... of every layer, for `_products`. Layers run slowest: they share nothing."""
+    row, column = _tile(first + tl.program_id(0))
+    if (row > column) | (column >= blocks):
+        return
+    layer = tl.program_id(1)
+    values = _layer_tile(
+        layer,
+        row * BLOCK,
+        column * BLOCK,
+        packed,
+        starts,
+        q,
+        valid,
+        constants,
+        degree,
+        n_pad,
+        width,
+        KIND,
+        PARTS,
+        BLOCK,
+        BK,
+    )
+    if KIND != 0:
+        _store_row_sums(values, sums, layer, row, column, blocks, n_pad, BLOCK)
+    if PARTS == 1:
+        # Tensor cores cut float32 down to tf32; rounding it before leaves no bias in the sums of squares.
+        values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    at = tl.arange(0, BLOCK)
+    slot = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + layer) * BLOCK * BLOCK
+    tl.store(slab + slot + at[:, None] * BLOCK + at[None, :], values)
+
+
+@triton.jit(do_not_specialize=["first", "layers", "blocks"])
+def _products(
+    slab,  # [tiles, layers, ENTRIES] float32
+    partial,  # [tiles, SPLIT, padded, padded] float32, padded = layers rounded up to BL
+    first,
+    layers,
+    blocks,
+    PARTS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Inner products of all layers' tiles over one of SPLIT parts of one tile."""
+    tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    a, b = tl.program_id(1) * BL + tl.arange(0, BL), tl.program_id(2) * BL + tl.arange(0, BL)
+    row, column = _tile(first + tile)
+    total = tl.zeros([BL, BL], tl.float32)
+    if (row <= column) & (column < blocks):
+        mine = slab + tile.to(tl.int64) * layers * ENTRIES + part * (ENTRIES // SPLIT)
+        k = tl.arange(0, BK)
+        # Sums inside a tensor core are cut off, not rounded; short ones, added up outside, keep that small.
+        for chunk in range(0, ENTRIES // SPLIT, 4 * BK):
+            short = tl.zeros([BL, BL], tl.float32)
+            for at in range(chunk, chunk + 4 * BK, BK):
+                left = tl.load(mine + a[:, None] * ENTRIES + at + k[None, :], mask=(a < layers)[:, None], other=0.0)
+                right = tl.load(mine + b[None, :] * ENTRIES + at + k[:, None], mask=(b < layers)[None, :], other=0.0)
+                short = tl.dot(left, right, short, input_precision="tf32" if PARTS == 1 else "tf32x3")
+            total += short
+    padded = tl.num_programs(1) * BL
+    out = partial + tl.program_id(0).to(tl.int64) * padded * padded
+    tl.store(out + a[:, None] * padded + b[None, :], total)
+
+
+@triton.jit
+def _column_dots(
+    packed,  # [PARTS, n_pad, width] float16
+    i,
+    j,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Inner products of columns i... with columns j... over all rows -> [BLOCK, BLOCK] float32."""
+    rows, columns = tl.arange(0, BK), tl.arange(0, BLOCK)
+    down, across = columns[:, None] + rows[None, :] * width, columns[None, :] + rows[:, None] * width
+    long_width = width.to(tl.int64)
+    low = n_pad * long_width
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for chunk in range(0, n_pad, 1024):  # short sums, as in `_products`
+        short = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for k in range(chunk, tl.minimum(chunk + 1024, n_pad), BK):
+            row = packed + long_width * k
+            a, b = tl.load(row + i + down), tl.load(row + j + across)
+            if PARTS == 2:
+                short = tl.dot(a, tl.load(row + low + j + across), short)
+                short = tl.dot(tl.load(row + low + i + down), b, short)
+            short = tl.dot(a, b, short)
+        total += short
+    return total
+
+
+@triton.jit(do_not_specialize=["blocks", "split"])
+def _features(
+    packed,  # [PARTS, n_pad, width] float16, layers padded to BLOCK columns
+    owner,  # [blocks] int32: the layer of a block of columns
+    squares,  # [blocks, blocks] float64, zeros: what every tile of XᵀX adds to ‖X_aᵀX_b‖²
+    blocks,
+    split,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    row, column = _tile(tl.program_id(0))
+    if (row > column) | (column >= blocks):
+        return
+    a, b = tl.load(owner + row), tl.load(owner + column)
+    if (a != b) & (split > 0) & ((a >= split) | (b < split)):
+        return
+    total = _column_dots(packed, row * BLOCK, column * BLOCK, n_pad, width, PARTS, BLOCK, BK)
+    twice = tl.where((a == b) & (row != column), 2.0, 1.0)
+    tl.store(squares + row.to(tl.int64) * blocks + column, _total(total * total) * twice)
+
+
+@triton.jit(do_not_specialize=["n", "m", "same", "degree"])
+def _matrix(
+    x,  # [PARTS, x_pad, width] float16
+    y,  # [PARTS, y_pad, width] float16
+    x_norms,  # [x_pad]
+    y_norms,  # [y_pad]
+    constants,  # [1, 4] float32
+    out,  # [n, m] float32
+    n,
+    m,
+    same,
+    degree,
+    x_pad,
+    y_pad,
+    width,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A kernel matrix, stored. same: y is x, and only the upper half is computed."""
+    if same:
+        row, column = _tile(tl.program_id(0))
+    else:
+        row, column = tl.program_id(0), tl.program_id(1)
+    if ((same != 0) & (row > column)) | (column * BLOCK >= m):
+        return
+    dots = _dots(x, y, row * BLOCK, column * BLOCK, 0, width, x_pad, y_pad, width, PARTS, BLOCK, BK)
+    rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
+    values = _values(dots, tl.load(x_norms + rows), tl.load(y_norms + columns), constants, degree, KIND)
+    inside = (rows < n)[:, None] & (columns < m)[None, :]
+    if same:
+        if KIND == 1 or KIND == 2:
+            values = tl.where(rows[:, None] == columns[None, :], 1.0, values)
+        # Of a tile on the diagonal the lower half is the mirror image of the upper one, to the bit.
+        inside &= rows[:, None] <= columns[None, :]
+        tl.store(out + columns.to(tl.int64)[None, :] * m + rows[:, None], values, mask=inside)
+    tl.store(out + rows.to(tl.int64)[:, None] * m + columns[None, :], values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["blocks", "shift"])
+def _histogram(
+    packed,  # [PARTS, n_pad, width] float16
+    q,  # [n_pad]
+    valid,  # [n_pad]
+    prefix,  # [2] int32: the bits above shift + 8 of the two wanted distances
+    counts,  # [programs, 2, 256] int32
+    blocks,
+    shift,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Of the squared distances of pairs i < j whose upper bits are those of `prefix`: how often every next 8 bits."""
+    number = tl.program_id(0)
+    row, column = _tile(number)
+    out = counts + number.to(tl.int64) * 512 + tl.arange(0, 512)
+    if (row > column) | (column >= blocks):
+        tl.store(out, tl.zeros([512], tl.int32))
+        return
+    i, j = row * BLOCK, column * BLOCK
+    dots = _dots(packed, packed, i, j, 0, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
+    distances = tl.maximum(tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots, 0.0)
+    bits = distances.to(tl.int32, bitcast=True)  # ordered like the numbers, which are not negative
+    here = (rows[:, None] < columns[None, :]) & (tl.load(valid + rows) > 0)[:, None]
+    here &= (tl.load(valid + columns) > 0)[None, :]
+    for rank in tl.static_range(2):
+        wanted = here & ((bits >> shift >> 8) == tl.load(prefix + rank))
+        bins = tl.where(wanted, (bits >> shift) & 255, 256)
+        found = tl.histogram(tl.reshape(bins, [BLOCK * BLOCK]), 512)
+        at = tl.arange(0, 512)
+        tl.store(counts + (number.to(tl.int64) * 2 + rank) * 256 + at, found, mask=at < 256)
+
+
+@triton.jit(do_not_specialize=["a", "b", "d_a", "d_b"])
+def _moments(
+    packed,  # [PARTS, n_pad, width] float16, layers padded to BLOCK columns
+    unit,  # [1] float64: what one unit of the product is
+    out,  # [d_a, d_b] float64
+    a,
+    b,
+    d_a,
+    d_b,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out += X_aᵀX_b for the layers in columns a... and b...; of a layer with itself the upper triangle."""
+    row, column = tl.program_id(0), tl.program_id(1)
+    if (a == b) & (row > column):
+        return
+    i, j = tl.multiple_of(a + row * BLOCK, 64), tl.multiple_of(b + column * BLOCK, 64)
+    total = _column_dots(packed, i, j, n_pad, width, PARTS, BLOCK, BK)
+    rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < d_a)[:, None] & (columns < d_b)[None, :]
+    inside &= (rows[:, None] <= columns[None, :]) | (a != b)
+    at = out + rows.to(tl.int64)[:, None] * d_b + columns[None, :]
+    tl.store(at, tl.load(at, mask=inside) + total.to(tl.float64) * tl.load(unit), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m", "n", "d"])
+def _apply(
+    weights,  # [m, n] float32
+    factor,  # [1] float32: the power of two that brings the largest weight into [2¹⁴, 2¹⁵)
+    unit,  # [1] float32: what one unit of the product is
+    packed,  # [PARTS, n_pad, width] float16
+    out,  # [m, d] float32
+    m,
+    n,
+    d,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """weights @ X, the weights split into two float16 like the packed layers."""
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    w = weights + (tl.program_id(0) * BM).to(tl.int64) * n
+    down, across = tl.arange(0, BM)[:, None] * n + inner[None, :], inner[:, None] * width + columns[None, :]
+    long_width = width.to(tl.int64)
+    low = n_pad * long_width
+    scale = tl.load(factor)
+    total = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, n, BK):
+        inside = (rows < m)[:, None] & (k + inner < n)[None, :]
+        value = tl.load(w + k + down, mask=inside, other=0.0) * scale
+        high = value.to(tl.float16)
+        x = packed + long_width * k + across
+        b = tl.load(x)
+        if PARTS == 2:
+            total = tl.dot((value - high.to(tl.float32)).to(tl.float16), b, total)
+            total = tl.dot(high, tl.load(x + low), total)
+        total = tl.dot(high, b, total)
+    inside = (rows < m)[:, None] & (columns < d)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * d + columns[None, :], total * tl.load(unit), mask=inside)

@@ -1,0 +1,266 @@
+"""How a Triton kernel is described, launched without autotuning, and proven to compile where there is no GPU.
+
+How a family plugs in. ``kernels/<family>.py``, imported only inside the ``triton=`` functions of ``pyrepr/ops``, holds
+
+- its ``@triton.jit`` kernels. 16-bit loads are cast to float32 before any arithmetic but ``tl.dot`` (the interpreter
+  computes bfloat16 wrongly), operands of ``tl.dot`` go through :func:`dot_input`; offsets that can pass 2³¹ are int64;
+- one :class:`Table` per kernel: a :class:`Config` per architecture (80, 90, 100), with the measurement it came from,
+  and the candidates that ``PYREPR_AUTOTUNE=1`` searches;
+- functions that turn a config and a problem into a :class:`Variant`. Launches go through :func:`launch` with that very
+  variant, and ``variants(architecture)`` lists all a family can launch there, made by the same functions;
+- host functions that allocate on the tensors' device and never synchronise.
+
+Then these pick the family up by name: ``tests/test_gpu_compile.py`` (every variant for sm_80, sm_90, sm_100: shared
+memory, registers, spills), ``tests/test_triton_interpreter.py`` (runs ``tests/interpreted/<family>.py`` with
+``TRITON_INTERPRET=1``, where backend ``triton`` takes CPU tensors; a launch that `variants` does not list, or whose
+arguments do not fit the variant's signature, fails), and ``python -m pyrepr.gpu_check``
+(``benchmarks/gpu/<family>.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pyrepr.backend import triton_interprets
+
+ARCHITECTURES = (80, 90, 100)
+
+# Bytes of shared memory a block may have. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.
+SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}
+
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.bool: "i1",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is tuned about a launch: block sizes (constexprs of the kernel), warps and pipeline stages."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __hash__(self) -> int:  # so that variants can be cached: making one costs as much as a launch
+        return hash((*self.blocks.items(), self.num_warps, self.num_stages))
+
+    def __str__(self) -> str:
+        return f"Config({dict(self.blocks)!r}, {self.num_warps}, {self.num_stages})"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel in one configuration: what is compiled ahead of time and what is launched.
+
+    Args:
+        name: distinct among the variants of the family; names dtypes and blocks.
+        kernel: the ``triton.jit`` function.
+        signature: run-time argument → type, ``"*fp32"``, ``"*i64"``, ``"i32"``, ``"fp32"``.
+        constexprs: compile-time argument → value.
+        aligned: the run-time arguments that are divisible by 16, as Triton finds out about an argument at launch
+            (pointers in bytes); list what the usual case has, and a second variant where others matter.
+        spills: why this variant may spill registers; empty if it must not.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    aligned: tuple[str, ...] = ()
+    spills: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """What tells two compilations apart, but for alignment."""
+        function = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
+        types = tuple(sorted(self.signature.items()))
+        return function, types, tuple(sorted(self.constexprs.items())), self.num_warps, self.num_stages
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled variant takes."""
+
+    shared: int  # bytes of shared memory a block
+    registers: int  # a thread
+    spilled: int  # bytes of local memory and stack a thread: registers that did not fit
+    threads: int  # a block
+
+
+def architecture(device: torch.device | int) -> int:
+    """The row of the tables for a device (or for a compute capability such as 90)."""
+    if isinstance(device, torch.device):
+        if device.type == "cpu":  # the interpreter
+            return 90
+        major, minor = torch.cuda.get_device_capability(device)
+        device = 10 * major + minor
+    return 80 if device in (86, 87, 89) or device >= 120 else max(a for a in ARCHITECTURES if a <= device)
+
+
+def compile_ahead(variant: Variant, capability: int) -> Resources:
+    """Compiles for a GPU that need not be there; raises what Triton raises."""
+    signature = {
+        name: "constexpr" if name in variant.constexprs else variant.signature[name]
+        for name in variant.kernel.arg_names
+    }
+    numbers = {name: i for i, name in enumerate(variant.kernel.arg_names)}
+    attributes = {(numbers[name],): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    registers, spilled = _usage(compiled.asm["cubin"])
+    return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, as the cuobjdump that comes with Triton reads them from the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        use = {
+            key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _dump(file.name, "-res-usage"))
+        }
+        local = use["STACK"] + use["LOCAL"]
+        # A stack frame need not be a spill: calls have one too. A spill stores to local memory.
+        if local and not re.search(r"\bSTL\b", _dump(file.name, "-sass")):
+            local = 0
+    return use["REG"], local
+
+
+def _dump(path: str, option: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, text=True, capture_output=True, check=True).stdout
+
+
+_recording: list[list[Variant]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Variant]]:
+    """The variants launched inside the ``with`` block."""
+    seen: list[Variant] = []
+    _recording.append(seen)
+    try:
+        yield seen
+    finally:
+        _recording.remove(seen)
+
+
+def launch(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any], device: torch.device) -> None:
+    """Launches a variant on the current stream of `device`; does not wait. An empty grid launches nothing."""
+    if 0 in grid:
+        return
+    for seen in _recording:
+        seen.append(variant)
+    if triton_interprets():
+        _check(variant, arguments)
+        variant.kernel[grid](**arguments, **variant.constexprs)
+        return
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    with torch.cuda.device(device):
+        variant.kernel[grid](**arguments, **variant.constexprs, **options)
+
+
+def _check(variant: Variant, arguments: Mapping[str, Any]) -> None:
+    """What only the interpreter has time for: do the arguments have the types the variant was compiled for?"""
+    if set(arguments) != set(variant.signature):
+        raise TypeError(f"{variant.name}: arguments {sorted(arguments)} are not its signature's")
+    for name, value in arguments.items():
+        expected = variant.signature[name]
+        if isinstance(value, torch.Tensor):
+            found = "*" + DTYPE_NAMES[value.dtype]
+            if name in variant.aligned and value.data_ptr() % 16:
+                raise TypeError(f"{variant.name}: {name} must start at a multiple of 16 bytes")
+        elif isinstance(value, int):
+            found = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if name in variant.aligned and value % 16:
+                raise TypeError(f"{variant.name}: {name} must be divisible by 16, got {value}")
+        else:
+            found = "fp32"
+        if found != expected:
+            raise TypeError(f"{variant.name}: {name} must be {expected}, got {found}")
+
+
+def gpu_milliseconds(function: Callable[[], Any]) -> float:
+    """Median of a few runs between device events, after a warm-up that also compiles."""
+    return triton.testing.do_bench(function, warmup=20, rep=60, return_mode="median")
+
+
+@dataclass
+class Table:
+    """The launch configurations of one kernel: the fixed one of every architecture, and what the search may try.
+
+    Triton's own autotuner would compile and time at first call; here a call costs the same the first time as later,
+    and two runs take the same configuration, so they give the same bits. ``PYREPR_AUTOTUNE=1`` searches (once a process
+    and key) and prints the row to put into the code.
+    """
+
+    name: str
+    rows: Mapping[int, Config]
+    candidates: Sequence[Config] = ()
+    milliseconds: Callable[[Callable[[], Any]], float] = gpu_milliseconds
+    found: dict[tuple, Config] = field(default_factory=dict)
+
+    def run(self, device: torch.device, function: Callable[[Config], Any], key: tuple = ()) -> Any:
+        """`function` with this device's config. `key` tells problems apart that a search should treat apart."""
+        row = architecture(device)
+        if os.environ.get("PYREPR_AUTOTUNE") != "1" or triton_interprets():
+            return function(self.rows[row])
+        place = (row, *key)
+        if place not in self.found:
+            self.found[place] = self.search(row, function, key)
+        return function(self.found[place])
+
+    def search(self, row: int, function: Callable[[Config], Any], key: tuple = ()) -> Config:
+        """The fastest of the row's config and the candidates; one that fails (too much shared memory) is out."""
+        best, least = self.rows[row], float("inf")
+        for config in (best, *(c for c in self.candidates if c != best)):
+            try:
+                time = self.milliseconds(functools.partial(function, config))
+            except Exception as error:
+                print(f"{self.name} {key}: {config} fails: {type(error).__name__}: {error}")
+                continue
+            print(f"{self.name} {key}: {config} {time:.4f} ms")
+            if time < least:
+                best, least = config, time
+        print(f"{self.name} {key}: best of its table's row {row}: {best}, {least:.4f} ms")
+        return best
+
+
+_INTERPRETED = tl.constexpr(triton_interprets())
+
+
+@triton.jit
+def dot_input(x):
+    """A tile on its way into ``tl.dot``: the interpreter multiplies bfloat16 wrongly, so there it becomes float32."""
+    if _INTERPRETED:
+        return x.to(tl.float32)
+    return x

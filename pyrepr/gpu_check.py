@@ -1,0 +1,88 @@
+"""``python -m pyrepr.gpu_check --out DIR``: everything about the GPU kernels that needs a GPU, in under ten minutes.
+
+Builds the CUDA kernels if they are not built, runs the correctness cases of every family against float64, times them,
+runs compute-sanitizer, and writes ``gpu.json`` and ``gpu.md``. Works in a plain clone: it installs that first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pyrepr.backend import native
+
+SECONDS = 570.0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pyrepr.gpu_check", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and gpu.md go")
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="only these (gram, delta_rule, lookup)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS:.0f})")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="small cases in Triton's interpreter on the CPU: tests the command itself",
+    )
+    parser.add_argument("--built", action="store_true", help=argparse.SUPPRESS)  # set by the command for itself
+    return parser
+
+
+def missing() -> str | None:
+    """What has to be built before the kernels can run, or ``None``."""
+    if importlib.util.find_spec("pyrepr.benchmarks") is None:
+        return "pyrepr is not installed"
+    module, reason = native()
+    if module is None:
+        return reason
+    if not module.has_cuda and (shutil.which("nvcc") or os.environ.get("CUDACXX")):
+        return "pyrepr._C has no CUDA kernels"
+    return None
+
+
+def build(root: Path) -> str | None:
+    """Installs the clone in place, with CUDA kernels; returns what went wrong, if anything did."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYREPR_CUDA"}
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", str(root)]
+    result = subprocess.run(command, text=True, capture_output=True, env=environment, check=False)
+    return (result.stderr or result.stdout)[-2000:] if result.returncode else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 0: everything passed, 1: something failed (it is in the report), 2: it could not run."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    import torch
+
+    if not args.dry_run and not torch.cuda.is_available():
+        print("gpu_check needs a CUDA device and PyTorch sees none: nothing was run, nothing was written.")
+        return 2
+    root = Path(__file__).resolve().parents[1]
+    if not args.built:
+        problem = None
+        if not args.dry_run and (what := missing()):
+            if not (root / "setup.py").exists():
+                print(f"gpu_check: {what}; install from a clone on a machine with nvcc to have it built.")
+            else:
+                print(f"gpu_check: {what}; building.", flush=True)
+                problem = build(root)
+                if problem:
+                    print(f"gpu_check: the build failed, going on with what is there:\n{problem}")
+        # In a fresh process, and not in the clone, whose folder would hide what was installed.
+        args.out = args.out.resolve()
+        command = [sys.executable, "-m", "pyrepr.gpu_check", *argv, "--built", "--out", str(args.out)]
+        with tempfile.TemporaryDirectory() as elsewhere:
+            return subprocess.run(command, cwd=elsewhere, check=False).returncode
+    from pyrepr.benchmarks.gpu import runner
+
+    return runner.run(args.out, args.families, args.seconds, args.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

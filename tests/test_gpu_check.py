@@ -1,0 +1,149 @@
+"""`python -m pyrepr.gpu_check` without a GPU: it says so; and its dry run goes through every section and records what
+fails, ends its process or hangs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pyrepr.benchmarks import report
+from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, worker
+
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "pyrepr.gpu_check", "--out", tmp_path / "out"]
+    result = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == (
+        "gpu_check needs a CUDA device and PyTorch sees none: nothing was run, nothing was written.\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@NEEDS_TRITON
+def test_dry_run_of_a_real_family(tmp_path):
+    command = [sys.executable, "-m", "pyrepr.gpu_check", "--dry-run", "--families", "gram", "--out", "out"]
+    result = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert run["finished"] and run["dry_run"] and run["machine"]["device"] == "CPU (dry run)"
+    checks = [r for r in run["records"] if r["section"] == "check"]
+    assert checks and all(r["error"] <= r["tolerance"] for r in checks)
+    assert any(r["implementation"] == "pyrepr triton" for r in run["records"] if r["section"] == "time")
+    assert "**pyrepr triton**" in (tmp_path / "out/gpu.md").read_text()
+    assert not list((tmp_path / "out").glob("*.partial"))
+    # What was made without a GPU is no result.
+    assert report.gpu_section(tmp_path / "out") == "GPU: not measured yet."
+
+
+FAMILY = """
+import os, time
+from pyrepr.benchmarks.gpu import GpuCase, Problem
+import torch
+
+def made(run, peers=None):
+    x = torch.ones(3)
+    return lambda device, dtype, seed: Problem(lambda: run(x), lambda: x.double(), peers or {}, flops=3e6)
+
+def fail(x):
+    raise ValueError("made to fail")
+
+def cases():
+    exact = {torch.float32: 0.0}
+    def case(op, run, **options):
+        return GpuCase(op, "n=3", made(run, options.pop("peers", None)), exact, ("cpu",), sanitize=True, **options)
+    return [
+        case("good", lambda x: x.clone(), timed=True, peers={"twice": lambda: torch.ones(3), "poor": lambda: fail(0)}),
+        case("wrong", lambda x: 2 * x),
+        case("raising", fail),
+        case("dying", lambda x: os._exit(7)),
+        case("last", lambda x: x.clone()),
+    ]
+"""
+
+
+@pytest.fixture
+def fake_family(tmp_path, monkeypatch):
+    """A family of its own in the worker processes, put there by a sitecustomize on their path."""
+    (tmp_path / "fake.py").write_text(FAMILY)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, importlib.abc, importlib.util\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pyrepr.benchmarks.gpu.fake':\n"
+        f"            return importlib.util.spec_from_file_location(name, {str(tmp_path / 'fake.py')!r})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return "fake"
+
+
+def test_failures_are_recorded_and_do_not_end_the_run(fake_family, tmp_path):
+    state = runner.Run([], 60, dry=True)
+    state.section("check", fake_family, 30)
+    found = {r["op"]: r["failure"] for r in state.records}
+    assert found == {
+        "good": None,
+        "wrong": "error 1.00e+00 is more than 0e+00",
+        "raising": "ValueError: made to fail",
+        "dying": found["dying"],
+        "last": None,
+    }
+    assert found["dying"].startswith("its process ended with code 7")
+    state.section("time", fake_family, 10)
+    rows = {r["implementation"]: r for r in state.records if r["section"] == "time" and r["op"] == "good"}
+    assert set(rows) == {"pyrepr cpu", "pyrepr reference", "twice", "poor"}
+    assert rows["twice"]["milliseconds"] > 0 and rows["poor"]["failure"] == "ValueError: made to fail"
+    runner.write(tmp_path / "out", state.report(finished=True))
+    text = (tmp_path / "out/gpu.md").read_text()
+    assert "fake against float64: dying n=3 cpu float32: its process ended with code 7" in text
+    assert "fake against float64 2 of 5" in text
+    assert "| poor | ValueError: made to fail |" in text
+
+
+def test_time_that_is_over_is_said(fake_family):
+    state = runner.Run([], 60, dry=True)
+    state.section("check", fake_family, -1)
+    assert [r["failure"] for r in state.records] == ["not run: the section's time was over"] * 5
+
+
+def test_two_runs_with_different_bits_fail():
+    counter = iter(range(9))
+    problem = Problem(lambda: torch.tensor(next(counter) * 1e-9), lambda: torch.tensor(1.0))
+    case = GpuCase("op", "n=1", lambda *_: problem, {torch.float32: 2.0}, ("cpu",))
+    (record,) = worker.check((case, "cpu", torch.float32), torch.device("cpu"), 1.0)
+    assert record["failure"] == "two runs gave different bits"
+
+
+def test_unknown_family_is_refused():
+    with pytest.raises(ValueError, match=r"--families must be among gram, .*got 'grams'"):
+        runner.Run(["grams"], 1, dry=True)
+
+
+def test_every_gpu_default_has_its_measurement():
+    """The rule of pyrepr/backend.py: no GPU kernel is a default before a recorded run of gpu_check."""
+    from pathlib import Path
+
+    from pyrepr.backend import GPU_ORDER
+
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    passed = {
+        (r["family"], r["backend"])
+        for path in results.glob("gpu*.json")
+        for run in [json.loads(path.read_text())]
+        for r in run["records"]
+        if not run["dry_run"] and r["section"] == "check" and not r["failure"]
+    }
+    for op, order in GPU_ORDER.items():
+        for backend in order:
+            assert any(op.startswith(family) for family, b in passed if b == backend), (op, backend)
