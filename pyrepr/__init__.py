@@ -49,8 +49,8 @@ __all__ = [
     "hsic",
     "lookup_linear",
     "lookup_sum",
-    "pack_tables",
     "nn",
+    "pack_tables",
     "segment_sum",
     "use_backend",
 ]

@@ -39,12 +39,12 @@ const cpu::LookupHash& checked_hash(const cpu::LookupHash& hash) {
 
 cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
                           int threads) {
-  return checked(
+  return checked_hash(
       {view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
 }
 
 cpu::LookupRoute route_from(int route) {
-  if (route < 0 || route > 2) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
+  if (route < 0 || route > 3) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
   return static_cast<cpu::LookupRoute>(route);
 }
 

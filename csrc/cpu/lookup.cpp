@@ -14,6 +14,9 @@
 #include "cpu/lookup_hash.h"
 #include "cpu/lookup_rows.h"
 #include "cpu/lookup_stream.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/lookup_registers.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -83,7 +86,33 @@ void by_x(DType dtype, F f) {
     f(StoreF32{});
 }
 
+#if defined(PYREPR_LEVEL_avx512_bf16)
+Status linear_in_registers(const LookupTables& a, const LookupHash& p, const float* bias, float* out) {
+  const int64_t tokens = p.x.rows, capacity = smaller(tokens, kTokens);
+  const int64_t bytes = larger(Chunks<StoreF32>::bytes(p), Registers::bytes(a, capacity));
+  Plan<float> plan(a, capacity);
+  const Memory memory(bytes * a.threads);
+  for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
+    plan.start(smaller(kTokens, tokens - t0));
+    const Rows<StoreI8> rows(a, plan, bias, out + t0 * a.h);
+    const Registers registers(a, plan, bias, out + t0 * a.h, capacity);
+    if (!plan.ok() || !memory.ok() || !registers.ok()) return Status::out_of_memory;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+      void* const buffer = memory.as<char>(bytes * thread_number());
+      by_x<float>(p.dtype, [&](auto x) { plan.template hash<decltype(x)>(p, t0, buffer); });
+      registers.share(buffer, rows);
+    }
+  }
+  return Status::ok;
+}
+#endif
+
 Status linear(const LookupTables& a, const LookupHash& p, const void* bias, LookupRoute route, void* out) {
+#if defined(PYREPR_LEVEL_avx512_bf16)
+  if (a.type == TableType::i8 && Registers::pays(a, p.x.rows, route))
+    return linear_in_registers(a, p, static_cast<const float*>(bias), static_cast<float*>(out));
+#endif
   return by_type(a.type, [&](auto s) {
     using T = typename decltype(s)::T;
     const int64_t bytes = Chunks<StoreOf<T>>::bytes(p);

@@ -12,7 +12,7 @@ constexpr int64_t kPastCaches = int64_t(32) << 20;
 
 template <class T>
 inline void store_past_caches(T* p, Vec<T> v) {
-#if defined(PYREPR_LEVEL_avx512)
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
 #elif defined(PYREPR_LEVEL_avx2)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));

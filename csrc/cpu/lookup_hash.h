@@ -108,20 +108,10 @@ class Chunks {
   // use(k, count, hashed) for count <= W chunks from k on
   template <class Use>
   void hash(Use use) const {
-    for (int64_t k = 0; k < count_; k += W) {
-      V z[kMostBits];
-      load_chunks(k, z);
-      I code{};
-      V sum{}, inverse = splat<T>(1);
-      for (int i = 0; i < p_.bits; i++) {
-        code |= (z[i] >= splat<T>(0)) & (I{} + (1 << i));
-        sums(z[i], sum, inverse);
-      }
-      Hashed hashed;
-      for (int j = 0; j < W; j++) hashed.codes[j] = static_cast<int32_t>(code[j]);
-      store<T>(hashed.weights, weight(sum, inverse));
-      use(k, smaller<int64_t>(W, count_ - k), hashed);
-    }
+    if (p_.bits == 8)
+      hash_chunks<8>(use);
+    else
+      hash_chunks<0>(use);
   }
 
   // grad [d] = outer [K] times the derivative of the weights. That of |z| is 0 at 0.
@@ -149,6 +139,29 @@ class Chunks {
 
  private:
   static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * p.bits); }
+  // BITS is their number, or 0 if it is known only here.
+  template <int BITS, class Use>
+  void hash_chunks(Use use) const {
+    typedef int32_t Codes __attribute__((vector_size(W * 4)));
+    const int bits = BITS ? BITS : static_cast<int>(p_.bits);
+    for (int64_t k = 0; k < count_; k += W) {
+      V z[BITS ? BITS : kMostBits];
+      load_chunks(k, z);
+      I code{};
+      V sum{}, inverse = splat<T>(1);
+#pragma GCC unroll 8
+      for (int i = 0; i < bits; i++) {
+        code |= (z[i] >= V{}) & (I{} + (1 << i));
+        sums(z[i], sum, inverse);
+      }
+      Hashed hashed;
+      const Codes narrow = __builtin_convertvector(code, Codes);
+      std::memcpy(hashed.codes, &narrow, sizeof narrow);
+      store<T>(hashed.weights, weight(sum, inverse));
+      use(k, smaller<int64_t>(W, count_ - k), hashed);
+    }
+  }
+
   bool decaying() const { return p_.weighting == Weighting::probability || p_.weighting == Weighting::scaled; }
 
   // z[i] = element i of the chunks k, k + 1, ...

@@ -2,7 +2,7 @@
 // kernels read. Included by level units only (see simd.h).
 #pragma once
 
-#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx2)
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16) || defined(PYREPR_LEVEL_avx2)
 #include <immintrin.h>
 #endif
 
@@ -19,7 +19,7 @@ struct StoreI8 {
 template <>
 inline Vec<float> load_as<StoreI8>(const int8_t* p) {
   using I = Lanes<float>::I;
-#if defined(PYREPR_LEVEL_avx512)
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
   const I wide = reinterpret_cast<I>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(PYREPR_LEVEL_avx2)
   const I wide = reinterpret_cast<I>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -106,6 +106,8 @@ class Rows {
 
   Rows(const LookupTables& tables, const Plan<T>& plan, const T* bias, T* out)
       : a_(tables), data_(static_cast<const M*>(tables.data)), plan_(plan), bias_(bias), out_(out) {}
+
+  void token(int64_t t) const { gather(t, t + 1, 0, a_.h, data_, a_.h); }  // of tables that are not packed
 
   // What every thread of a team of `threads` does. Threads share the columns first (they then read different parts of
   // the same rows), then the tokens.

@@ -62,7 +62,7 @@ class Stream {
   // Measured on a 2-core Zen 4, 256 rows a table: level at 4 tokens a row, ahead from there on.
   static bool pays(const LookupTables& a, int64_t tokens, LookupRoute route) {
     if (a.n * C * int64_t(sizeof(M)) > kTileBytes) return false;
-    return route == LookupRoute::stream || (route == LookupRoute::by_size && tokens >= (a.packed ? 1 : 4) * a.n);
+    return route == LookupRoute::stream || (route != LookupRoute::rows && tokens >= (a.packed ? 1 : 4) * a.n);
   }
   // Bytes a thread needs for a plan of this capacity.
   static int64_t bytes(const LookupTables& a, int64_t tokens) {

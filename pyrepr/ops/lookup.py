@@ -25,8 +25,9 @@ from pyrepr.reference.lookup import TILE, WEIGHTINGS, compute_dtype, pack, sizes
 # A table's storage type as csrc/cpu/lookup.h numbers it.
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
 
-# Which forward kernel runs: by size, token by token (few tokens), or each table once (many tokens).
-ROUTES = {"auto": 0, "rows": 1, "stream": 2}
+# Which forward kernel runs: by size; token by token (few tokens); each table once (many tokens); in registers (int8
+# tables of at most 16 rows, where the instruction set has byte permutations). One that cannot run gives way to another.
+ROUTES = {"auto": 0, "rows": 1, "stream": 2, "registers": 3}
 
 WEIGHTING_CODES = {name: code for code, name in enumerate(WEIGHTINGS)}
 
