@@ -124,9 +124,9 @@ def hash_codes(x: Tensor, bits: int) -> Tensor:
 def pack_tables(tables: Tensor) -> Tensor:
     """Tables in the order in which many tokens read them: [K, n, h] -> [h / 64, K, n, 64], for inference.
 
-    :func:`lookup_linear` and :func:`lookup_sum` take the result in place of the tables. It pays from about as many
-    tokens on as a table has rows: plain tables are then copied into this order, tile by tile, on every call. A few tokens
-    are faster on plain tables, whose rows stand in one piece.
+    :func:`lookup_linear` and :func:`lookup_sum` take the result in place of the tables, and give the same bits. It pays
+    from about as many tokens on as a table has rows: many tokens copy plain tables into this order, tile by tile, on
+    every call. A few tokens are faster on plain tables, whose rows stand in one piece.
 
     Raises:
         ValueError: if h is no multiple of 64, or tables has not three axes.

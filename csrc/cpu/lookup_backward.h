@@ -20,6 +20,12 @@ inline void store_past_caches(T* p, Vec<T> v) {
   store<T>(p, v);
 #endif
 }
+// Such stores are ordered with nothing; other threads may look at the memory after this.
+inline void finish_past_caches() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
 
 // Both derivatives of the sum, table by table: the tokens are sorted by code (a stable counting sort), then a table's
 // row, its gradient and the dot products of its tokens are finished together while the row stands in registers.
@@ -65,6 +71,7 @@ class Backward {
       Order order(memory.as<char>(bytes * thread_number()), tokens_, a_.n);
       order.sort(codes_.template as<int32_t>() + k * tokens_, by_table + k * tokens_);
       walk(k, tile, smaller(tile + per_share, tiles_), order);
+      if (past_caches_) finish_past_caches();
       // The table's weights have been used up: its dot products take their place.
       if (want_dots_) order.unsort(a_.scales ? a_.scales + k * a_.n : nullptr, by_table + k * tokens_);
     }

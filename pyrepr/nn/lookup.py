@@ -90,8 +90,8 @@ class LookupLinear(nn.Module):
         x: [..., in_features] -> [..., out_features] in the dtype of x.
 
     Attributes:
-        tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``. scales: [K, 2^bits]
-            float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
+        tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
+            scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
             [in_features], what its input is standardised with, and with a low-rank part down [rank, in_features] and
             up [out_features, rank].
 

@@ -20,7 +20,7 @@ from pyrepr.backend import native
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import lookup as reference
-from pyrepr.reference.lookup import TILE, WEIGHTINGS, compute_dtype, pack, sizes, unpack
+from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype, sizes, unpack
 
 # A table's storage type as csrc/cpu/lookup.h numbers it.
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
