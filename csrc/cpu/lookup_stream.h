@@ -135,6 +135,8 @@ class Stream {
       add<8>(k, t0, t1 - t0, rows, sums);
     else if (count == 4)
       add<4>(k, t0, t1 - t0, rows, sums);
+    else if (count == 2)
+      add<2>(k, t0, t1 - t0, rows, sums);
     else
       for (int64_t i = 0; i < count; i++) add<1>(k + i, t0, t1 - t0, rows + i * a_.n * C, sums);
   }

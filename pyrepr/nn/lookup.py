@@ -91,9 +91,9 @@ class LookupLinear(nn.Module):
 
     Attributes:
         tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
-            scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
-            [in_features], what its input is standardised with, and with a low-rank part down [rank, in_features] and
-            up [out_features, rank].
+            scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
+            has shift and scale [in_features], what its input is standardised with, and with a low-rank part down
+            [rank, in_features] and up [out_features, rank].
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
 
