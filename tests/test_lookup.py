@@ -22,6 +22,8 @@ LEVELS = pyrepr.backend.native()[0].simd_levels()
 # Largest relative error of a float32 result (norm of the error over norm of the truth) over every case of this file was
 # 2.4e-7 for the sums and 4e-7 for gradients; a bound of 1e-6 holds for all.
 FLOAT32 = 1e-6
+# The kernel in registers rounds weights to 16 bits of the token's largest one: 2.4e-5 was the worst seen.
+REGISTERS = 5e-5
 # Half a unit in the last place of the result's dtype, relative to the norm.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -113,7 +115,79 @@ def test_dtypes(x_dtype, table_dtype):
     for route in ops.ROUTES.values():
         out = ops.linear_op(x, tables, scales, None, "l1", 1.0, route)
         assert out.dtype == x_dtype
-        assert relative(out, truth) < FLOAT32 + ROUNDING.get(x_dtype, 0)
+        exact = FLOAT32 if table_dtype != torch.int8 or route != ops.ROUTES["registers"] else REGISTERS
+        assert relative(out, truth) < exact + ROUNDING.get(x_dtype, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8])
+def test_packed_tables_give_the_same_bits(dtype):
+    """Every kernel adds in the order of the tables, whatever order they stand in."""
+    for bits, k, h in [(8, 5, 192), (3, 20, 64)]:
+        tables, scales = torch.randn(k, 1 << bits, h).to(dtype), None
+        if dtype == torch.int8:
+            tables, scales = int8_tables(k, 1 << bits, h)
+        bias = torch.randn(h, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        packed = pyrepr.pack_tables(tables)
+        assert packed.shape == (h // 64, k, 1 << bits, 64)
+        for count in (1, 40, 300):
+            x = away_from_zero(count, k * bits, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            plain = ops.linear_op(x, tables, scales, bias, "scaled", 1.0, ops.ROUTES["rows"])
+            for route in (ops.ROUTES["rows"], ops.ROUTES["stream"]):
+                assert torch.equal(ops.linear_op(x, packed, scales, bias, "scaled", 1.0, route), plain)
+                assert torch.equal(ops.linear_op(x, tables, scales, bias, "scaled", 1.0, route), plain)
+            with pyrepr.use_backend("reference"):
+                assert (
+                    relative(pyrepr.lookup_linear(x, packed, bias, weighting="scaled", scales=scales), plain) < FLOAT32
+                )
+
+
+def test_packed_tables_in_the_other_functions():
+    """The sum takes them; the gradient to x goes through them; they have none themselves."""
+    x, tables, grad = away_from_zero(20, 24).requires_grad_(), torch.randn(3, 256, 64), torch.randn(20, 64)
+    packed, codes, weights = pyrepr.pack_tables(tables), torch.randint(0, 256, (20, 3)), torch.rand(20, 3)
+    assert torch.equal(pyrepr.lookup_sum(codes, weights, packed), pyrepr.lookup_sum(codes, weights, tables))
+    gradients = [torch.autograd.grad(pyrepr.lookup_linear(x, t), x, grad)[0] for t in (tables, packed)]
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        pyrepr.lookup_linear(x, packed.requires_grad_())
+    with pytest.raises(ValueError, match="h a multiple of 64, got"):
+        pyrepr.pack_tables(tables[:, :, :63])
+
+
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_lookup_in_registers(bits, weighting):
+    """Against float64, for sizes that are no multiples of anything; special tokens take the other kernel."""
+    for count, k, h in [(64, 1, 5), (65, 37, 64), (300, 9, 131)]:
+        x, bias = away_from_zero(count, k * bits), torch.randn(h)
+        tables, scales = int8_tables(k, 1 << bits, h)
+        x[7, 0], x[9], x[11, -1] = float("nan"), 0, 1e30
+        out = ops.linear_op(x, tables, scales, bias, weighting, 1.0, ops.ROUTES["registers"])
+        truth = oracle(x, tables.double() * scales.double()[..., None], weighting, 1.0) + bias
+        assert out[7].isnan().all()
+        for token in (9, 11):
+            assert_close(out[token].double(), truth[token], rtol=1e-4, atol=1e-4 * truth[token].abs().max().item())
+        ordinary = torch.ones(count, dtype=torch.bool).index_fill_(0, torch.tensor([7, 9, 11]), False)
+        assert relative(out[ordinary], truth[ordinary]) < REGISTERS
+        assert (
+            relative(
+                ops.linear_op(x[ordinary], tables, -scales, bias, weighting, 1.0, 3) - bias, bias - truth[ordinary]
+            )
+            < REGISTERS
+        )
+
+
+def test_gradient_written_past_the_caches():
+    """A gradient above 32 MiB takes the streaming stores, zero rows included."""
+    x, grad = away_from_zero(30, 80), torch.randn(30, 4096)
+    tables = torch.zeros(10, 256, 4096, requires_grad=True)
+    pyrepr.lookup_linear(x, tables, weighting="l1").backward(grad)
+    assert tables.grad.numel() * 4 > 32 << 20
+    truth = reference.segment_sum(
+        grad.double(), reference.hash_codes(x, 8), 256, reference.weights(x.double(), 8, "l1")
+    )
+    assert relative(tables.grad, truth) < FLOAT32
+    assert torch.equal(tables.grad == 0, truth == 0)
 
 
 def test_float64_stays_float64():
@@ -435,9 +509,9 @@ for bits, k, h, count in [(8, 5, 131, 9), (3, 9, 64, 70), (5, 20, 37, 33)]:
             assert relative(leaf.grad, true.grad) < max(2 * bound, 1e-14), (dtype, bits)
     small = (tables * 40).clamp(-127, 127).to(torch.int8)
     expected = reference.lookup_linear(x.double(), small.double())
-    for route in (1, 2):
+    for route in (1, 2, 3):
         out = ops.linear_op(x, small, torch.ones(k, 2**bits), None, "probability", 1.0, route)
-        assert relative(out, expected) < 1e-6
+        assert relative(out, expected) < (5e-5 if route == 3 else 1e-6)
 print(pyrepr.backends()["cpu"].detail.split()[2])
 """
 
@@ -609,6 +683,28 @@ def test_state_of_a_converted_layer_fits_a_new_one():
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in converted.named_parameters()]
     with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got 63"):
         loaded(x[:, 1:])
+
+
+def test_packed_layer_and_its_state():
+    layer = pyrepr.nn.LookupLinear(64, 128)
+    x = torch.randn(300, 64)
+    with torch.no_grad():
+        exact, state = layer(x), {name: value.clone() for name, value in layer.state_dict().items()}
+        assert layer.pack_() is layer.pack_()
+        assert layer.packed
+        assert torch.equal(layer(x), exact)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    other = pyrepr.nn.LookupLinear(64, 128).pack_()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), exact)
+    with pytest.raises(ValueError, match="quantize first"):
+        layer.quantize_("int8")
+    assert relative(layer.to(torch.bfloat16)(x), exact) < 2**-8
+    small = pyrepr.nn.LookupLinear(64, 128).quantize_("int8").pack_()
+    assert set(small.state_dict()) == {"tables", "scales", "bias"}
+    assert small.state_dict()["tables"].shape == (8, 256, 128)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({**state, "tables": state["tables"][:4]})
 
 
 def test_usage_counts_every_token_once_a_table():

@@ -20,6 +20,7 @@ from pyrepr.integrations.recording import evaluating
 from pyrepr.lookup import check_bits, check_weighting
 from pyrepr.nn import fit
 from pyrepr.ops.lookup import to_huge_pages
+from pyrepr.reference.lookup import pack, unpack
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
@@ -89,10 +90,10 @@ class LookupLinear(nn.Module):
         x: [..., in_features] -> [..., out_features] in the dtype of x.
 
     Attributes:
-        tables: [in_features / bits, 2^bits, out_features]. bias: [out_features] or ``None``. scales: [K, 2^bits]
-            float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
-            [in_features], for it hashes x · scale + shift, and with a low-rank part down [rank, in_features] and up
-            [out_features, rank].
+        tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
+            scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
+            has shift and scale [in_features], for it hashes x · scale + shift, and with a low-rank part down
+            [rank, in_features] and up [out_features, rank].
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
 
@@ -204,6 +205,8 @@ class LookupLinear(nn.Module):
             raise ValueError(f"kind must be 'int8' or 'bf16', got {kind!r}")
         if not self.tables.is_floating_point():
             raise ValueError("the tables are int8 already")
+        if self.packed:
+            raise ValueError("the tables are packed already: quantize first")
         if kind == "bf16":
             self.tables = nn.Parameter(self.tables.bfloat16(), requires_grad=False)
         else:
@@ -213,6 +216,34 @@ class LookupLinear(nn.Module):
             self.tables = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
         to_huge_pages(self.tables)
         return self
+
+    @torch.no_grad()
+    def pack_(self) -> LookupLinear:
+        """Keeps the tables in the order of :func:`pyrepr.pack_tables`, for inference on many tokens at a time.
+
+        `tables` is then [out_features / 64, K, 2^bits, 64] and has no gradient; ``state_dict`` still holds, and loads,
+        plain tables. Quantize first. ValueError if out_features is no multiple of 64.
+        """
+        if not self.packed:
+            self.tables = nn.Parameter(lookup.pack_tables(self.tables), requires_grad=False)
+        return self
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tables are in the order of :meth:`pack_`."""
+        return self.tables.dim() == 4
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        name = prefix + "tables"
+        shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
+        if self.packed and name in state_dict and state_dict[name].shape == shape:
+            state_dict = {**state_dict, name: pack(state_dict[name])}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
@@ -473,4 +504,4 @@ class MemoryFormerBlock(nn.Module):
         """For s tokens: attention's 2·s²·d and a multiply-add for every table entry that is read."""
         layers = (self.qkv.lookup, self.mlp.up, self.mlp.down)
         d = self.mlp.down.out_features
-        return 2 * s * s * d + s * sum(a.tables.shape[0] * a.out_features for a in layers)
+        return 2 * s * s * d + s * sum(a.in_features // a.bits * a.out_features for a in layers)
