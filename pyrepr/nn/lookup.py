@@ -161,15 +161,6 @@ class LookupLinear(nn.Module):
         to_huge_pages(self.tables)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
-        """Makes room for what a converted layer has and a new one has not."""
-        for name in ("shift", "scale", "down", "up"):
-            value = state_dict.get(prefix + name)
-            if value is not None and getattr(self, name) is None:
-                room = torch.empty_like(value, device=self.tables.device)
-                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
         if x.shape[-1] != self.in_features:
@@ -238,12 +229,18 @@ class LookupLinear(nn.Module):
         if self.packed:
             destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
+        for name in ("shift", "scale", "down", "up"):
+            value = state_dict.get(prefix + name)
+            if value is not None and getattr(self, name) is None:
+                room = torch.empty_like(value, device=self.tables.device)
+                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
         name = prefix + "tables"
         shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
