@@ -74,7 +74,7 @@ inline void store(T* p, Vec<T> v) {
 }
 template <class T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x + 0 is not always x: this is one broadcast, that would be an addition
 }
 
 // Storage types: how an element is kept in memory, and the type it is computed in.
