@@ -122,20 +122,24 @@ def architecture(device: torch.device | int) -> int:
     return 80 if device in (86, 87, 89) or device >= 120 else max(a for a in ARCHITECTURES if a <= device)
 
 
+def source(variant: Variant) -> ASTSource:
+    """What Triton compiles, and looks up in its cache, for a launch of the variant with aligned arguments."""
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
+    constexprs = {(i,): variant.constexprs[name] for i, name in enumerate(names) if name in variant.constexprs}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in variant.aligned}
+    return ASTSource(variant.kernel, signature, constexprs, attributes)
+
+
+def options(variant: Variant) -> dict[str, int]:
+    """What a variant asks of the compiler."""
+    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+
+
 def compile_ahead(variant: Variant, capability: int) -> Resources:
     """Compiles for a GPU that need not be there; raises what Triton raises."""
-    signature = {
-        name: "constexpr" if name in variant.constexprs else variant.signature[name]
-        for name in variant.kernel.arg_names
-    }
-    numbers = {name: i for i, name in enumerate(variant.kernel.arg_names)}
-    attributes = {(numbers[name],): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source(variant), target=target, options=options(variant))
     registers, spilled = _usage(compiled.asm["cubin"])
     return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
 
@@ -184,9 +188,8 @@ def launch(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]
         _check(variant, arguments)
         variant.kernel[grid](**arguments, **variant.constexprs)
         return
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     with torch.cuda.device(device):
-        variant.kernel[grid](**arguments, **variant.constexprs, **options)
+        variant.kernel[grid](**arguments, **variant.constexprs, **options(variant))
 
 
 def _check(variant: Variant, arguments: Mapping[str, Any]) -> None:

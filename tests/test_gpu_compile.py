@@ -23,8 +23,14 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SPILLS: dict[tuple[str, str, str], str] = {}
 
 
+# A family with many variants names those that stand for the rest; PYREPR_COMPILE_ALL=1 compiles every one.
+EVERYTHING = os.environ.get("PYREPR_COMPILE_ALL") == "1"
+
+
 def variants(family, architecture):
-    return {v.name: v for v in importlib.import_module(f"pyrepr.kernels.{family}").variants(architecture)}
+    module = importlib.import_module(f"pyrepr.kernels.{family}")
+    some = module.variants if EVERYTHING else getattr(module, "representative_variants", module.variants)
+    return {v.name: v for v in some(architecture)}
 
 
 CASES = [
@@ -77,6 +83,16 @@ def test_triton_kernel(case, compilation, record_property):
     assert use.spilled == 0 or variants(family, architecture)[name].spills, f"{use.spilled} bytes of registers spilled"
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: nothing launched")
+@pytest.mark.parametrize("family", [f for f in FAMILIES if importlib.util.find_spec(f"pyrepr.benchmarks.gpu.{f}")])
+def test_what_is_launched_is_what_was_compiled(family):
+    """Down to alignment and options, with the same key in Triton's cache as the variant that was compiled ahead."""
+    command = [sys.executable, "-W", "ignore", ROOT / "tests/launched_process.py", family]
+    result = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    print(result.stdout)
+
+
 @functools.cache
 def ptxas_report(source):
     """What ptxas says about every kernel of one file: (architecture, mangled name) → (registers, spilled bytes)."""
@@ -110,8 +126,15 @@ def test_cuda_kernels(source, record_property):
         assert spilled == 0 or allowed, f"{kernel} for {architecture} spills {spilled} bytes"
 
 
-def test_importing_pyrepr_does_not_import_the_kernels():
-    code = "import pyrepr, sys; pyrepr.backends(); assert not any(m.startswith('pyrepr.kernels.') for m in sys.modules)"
+def test_importing_pyrepr_imports_neither_triton_nor_the_kernels():
+    code = """
+import sys, torch
+before = "triton" in sys.modules
+import pyrepr
+pyrepr.backends()
+assert ("triton" in sys.modules) == before
+assert not any(name.startswith("pyrepr.kernels.") for name in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
