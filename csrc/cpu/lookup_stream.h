@@ -7,6 +7,9 @@
 #pragma once
 
 #include "cpu/lookup_rows.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/lookup_bytes.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -48,6 +51,90 @@ struct TileRow<StoreBf16> {
   }
 };
 
+#if defined(PYREPR_LEVEL_avx512_bf16)
+// The same for four tables of 8-bit integers at a time. Rows are interleaved so that the four values of a column stand
+// together, for the product of bytes that sums them.
+class ByteRows {
+ public:
+  static constexpr int64_t C = kLookupTile;
+
+  ByteRows(const Plan<float>& plan, const ByteWeights& weights, int64_t n) : plan_(plan), weights_(weights), n_(n) {}
+
+  // sums [t1 - t0, 4, 16] += the tokens' rows [count, n, C] of the tables from k on, a multiple of 4, in units of the
+  // token's scale
+  void add(int64_t k, int64_t count, int64_t t0, int64_t t1, const int8_t* rows, float* sums) const {
+    const int64_t table = n_ * C, next = kGroup * plan_.tokens();  // from a plan's group to the one after
+    for (int64_t t = t0; t < t1; t++, sums += C) {
+      const ByteWeights::Block block = weights_.block(t / ByteWeights::kTokens);
+      const int64_t at = k / 4 * 64 + t % ByteWeights::kTokens * 4;
+      const uint8_t *high = block.high + at, *low = block.low + at;
+      const int32_t* codes = plan_.codes(k / kGroup, t) + k % kGroup;
+      const int8_t* tile = rows;
+      Sums s;
+      int64_t left = count;
+      for (; left >= 8; left -= 8, codes += next, tile += 8 * table, high += 128, low += 128) {
+        s.add(tile + codes[0] * C, tile + table + codes[1] * C, tile + 2 * table + codes[2] * C,
+              tile + 3 * table + codes[3] * C, high, low);
+        s.add(tile + 4 * table + codes[4] * C, tile + 5 * table + codes[5] * C, tile + 6 * table + codes[6] * C,
+              tile + 7 * table + codes[7] * C, high + 64, low + 64);
+      }
+      for (; left > 0; left -= 4, codes += 4, tile += 4 * table, high += 64, low += 64) {
+        const int8_t* const first = tile + codes[0] * C;  // a table that is missing has weight 0: any row will do
+        s.add(first, left > 1 ? tile + table + codes[1] * C : first, left > 2 ? tile + 2 * table + codes[2] * C : first,
+              left > 3 ? tile + 3 * table + codes[3] * C : first, high, low);
+      }
+      s.add_to(sums);
+    }
+  }
+
+  // out [C] = bias + the token's scale times the sums, whose columns the interleaving has moved: in quarter q of vector
+  // v stand columns 16 q + 4 v ...
+  void restore(int64_t t, const float* sums, const float* bias, float* out) const {
+    const float scale = weights_.block(t / ByteWeights::kTokens).scales[t % ByteWeights::kTokens];
+    for (int v = 0; v < 4; v++)
+      for (int q = 0; q < 4; q++)
+        for (int i = 0; i < 4; i++)
+          out[16 * q + 4 * v + i] = bias[16 * q + 4 * v + i] + scale * sums[v * 16 + 4 * q + i];
+  }
+
+ private:
+  struct Sums {
+    __m512i high[4] = {}, low[4] = {};
+
+    void add(const int8_t* row0, const int8_t* row1, const int8_t* row2, const int8_t* row3, const uint8_t* w_high,
+             const uint8_t* w_low) {
+      const __m512i a = _mm512_loadu_si512(row0), b = _mm512_loadu_si512(row1), c = _mm512_loadu_si512(row2),
+                    d = _mm512_loadu_si512(row3);
+      const __m512i ab = _mm512_unpacklo_epi8(a, b), ba = _mm512_unpackhi_epi8(a, b);
+      const __m512i cd = _mm512_unpacklo_epi8(c, d), dc = _mm512_unpackhi_epi8(c, d);
+      const __m512i values[4] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd),
+                                 _mm512_unpacklo_epi16(ba, dc), _mm512_unpackhi_epi16(ba, dc)};
+      int32_t words[2];
+      std::memcpy(words, w_high, 4);
+      std::memcpy(words + 1, w_low, 4);
+      const __m512i wh = _mm512_set1_epi32(words[0]), wl = _mm512_set1_epi32(words[1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        high[v] = _mm512_dpbusd_epi32(high[v], wh, values[v]);
+        low[v] = _mm512_dpbusd_epi32(low[v], wl, values[v]);
+      }
+    }
+    void add_to(float* sums) const {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        const __m512 sum =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[v]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low[v]));
+        _mm512_storeu_ps(sums + v * 16, _mm512_add_ps(_mm512_loadu_ps(sums + v * 16), sum));
+      }
+    }
+  };
+
+  const Plan<float>& plan_;
+  const ByteWeights& weights_;
+  const int64_t n_;
+};
+#endif
+
 // `out` points to the first row of the plan's tokens. A task is a tile of columns and a block of tokens; threads take
 // the next one when they are about to finish theirs.
 template <class S>
@@ -64,6 +151,8 @@ class Stream {
     if (a.n * C * int64_t(sizeof(M)) > kTileBytes) return false;
     return route == LookupRoute::stream || (route != LookupRoute::rows && tokens >= (a.packed ? 1 : 4) * a.n);
   }
+  // Whether groups are whole fours of tables, as ByteRows takes them.
+  static bool in_fours(const LookupTables& a) { return together(a) % 4 == 0; }
   // Bytes a thread needs for a plan of this capacity.
   static int64_t bytes(const LookupTables& a, int64_t tokens) {
     return (a.packed ? 0 : together(a) * a.n * C * int64_t(sizeof(M))) + tokens * C * int64_t(sizeof(T));
@@ -76,6 +165,10 @@ class Stream {
     blocks_ = ceil_div(count, tokens_);
     tasks_ = tiles * blocks_;
   }
+
+#if defined(PYREPR_LEVEL_avx512_bf16)
+  void take_bytes(const ByteRows* rows) { bytes_ = rows; }
+#endif
 
   // What every thread of a team does.
   void share(void* buffer) const {
@@ -104,7 +197,7 @@ class Stream {
   static constexpr int64_t kLine = 64 / int64_t(sizeof(M));
 
   static int64_t together(const LookupTables& a) {
-    int64_t group = kGroup;
+    int64_t group = sizeof(M) == 1 ? 2 * kGroup : kGroup;
     while (group > 1 && group * a.n * C * int64_t(sizeof(M)) > kGroupBytes) group /= 2;
     return group;
   }
@@ -131,7 +224,14 @@ class Stream {
 
   // sums [tokens, C] += the rows [count, n, C] of the tables from k on
   void add_group(int64_t k, int64_t count, int64_t t0, int64_t t1, const M* rows, T* sums) const {
-    if (count == 8)
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    if constexpr (sizeof(M) == 1)
+      if (bytes_) return bytes_->add(k, count, t0, t1, rows, sums);
+#endif
+    if (count == 16) {
+      add_group(k, 8, t0, t1, rows, sums);
+      add_group(k + 8, 8, t0, t1, rows + 8 * a_.n * C, sums);
+    } else if (count == 8)
       add<8>(k, t0, t1 - t0, rows, sums);
     else if (count == 4)
       add<4>(k, t0, t1 - t0, rows, sums);
@@ -143,23 +243,37 @@ class Stream {
 
   // sums [tokens, C] = bias
   void start_sums(int64_t c0, int64_t cols, int64_t tokens, T* sums) const {
-    T bias[C] = {};
-    alignas(64) T start[C];
-    if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
-    Row::order(bias, start);
+    alignas(64) T start[C] = {};
+    if (!in_bytes()) {
+      T bias[C] = {};
+      if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
+      Row::order(bias, start);
+    }
     for (int64_t t = 0; t < tokens; t++) std::memcpy(sums + t * C, start, sizeof start);
   }
   void finish(int64_t c0, int64_t cols, int64_t t0, int64_t t1, const T* sums) const {
+    T bias[C] = {}, whole[C];
+    if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
     for (int64_t t = t0; t < t1; t++, sums += C) {
       T* const to = out_ + t * a_.h + c0;
-      if (cols == C) {
-        Row::restore(sums, to);
-      } else {
-        T whole[C];
-        Row::restore(sums, whole);
-        std::memcpy(to, whole, static_cast<size_t>(cols) * sizeof(T));
-      }
+      restore(t, sums, bias, cols == C ? to : whole);
+      if (cols < C) std::memcpy(to, whole, static_cast<size_t>(cols) * sizeof(T));
     }
+  }
+  void restore(int64_t t, const T* sums, const T* bias, T* out) const {
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    if constexpr (sizeof(M) == 1)
+      if (bytes_) return bytes_->restore(t, sums, bias, out);
+#endif
+    (void)t, (void)bias;  // the sums started with it
+    Row::restore(sums, out);
+  }
+  bool in_bytes() const {
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    return bytes_ != nullptr;
+#else
+    return false;
+#endif
   }
 
   template <int G>
@@ -185,6 +299,9 @@ class Stream {
   const T* const bias_;
   T* const out_;
   int64_t tokens_, blocks_, tasks_;
+#if defined(PYREPR_LEVEL_avx512_bf16)
+  const ByteRows* bytes_ = nullptr;
+#endif
 };
 
 }  // namespace
