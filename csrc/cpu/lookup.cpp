@@ -1,8 +1,8 @@
 // Family `lookup` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in lookup.h.
 //
-// Bytes at best, s bytes a table entry: rows T K h s (a decoder's single token: memory-bound); stream K n h s once per
-// kTokens tokens, then T K h multiply-adds out of L2; backward reads and writes every table once and does 2 T K h
-// multiply-adds out of L2.
+// Bytes at best, s bytes a table entry: rows (lookup_rows.h) T K h s, a decoder's single token is memory-bound; stream
+// (lookup_stream.h) K n h s once per kTokens tokens, then T K h multiply-adds out of L2; backward (lookup_backward.h)
+// reads and writes every table once and does 2 T K h multiply-adds out of L2.
 //
 // Determinism: an element of `out` is summed by one thread in the order of k, one of `segments` in the order of tokens,
 // one of `dots` in the order of columns, whatever the shares of the threads are.

@@ -91,5 +91,87 @@ class ByteWeights {
   const Memory memory_;
 };
 
+// What the streaming kernel adds with, four tables at a time. Rows are interleaved so that the four values of a column
+// stand together, for the product of bytes that sums them.
+class ByteRows {
+ public:
+  static constexpr int64_t C = kLookupTile;
+
+  ByteRows(const Plan<float>& plan, const ByteWeights& weights, int64_t n) : plan_(plan), weights_(weights), n_(n) {}
+
+  // sums [t1 - t0, 4, 16] += the tokens' rows [count, n, C] of the tables from k on, a multiple of 4, in units of the
+  // token's scale
+  void add(int64_t k, int64_t count, int64_t t0, int64_t t1, const int8_t* rows, float* sums) const {
+    const int64_t table = n_ * C, next = kGroup * plan_.tokens();  // from a plan's group to the one after
+    for (int64_t t = t0; t < t1; t++, sums += C) {
+      const ByteWeights::Block block = weights_.block(t / ByteWeights::kTokens);
+      const int64_t at = k / 4 * 64 + t % ByteWeights::kTokens * 4;
+      const uint8_t *high = block.high + at, *low = block.low + at;
+      const int32_t* codes = plan_.codes(k / kGroup, t) + k % kGroup;
+      const int8_t* tile = rows;
+      Sums s;
+      int64_t left = count;
+      for (; left >= 8; left -= 8, codes += next, tile += 8 * table, high += 128, low += 128) {
+        s.add(tile + codes[0] * C, tile + table + codes[1] * C, tile + 2 * table + codes[2] * C,
+              tile + 3 * table + codes[3] * C, high, low);
+        s.add(tile + 4 * table + codes[4] * C, tile + 5 * table + codes[5] * C, tile + 6 * table + codes[6] * C,
+              tile + 7 * table + codes[7] * C, high + 64, low + 64);
+      }
+      for (; left > 0; left -= 4, codes += 4, tile += 4 * table, high += 64, low += 64) {
+        const int8_t* const first = tile + codes[0] * C;  // a table that is missing has weight 0: any row will do
+        s.add(first, left > 1 ? tile + table + codes[1] * C : first, left > 2 ? tile + 2 * table + codes[2] * C : first,
+              left > 3 ? tile + 3 * table + codes[3] * C : first, high, low);
+      }
+      s.add_to(sums);
+    }
+  }
+
+  // out [C] = bias + the token's scale times the sums, whose columns the interleaving has moved: in quarter q of vector
+  // v stand columns 16 q + 4 v ...
+  void restore(int64_t t, const float* sums, const float* bias, float* out) const {
+    const float scale = weights_.block(t / ByteWeights::kTokens).scales[t % ByteWeights::kTokens];
+    for (int v = 0; v < 4; v++)
+      for (int q = 0; q < 4; q++)
+        for (int i = 0; i < 4; i++)
+          out[16 * q + 4 * v + i] = bias[16 * q + 4 * v + i] + scale * sums[v * 16 + 4 * q + i];
+  }
+
+ private:
+  struct Sums {
+    __m512i high[4] = {}, low[4] = {};
+
+    void add(const int8_t* row0, const int8_t* row1, const int8_t* row2, const int8_t* row3, const uint8_t* w_high,
+             const uint8_t* w_low) {
+      const __m512i a = _mm512_loadu_si512(row0), b = _mm512_loadu_si512(row1), c = _mm512_loadu_si512(row2),
+                    d = _mm512_loadu_si512(row3);
+      const __m512i ab = _mm512_unpacklo_epi8(a, b), ba = _mm512_unpackhi_epi8(a, b);
+      const __m512i cd = _mm512_unpacklo_epi8(c, d), dc = _mm512_unpackhi_epi8(c, d);
+      const __m512i values[4] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd),
+                                 _mm512_unpacklo_epi16(ba, dc), _mm512_unpackhi_epi16(ba, dc)};
+      int32_t words[2];
+      std::memcpy(words, w_high, 4);
+      std::memcpy(words + 1, w_low, 4);
+      const __m512i wh = _mm512_set1_epi32(words[0]), wl = _mm512_set1_epi32(words[1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        high[v] = _mm512_dpbusd_epi32(high[v], wh, values[v]);
+        low[v] = _mm512_dpbusd_epi32(low[v], wl, values[v]);
+      }
+    }
+    void add_to(float* sums) const {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        const __m512 sum =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[v]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low[v]));
+        _mm512_storeu_ps(sums + v * 16, _mm512_add_ps(_mm512_loadu_ps(sums + v * 16), sum));
+      }
+    }
+  };
+
+  const Plan<float>& plan_;
+  const ByteWeights& weights_;
+  const int64_t n_;
+};
+
 }  // namespace
 }  // namespace pyrepr::cpu::PYREPR_LEVEL
