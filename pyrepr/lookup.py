@@ -74,7 +74,7 @@ def _check_tables(tables: object, scales: Tensor | None) -> Tensor:
 
 
 def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 

@@ -1,8 +1,8 @@
 // Family `lookup` on the CPU, compiled once per instruction set (PYREPR_LEVEL). The maths is in lookup.h.
 //
-// Bytes at best, s bytes a table entry: rows T K h s (a decoder's single token: memory-bound); stream K n h s once per
-// kTokens tokens, then T K h multiply-adds out of L2; backward reads and writes every table once and does 2 T K h
-// multiply-adds out of L2.
+// Bytes at best, s bytes a table entry: rows (lookup_rows.h) T K h s, a decoder's single token is memory-bound; stream
+// (lookup_stream.h) K n h s once per kTokens tokens, then T K h multiply-adds out of L2; backward (lookup_backward.h)
+// reads and writes every table once and does 2 T K h multiply-adds out of L2.
 //
 // Determinism: an element of `out` is summed by one thread in the order of k, one of `segments` in the order of tokens,
 // one of `dots` in the order of columns, whatever the shares of the threads are.
@@ -12,11 +12,11 @@
 
 #include "cpu/lookup_backward.h"
 #include "cpu/lookup_hash.h"
-#include "cpu/lookup_rows.h"
-#include "cpu/lookup_stream.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
 #include "cpu/lookup_registers.h"
 #endif
+#include "cpu/lookup_rows.h"
+#include "cpu/lookup_stream.h"
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -87,21 +87,36 @@ void by_x(DType dtype, F f) {
 }
 
 #if defined(PYREPR_LEVEL_avx512_bf16)
-Status linear_in_registers(const LookupTables& a, const LookupHash& p, const float* bias, float* out) {
+// Many tokens, tables of 8-bit integers: products of bytes. Tokens whose weights do not fit gather their rows.
+Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const float* bias, LookupRoute route, float* out) {
   const int64_t tokens = p.x.rows, capacity = smaller(tokens, kTokens);
-  const int64_t bytes = larger(Chunks<StoreF32>::bytes(p), Registers::bytes(a, capacity));
+  const bool in_registers = Registers::pays(a, capacity, route);
+  const int64_t most = in_registers ? Registers::bytes(a, capacity) : Stream<StoreI8>::bytes(a, capacity);
+  const int64_t bytes = round_up(larger(Chunks<StoreF32>::bytes(p), most), 64);
   Plan<float> plan(a, capacity);
   const Memory memory(bytes * a.threads);
+  const ByteWeights weights(a, plan, capacity);
+  if (!plan.ok() || !memory.ok() || !weights.ok()) return Status::out_of_memory;
   for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
     plan.start(smaller(kTokens, tokens - t0));
-    const Rows<StoreI8> rows(a, plan, bias, out + t0 * a.h);
-    const Registers registers(a, plan, bias, out + t0 * a.h, capacity);
-    if (!plan.ok() || !memory.ok() || !registers.ok()) return Status::out_of_memory;
+    float* const to = out + t0 * a.h;
+    const Rows<StoreI8> rows(a, plan, bias, to);
+    const Registers registers(a, weights, bias, to, plan.tokens());
+    const ByteRows byte_rows(plan, weights, a.n);
+    Stream<StoreI8> stream(a, plan, bias, to, a.threads);
+    stream.take_bytes(&byte_rows);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
       void* const buffer = memory.as<char>(bytes * thread_number());
       by_x<float>(p.dtype, [&](auto x) { plan.template hash<decltype(x)>(p, t0, buffer); });
-      registers.share(buffer, rows);
+      weights.share();
+      if (in_registers)
+        registers.share(buffer);
+      else
+        stream.share(buffer);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < plan.tokens(); t++)
+        if (!weights.fits(t)) rows.token(t);
     }
   }
   return Status::ok;
@@ -110,8 +125,10 @@ Status linear_in_registers(const LookupTables& a, const LookupHash& p, const flo
 
 Status linear(const LookupTables& a, const LookupHash& p, const void* bias, LookupRoute route, void* out) {
 #if defined(PYREPR_LEVEL_avx512_bf16)
-  if (a.type == TableType::i8 && Registers::pays(a, p.x.rows, route))
-    return linear_in_registers(a, p, static_cast<const float*>(bias), static_cast<float*>(out));
+  const int64_t tokens = smaller(p.x.rows, kTokens);
+  const bool stream = Stream<StoreI8>::pays(a, tokens, route) && Stream<StoreI8>::in_fours(a);
+  if (ByteWeights::fits(a) && (stream || Registers::pays(a, tokens, route)))
+    return linear_in_bytes(a, p, static_cast<const float*>(bias), route, static_cast<float*>(out));
 #endif
   return by_type(a.type, [&](auto s) {
     using T = typename decltype(s)::T;

@@ -107,7 +107,7 @@ class Rows {
   Rows(const LookupTables& tables, const Plan<T>& plan, const T* bias, T* out)
       : a_(tables), data_(static_cast<const M*>(tables.data)), plan_(plan), bias_(bias), out_(out) {}
 
-  void token(int64_t t) const { gather(t, t + 1, 0, a_.h, data_, a_.h); }  // of tables that are not packed
+  void token(int64_t t) const { columns(t, t + 1, 0, a_.h); }
 
   // What every thread of a team of `threads` does. Threads share the columns first (they then read different parts of
   // the same rows), then the tokens.
@@ -121,10 +121,7 @@ class Rows {
     for (int64_t part = 0; part < across * down; part++) {
       const int64_t c0 = part % across * cols, t0 = part / across * tokens;
       const int64_t c1 = smaller(c0 + cols, a_.h), t1 = smaller(t0 + tokens, plan_.tokens());
-      if (c0 >= c1 || t0 >= t1) continue;
-      if (!a_.packed) gather(t0, t1, c0, c1 - c0, data_ + c0, a_.h);
-      for (int64_t c = c0; a_.packed && c < c1; c += kLookupTile)
-        gather(t0, t1, c, kLookupTile, data_ + c * a_.K * a_.n, kLookupTile);
+      if (c0 < c1 && t0 < t1) columns(t0, t1, c0, c1);
     }
   }
 
@@ -134,6 +131,12 @@ class Rows {
   static constexpr int64_t kBlock =
       32;  // tables a token visits in one go: several tokens meet in a row while it is in L3
   static constexpr int64_t kLine = 64 / int64_t(sizeof(M));  // elements of a cache line
+
+  void columns(int64_t t0, int64_t t1, int64_t c0, int64_t c1) const {
+    if (!a_.packed) gather(t0, t1, c0, c1 - c0, data_ + c0, a_.h);
+    for (int64_t c = c0; a_.packed && c < c1; c += kLookupTile)
+      gather(t0, t1, c, kLookupTile, data_ + c * a_.K * a_.n, kLookupTile);
+  }
 
   // Columns c0 ... c0 + cols of some tokens; in `data` rows are `stride` apart.
   void gather(int64_t t0, int64_t t1, int64_t c0, int64_t cols, const M* data, int64_t stride) const {

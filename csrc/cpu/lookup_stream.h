@@ -7,6 +7,9 @@
 #pragma once
 
 #include "cpu/lookup_rows.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/lookup_bytes.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -48,8 +51,7 @@ struct TileRow<StoreBf16> {
   }
 };
 
-// `out` points to the first row of the plan's tokens. A task is a tile of columns and a block of tokens; threads take
-// the next one when they are about to finish theirs.
+// `out` points to the first row of the plan's tokens. A task is a tile of columns and a block of tokens.
 template <class S>
 class Stream {
  public:
@@ -64,6 +66,8 @@ class Stream {
     if (a.n * C * int64_t(sizeof(M)) > kTileBytes) return false;
     return route == LookupRoute::stream || (route != LookupRoute::rows && tokens >= (a.packed ? 1 : 4) * a.n);
   }
+  // Whether groups are whole fours of tables, as ByteRows takes them.
+  static bool in_fours(const LookupTables& a) { return together(a) % 4 == 0; }
   // Bytes a thread needs for a plan of this capacity.
   static int64_t bytes(const LookupTables& a, int64_t tokens) {
     return (a.packed ? 0 : together(a) * a.n * C * int64_t(sizeof(M))) + tokens * C * int64_t(sizeof(T));
@@ -76,6 +80,10 @@ class Stream {
     blocks_ = ceil_div(count, tokens_);
     tasks_ = tiles * blocks_;
   }
+
+#if defined(PYREPR_LEVEL_avx512_bf16)
+  void take_bytes(const ByteRows* rows) { bytes_ = rows; }
+#endif
 
   // What every thread of a team does.
   void share(void* buffer) const {
@@ -104,7 +112,7 @@ class Stream {
   static constexpr int64_t kLine = 64 / int64_t(sizeof(M));
 
   static int64_t together(const LookupTables& a) {
-    int64_t group = kGroup;
+    int64_t group = sizeof(M) == 1 ? 2 * kGroup : kGroup;
     while (group > 1 && group * a.n * C * int64_t(sizeof(M)) > kGroupBytes) group /= 2;
     return group;
   }
@@ -131,7 +139,14 @@ class Stream {
 
   // sums [tokens, C] += the rows [count, n, C] of the tables from k on
   void add_group(int64_t k, int64_t count, int64_t t0, int64_t t1, const M* rows, T* sums) const {
-    if (count == 8)
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    if constexpr (sizeof(M) == 1)
+      if (bytes_) return bytes_->add(k, count, t0, t1, rows, sums);
+#endif
+    if (count == 16) {
+      add_group(k, 8, t0, t1, rows, sums);
+      add_group(k + 8, 8, t0, t1, rows + 8 * a_.n * C, sums);
+    } else if (count == 8)
       add<8>(k, t0, t1 - t0, rows, sums);
     else if (count == 4)
       add<4>(k, t0, t1 - t0, rows, sums);
@@ -143,23 +158,37 @@ class Stream {
 
   // sums [tokens, C] = bias
   void start_sums(int64_t c0, int64_t cols, int64_t tokens, T* sums) const {
-    T bias[C] = {};
-    alignas(64) T start[C];
-    if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
-    Row::order(bias, start);
+    alignas(64) T start[C] = {};
+    if (!in_bytes()) {
+      T bias[C] = {};
+      if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
+      Row::order(bias, start);
+    }
     for (int64_t t = 0; t < tokens; t++) std::memcpy(sums + t * C, start, sizeof start);
   }
   void finish(int64_t c0, int64_t cols, int64_t t0, int64_t t1, const T* sums) const {
+    T bias[C] = {}, whole[C];
+    if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
     for (int64_t t = t0; t < t1; t++, sums += C) {
       T* const to = out_ + t * a_.h + c0;
-      if (cols == C) {
-        Row::restore(sums, to);
-      } else {
-        T whole[C];
-        Row::restore(sums, whole);
-        std::memcpy(to, whole, static_cast<size_t>(cols) * sizeof(T));
-      }
+      restore(t, sums, bias, cols == C ? to : whole);
+      if (cols < C) std::memcpy(to, whole, static_cast<size_t>(cols) * sizeof(T));
     }
+  }
+  void restore(int64_t t, const T* sums, const T* bias, T* out) const {
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    if constexpr (sizeof(M) == 1)
+      if (bytes_) return bytes_->restore(t, sums, bias, out);
+#endif
+    (void)t, (void)bias;  // the sums started with it
+    Row::restore(sums, out);
+  }
+  bool in_bytes() const {
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    return bytes_ != nullptr;
+#else
+    return false;
+#endif
   }
 
   template <int G>
@@ -185,6 +214,9 @@ class Stream {
   const T* const bias_;
   T* const out_;
   int64_t tokens_, blocks_, tasks_;
+#if defined(PYREPR_LEVEL_avx512_bf16)
+  const ByteRows* bytes_ = nullptr;
+#endif
 };
 
 }  // namespace

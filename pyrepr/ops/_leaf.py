@@ -21,12 +21,20 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("pyrepr", "DEF")
 
 
+# Looked up once: at one token, the way to these functions costs as much as they do.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_profiler = torch.autograd.profiler
+
+
 def _tensors(args: tuple) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
             found.append(arg)
-        elif isinstance(arg, (list, tuple)):
+        elif type(arg) is list or type(arg) is tuple:
             found.extend(a for a in arg if isinstance(a, torch.Tensor))
     return found
 
@@ -34,11 +42,11 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 def _ordinary(tensors: list[torch.Tensor]) -> bool:
     """Whether the dispatcher would add nothing: real CPU memory, no lazy negation, nobody watching the call."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        _is_compiling()
+        or _dispatch_modes()
+        or _transforms() is not None
+        or _tracing() is not None
+        or _profiler._is_profiler_enabled
     ):
         return False
     return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() and not t.is_conj() for t in tensors])

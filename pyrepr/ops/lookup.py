@@ -104,10 +104,12 @@ def _linear_fake(x, tables, scales, bias, weighting, temperature, route):
 def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     dtype = x.dtype
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    k, n, h = sizes(tables)
+    packed = tables.dim() == 4
+    k, n, h = sizes(tables) if packed else tables.shape
     x, tables = _rows_contiguous(x), tables.contiguous()
-    out = torch.empty((x.shape[0], h), dtype=compute)
-    if bias is not None:
+    rows, stride = x.shape[0], x.stride(0)
+    out = torch.empty(rows, h, dtype=compute)
+    if bias is not None and (bias.dtype is not compute or not bias.is_contiguous()):
         bias = bias.to(compute).contiguous()
     if scales is not None:
         scales = scales.contiguous()
@@ -118,11 +120,11 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
         k,
         n,
         h,
-        tables.dim() == 4,
+        packed,
         x.data_ptr(),
         DTYPE_CODES[dtype],
-        x.shape[0],
-        x.stride(0),
+        rows,
+        stride,
         n.bit_length() - 1,
         WEIGHTING_CODES[weighting],
         temperature,
