@@ -242,7 +242,18 @@ def fused_recurrent_delta_rule(
             ``initial_state`` itself, which is then updated in place. Not differentiable.
     """
     return _run(
-        q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "", out_state
+        q,
+        k,
+        v,
+        None,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        "",
+        out_state,
     )
 
 

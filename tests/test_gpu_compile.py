@@ -1,10 +1,17 @@
-"""Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU."""
+"""Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU.
+
+Compiling all Triton variants takes minutes, so what came out is kept in tests/compiled.json under a fingerprint of the
+source, options, architecture and compiler: only what is not in there is compiled. With PYREPR_COMPILE=record
+what was missing is added to the file; with PYREPR_COMPILE=all everything is compiled again.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,6 +30,11 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SPILLS: dict[tuple[str, str, str], str] = {}
 
 
+RECORD = ROOT / "tests/compiled.json"
+MODE = os.environ.get("PYREPR_COMPILE", "")
+
+
+@functools.cache
 def variants(family, architecture):
     return {v.name: v for v in importlib.import_module(f"pyrepr.kernels.{family}").variants(architecture)}
 
@@ -42,17 +54,35 @@ def compiled(case):
 
     family, architecture, name = case
     try:
-        return _launch.compile_ahead(variants(family, architecture)[name], architecture)
+        return dataclasses.astuple(_launch.compile_ahead(variants(family, architecture)[name], architecture))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
+def fingerprint(case):
+    from pyrepr.kernels import _launch
+
+    family, architecture, name = case
+    return _launch.fingerprint(variants(family, architecture)[name], architecture)
+
+
 @pytest.fixture(scope="module")
 def compilation(request):
-    """Compiles the cases that were asked for, as many at a time as there are processors."""
+    """Compiles what was asked for and is not on record, as many at a time as there are processors."""
     wanted = [item.callspec.params["case"] for item in request.session.items if "compilation" in item.fixturenames]
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    found = {case: None if MODE == "all" else known.get(fingerprint(case)) for case in wanted}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(compiled, case) for case in wanted}
+        running = {case: pool.submit(compiled, case) for case, use in found.items() if use is None}
+        yield lambda case: found[case] or running[case].result()
+    if MODE:
+        known |= {
+            fingerprint(case): use for case, future in running.items() if not isinstance(use := future.result(), str)
+        }
+        current = sorted(set(map(fingerprint, CASES)) & set(known))
+        RECORD.write_text(
+            "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(known[key])}" for key in current) + "\n}\n"
+        )
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: no Triton kernel was compiled")
@@ -67,8 +97,9 @@ def test_triton_kernel(case, compilation, record_property):
     from pyrepr.kernels import _launch
 
     family, architecture, name = case
-    use = compilation[case].result()
-    assert isinstance(use, _launch.Resources), use
+    use = compilation(case)
+    assert not isinstance(use, str), use
+    use = _launch.Resources(*use)
     for key in ("shared", "registers", "spilled"):
         record_property(key, getattr(use, key))
     print(f"{family} sm_{architecture} {name}: {use}")

@@ -49,7 +49,9 @@ class Problem:
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots=0):
         self.dtype, self.device = v.dtype, v.device
         if self.dtype not in CHUNK or q.dtype != self.dtype or k.dtype != self.dtype:
-            raise Unsupported(f"backend 'triton' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
+            raise Unsupported(
+                f"backend 'triton' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}"
+            )
         if k.shape[3] > WIDTHS[-1]:
             raise Unsupported(f"backend 'triton' takes K up to {WIDTHS[-1]}, got {k.shape[3]}")
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
@@ -286,7 +288,9 @@ def _recur(p: Problem, o: Tensor, final: Tensor) -> None:
         states = {"initial": final if p.initial is None else p.initial, "has_initial": int(p.initial is not None)}
         bounds = p.cu_seqlens if p.packed else p.new(0, dtype=torch.int64)
         programs = p.N * p.HV * _ceil(p.V, config.blocks["BV"])
-        p.run(table.recurrent_variant(config, p.dtype, p.width), programs, o=o, final=final, cu_seqlens=bounds, **states)
+        p.run(
+            table.recurrent_variant(config, p.dtype, p.width), programs, o=o, final=final, cu_seqlens=bounds, **states
+        )
 
     if p.packed:
         Layout(p)  # checks the bounds

@@ -273,12 +273,8 @@ def prepare_kernel(
     if NB == 4:
         u2, s2, t2 = _decays(g, HV, rows, 2, GATED)
         u3, s3, t3 = _decays(g, HV, rows, 3, GATED)
-    a0, p0, n0 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK
-    )
-    a1, p1, n1 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK
-    )
+    a0, p0, n0 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
+    a1, p1, n1 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
     a2, p2, n2 = a1, p1, n1
     a3, p3, n3 = a1, p1, n1
     if NB == 4:

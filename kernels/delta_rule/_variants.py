@@ -75,7 +75,9 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
 def _table(name: str, *rows: tuple[int, int, int], block: str = "BV", candidates=()) -> Table:
     """Rows (block, warps, stages) for sm_80, sm_90, sm_100."""
     configs = [Config({block: size}, warps, stages) for size, warps, stages in rows]
-    return Table(name, dict(zip((80, 90, 100), configs, strict=True)), [Config({block: s}, w, n) for s, w, n in candidates])
+    return Table(
+        name, dict(zip((80, 90, 100), configs, strict=True)), [Config({block: s}, w, n) for s, w, n in candidates]
+    )
 
 
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]

@@ -135,7 +135,9 @@ def test_long_decays(rule):
 def test_decoding_in_place(rule, dtype):
     x = inputs(rule, 3, B=2, dtype=dtype)
     state = x[5].clone()
-    outputs = [update_op_(state, *(None if t is None else t[:, i : i + 1] for t in x[:5]), None, 0.3, True) for i in range(3)]
+    outputs = [
+        update_op_(state, *(None if t is None else t[:, i : i + 1] for t in x[:5]), None, 0.3, True) for i in range(3)
+    ]
     expected = truth(x, l2norm=True)
     assert error(torch.cat(outputs, 1), expected[0]) < FORWARD[dtype]
     assert error(state, expected[1]) < FORWARD[torch.float32]
@@ -170,12 +172,19 @@ def test_through_the_ops():
 @pytest.mark.parametrize("bounds", [[1, 30], [0, 20], [0, 25, 20, 30]])
 def test_bad_bounds_are_refused(bounds):
     x = inputs("plain", 30, N=len(bounds) - 1)
-    for function in (lambda cu: kernels.forward(*x, cu, 0.3, False, 0, SEGMENT), lambda cu: update_op_(x[5], *x[:5], cu, 0.3, False)):
-        with pytest.raises((ValueError, RuntimeError), match="cu_seqlens must start at 0, never decrease, and end at T = 30"):
+    for function in (
+        lambda cu: kernels.forward(*x, cu, 0.3, False, 0, SEGMENT),
+        lambda cu: update_op_(x[5], *x[:5], cu, 0.3, False),
+    ):
+        with pytest.raises(
+            (ValueError, RuntimeError), match="cu_seqlens must start at 0, never decrease, and end at T = 30"
+        ):
             function(torch.tensor(bounds))
 
 
-@pytest.mark.parametrize(("change", "words"), [({"dtype": torch.float64}, "v is torch.float64"), ({"K": 257}, "K up to 256, got 257")])
+@pytest.mark.parametrize(
+    ("change", "words"), [({"dtype": torch.float64}, "v is torch.float64"), ({"K": 257}, "K up to 256, got 257")]
+)
 def test_what_the_kernels_were_not_made_for_is_refused(change, words):
     with pytest.raises(RuntimeError, match=words):
         forward_op(*inputs("plain", 4, **change), None, 0.3, False, 0)
