@@ -18,7 +18,7 @@ from pyrepr.delta_rule import (
     fused_recurrent_kda,
 )
 from pyrepr.distillation import Distillation, distill
-from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, segment_sum
+from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "lookup_linear",
     "lookup_sum",
     "nn",
+    "pack_tables",
     "segment_sum",
     "use_backend",
 ]

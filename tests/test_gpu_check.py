@@ -168,6 +168,32 @@ def test_table_of_a_run(tmp_path):
     ]
 
 
+def test_batch_at_which_a_dense_layer_takes_over():
+    from pyrepr.benchmarks.gpu import lookup
+    from pyrepr.benchmarks.report import gpu_markdown
+
+    shared = {
+        "section": "time",
+        "family": "lookup",
+        "op": "lookup forward",
+        "dtype": "bfloat16",
+        "flops": 1,
+        "bytes": 1,
+    }
+    times = {"F.linear bf16": (4.0, 4.0, 4.0), "pyrepr triton": (2.0, 8.0, 99.0), "pyrepr cuda": (1.0, 16.0)}
+    records = [
+        {**shared, "bytes": 1, "shape": f"T={tokens} d=h=4096 τ=8", "implementation": name, "milliseconds": ms}
+        for name, row in times.items()
+        for tokens, ms in zip((1, 64, 1024), row, strict=False)
+    ]
+    run = {"machine": {}, "records": records, "finished": True, "driver": "", "commit": "", "date": ""}
+    # The fastest takes 1/4 of the dense layer's time at 1 and 2 of them at 64: two thirds of the way in log T.
+    assert "F.linear takes over at about T = 16 (between the measured 1 and 64)" in gpu_markdown(run)
+    faster = [r for r in records if r["shape"].startswith("T=1 ")]
+    assert "faster up to T = 1," in lookup.notes(faster)[0]
+    assert lookup.notes([{**r, "milliseconds": None} for r in records]) == []
+
+
 def test_unknown_family_is_refused():
     with pytest.raises(ValueError, match=r"--families must be among gram, .*got 'grams'"):
         runner.Run(["grams"], 1, dry=True)

@@ -16,9 +16,7 @@ Work per chunk and head: C² K multiply-adds for A and P; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile, substitute
-
 
 # Rows of `factors`, per chunk and value head: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|, and products of them that the
 # scans take: e^{G_i} / |k|, e^{G_C − G_i} / |k|, scale · e^{G_i} / |q|.
@@ -189,6 +187,23 @@ def put_lower(x, blocks, NB: tl.constexpr):
 
 
 @triton.jit
+def put_inverse(x, x_beta, with_x, blocks, beta, step, rows, NB: tl.constexpr):
+    """X if it is wanted, and X diag(β)."""
+    if with_x:
+        put_lower(x, blocks, NB)
+    x0, x10, x1, x20, x21, x2, x30, x31, x32, x3 = blocks
+    r = tl.arange(0, 16)
+    b0 = tl.load(beta + r * step, mask=r < rows, other=0.0)[None, :]
+    b1 = tl.load(beta + (16 + r) * step, mask=16 + r < rows, other=0.0)[None, :]
+    b2, b3 = b1, b1
+    if NB == 4:
+        b2 = tl.load(beta + (32 + r) * step, mask=32 + r < rows, other=0.0)[None, :]
+        b3 = tl.load(beta + (48 + r) * step, mask=48 + r < rows, other=0.0)[None, :]
+    weighted = (x0 * b0, x10 * b0, x1 * b1, x20 * b0, x21 * b1, x2 * b2, x30 * b0, x31 * b1, x32 * b2, x3 * b3)
+    put_lower(x_beta, weighted, NB)
+
+
+@triton.jit
 def _chain(left, right):
     """A product of two blocks on the way to the inverse."""
     return tl.dot(left, right, input_precision="tf32x3")
@@ -221,13 +236,14 @@ def invert(blocks, NB: tl.constexpr):
     return x0, x10, x1, x20, x21, x2, x30, x31, x32, x3
 
 
-@triton.jit(do_not_specialize=["packed", "T", "NT", "H", "HV", "normalize"])
+@triton.jit(do_not_specialize=["packed", "T", "NT", "H", "HV", "normalize", "with_x"])
 def prepare_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     g,  # [B, T, HV] float32
     beta,  # [B, T, HV] float32
-    x,  # out: [chunks, HV, C, C] X
+    x_beta,  # out: [chunks, HV, C, C] X diag(β)
+    x,  # out (with_x): [chunks, HV, C, C] X
     p,  # out: [chunks, HV, C, C] P
     factors,  # out: [chunks, HV, FACTORS, C] float32
     chunks,  # [chunks, 2] of packed sequences: first token, tokens
@@ -245,6 +261,7 @@ def prepare_kernel(
     kh,
     scale,
     normalize,
+    with_x,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
@@ -285,9 +302,10 @@ def prepare_kernel(
             q, qt, k, kt, beta, HV, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK
         )
     upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
-    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
-    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
-    put_lower(x, invert(a, NB), NB)
+    # P first: nothing but A has to stay in registers while A is inverted.
     pairs = _products(q, qt, k, kt, rows, K, NB, BLOCK)
     pairs = _weigh(pairs, (p0, p1, p2, p3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
     put_lower(p, pairs, NB)
+    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
+    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
+    put_inverse(x, x_beta + at * C * C, with_x, invert(a, NB), beta, HV, rows, NB)

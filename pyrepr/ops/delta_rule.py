@@ -1,8 +1,8 @@
 """Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
 
 Three ops over the same arguments: the forward, the backward, and the forward without a gradient, which writes the final
-state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
-``csrc/cpu/delta_rule.h``).
+state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes
+the others (maths in ``csrc/cpu/delta_rule.h``).
 """
 
 from __future__ import annotations
@@ -141,20 +141,30 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
     return o
 
 
-def _update_triton(state, q, k, v, *rest):
+def _start(state: Tensor, initial_state: Tensor | None) -> None:
+    """For kernels that know an update in place only."""
+    if initial_state is None:
+        state.zero_()
+    elif initial_state is not state:
+        state.copy_(initial_state)
+
+
+def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    return kernels.update_(state, q, k, v, *rest, _kept_tokens(v.shape[1]))
+    _start(state, initial_state)
+    return kernels.update_(state, q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
 
 
-def _update_cuda(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
     if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:
         raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
+    _start(state, initial_state)
     o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    (q, _), (k, _), (v, _) = _rows(q), _rows(k), _rows(v)
     beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
@@ -269,14 +279,17 @@ def delta_rule(
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,
     use_qk_l2norm: bool,
+    state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        shape, dtype = (sequences, v.shape[2], k.shape[3], v.shape[3]), compute_dtype(v.dtype)
-        state = torch.empty(shape, dtype=dtype, device=v.device)
+        if not v.is_cpu:
+            o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
+            return o, state
+        # Without the kept states the update is the same, and has one tensor less to allocate.
+        state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], sequences)
+    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state
