@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from pyrepr.backend import triton_interprets
 
@@ -132,8 +134,8 @@ def source(variant: Variant) -> ASTSource:
 
 
 def options(variant: Variant) -> dict[str, int]:
-    """What a variant asks of the compiler."""
-    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    """What a variant asks of the compiler; a * b + c in one rounding, whatever this version of Triton does unasked."""
+    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
 
 
 def compile_ahead(variant: Variant, capability: int) -> Resources:
@@ -142,6 +144,14 @@ def compile_ahead(variant: Variant, capability: int) -> Resources:
     compiled = triton.compile(source(variant), target=target, options=options(variant))
     registers, spilled = _usage(compiled.asm["cubin"])
     return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
+
+
+def fingerprint(variant: Variant, capability: int) -> str:
+    """Changes whenever compiling the variant could give something else: source, options, architecture, compiler."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    parts = (source(variant).hash(), backend.parse_options(options(variant)).hash(), backend.hash(), str(target))
+    return hashlib.sha256(" ".join((triton.__version__, *parts)).encode()).hexdigest()[:20]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

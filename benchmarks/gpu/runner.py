@@ -36,7 +36,7 @@ class Run:
                 raise ValueError(f"--families must be among {', '.join(known)}, got {family!r}")
         self.started, self.dry = time.monotonic(), dry
         self.end = self.started + seconds
-        self.most = 2 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
+        self.most = 1 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
         self.tuned: list[str] = []
