@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ def markdown(run: dict[str, Any]) -> str:
         f"{facts['read_bandwidth_gbs']:.0f} GB/s"
     )
     lines = [
-        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}; "
-        f"measured in the same run: {bounds}.",
+        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}"
+        + (f", commit {facts['commit']}" if facts.get("commit") else "")
+        + f"; measured in the same run: {bounds}.",
         "",
         "| op | shape | implementation | ms | × | error | extra MiB | of bound |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -49,7 +51,8 @@ def markdown(run: dict[str, Any]) -> str:
 def gpu_markdown(run: dict[str, Any]) -> str:
     """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
     records = run["records"]
-    return "\n\n".join(part for part in (_gpu_head(run), _gpu_times(records), _gpu_checks(records)) if part)
+    parts = (_gpu_head(run), _gpu_times(records), _gpu_notes(records), _gpu_checks(records))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _gpu_head(run: dict[str, Any]) -> str:
@@ -104,6 +107,15 @@ def _gpu_times(records: list[dict[str, Any]]) -> str:
         return ""
     head = "| op | shape | dtype | implementation | ms | × | error | extra MiB | of bound |"
     return "\n".join([head, "|---|---|---|---|---:|---:|---:|---:|---:|", *lines])
+
+
+def _gpu_notes(records: list[dict[str, Any]]) -> str:
+    """What a family has to say about its times: the ``notes(records)`` of its module, where there is one."""
+    found = []
+    for family in dict.fromkeys(r["family"] for r in records if r["section"] == "time"):
+        notes = getattr(importlib.import_module(f"pyrepr.benchmarks.gpu.{family}"), "notes", None)
+        found += notes([r for r in records if r["family"] == family and r["section"] == "time"]) if notes else []
+    return "\n".join(f"- {note}" for note in found)
 
 
 def _gpu_case(record: dict[str, Any]) -> tuple:

@@ -26,22 +26,26 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++: no CUDA kernel was emulated")
 
 
-@pytest.fixture(scope="module")
-def step(tmp_path_factory):
-    """csrc/cuda/delta_rule.cu with its CUDA headers and launches replaced."""
-    folder = tmp_path_factory.mktemp("emulated")
-    source = (ROOT / "csrc/cuda/delta_rule.cu").read_text()
+def emulated(folder, family, function):
+    """A function of csrc/cuda/<family>.cu, whose CUDA headers and launches are replaced."""
+    source = (ROOT / f"csrc/cuda/{family}.cu").read_text()
     source, headers = re.subn(r"#include <cuda_\w+\.h>", '#include "cuda.h"', source)
-    source, launches = re.subn(r"(\w+<[\w ,/]+>)<<<(\w+), (\w+), 0, stream>>>\(", r"launch_on_cpu(\1, \2, \3, ", source)
-    assert headers == 3 and launches == 3
-    (folder / "delta_rule.inc").write_text(source)
+    launch = r"(\w+(?:<[\w ,/]+>)?)<<<(\w+), (\w+), 0, stream>>>\("
+    source, launches = re.subn(launch, r"launch_on_cpu(\1, \2, \3, ", source)
+    assert headers and launches and "<<<" not in source
+    (folder / f"{family}.inc").write_text(source)
     library = folder / "emulated.so"
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
-    command += [f"-I{ROOT / 'tests/emulated'}", str(ROOT / "tests/emulated/delta_rule.cpp"), "-o", str(library)]
+    command += [f"-I{ROOT / 'tests/emulated'}", str(ROOT / f"tests/emulated/{family}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
-    function = ctypes.CDLL(str(library)).step
+    function = getattr(ctypes.CDLL(str(library)), function)
     function.restype = ctypes.c_char_p
     return function
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    return emulated(tmp_path_factory.mktemp("emulated"), "delta_rule", "step")
 
 
 def run(step, x, state, cu_seqlens, l2norm, scale=0.3):
@@ -84,3 +88,22 @@ def test_delta_rule_step(step, rule, T, K, V, dtype, bounds):
     expected = reference.delta_rule(*wide[:5], 0.3, wide[5], rule == "gated", cu_seqlens)
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).abs().max() < TOLERANCE[a.dtype] * b.abs().max()
+
+
+@pytest.fixture(scope="module")
+def pair_stats(tmp_path_factory):
+    return emulated(tmp_path_factory.mktemp("emulated"), "gram", "pair_stats")
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(70, 20, 9), (64, 20, 9), (64, 1, 16), (3, 2, 40)])
+def test_gram_pair_stats(pair_stats, n, p, q):
+    x, y = torch.randn(n, p), torch.randn(n, q)
+    tiles = 3 if n > 64 else 1
+    partial = torch.full((tiles, 3), torch.nan, dtype=torch.float64)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, partial)]
+    sizes = [ctypes.c_int64(size) for size in (n, p, q, tiles)]
+    problem = pair_stats(pointers[0], pointers[1], *sizes[:3], pointers[2], sizes[3])
+    assert problem is None, problem
+    k, l = (torch.triu(a.double() @ a.double().T, 1) for a in (x, y))
+    expected = torch.stack([(k * k).sum(), (k * l).sum(), (l * l).sum()])
+    assert (partial.sum(0) - expected).abs().max() < 1e-6 * expected.max()

@@ -109,3 +109,66 @@ def test_decoding_in_a_cuda_graph(backend):
         state.copy_(start)
         graph.replay()
         assert torch.equal(o, expected)
+
+
+def lookup_problem(tokens=9, k=16, h=64, device="cuda", dtype=torch.bfloat16):
+    return torch.randn(tokens, 8 * k, device=device).to(dtype), torch.randn(k, 256, h, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("tokens", [9, 600])
+def test_lookup_compiles_fullgraph_forward_and_backward(tokens):
+    leaves = [t.requires_grad_() for t in lookup_problem(tokens)]
+    copies = [t.detach().clone().requires_grad_() for t in leaves]
+    with pyrepr.use_backend("triton"):
+        expected = pyrepr.lookup_linear(*leaves)
+        compiled = torch.compile(pyrepr.lookup_linear, fullgraph=True)(*copies)
+        grad = torch.randn_like(expected)
+        expected.backward(grad)
+        compiled.backward(grad)
+    assert torch.equal(compiled, expected)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, copies, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: no device that is not the current one")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_lookup_on_another_device_than_the_current_one(backend):
+    x, tables = lookup_problem(device="cuda:1")
+    with pyrepr.use_backend(backend):
+        out = pyrepr.lookup_linear(x, tables)
+    torch.testing.assert_close(out.cpu(), pyrepr.lookup_linear(x.cpu(), tables.cpu()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 65])
+def test_lookup_of_special_values(backend, tokens):
+    x, tables = lookup_problem(tokens)
+    x[:1, 3], x[1:2, 5], x[2:3] = float("nan"), float("inf"), -0.0
+    for weighting in ("probability", "scaled", "l1", "none"):
+        with pyrepr.use_backend(backend):
+            out = pyrepr.lookup_linear(x, tables, weighting=weighting)
+        with pyrepr.use_backend("reference"):
+            truth = pyrepr.lookup_linear(x, tables, weighting=weighting)
+        torch.testing.assert_close(out, truth, rtol=0.02, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_lookup_in_more_than_two_to_the_31_table_elements(backend):
+    tables = torch.zeros(2, 1 << 16, 16400, dtype=torch.int8, device="cuda")
+    tables[1, -1] = torch.arange(16400, device="cuda").to(torch.int8)
+    x, scales = torch.ones(1, 32, device="cuda"), torch.ones(2, 1 << 16, device="cuda")
+    with pyrepr.use_backend(backend):
+        out = pyrepr.lookup_linear(x, tables, scales=scales, weighting="none")
+    assert torch.equal(out[0], tables[1, -1].float())
+
+
+def test_codes_out_of_range_give_nan_without_a_synchronisation():
+    codes, tables = torch.tensor([[0, 5], [256, 1], [7, -1]], device="cuda"), torch.randn(2, 256, 64, device="cuda")
+    weights = torch.ones(3, 2, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pyrepr.use_backend("triton"):
+            out = pyrepr.lookup_sum(codes, weights, tables)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.isnan().all(1).tolist() == [False, True, True]
+    assert out[0].isfinite().all()

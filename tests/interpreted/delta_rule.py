@@ -134,9 +134,8 @@ def test_long_decays(rule):
 def test_decoding_in_place(rule, dtype):
     x = inputs(rule, 3, B=2, dtype=dtype)
     state = x[5].clone()
-    outputs = [
-        update_op_(state, *(None if t is None else t[:, i : i + 1] for t in x[:5]), None, 0.3, True) for i in range(3)
-    ]
+    steps = ([None if t is None else t[:, i : i + 1] for t in x[:5]] for i in range(3))
+    outputs = [update_op_(state, *step, state, None, 0.3, True) for step in steps]
     expected = truth(x, l2norm=True)
     assert error(torch.cat(outputs, 1), expected[0]) < FORWARD[dtype]
     assert error(state, expected[1]) < FORWARD[torch.float32]
@@ -149,12 +148,12 @@ def test_decoding_packed_and_many_tokens():
         y = [t if t is None else t[:, :tokens] for t in x[:5]]
         state = x[5].clone() if bounds is not None else x[5][:1].repeat(1, 1, 1, 1)
         expected = truth([*y, state], bounds)
-        o = update_op_(state, *y, bounds, 0.3, False)
+        o = update_op_(state, *y, state, bounds, 0.3, False)
         assert max(error(o, expected[0]), error(state, expected[1])) < FORWARD[torch.float32]
     y = inputs("gated", 40)
     strided = y[5].mT.contiguous().mT
     expected = truth(y)
-    o = update_op_(strided, *y[:5], None, 0.3, False)
+    o = update_op_(strided, *y[:5], strided, None, 0.3, False)
     assert max(error(o, expected[0]), error(strided, expected[1])) < FORWARD[torch.float32]
 
 
@@ -175,7 +174,7 @@ def test_bad_bounds_are_refused(bounds):
     with pytest.raises(ValueError, match=words):
         kernels.forward(*x, cu, 0.3, False, 0, SEGMENT)
     with pytest.raises(ValueError, match=words):
-        update_op_(x[5], *x[:5], cu, 0.3, False)
+        update_op_(x[5], *x, cu, 0.3, False)
 
 
 @pytest.mark.parametrize(
