@@ -147,7 +147,8 @@ class Chunks:
     def __init__(self, p: Problem, layout: Layout, with_x: bool = False) -> None:
         self.x_beta, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
         self.x = torch.empty_like(self.x_beta) if with_x else self.x_beta
-        self.solved = {"x": self.x, "x_beta": self.x_beta, "chunks": layout.chunks, "with_x": int(with_x)}
+        self.with_x = with_x
+        self.solved = {"x": self.x, "x_beta": self.x_beta, "chunks": layout.chunks}
         self.factors = p.new(p.chunk_slots, p.HV, FACTORS.value, p.C, dtype=torch.float32)
         # What the scans take besides: with a gate per key, the rows that stand in for q and k.
         self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": self.factors}
@@ -155,7 +156,7 @@ class Chunks:
 
     def _prepare(self, p: Problem) -> None:
         def run(config: Config) -> None:
-            variant = table.prepare_variant(config, p.dtype, p.gate == 1)
+            variant = table.prepare_variant(config, p.dtype, p.gate == 1, self.with_x)
             p.run(variant, p.chunk_slots * p.HV, p=self.p, factors=self.factors, **self.solved)
 
         table.PREPARE[p.dtype.itemsize].run(p.device, run, (p.gate,))
@@ -171,7 +172,7 @@ class Chunks:
             p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=self.solved["chunks"], **outputs)
 
         table.KDA_PREPARE[p.dtype.itemsize].run(p.device, run)
-        p.run(table.invert_variant(p.dtype), p.chunk_slots * p.HV, a=a, **self.solved)
+        p.run(table.invert_variant(p.dtype, self.with_x), p.chunk_slots * p.HV, a=a, **self.solved)
         self.rows = {"q": decayed["q_decayed"], "k": decayed["k_decayed"], "k_tail": decayed["k_tail"], "last": last}
 
     @property

@@ -16,7 +16,7 @@ Backward, D and M as in ``_gradient`` but without Γ:
 
 import triton
 import triton.language as tl
-from pyrepr.kernels.delta_rule._prepare import FACTORS, invert, norms, put_inverse
+from pyrepr.kernels.delta_rule._prepare import FACTORS, invert_diagonal, invert_under, norms, put_inverse
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, store_tile
 
 
@@ -163,19 +163,19 @@ def _block(a, C: tl.constexpr, I: tl.constexpr, J: tl.constexpr):
     return load_tile(a + I * 16 * C + J * 16, C, 16, 16, 0, 16, 0, 16)
 
 
-@triton.jit(do_not_specialize=["packed", "T", "NT", "HV", "with_x"])
+@triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])
 def invert_kernel(
     a,  # [chunks, HV, C, C] float32, strictly lower triangular
     beta,  # [B, T, HV] float32
     x_beta,  # out: [chunks, HV, C, C], X diag(β), X = (I + A)⁻¹
-    x,  # out (with_x): [chunks, HV, C, C]
+    x,  # out under WITH_X: [chunks, HV, C, C]
     chunks,
     packed,
     T,
     NT,
     HV,
-    with_x,
     C: tl.constexpr,
+    WITH_X: tl.constexpr,
 ):
     NB: tl.constexpr = C // 16
     at = tl.program_id(0).to(tl.int64)
@@ -184,13 +184,18 @@ def invert_kernel(
         return
     beta += (batch * T + first) * HV + at % HV
     a += at * C * C
-    b00, b10, b11 = _block(a, C, 0, 0), _block(a, C, 1, 0), _block(a, C, 1, 1)
-    b20, b21, b22, b30, b31, b32, b33 = b10, b10, b10, b10, b10, b10, b10
+    b0, b1 = _block(a, C, 0, 0), _block(a, C, 1, 1)
+    b2, b3 = b1, b1
     if NB == 4:
-        b20, b21, b22 = _block(a, C, 2, 0), _block(a, C, 2, 1), _block(a, C, 2, 2)
-        b30, b31, b32, b33 = _block(a, C, 3, 0), _block(a, C, 3, 1), _block(a, C, 3, 2), _block(a, C, 3, 3)
-    inverse = invert((b00, b10, b11, b20, b21, b22, b30, b31, b32, b33), NB)
-    put_inverse(x + at * C * C, x_beta + at * C * C, with_x, inverse, beta, HV, rows, NB)
+        b2, b3 = _block(a, C, 2, 2), _block(a, C, 3, 3)
+    diagonal = invert_diagonal((b0, b1, b2, b3), NB)
+    b10 = _block(a, C, 1, 0)
+    b20, b21, b30, b31, b32 = b10, b10, b10, b10, b10
+    if NB == 4:
+        b20, b21 = _block(a, C, 2, 0), _block(a, C, 2, 1)
+        b30, b31, b32 = _block(a, C, 3, 0), _block(a, C, 3, 1), _block(a, C, 3, 2)
+    under = invert_under(diagonal, (b10, b20, b21, b30, b31, b32), NB)
+    put_inverse(x + at * C * C, x_beta + at * C * C, diagonal, under, beta, HV, rows, NB, WITH_X)
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])

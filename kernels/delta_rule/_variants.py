@@ -46,6 +46,11 @@ _DATA = {
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 
+# sm_90, bfloat16, K = V = 128: none in the scans without a gate per key, 8 bytes in the gradient, and 216 in the
+# preparation, written before its loops and read once behind them.
+_SPILLS = "at 255 registers a thread, addresses that do not change in a loop are kept in local memory"
+
+
 def width_of(K: int) -> int:
     return next(width for width in WIDTHS if width >= K)
 
@@ -69,7 +74,10 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     signature = {a: types.get(a, "i32") for a in arguments}
     aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
-    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
+    spills = (
+        _SPILLS if kernel in (prepare_kernel, kda_prepare_kernel, gradient_kernel, scan_kernel, reverse_kernel) else ""
+    )
+    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned, spills)
 
 
 def _table(
@@ -143,8 +151,9 @@ def index_variant(dtype: torch.dtype) -> Variant:
     return _make("index", index_kernel, torch.int64, {"C": CHUNK[dtype]}, INDEX)
 
 
-def prepare_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
-    return _make("prepare", prepare_kernel, dtype, {"C": CHUNK[dtype], "GATED": gated}, config)
+def prepare_variant(config: Config, dtype: torch.dtype, gated: bool, with_x: bool) -> Variant:
+    values = {"C": CHUNK[dtype], "GATED": gated, "WITH_X": with_x}
+    return _make("prepare", prepare_kernel, dtype, values, config)
 
 
 def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, mode: int) -> Variant:
@@ -170,8 +179,8 @@ def kda_prepare_variant(config: Config, dtype: torch.dtype) -> Variant:
     return _make("kda prepare", kda_prepare_kernel, dtype, {"C": CHUNK[dtype]}, config)
 
 
-def invert_variant(dtype: torch.dtype) -> Variant:
-    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype]}, INVERT)
+def invert_variant(dtype: torch.dtype, with_x: bool) -> Variant:
+    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype], "WITH_X": with_x}, INVERT)
 
 
 def kda_pairs_variant(config: Config, dtype: torch.dtype) -> Variant:
@@ -207,9 +216,10 @@ def variants(
         tables = (PREPARE, GRADIENT, KDA_PREPARE, KDA_GRADIENT)
         prepare, gradient, kda_prepare, kda = (t[dtype.itemsize].rows[architecture] for t in tables)
         for gated in (False, True):
-            found.append(prepare_variant(prepare, dtype, gated))
+            found += [prepare_variant(prepare, dtype, gated, with_x) for with_x in (False, True)]
             found.append(gradient_variant(gradient, dtype, gated))
-        found += [kda_prepare_variant(kda_prepare, dtype), invert_variant(dtype)]
+        found += [kda_prepare_variant(kda_prepare, dtype)]
+        found += [invert_variant(dtype, with_x) for with_x in (False, True)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
         for width in widths:
             for gate, V in itertools.product(gates, values):
@@ -226,5 +236,11 @@ def variants(
 
 
 def representative_variants(architecture: int) -> list[Variant]:
-    """Those that the rest differ from by a dtype, by a padded K, or by what another architecture compiles."""
-    return variants(architecture, (torch.bfloat16,), (128,), GATES if architecture == 90 else (1,), (128,))
+    """bfloat16, K = V = 128: every kernel in every mode for sm_90, the large kernels in one mode elsewhere."""
+    gates = GATES if architecture == 90 else (1,)
+    found = variants(architecture, (torch.bfloat16,), (128,), gates, (128,))
+    if architecture == 90:
+        return found
+    large = (scan_kernel, reverse_kernel, prepare_kernel, gradient_kernel, kda_prepare_kernel, kda_gradient_kernel)
+    plain = {"GATED": True, "MODE": OUT.value, "OFFSETS": False, "WITH_X": False}
+    return [v for v in found if v.kernel in large and all(v.constexprs.get(a, b) == b for a, b in plain.items())]
