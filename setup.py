@@ -37,13 +37,29 @@ def run(step: str, command: list[str]) -> None:
         raise BuildError(f"{step} failed: " + " ".join(line for line in lines[at : at + 3] if line))
 
 
+def commit() -> str | None:
+    """The commit that is being built, with a + if files differ from it; ``None`` outside a clone."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        result = subprocess.run(command, text=True, capture_output=True)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and copies the one module it makes; writes `_build_info.json` beside it."""
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
-        info: dict[str, object] = {"native": True, "reason": None, "cuda": False, "cuda_reason": None}
+        info: dict[str, object] = {
+            "native": True,
+            "reason": None,
+            "cuda": False,
+            "cuda_reason": None,
+            "commit": commit(),
+        }
         try:
             self.build_with_cuda_if_possible(module, info)
         except BuildError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyrepr.benchmarks.harness import Case, Row, as_json, machine, run_case, table
 
-FAMILIES = ("gram", "delta_rule", "lookup")
+FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
 QUICK_SECONDS, FULL_SECONDS = 1.5, 8.0
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import pyrepr
-from pyrepr.backend import native
+from pyrepr.backend import build_info, native
 
 OURS = "pyrepr"
 
@@ -113,6 +113,7 @@ def machine() -> dict[str, Any]:
     threads = torch.get_num_threads()
     facts: dict[str, Any] = {
         "pyrepr": pyrepr.__version__,
+        "commit": build_info().get("commit"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),

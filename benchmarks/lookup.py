@@ -20,11 +20,12 @@ from pyrepr.benchmarks.harness import Case, Workload, relative_error
 from torch import Tensor
 
 import pyrepr
-from pyrepr.ops.lookup import to_huge_pages
+from pyrepr.ops.lookup import ROUTES, linear_op, to_huge_pages
 from pyrepr.reference import lookup as reference
 
 BITS = 8
 COLD_BYTES = 128 << 20
+PACKED_FROM = 512  # tokens, from which on packed tables are timed too
 CHECKED = 4  # tokens whose result is compared with float64
 
 
@@ -101,6 +102,12 @@ def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, code
         "F.linear fp32": lambda i: Other(F.linear(take(inputs, i), take(dense, i))),
         "F.linear bf16": lambda i: Other(F.linear(take(inputs_bf16, i), take(dense_bf16, i))),
     }
+    if count >= PACKED_FROM:
+        packed = pyrepr.pack_tables(stored)
+        implementations = {
+            "pyrepr packed": lambda i: pyrepr.lookup_linear(take(inputs, i), packed, scales=scales),
+            **implementations,
+        }
     if scales is None:
         implementations["F.embedding_bag"] = lambda i: _bag(layer, stored, i)
     occupied = min(count, (1 << BITS) * (1 - (1 - 2.0**-BITS) ** count)) if codes == "random" else 1
@@ -150,12 +157,58 @@ def _training(count: int, d: int, h: int) -> Workload:
     )
 
 
+def _crossover(count: int, d: int, h: int) -> Workload:
+    """The forward kernels on the same fp32 tables: which one is faster from how many tokens on."""
+    layer = _Layer(count, d, h, cold=True)
+    packed = pyrepr.pack_tables(layer.tables)
+
+    def kernel(tables: Tensor, route: str) -> Callable[[int], Tensor]:
+        inputs = layer.inputs
+        return lambda i: linear_op(inputs[i % len(inputs)], tables, None, None, "probability", 1.0, ROUTES[route])
+
+    kernels = {
+        "pyrepr rows": kernel(layer.tables, "rows"),
+        "pyrepr stream": kernel(layer.tables, "stream"),
+        "pyrepr packed rows": kernel(packed, "rows"),
+        "pyrepr packed stream": kernel(packed, "stream"),
+    }
+    return Workload(
+        {name: _rotating(function) for name, function in kernels.items()},
+        truth=lambda: layer.truth,
+        result=lambda out: out[:CHECKED],
+        tolerance=1e-5,
+        flops=2 * count * (d // BITS) * h,
+        bytes=(1 << BITS) * (1 - (1 - 2.0**-BITS) ** count) * (d // BITS) * h * 4,
+        data="cold, random codes, tables in huge pages",
+    )
+
+
+def _overhead() -> Workload:
+    """A layer so small that only the way to the kernel takes time, beside the cheapest operation there is."""
+    generator = torch.Generator().manual_seed(0)
+    x, tables = torch.randn(1, 64, generator=generator), torch.randn(8, 1 << BITS, 64, generator=generator)
+    scales = tables.abs().amax(-1) / 127
+    stored = (tables / scales[..., None]).round().to(torch.int8)
+    dense = torch.randn(64, 64, generator=generator)
+    return Workload(
+        {
+            "pyrepr": lambda: pyrepr.lookup_linear(x, tables),
+            "pyrepr int8": lambda: pyrepr.lookup_linear(x, stored, scales=scales),
+            "F.linear fp32": lambda: Other(F.linear(x, dense)),
+            "torch.neg": lambda: Other(torch.neg(x)),
+        },
+        truth=lambda: _exact(x, tables),
+        error=_error,
+        tolerance=2e-2,
+        data="hot",
+    )
+
+
 def cases() -> list[Case]:
     """All cases of the family, small ones first."""
     forward = [
         Case("lookup forward", f"T={count} d=h={d} {tables}{'' if cold else ' hot'}", make, quick)
         for count, d, tables, cold, quick in (
-            (1, 64, "fp32", False, True),
             (1, 512, "fp32", True, True),
             (1, 1024, "fp32", True, True),
             (4096, 512, "fp32", False, True),
@@ -171,8 +224,14 @@ def cases() -> list[Case]:
         )
         for codes in ("random", "zipf", "one bucket")
     ]
+    crossover = [
+        Case("lookup kernels", f"T={count} d=h=1024 fp32", lambda c=count: _crossover(c, 1024, 1024))
+        for count in (64, 128, 256, 512, 1024, 2048)
+    ]
     return [
+        Case("lookup overhead", "T=1 d=h=64", _overhead, quick=True),
         *forward,
+        *crossover,
         *skewed,
         Case("lookup forward+backward", "T=1024 d=h=1024", lambda: _training(1024, 1024, 1024)),
     ]

@@ -18,8 +18,9 @@ def markdown(run: dict[str, Any]) -> str:
         f"{facts['read_bandwidth_gbs']:.0f} GB/s"
     )
     lines = [
-        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}; "
-        f"measured in the same run: {bounds}.",
+        f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}"
+        + (f", commit {facts['commit']}" if facts.get("commit") else "")
+        + f"; measured in the same run: {bounds}.",
         "",
         "| op | shape | implementation | ms | × | error | extra MiB | of bound |",
         "|---|---|---|---:|---:|---:|---:|---:|",

@@ -6,7 +6,9 @@ import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares,
 
 from pyrepr import nn
 from pyrepr.backend import backends, use_backend
+from pyrepr.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.comparison import Comparison, compare
+from pyrepr.conversion import Conversion, convert
 from pyrepr.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -15,23 +17,30 @@ from pyrepr.delta_rule import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
-from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, segment_sum
+from pyrepr.distillation import Distillation, distill
+from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "Conversion",
     "DegenerateInputWarning",
+    "Distillation",
     "Kernel",
     "StreamingCKA",
     "backends",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
     "cka",
     "cka_matrix",
     "compare",
+    "convert",
+    "distill",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
@@ -41,6 +50,7 @@ __all__ = [
     "lookup_linear",
     "lookup_sum",
     "nn",
+    "pack_tables",
     "segment_sum",
     "use_backend",
 ]

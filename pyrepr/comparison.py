@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from pyrepr.integrations.files import replacing
 from pyrepr.integrations.recording import SAMPLES, Layers, Recorder, choose_names, evaluating, unwrap
+from pyrepr.integrations.reporting import progress_bar, versions
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA
 
 __all__ = ["EXACT_BYTES", "Comparison", "compare"]
@@ -200,23 +200,13 @@ def compare(
     if data is not None and not models:
         raise ValueError("data must be None where both sides are stored activations")
     with evaluating(models), torch.no_grad():
-        for batch in _progress([None] if data is None else data, progress):
+        for batch in progress_bar([None] if data is None else data, progress, "compare", "batch"):
             run.step(batch)
     return run.result(names or (_name(model_a), _name(model_b)))
 
 
 def _name(model: nn.Module | Stored) -> str:
     return type(unwrap(model)).__name__ if isinstance(model, nn.Module) else "activations"
-
-
-def _progress(data: Iterable[Any], wanted: bool) -> Iterable[Any]:
-    if not wanted:
-        return data
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return data
-    return tqdm(data, desc="compare", unit="batch", leave=False)
 
 
 class _StoredSide:
@@ -380,7 +370,7 @@ class _Run:
             estimator=self.estimator,
             mode="exact" if self.whole else self.stream.mode,
             kernel=self.kernel.name,
-            versions=_versions(),
+            versions=versions(),
         )
 
     def warn(self, warning: warnings.WarningMessage) -> None:
@@ -419,9 +409,3 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 1 << 62
-
-
-def _versions() -> dict[str, str]:
-    from pyrepr import __version__
-
-    return {"pyrepr": __version__, "torch": torch.__version__, "python": platform.python_version()}

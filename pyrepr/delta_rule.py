@@ -31,13 +31,18 @@ def _came(x: object) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _check_tensor(name: str, x: object, first: Tensor | None) -> None:
+def _check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], device: torch.device | None) -> None:
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.device != device:
+            break
+    else:
+        return
+    name = next(name for name, y in zip(names, tensors, strict=True) if y is x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if first is not None and x.device != first.device:
-        raise ValueError(f"{name} must be on the device of q, {first.device}, got {x.device}")
+    raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
 
 
 def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
@@ -45,39 +50,44 @@ def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> 
         raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {_came(x)}")
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> None:
-    """One sentence per failure: the argument, what is expected, what came. gate: "", "HV" or "K"."""
-    _check_tensor("q", q, None)
-    for name, x in (("k", k), ("v", v), ("beta", beta)):
-        _check_tensor(name, x, q)
-    if q.dim() != 4:
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int, int, int, int]:
+    """The shape of the state. One sentence per failure: the argument, what is expected, what came.
+
+    gate: "", "HV" or "K". A decoding step is checked in a few µs: attributes of a tensor are not free, so each is read
+    once.
+    """
+    device = q.device if isinstance(q, Tensor) else None
+    _check_tensors(("q", "k", "v", "beta", "g"), (q, k, v, beta, g if gate else beta), device)
+    shape = q.shape
+    if len(shape) != 4:
         raise ValueError(f"q must have shape [B, T, H, K], got {_came(q)}")
-    batch, total, heads, width = q.shape
+    batch, total, heads, width = shape
     if width == 0:
         raise ValueError("q must have K of at least 1, got 0")
-    _check_shape("k", k, "[B, T, H, K]", (batch, total, heads, width))
-    if v.dim() != 4 or v.shape[:2] != q.shape[:2]:
+    _check_shape("k", k, "[B, T, H, K]", shape)
+    values = v.shape
+    if len(values) != 4 or values[:2] != shape[:2]:
         raise ValueError(f"v must have shape [B, T, HV, V] with B = {batch} and T = {total} of q, got {_came(v)}")
-    if v.shape[3] == 0:
+    value_heads, value_width = values[2:]
+    if value_width == 0:
         raise ValueError("v must have V of at least 1, got 0")
-    value_heads = v.shape[2]
     if heads == 0 or value_heads % heads:
         raise ValueError(
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
     _check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate:
-        _check_tensor("g", g, q)
-        if gate == "HV":
-            _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-        else:
-            _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
-    sequences = batch if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, q.device)
+    if gate == "HV":
+        _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
+    elif gate:
+        _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
+    sequences = batch if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, device)
+    state = (sequences, value_heads, width, value_width)
     if initial_state is not None:
-        _check_state("initial_state", initial_state, q, (sequences, value_heads, width, v.shape[3]), v.dtype)
+        _check_state("initial_state", initial_state, device, state, v.dtype)
+    return state
 
 
-def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> int:
+def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device | None) -> int:
     """The number of sequences. What the numbers say is checked where they are read, by the op."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -91,8 +101,8 @@ def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> i
     return cu_seqlens.numel() - 1
 
 
-def _check_state(name: str, state: object, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    _check_tensor(name, state, q)
+def _check_state(name: str, state: object, device: torch.device | None, shape: tuple[int, ...], dtype) -> None:
+    _check_tensors((name,), (state,), device)
     assert isinstance(state, Tensor)
     _check_shape(name, state, "[N, HV, K, V]", shape)
     if state.dtype != compute_dtype(dtype):
@@ -101,7 +111,7 @@ def _check_state(name: str, state: object, q: Tensor, shape: tuple[int, ...], dt
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one dtype: v's under autocast, else they must agree already."""
-    if q.dtype == v.dtype and k.dtype == v.dtype:
+    if q.dtype == v.dtype == k.dtype:
         return q, k, v
     if torch.is_autocast_enabled(v.device.type):
         return q.to(v.dtype), k.to(v.dtype), v
@@ -112,23 +122,19 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _run(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
 ) -> tuple[Tensor, Tensor | None]:
-    _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
+    shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = shape[2] ** -0.5 if scale is None else float(scale)
     if out_state is None:
-        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
+        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)
         return o, state if output_final_state else None
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    _check_state("out_state", out_state, q, (sequences, v.shape[2], k.shape[3], v.shape[3]), v.dtype)
+    _check_state("out_state", out_state, q.device, shape, v.dtype)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
     ):
         raise RuntimeError("out_state is written in place and cannot be differentiated; use it under torch.no_grad()")
-    if initial_state is None:
-        out_state.zero_()
-    elif initial_state is not out_state:
-        out_state.copy_(initial_state)
-    return update_op_(out_state, q, k, v, g, beta, cu_seqlens, scale, bool(use_qk_l2norm)), out_state
+    o = update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
+    return o, out_state
 
 
 def chunk_delta_rule(
@@ -159,7 +165,9 @@ def chunk_delta_rule(
 
     Returns:
         o: [B, T, HV, V] in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
-        Differentiable once in q, k, v, beta and initial_state. 16-bit inputs are accumulated in float32.
+        Differentiable once in q, k, v, beta and initial_state. 16-bit inputs are accumulated in float32. On processors
+        with 16-bit dot products (AVX-512 VNNI and BF16) bf16 inputs use them where there is no gate per key, with
+        errors well below what rounding o to bf16 costs.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
@@ -204,9 +212,6 @@ def chunk_kda(
     cu_seqlens: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
     """Kimi Delta Attention (Kimi Team 2025, "Kimi Linear"): every key channel has its own decay.
-
-    On the CPU the forward is the compiled recurrence, token by token; the gradient runs in the PyTorch reference, which
-    keeps the states of all tokens.
 
     Args:
         g: [B, T, HV, K], natural logarithm of the decay of every row of the state before each token.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops import lookup as ops
-from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype
+from pyrepr.reference.lookup import TILE, WEIGHTINGS, compute_dtype, pack, sizes
 from pyrepr.similarity._checks import DTYPES, shape_of
 
-__all__ = ["hash_codes", "lookup_linear", "lookup_sum", "segment_sum"]
+__all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
 
 MAX_BITS = 16
 
@@ -55,14 +55,18 @@ def _check_tables(tables: object, scales: Tensor | None) -> Tensor:
         raise TypeError(f"tables must be a torch.Tensor, got {type(tables).__name__}")
     if tables.dtype not in ops.TABLE_CODES:
         raise TypeError(f"tables must be float32, float64, bfloat16, float16 or int8, got {_name(tables.dtype)}")
-    if tables.dim() != 3:
-        raise ValueError(f"tables must have shape [K, n, h], got {shape_of(tables)}")
+    packed = tables.dim() == 4 and tables.shape[3] == TILE
+    if tables.dim() != 3 and not packed:
+        raise ValueError(f"tables must have shape [K, n, h], or be packed by pack_tables, got {shape_of(tables)}")
+    if packed and tables.requires_grad:
+        raise ValueError("packed tables are for inference: they must not require a gradient")
     if (tables.dtype == torch.int8) != (scales is not None):
         came = "no scales" if scales is None else f"scales with {_name(tables.dtype)} tables"
         raise ValueError(f"int8 tables, and only they, need scales of shape [K, n], got {came}")
     if scales is not None:
-        if scales.shape != tables.shape[:2]:
-            raise ValueError(f"scales must have shape [K, n] = {shape_of(tables[:, :, 0])}, got {shape_of(scales)}")
+        k, n, _ = sizes(tables)
+        if scales.shape != (k, n):
+            raise ValueError(f"scales must have shape [K, n] = {[k, n]}, got {shape_of(scales)}")
         if scales.dtype != torch.float32:
             raise TypeError(f"scales must be float32, got {_name(scales.dtype)}")
         _check_device("scales", scales, "tables", tables)
@@ -117,6 +121,24 @@ def hash_codes(x: Tensor, bits: int) -> Tensor:
     return codes.reshape(*x.shape[:-1], d // bits)
 
 
+def pack_tables(tables: Tensor) -> Tensor:
+    """Tables in the order in which many tokens read them: [K, n, h] -> [h / 64, K, n, 64], for inference.
+
+    :func:`lookup_linear` and :func:`lookup_sum` take the result in place of the tables, and give the same bits. It pays
+    from about as many tokens on as a table has rows: many tokens copy plain tables into this order, tile by tile, on
+    every call. A few tokens are faster on plain tables, whose rows stand in one piece.
+
+    Raises:
+        ValueError: if h is no multiple of 64, or tables has not three axes.
+    """
+    if not isinstance(tables, Tensor) or tables.dim() != 3 or tables.shape[2] % TILE:
+        came = shape_of(tables) if isinstance(tables, Tensor) else type(tables).__name__
+        raise ValueError(f"tables must have shape [K, n, h], h a multiple of {TILE}, got {came}")
+    packed = pack(tables.detach())
+    ops.to_huge_pages(packed)
+    return packed
+
+
 def lookup_linear(
     x: Tensor,
     tables: Tensor,
@@ -160,7 +182,7 @@ def lookup_linear(
     check_weighting(weighting, temperature)
     _check_precision("x", x, tables)
     _check_device("tables", tables, "x", x)
-    k, n, h = tables.shape
+    k, n, h = sizes(tables)
     bits = n.bit_length() - 1
     if not 1 <= bits <= MAX_BITS or n != 1 << bits:
         raise ValueError(f"tables must have 2^bits rows, bits from 1 to {MAX_BITS}, got shape {shape_of(tables)}")
@@ -200,7 +222,7 @@ def lookup_sum(
             dtypes.
     """
     _check_tables(tables, scales)
-    k, n, h = tables.shape
+    k, n, h = sizes(tables)
     _check_float("weights", weights, 1, "[..., K]")
     _check_precision("weights", weights, tables)
     codes = _check_codes(codes, n)

@@ -1,4 +1,4 @@
-"""Pictures of a :class:`pyrepr.Comparison`: a heatmap as a file, and as a page one can look around in."""
+"""A :class:`pyrepr.Comparison` as a heatmap, in a file or on a page to look around in, and the page of a conversion."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyrepr.integrations import PLOT, require
 from pyrepr.integrations.files import replacing
 
 if TYPE_CHECKING:
     from pyrepr.comparison import Comparison
+    from pyrepr.conversion import Conversion
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN_VALUES = 400  # with more cells than this, numbers in them would be too small to read
@@ -86,9 +87,29 @@ def save_page(comparison: Comparison, path: str | os.PathLike[str], *, title: st
         "high": high,
         "values": [[v if math.isfinite(v) else None for v in line] for line in comparison.values.tolist()],
     }
+    return _write_page(path, "heatmap.html", title, data)
+
+
+def save_conversion_page(conversion: Conversion, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Writes the self-contained page; see :meth:`pyrepr.Conversion.to_html`."""
+    title = title or f"Lookup tables in {conversion.model}"
+    *lines, total = conversion.table() or [[]]
+    data = {
+        "title": title,
+        "how": conversion.describe(),
+        "columns": conversion.columns(),
+        "lines": lines,
+        "total": total,
+        "errors": [x.relative_mse if math.isfinite(x.relative_mse) else None for x in conversion.layers],
+        "skipped": list(conversion.skipped.items()),
+    }
+    return _write_page(Path(path), "conversion.html", title, data)
+
+
+def _write_page(path: Path, template: str, title: str, data: dict[str, Any]) -> Path:
     # Inside a script only "<" could end it early.
     script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    page = Path(__file__).with_name("heatmap.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name(template).read_text(encoding="utf-8")
     page = page.replace("__TITLE__", html.escape(title)).replace("__DATA__", script)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

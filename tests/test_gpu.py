@@ -63,6 +63,54 @@ def test_out_of_memory_is_torchs_own_error():
         pyrepr.gram(x)
 
 
+def delta_inputs(T=300, dtype=torch.bfloat16):
+    q, k, v = (torch.randn(1, T, 2, 64, device="cuda", dtype=dtype) for _ in range(3))
+    return q, torch.nn.functional.normalize(k, dim=-1), v, torch.rand(1, T, 2, device="cuda")
+
+
+def test_delta_rule_compiles_in_one_graph_forward_and_backward():
+    results = []
+    with pyrepr.use_backend("triton"):
+        for function in (pyrepr.chunk_delta_rule, torch.compile(pyrepr.chunk_delta_rule, fullgraph=True)):
+            torch.manual_seed(0)
+            leaves = [x.requires_grad_() for x in delta_inputs()]
+            o, _ = function(*leaves)
+            results.append([o, *torch.autograd.grad(o.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_packed_delta_rule_in_a_cuda_graph_follows_the_bounds():
+    """Nothing was read back while the graph was recorded: other bounds give the other answer."""
+    x = delta_inputs()
+    bounds = torch.tensor([0, 100, 300], device="cuda")
+    with pyrepr.use_backend("triton"):
+        pyrepr.chunk_delta_rule(*x, cu_seqlens=bounds)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, _ = pyrepr.chunk_delta_rule(*x, cu_seqlens=bounds)
+        bounds.copy_(torch.tensor([0, 170, 300]))
+        graph.replay()
+        assert torch.equal(o, pyrepr.chunk_delta_rule(*x, cu_seqlens=bounds)[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_decoding_in_a_cuda_graph(backend):
+    q, k, v, beta = delta_inputs(1)
+    state = torch.randn(1, 2, 64, 64, device="cuda")
+    options = {"initial_state": state, "output_final_state": True, "out_state": state}
+    with pyrepr.use_backend(backend), torch.no_grad():
+        start = state.clone()
+        expected = pyrepr.fused_recurrent_delta_rule(q, k, v, beta, **options)[0].clone()
+        state.copy_(start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, _ = pyrepr.fused_recurrent_delta_rule(q, k, v, beta, **options)
+        state.copy_(start)
+        graph.replay()
+        assert torch.equal(o, expected)
+
+
 def lookup_problem(tokens=9, k=16, h=64, device="cuda", dtype=torch.bfloat16):
     return torch.randn(tokens, 8 * k, device=device).to(dtype), torch.randn(k, 256, h, device=device).to(dtype)
 

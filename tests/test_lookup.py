@@ -22,6 +22,8 @@ LEVELS = pyrepr.backend.native()[0].simd_levels()
 # Largest relative error of a float32 result (norm of the error over norm of the truth) over every case of this file was
 # 2.4e-7 for the sums and 4e-7 for gradients; a bound of 1e-6 holds for all.
 FLOAT32 = 1e-6
+# The kernel in registers rounds weights to 16 bits of the token's largest one: 2.4e-5 was the worst seen.
+REGISTERS = 5e-5
 # Half a unit in the last place of the result's dtype, relative to the norm.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -113,7 +115,79 @@ def test_dtypes(x_dtype, table_dtype):
     for route in ops.ROUTES.values():
         out = ops.linear_op(x, tables, scales, None, "l1", 1.0, route)
         assert out.dtype == x_dtype
-        assert relative(out, truth) < FLOAT32 + ROUNDING.get(x_dtype, 0)
+        exact = FLOAT32 if table_dtype != torch.int8 or route != ops.ROUTES["registers"] else REGISTERS
+        assert relative(out, truth) < exact + ROUNDING.get(x_dtype, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8])
+def test_packed_tables_give_the_same_bits(dtype):
+    """Every kernel adds in the order of the tables, whatever order they stand in."""
+    for bits, k, h in [(8, 5, 192), (3, 20, 64)]:
+        tables, scales = torch.randn(k, 1 << bits, h).to(dtype), None
+        if dtype == torch.int8:
+            tables, scales = int8_tables(k, 1 << bits, h)
+        bias = torch.randn(h, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        packed = pyrepr.pack_tables(tables)
+        assert packed.shape == (h // 64, k, 1 << bits, 64)
+        for count in (1, 40, 300):
+            x = away_from_zero(count, k * bits, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            plain = ops.linear_op(x, tables, scales, bias, "scaled", 1.0, ops.ROUTES["rows"])
+            for route in (ops.ROUTES["rows"], ops.ROUTES["stream"]):
+                assert torch.equal(ops.linear_op(x, packed, scales, bias, "scaled", 1.0, route), plain)
+                assert torch.equal(ops.linear_op(x, tables, scales, bias, "scaled", 1.0, route), plain)
+            with pyrepr.use_backend("reference"):
+                assert (
+                    relative(pyrepr.lookup_linear(x, packed, bias, weighting="scaled", scales=scales), plain) < FLOAT32
+                )
+
+
+def test_packed_tables_in_the_other_functions():
+    """The sum takes them; the gradient to x goes through them; they have none themselves."""
+    x, tables, grad = away_from_zero(20, 24).requires_grad_(), torch.randn(3, 256, 64), torch.randn(20, 64)
+    packed, codes, weights = pyrepr.pack_tables(tables), torch.randint(0, 256, (20, 3)), torch.rand(20, 3)
+    assert torch.equal(pyrepr.lookup_sum(codes, weights, packed), pyrepr.lookup_sum(codes, weights, tables))
+    gradients = [torch.autograd.grad(pyrepr.lookup_linear(x, t), x, grad)[0] for t in (tables, packed)]
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        pyrepr.lookup_linear(x, packed.requires_grad_())
+    with pytest.raises(ValueError, match="h a multiple of 64, got"):
+        pyrepr.pack_tables(tables[:, :, :63])
+
+
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_lookup_in_registers(bits, weighting):
+    """Against float64, for sizes that are no multiples of anything; special tokens take the other kernel."""
+    for count, k, h in [(64, 1, 5), (65, 37, 64), (300, 9, 131)]:
+        x, bias = away_from_zero(count, k * bits), torch.randn(h)
+        tables, scales = int8_tables(k, 1 << bits, h)
+        x[7, 0], x[9], x[11, -1] = float("nan"), 0, 1e30
+        out = ops.linear_op(x, tables, scales, bias, weighting, 1.0, ops.ROUTES["registers"])
+        truth = oracle(x, tables.double() * scales.double()[..., None], weighting, 1.0) + bias
+        assert out[7].isnan().all()
+        for token in (9, 11):
+            assert_close(out[token].double(), truth[token], rtol=1e-4, atol=1e-4 * truth[token].abs().max().item())
+        ordinary = torch.ones(count, dtype=torch.bool).index_fill_(0, torch.tensor([7, 9, 11]), False)
+        assert relative(out[ordinary], truth[ordinary]) < REGISTERS
+        assert (
+            relative(
+                ops.linear_op(x[ordinary], tables, -scales, bias, weighting, 1.0, 3) - bias, bias - truth[ordinary]
+            )
+            < REGISTERS
+        )
+
+
+def test_gradient_written_past_the_caches():
+    """A gradient above 32 MiB takes the streaming stores, zero rows included."""
+    x, grad = away_from_zero(30, 80), torch.randn(30, 4096)
+    tables = torch.zeros(10, 256, 4096, requires_grad=True)
+    pyrepr.lookup_linear(x, tables, weighting="l1").backward(grad)
+    assert tables.grad.numel() * 4 > 32 << 20
+    truth = reference.segment_sum(
+        grad.double(), reference.hash_codes(x, 8), 256, reference.weights(x.double(), 8, "l1")
+    )
+    assert relative(tables.grad, truth) < FLOAT32
+    assert torch.equal(tables.grad == 0, truth == 0)
 
 
 def test_float64_stays_float64():
@@ -435,9 +509,9 @@ for bits, k, h, count in [(8, 5, 131, 9), (3, 9, 64, 70), (5, 20, 37, 33)]:
             assert relative(leaf.grad, true.grad) < max(2 * bound, 1e-14), (dtype, bits)
     small = (tables * 40).clamp(-127, 127).to(torch.int8)
     expected = reference.lookup_linear(x.double(), small.double())
-    for route in (1, 2):
+    for route in (1, 2, 3):
         out = ops.linear_op(x, small, torch.ones(k, 2**bits), None, "probability", 1.0, route)
-        assert relative(out, expected) < 1e-6
+        assert relative(out, expected) < (5e-5 if route == 3 else 1e-6)
 print(pyrepr.backends()["cpu"].detail.split()[2])
 """
 
@@ -496,6 +570,77 @@ def test_from_linear_with_a_low_rank_part():
         pyrepr.nn.LookupLinear.from_linear(linear, x, rank=41)
 
 
+def error_of(layer, function, x) -> float:
+    with torch.no_grad():
+        truth = function(x)
+        return ((layer(x) - truth).square().sum() / (truth - truth.mean(0)).square().sum()).item()
+
+
+def test_from_mlp_finds_tables_that_no_linear_layer_has():
+    """A lookup layer with random tables is the target: its signs' linear part explains 5 of 16 corners."""
+    target = pyrepr.nn.LookupLinear(32, 24, bits=4, weighting="l1")
+    layer = pyrepr.nn.LookupLinear.from_mlp(target, torch.randn(8000, 32), bits=4)
+    # Shift and scale are estimates, so that signs differ for elements within about 1 % of zero.
+    assert error_of(layer, target, torch.randn(5000, 32)) < 0.06
+    assert layer.conversion.held_out_mse == pytest.approx(error_of(layer, target, torch.randn(5000, 32)), rel=0.3)
+
+
+def test_from_mlp_beats_the_linear_approximation_of_a_network():
+    mlp = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 24))
+    for part in (mlp[0], mlp[3]):
+        part.weight.data.mul_(4)
+    mlp[2].train()
+    mixing = torch.randn(6, 32)  # a chunk's signs say much about the other chunks
+    x, unseen = torch.randn(12000, 6) @ mixing, torch.randn(4000, 6) @ mixing
+    layer = pyrepr.nn.LookupLinear.from_mlp(mlp, x)
+    assert mlp.training and mlp[2].training
+    report = layer.conversion
+    mlp.eval()
+    assert report.held_out_mse == pytest.approx(error_of(layer, mlp, unseen), rel=0.05)
+    best = torch.linalg.lstsq(x - x.mean(0), (mlp(x) - mlp(x).mean(0)).detach(), driver="gelsd").solution
+    linear = error_of(lambda t: (t - x.mean(0)) @ best + mlp(x).mean(0), mlp, unseen)
+    assert report.relative_mse < report.held_out_mse < 0.6 * linear
+    assert report.dense_bytes == 4 * (32 * 64 + 64 + 64 * 24 + 24)
+    assert report.table_bytes == 4 * 4 * 256 * 24
+    assert report.break_even_tokens == report.dense_bytes / (4 * 4 * 24)
+
+
+def test_from_mlp_does_not_fit_noise():
+    layer = pyrepr.nn.LookupLinear.from_mlp(lambda x: torch.randn(len(x), 8), torch.randn(4000, 32), bits=4)
+    assert 0.99 < layer.conversion.held_out_mse < 1.1
+    assert layer.conversion.relative_mse > 0.9
+
+
+def test_from_mlp_in_other_dtypes_and_of_few_rows():
+    mlp = torch.nn.Linear(16, 8).double()
+    layer = pyrepr.nn.LookupLinear.from_mlp(mlp, torch.randn(500, 5, 16).double(), bits=4, rank=8, ridge=1e-12)
+    assert layer.tables.dtype == torch.float64
+    assert layer.conversion.held_out_mse < 1e-10
+    with pytest.warns(UserWarning, match="16 rows for 24 features"):
+        layer = pyrepr.nn.LookupLinear.from_mlp(torch.tanh, torch.randn(16, 24))
+    assert layer(torch.randn(3, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("mlp", "calibration", "options", "error", "message"),
+    [
+        (torch.tanh, torch.ones(15, 8), {}, ValueError, "at least 16 rows, an eighth of which is held out, got 15"),
+        (torch.tanh, torch.ones(20, 9), {}, ValueError, "multiple of bits = 8, got 9"),
+        (torch.tanh, torch.ones(20, 8), {"rank": 9}, ValueError, r"rank must be from 0 to .* = 8, got 9"),
+        (torch.tanh, torch.ones(20, 8).int(), {}, TypeError, "calibration must be a floating-point tensor, got int32"),
+        (torch.tanh, [1.0], {}, TypeError, "calibration must be a floating-point tensor, got list"),
+        (torch.tanh, torch.full((20, 8), torch.inf), {}, ValueError, "calibration must be finite"),
+        (torch.sum, torch.ones(20, 8), {}, ValueError, r"mlp must give \[N, h\] for N = 20 rows, got \[\]"),
+        (lambda x: x[:3], torch.ones(20, 8), {}, ValueError, r"mlp must give \[N, h\] for N = 20 rows, got \[3, 8\]"),
+        (lambda x: (x, x), torch.ones(20, 8), {}, TypeError, "mlp must give a floating-point tensor, got tuple"),
+        (torch.argsort, torch.ones(20, 8), {}, TypeError, "mlp must give a floating-point tensor, got int64"),
+    ],
+)
+def test_from_mlp_refuses_in_one_sentence(mlp, calibration, options, error, message):
+    with pytest.raises(error, match=message):
+        pyrepr.nn.LookupLinear.from_mlp(mlp, calibration, **options)
+
+
 def test_quantized_layer_and_its_state():
     layer = pyrepr.nn.LookupLinear(64, 48)
     x = torch.randn(30, 64)
@@ -514,6 +659,52 @@ def test_quantized_layer_and_its_state():
     assert relative(other.quantize_("bf16")(x), exact) < 2**-8
     with pytest.raises(ValueError, match="already"):
         layer.quantize_("int8")
+
+
+def test_a_converted_layer_takes_any_shape_and_passes_nan_on():
+    layer = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(24, 10), torch.randn(200, 24), rank=3)
+    x = torch.randn(2, 3, 24)
+    assert_close(layer(x)[1, 2], layer(x[1, 2]))
+    assert layer(x[:0]).shape == (0, 3, 10)
+    x[0, 1, 5] = torch.nan
+    assert layer(x).isnan().any(-1).nonzero().tolist() == [[0, 1]]
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    sum(layer(x.bfloat16())[1]).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_state_of_a_converted_layer_fits_a_new_one():
+    linear, x = torch.nn.Linear(64, 48), torch.randn(300, 64)
+    converted = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=8)
+    assert set(converted.state_dict()) == {"tables", "bias", "shift", "scale", "down", "up"}
+    loaded = pyrepr.nn.LookupLinear(64, 48, weighting="l1")
+    loaded.load_state_dict(converted.state_dict())
+    assert torch.equal(loaded(x), converted(x))
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in converted.named_parameters()]
+    with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got 63"):
+        loaded(x[:, 1:])
+
+
+def test_packed_layer_and_its_state():
+    layer = pyrepr.nn.LookupLinear(64, 128)
+    x = torch.randn(300, 64)
+    with torch.no_grad():
+        exact, state = layer(x), {name: value.clone() for name, value in layer.state_dict().items()}
+        assert layer.pack_() is layer.pack_()
+        assert layer.packed
+        assert torch.equal(layer(x), exact)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    other = pyrepr.nn.LookupLinear(64, 128).pack_()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), exact)
+    with pytest.raises(ValueError, match="quantize first"):
+        layer.quantize_("int8")
+    assert relative(layer.to(torch.bfloat16)(x), exact) < 2**-8
+    small = pyrepr.nn.LookupLinear(64, 128).quantize_("int8").pack_()
+    assert set(small.state_dict()) == {"tables", "scales", "bias"}
+    assert small.state_dict()["tables"].shape == (8, 256, 128)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({**state, "tables": state["tables"][:4]})
 
 
 def test_usage_counts_every_token_once_a_table():
@@ -540,11 +731,15 @@ def test_size_and_cost_of_the_papers_layer_and_block():
         layer = pyrepr.nn.LookupLinear(512, 512, bits=bits, table_dtype=torch.float16, device="meta")
         assert layer.tables.numel() * 2 / 1e6 == pytest.approx(megabytes, abs=0.03)
     d = s = 2048
+    qkv = pyrepr.nn.LookupQKV(512, table_dtype=torch.float16, device="meta")
+    assert qkv.lookup.tables.numel() * 2 / 1e6 == pytest.approx(3 * 16.8, abs=0.1)
     block = pyrepr.nn.MemoryFormerBlock(d, 16, device="meta")
     published = 2 * s * s * d + 6 * s * d * d // 8
     assert published / (2 * s * s * d + 12 * s * d * d) == pytest.approx(0.196, abs=5e-4)
     # The paper rounds the feed-forward network's 1 + 2/8 + 1 reads a table up to 3: ours is the exact count.
     assert 0.96 * published < block.multiply_adds(s) <= published
+    assert block.multiply_adds(s) == 2 * s * s * d + s * (3 * d * d // 8 + (d // 8) * (10 * d // 8) + d * d // 8)
+    assert all(part.device.type == "meta" for part in block.parameters() if part.dim() == 3)
 
 
 def test_memoryformer_block_trains_and_is_causal():

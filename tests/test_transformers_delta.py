@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
+import os
 import subprocess
 import sys
 
@@ -49,6 +52,29 @@ MODELS = {
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", GATED | {"num_key_value_heads": 4}),
     "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", KIMI | MOE),
 }
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+# Models of the same installed version that share the functions.
+OTHERS = {
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", GATED | MOE),
+    "qwen4_exp": ("Qwen4ExpTextConfig", "Qwen4ExpForCausalLM", GATED | MOE | {"hc_count": 2, "hc_lowrank": 8}),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        "BailingHybridForCausalLM",
+        LATENT
+        | EXPERTS
+        | {"head_dim": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "num_local_experts": 4, "num_mtp_layers": 0}
+        | {"layer_types": None, "layer_group_size": 3, "first_k_dense_replace": 1},
+    ),
+    "glm5_next": (
+        "Glm5NextTextConfig",
+        "Glm5NextTextModel",
+        LATENT
+        | EXPERTS
+        | {"layer_types": ["linear_attention"] * 3, "mlp_layer_types": ["dense", "sparse", "sparse"], "q_lora_rank": 16}
+        | {"linear_num_heads": 4, "linear_head_dim": 16, "n_routed_experts": 4, "hc_mult": 2},
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +84,7 @@ def leave_nothing_behind():
 
 
 def build(name):
-    config, model, options = MODELS[name]
+    config, model, options = (MODELS | OTHERS)[name]
     torch.manual_seed(0)
     return getattr(transformers, model)(getattr(transformers, config)(**(COMMON | options))).eval()
 
@@ -67,32 +93,53 @@ def tokens(rows, length):
     return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-class Counter(TorchDispatchMode):
-    """Counts how often pyrepr's op runs."""
+OPS = {
+    "rule": (torch.ops.pyrepr.delta_rule_forward.default, torch.ops.pyrepr.delta_rule_update_.default),
+    "convolution": (torch.ops.pyrepr.causal_conv1d_forward.default, torch.ops.pyrepr.causal_conv1d_update_.default),
+}
 
-    calls = 0
+
+class Counter(TorchDispatchMode):
+    """Counts how often pyrepr's ops run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = dict.fromkeys(OPS, 0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function is torch.ops.pyrepr.delta_rule_forward.default
+        for name, ops in OPS.items():
+            self.calls[name] += function in ops
         return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fallback():
+    """transformers' own PyTorch functions, also where flash-linear-attention is installed."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in accelerated._loaded()]
+    for module, name, function in before:
+        setattr(module, name, inspect.unwrap(function))
+    yield
+    for module, name, function in before:
+        setattr(module, name, function)
 
 
 def both(function):
     """What `function` returns on the fallback and on pyrepr."""
     with Counter() as counter:
-        expected = function()
-        assert counter.calls == 0
+        with fallback():
+            expected = function()
+        assert not any(counter.calls.values())
         with accelerated.enabled():
             got = function()
-        assert counter.calls >= 2
+        assert all(calls >= 2 for calls in counter.calls.values())
     return expected, got
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | OTHERS)
 def test_logits(name):
     model, ids = build(name), tokens(2, 70)
     with torch.no_grad():
-        expected, got = both(lambda: model(ids).logits)
+        expected, got = both(lambda: model(ids)[0])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -129,20 +176,83 @@ def test_gradients_of_a_training_step(name):
         torch.testing.assert_close(got[parameter], grad, atol=1e-5, rtol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
-def test_packed_sequences_are_kept_apart():
-    """What the fallback refuses: every sequence comes out as if it were alone."""
-    from transformers.models.qwen3_next import modeling_qwen3_next as module
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padded_generation_gives_the_same_tokens(name):
+    model, ids = build(name), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    expected, got = both(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False))
+    assert torch.equal(got, expected)
 
-    layer = next(m for m in build("qwen3_next").modules() if isinstance(m, module.Qwen3NextGatedDeltaNet))
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_that_comes_in_two_parts(name):
+    """The second part finds states in the cache, of the rule and of the convolution."""
+    model, ids = build(name), tokens(2, 50)
+
+    def run():
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits for part in ids.split([2, 30, 1, 17], 1)]
+        return torch.cat(parts, 1)
+
+    expected, got = both(run)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(), accelerated.enabled():
+        torch.testing.assert_close(got, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_16_bits(dtype):
+    model, ids = build("qwen3_5").to(dtype), tokens(2, 70)
+    with torch.no_grad():
+        expected, got = both(lambda: model(ids).logits)
+    torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("packing", ["cu_seq_lens_q", "seq_idx"])
+def test_packed_sequences_are_kept_apart(name, packing):
+    """What the fallback refuses: every sequence comes out as if it were alone."""
+    layer = next(m for m in build(name).modules() if "Delta" in type(m).__name__)
     x = torch.randn(1, 50, 64)
     bounds = torch.tensor([0, 2, 20, 50], dtype=torch.int32)
+    seq_idx = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), bounds.diff())[None]
+    options = {"cu_seq_lens_q": bounds} if packing == "cu_seq_lens_q" else {"seq_idx": seq_idx}
     with torch.no_grad():
-        alone = torch.cat([layer(x[:, a:b]) for a, b in itertools.pairwise(bounds.tolist())], 1)
-        with pytest.raises(ValueError, match="packed"):
-            layer(x, cu_seq_lens_q=bounds)
+        with fallback():
+            alone = torch.cat([layer(x[:, a:b]) for a, b in itertools.pairwise(bounds.tolist())], 1)
         with accelerated.enabled():
-            packed = layer(x, cu_seq_lens_q=bounds)
+            packed = layer(x, **options)
+            with pytest.raises(ValueError, match="batch of 1"):
+                layer(x.expand(2, -1, -1), seq_idx=seq_idx.expand(2, -1))
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_convolution_serves_models_without_a_delta_rule():
+    config = transformers.Lfm2Config(
+        **{k: v for k, v in COMMON.items() if k != "layer_types"}, layer_types=["conv", "conv", "full_attention"]
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.Lfm2ForCausalLM(config).eval(), tokens(2, 30)
+    with fallback():
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with accelerated.enabled(), Counter() as counter:
+        got = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(got, expected)
+    assert counter.calls["convolution"] == 2 * 8
+
+
+def test_decoding_updates_the_cache_in_place():
+    model, ids = build("qwen3_5"), tokens(1, 9)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad(), accelerated.enabled():
+        model(ids[:, :8], past_key_values=cache)
+        states = [cache.layers[0].recurrent_states[0], cache.layers[0].conv_states[0]]
+        before = [x.clone() for x in states]
+        model(ids[:, 8:], past_key_values=cache)
+    assert cache.layers[0].recurrent_states[0] is states[0]
+    assert not any(torch.equal(a, b) for a, b in zip(states, before, strict=True))
 
 
 def test_enable_and_disable_leave_the_modules_as_they_were():
@@ -159,21 +269,142 @@ def test_enable_and_disable_leave_the_modules_as_they_were():
     assert hub_kernels.use_kernel_func_from_hub_with_fallback is before[1]
 
 
+def run_alone(code, path=None):
+    """In a process of its own, with the folder `path` in front of the installed packages."""
+    env = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+LATER = """
+from pyrepr.integrations import transformers as accelerated
+accelerated.enable()
+from transformers.models.qwen3_5 import modeling_qwen3_5 as module
+names = ('torch_chunk_gated_delta_rule', 'torch_recurrent_gated_delta_rule', 'causal_conv1d_fn', 'causal_conv1d_update')
+assert all(hasattr(getattr(module, name), '_pyrepr_original') for name in names)
+"""
+TINY = """
+import torch, transformers
+torch.manual_seed(0)
+config = transformers.Qwen3_5TextConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, layer_types=['linear_attention', 'full_attention'], head_dim=16, linear_num_key_heads=2,
+    linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, pad_token_id=0, eos_token_id=None)
+model = transformers.Qwen3_5ForCausalLM(config).eval()
+ids = torch.arange(1, 9)[None]
+"""
+
+
 def test_modules_imported_later_are_reached_and_given_back():
+    given_back = "accelerated.disable()\nassert not any(hasattr(getattr(module, n), '_pyrepr_original') for n in names)"
+    run_alone(LATER + given_back)
+
+
+def test_an_installed_flash_linear_attention_is_not_called_on_the_cpu(tmp_path):
+    """Without pyrepr it would be, and fail: its kernels have no driver here."""
+    for package, functions in {
+        "fla/ops/gated_delta_rule": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+        "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
+    }.items():
+        folder = tmp_path / package
+        folder.mkdir(parents=True)
+        lines = [f"def {name}(*args, **kwargs): raise RuntimeError('0 active drivers')" for name in functions]
+        (folder / "__init__.py").write_text("\n".join(lines))
+    (tmp_path / "fla/__init__.py").touch()
+    (tmp_path / "fla/ops/__init__.py").touch()
     code = (
+        "try: model(ids)\n"
+        "except RuntimeError as error: assert '0 active drivers' in str(error)\n"
+        "else: raise AssertionError('the stand-in was not called')\n"
         "from pyrepr.integrations import transformers as accelerated\n"
-        "accelerated.enable()\n"
-        "from transformers.models.qwen3_5 import modeling_qwen3_5 as module\n"
-        "assert hasattr(module.torch_chunk_gated_delta_rule, '_pyrepr_original')\n"
-        "assert hasattr(module.torch_recurrent_gated_delta_rule, '_pyrepr_original')\n"
-        "accelerated.disable()\n"
-        "assert not hasattr(module.torch_chunk_gated_delta_rule, '_pyrepr_original')\n"
+        "with accelerated.enabled():\n"
+        "    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 12)\n"
+        "    model(ids, labels=ids).loss.backward()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    run_alone(TINY + code, tmp_path)
+
+
+KERNELS = """
+import inspect
+from torch import nn
+
+class _Nothing:
+    def __init__(self, *args, **kwargs): pass
+
+CUDAProperties = Device = KernelizeFallback = LayerRepository = LocalLayerRepository = ROCMProperties = _Nothing
+class Mode: INFERENCE = TRAINING = TORCH_COMPILE = 1
+register_kernel_mapping = replace_kernel_forward_from_hub = use_kernel_mapping = get_kernel = kernelize = _Nothing
+
+def use_kernel_forward_from_hub(name):
+    def decorate(target):
+        if isinstance(target, type):
+            return target
+        class Func(nn.Module):
+            kernel_layer_name = name
+            def forward(self, *args, **kwargs): return target(*args, **kwargs)
+        parameters = inspect.signature(target).parameters.values()
+        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        Func.forward.__signature__ = inspect.Signature([me, *parameters])
+        return Func()
+    return decorate
+
+def use_kernelized_func(*functions):
+    for function in functions:
+        if not hasattr(function, 'kernel_layer_name'):
+            raise ValueError(f'{function} is not decorated')
+    return lambda cls: cls
+"""
+
+
+def test_with_the_package_kernels_functions_stay_what_its_mapping_works_on(tmp_path):
+    """A stand-in for `kernels`, which makes modules of the functions and refuses anything else."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text(KERNELS)
+    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.2.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    )
+    code = (
+        "assert all(isinstance(getattr(module, name), torch.nn.Module) for name in names)\n"
+        "assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 12)\n"
+        "accelerated.disable()\n"
+        "assert not any(hasattr(getattr(module, n), '_pyrepr_original') for n in names)\n"
+        "with accelerated.enabled():\n"
+        "    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 12)\n"
+    )
+    run_alone(LATER + TINY + code, tmp_path)
 
 
 def test_an_untested_version_is_named(monkeypatch):
     monkeypatch.setattr(accelerated, "TESTED", "4.99")
     with pytest.warns(UserWarning, match=rf"tested with transformers 4.99, got {transformers.__version__}"):
         accelerated.enable()
+
+
+def test_a_function_that_changed_is_named(monkeypatch):
+    from transformers.models.qwen3_next import modeling_qwen3_next as module
+
+    def chunk(query, key, value, g, beta, state):
+        pass
+
+    before = module.causal_conv1d_fn
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", chunk)
+    with pytest.raises(RuntimeError, match="has a chunk_gated_delta_rule without initial_state, output_final_state"):
+        accelerated.enable()
+    assert module.causal_conv1d_fn is before
+
+
+def test_the_whole_model_benchmark_runs():
+    from argparse import Namespace
+
+    from pyrepr.benchmarks import model
+
+    tiny = Namespace(layers=4, hidden=64, heads=2, prompt=40, tokens=4, rounds=1, profiled=2)
+    result = model.measure(tiny)
+    assert result["same_tokens"] == 4
+    for run in model.RUNS:
+        for phase in model.PHASES:
+            took = result["milliseconds"][run][phase]
+            assert 0 < took["rule"] < took["all"] and 0 < took["convolution"] < took["all"]
+            assert len(result["profile_milliseconds"][run][phase]) > 5
+    assert "rule + convolution" in model.report(result)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +17,12 @@ from typing import Any
 from pyrepr.benchmarks.report import gpu_markdown
 
 import pyrepr
+from pyrepr.backend import build_info
+from pyrepr.gpu_check import cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "lookup")
 # Shares of the time that is left when a section's turn comes. Correctness first: it is worth most.
-SHARES = {"machine": 1.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
+SHARES = {"machine": 1.0, "prepare": 4.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -34,9 +36,11 @@ class Run:
                 raise ValueError(f"--families must be among {', '.join(known)}, got {family!r}")
         self.started, self.dry = time.monotonic(), dry
         self.end = self.started + seconds
+        self.most = 1 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
-        self.sections = [("machine", "all")]
+        self.tuned: list[str] = []
+        self.sections = [("machine", "all"), *(("prepare", f) for f in families or known)]
         self.sections += [(kind, f) for kind in ("check", "time") for f in families or known]
         self.sections += [("tests", "all"), *(("sanitize", f) for f in families or known)]
         self.commit = _commit()
@@ -74,6 +78,7 @@ class Run:
         """Runs a worker; returns why it ended early, or ``None``."""
         command = [*prefix, sys.executable, "-m", "pyrepr.benchmarks.gpu.worker", kind, family, str(path), *options]
         command += ["--seconds", str(seconds), *(["--dry-run"] if self.dry else [])]
+        command += [] if self.most is None else ["--most", str(self.most)]
         try:
             # Some time more: the worker sees for itself that its time is over, unless it hangs.
             result = subprocess.run(
@@ -82,11 +87,24 @@ class Run:
         except subprocess.TimeoutExpired:
             return "it was still running when the section's time was over"
         sys.stderr.write(result.stderr)
+        sys.stdout.write(result.stdout)
+        # Of PYREPR_AUTOTUNE=1: what the tables in the code should say.
+        self.tuned += [line for line in result.stdout.splitlines() if "best of its table's row" in line]
         if result.returncode == 0:
             return None
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
         found = [line for line in lines if line.startswith("=========")][:6] or lines[-3:]  # compute-sanitizer's report
         return f"its process ended with code {result.returncode}: {' | '.join(found)}"[:900]
+
+    def prepare(self, family: str, seconds: float) -> None:
+        """Compiles what the cases launch, on all processors; what fails here fails again where it is recorded."""
+        if self.dry:
+            return
+        count = min(8, os.cpu_count() or 1)
+        with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(count) as pool:
+            for i in range(count):
+                options = ["--first", str(i), "--step", str(count)]
+                pool.submit(self._worker, "prepare", family, Path(folder, str(i)), options, seconds)
 
     def sanitize(self, family: str, seconds: float) -> None:
         """compute-sanitizer on every small case: one process a tool, because starting one takes half a minute."""
@@ -94,7 +112,7 @@ class Run:
 
         names = [describe(item) for item in sanitize_items(family, self.dry)]
         shared = {"section": "sanitize", "family": family}
-        path_of_tool = shutil.which("compute-sanitizer")
+        path_of_tool = cuda_tool("compute-sanitizer")
         end = time.monotonic() + seconds
         for i, tool in enumerate(TOOLS):
             if self.dry or path_of_tool is None:
@@ -137,6 +155,7 @@ class Run:
             "finished": finished,
             "seconds": round(time.monotonic() - self.started, 1),
             "machine": facts,
+            "tuned": self.tuned,
             "records": [r for r in self.records if "facts" not in r],
         }
 
@@ -174,7 +193,7 @@ def _commit() -> str:
     git = ["git", "-C", str(_root())]
     commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
     if not commit:
-        return os.environ.get("PYREPR_COMMIT", "unknown")
+        return build_info().get("commit") or os.environ.get("PYREPR_COMMIT", "unknown")
     return commit + ("+" if _output([*git, "status", "--porcelain", "-uno"]) else "")
 
 
@@ -195,7 +214,7 @@ def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int
         budget = max(0.0, state.left() - 5) * shares[0] / sum(shares)
         before = len(state.records)
         try:
-            if kind in ("sanitize", "tests"):
+            if kind in ("prepare", "sanitize", "tests"):
                 getattr(state, kind)(family, budget)
             else:
                 state.section(kind, family, budget)

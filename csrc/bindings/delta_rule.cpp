@@ -1,5 +1,10 @@
 // Bindings of family `delta_rule`.
+#include <array>
+
 #include "bindings/common.h"
+#ifdef PYREPR_CUDA
+#include "cuda/delta_rule.h"
+#endif
 
 namespace pyrepr {
 namespace {
@@ -9,13 +14,11 @@ struct DeltaRuleArguments {
   std::vector<int64_t> bounds;
   cpu::DeltaRuleProblem problem;
 
-  // addresses: q, k, v, g, beta, initial state; strides: batch, token and head of q, k, v; sizes: B, T, H, K, HV, V.
-  DeltaRuleArguments(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
-                     const std::vector<int64_t>& sizes, int dtype, bool gate_per_key, std::vector<int64_t> bounds_,
+  // addresses: q, k, v, g, beta, initial state; sizes: B, T, H, K, HV, V; strides: all of q, k, v.
+  DeltaRuleArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& sizes,
+                     const std::array<int64_t, 12>& strides, int dtype, bool gate_per_key, std::vector<int64_t> bounds_,
                      double scale, bool l2norm, int threads)
       : bounds(std::move(bounds_)) {
-    if (addresses.size() != 6 || strides.size() != 9 || sizes.size() != 6)
-      throw std::invalid_argument("DeltaRule takes 6 addresses, 9 strides and 6 sizes");
     for (int64_t size : sizes)
       if (size < 0) throw std::invalid_argument("a size is negative");
     const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], value_heads = sizes[4];
@@ -31,8 +34,8 @@ struct DeltaRuleArguments {
     const bool no_keys = batch * total * sizes[3] == 0, no_values = batch * total * value_heads * sizes[5] == 0;
     const bool no_gates = batch * total * value_heads == 0;
     const auto tokens = [&](size_t i, const char* name, bool empty) {
-      return cpu::Tokens{pointer<const void>(addresses[i], name, empty), strides[3 * i], strides[3 * i + 1],
-                         strides[3 * i + 2]};
+      return cpu::Tokens{pointer<const void>(addresses[i], name, empty), strides[4 * i], strides[4 * i + 1],
+                         strides[4 * i + 2]};
     };
     problem.q = tokens(0, "q", no_keys);
     problem.k = tokens(1, "k", no_keys);
@@ -86,9 +89,7 @@ void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uin
 }
 
 void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, int64_t segment,
-                         const std::vector<uintptr_t>& grads) {
-  if (grads.size() != 7) throw std::invalid_argument("backward takes 7 gradients");
-  if (a.problem.gate_per_key) throw std::invalid_argument("a gate per key runs in the reference");
+                         const std::array<uintptr_t, 7>& grads) {
   const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
   if (!slots && a.states_needed(segment)) throw std::invalid_argument("the forward kept no states");
   const bool no_values = a.no_tokens(), no_gates = a.problem.batch * a.problem.total * a.problem.value_heads == 0;
@@ -97,21 +98,69 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
                                     pointer<float>(grads[1], "dq", no_keys),
                                     pointer<float>(grads[2], "dk", no_keys),
                                     pointer<float>(grads[3], "dv", no_values),
-                                    pointer<float>(grads[4], "dg", no_gates),
+                                    pointer<float>(grads[4], "dg", a.problem.gate_per_key ? no_keys : no_gates),
                                     pointer<float>(grads[5], "dbeta", no_gates),
                                     pointer<float>(grads[6], "dstate", a.no_states())};
   py::gil_scoped_release release;
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
+#ifdef PYREPR_CUDA
+// addresses: q, k, v, g, beta, initial state, final state, o, cu_seqlens; strides and sizes as DeltaRule takes them.
+void cuda_delta_rule_step(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
+                          const std::vector<int64_t>& sizes, int64_t sequences, int dtype, bool gate_per_key,
+                          double scale, bool l2norm, uintptr_t stream) {
+  if (addresses.size() != 9 || strides.size() != 9 || sizes.size() != 6)
+    throw std::invalid_argument("cuda_delta_rule_step takes 9 addresses, 9 strides and 6 sizes");
+  for (int64_t size : sizes)
+    if (size < 0) throw std::invalid_argument("a size is negative");
+  const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], width = sizes[3], value_heads = sizes[4];
+  if (heads < 1 || value_heads % heads) throw std::invalid_argument("HV must be a multiple of H");
+  if (sequences < 0 || (addresses[8] ? batch != 1 : sequences != batch))
+    throw std::invalid_argument("there must be one sequence per row of the batch, or B = 1 and cu_seqlens");
+  const bool no_gates = batch * total * value_heads == 0, no_values = no_gates || sizes[5] == 0;
+  const bool no_states = sequences * value_heads * width * sizes[5] == 0;
+  const auto tokens = [&](size_t i, const char* name, bool empty) {
+    return cuda::Tokens{pointer<const void>(addresses[i], name, empty), strides[3 * i], strides[3 * i + 1],
+                        strides[3 * i + 2]};
+  };
+  cuda::DeltaRuleStep p;
+  p.q = tokens(0, "q", no_gates);
+  p.k = tokens(1, "k", no_gates);
+  p.v = tokens(2, "v", no_values);
+  p.g = pointer<const float>(addresses[3], "g", true);
+  p.beta = pointer<const float>(addresses[4], "beta", no_gates);
+  p.initial = pointer<const float>(addresses[5], "initial_state", true);
+  p.final = pointer<float>(addresses[6], "final_state", no_states);
+  p.o = pointer<void>(addresses[7], "o", no_values);
+  p.bounds = pointer<const int64_t>(addresses[8], "cu_seqlens", true);
+  p.total = total;
+  p.heads = heads;
+  p.width = width;
+  p.value_heads = value_heads;
+  p.value_width = sizes[5];
+  p.sequences = sequences;
+  p.dtype = dtype_of(dtype);
+  p.gate_per_key = gate_per_key;
+  p.l2norm = l2norm;
+  p.scale = static_cast<float>(scale);
+  py::gil_scoped_release release;
+  const char* const error = cuda::delta_rule_step(p, reinterpret_cast<void*>(stream));
+  if (error) throw std::runtime_error(std::string("delta_rule_step (CUDA): ") + error);
+}
+#endif
+
 }  // namespace
 
 void bind_delta_rule(py::module_& m) {
   py::class_<DeltaRuleArguments>(m, "DeltaRule")
-      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int, bool,
-                    std::vector<int64_t>, double, bool, int>())
+      .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 6>&, const std::array<int64_t, 12>&, int,
+                    bool, std::vector<int64_t>, double, bool, int>())
       .def("forward", &delta_rule_forward)
       .def("backward", &delta_rule_backward);
+#ifdef PYREPR_CUDA
+  m.def("cuda_delta_rule_step", &cuda_delta_rule_step);
+#endif
 }
 
 }  // namespace pyrepr

@@ -4,38 +4,15 @@
 #include "cuda/lookup.h"
 #endif
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace pyrepr {
 namespace {
 
-// Asks the system to hold this memory in huge pages: a gather from small ones waits for address translation more than
-// for data, and a large fresh result costs more in page faults than in writes. With `now`, pages already in use are
-// moved too (MADV_COLLAPSE, Linux 6.1). Contents and addresses stay; true if nothing was refused.
-bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t start = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (end <= start) return false;
-  void* const data = reinterpret_cast<void*>(start);
-  if (madvise(data, end - start, MADV_HUGEPAGE)) return false;
-#if !defined(MADV_COLLAPSE)
-#define MADV_COLLAPSE 25
-#endif
-  return !now || madvise(data, end - start, MADV_COLLAPSE) == 0;
-#else
-  (void)address, (void)bytes, (void)now;
-  return false;
-#endif
-}
-
-cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h,
+cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h, bool packed,
                               int threads) {
   if (type < 0 || type > 4) throw std::invalid_argument("table type code " + std::to_string(type) + " is unknown");
   if (K < 0 || n < 0 || h < 0 || threads < 1)
     throw std::invalid_argument("sizes must not be negative, threads positive");
+  if (packed && h % cpu::kLookupTile) throw std::invalid_argument("packed tables must have whole tiles of columns");
   if ((type == 4) != (scales != 0) && data) throw std::invalid_argument("int8 tables, and only they, need scales");
   return {pointer<const void>(data, "tables", true),
           static_cast<cpu::TableType>(type),
@@ -43,6 +20,7 @@ cpu::LookupTables tables_from(uintptr_t data, int type, uintptr_t scales, int64_
           K,
           n,
           h,
+          packed,
           threads};
 }
 
@@ -52,20 +30,24 @@ View view_of(const MatrixTuple& matrix, const char* what) {
   return {pointer<const void>(data, what, rows == 0 || cols == 0), rows, cols, row_stride, 1};
 }
 
-cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
-                          int threads) {
-  const cpu::LookupHash hash{view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting),
-                             temperature,     threads};
-  if (bits < 1 || bits > 16 || hash.x.cols % bits)
+const cpu::LookupHash& checked_hash(const cpu::LookupHash& hash) {
+  const int weighting = static_cast<int>(hash.weighting);
+  if (hash.bits < 1 || hash.bits > 16 || hash.x.cols % hash.bits)
     throw std::invalid_argument("x does not consist of chunks of `bits` elements");
   if (weighting < 0 || weighting > 3)
     throw std::invalid_argument("weighting code " + std::to_string(weighting) + " is unknown");
-  if (threads < 1) throw std::invalid_argument("threads must be positive");
+  if (hash.threads < 1) throw std::invalid_argument("threads must be positive");
   return hash;
 }
 
+cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
+                          int threads) {
+  return checked_hash(
+      {view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
+}
+
 cpu::LookupRoute route_from(int route) {
-  if (route < 0 || route > 2) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
+  if (route < 0 || route > 3) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
   return static_cast<cpu::LookupRoute>(route);
 }
 
@@ -85,18 +67,23 @@ const int32_t* checked_codes(uintptr_t address, int64_t count, int64_t n) {
 
 bool same_precision(DType x, cpu::TableType tables) { return (x == DType::f64) == (tables == cpu::TableType::f64); }
 
-void lookup_linear(const cpu::LookupTables& tables, const MatrixTuple& x, int dtype, int64_t bits, int weighting,
-                   double temperature, uintptr_t bias, int route, uintptr_t out) {
-  const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, tables.threads);
-  if (hash.x.cols != tables.K * bits || tables.n != int64_t(1) << bits || !same_precision(hash.dtype, tables.type))
+// One call with plain numbers: at one token, making a tuple or an object costs as much as the arithmetic.
+void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h, bool packed,
+                   uintptr_t x, int dtype, int64_t rows, int64_t stride, int64_t bits, int weighting,
+                   double temperature, uintptr_t bias, int route, uintptr_t out, int threads) {
+  const cpu::LookupTables tables = tables_from(data, type, scales, K, n, h, packed, threads);
+  const bool empty = rows == 0 || h == 0;
+  const View view{pointer<const void>(x, "x", empty || K == 0), rows, K * bits, stride, 1};
+  const cpu::LookupHash hash =
+      checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
+  if (n != int64_t(1) << bits || !same_precision(hash.dtype, tables.type))
     throw std::invalid_argument("x and tables do not fit together");
-  const bool empty = hash.x.rows == 0 || tables.h == 0;
-  if (!tables.data && tables.K && !empty) throw std::invalid_argument("tables has no memory");
-  void* const data = pointer<void>(out, "out", empty);
+  if (!tables.data && K && !empty) throw std::invalid_argument("tables has no memory");
+  void* const to = pointer<void>(out, "out", empty);
   const void* const added = pointer<const void>(bias, "bias", true);
   const cpu::LookupRoute way = route_from(route);
   py::gil_scoped_release release;
-  if (!empty) check(current_level().lookup().linear(tables, hash, added, way, data));
+  if (!empty) check(current_level().lookup().linear(tables, hash, added, way, to));
 }
 
 void lookup_sum(const cpu::LookupTables& tables, uintptr_t codes, uintptr_t weights, int64_t tokens, int route,
@@ -114,6 +101,7 @@ void lookup_sum(const cpu::LookupTables& tables, uintptr_t codes, uintptr_t weig
 void lookup_backward(const cpu::LookupTables& tables, const MatrixTuple& grad, uintptr_t codes, uintptr_t weights,
                      uintptr_t first, uintptr_t segments, uintptr_t dots) {
   const View g = view_of(grad, "grad");
+  if (tables.packed) throw std::invalid_argument("the backward takes tables that are not packed");
   if (g.cols != tables.h) throw std::invalid_argument("grad and tables do not fit together");
   const int32_t* const checked = checked_codes(codes, g.rows * tables.K, tables.n);
   const void* const w = pointer<const void>(weights, "weights", g.rows * tables.K == 0);
@@ -162,10 +150,11 @@ void cuda_lookup_linear(const MatrixTuple& x, int dtype, uintptr_t tables, int t
 void bind_lookup(py::module_& m) {
   py::class_<cpu::LookupTables>(m, "LookupTables")
       .def(py::init(&tables_from))
-      .def("linear", &lookup_linear)
       .def("sum", &lookup_sum)
       .def("backward", &lookup_backward);
 
+  m.attr("lookup_tile") = cpu::kLookupTile;
+  m.def("lookup_linear", &lookup_linear);
   m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
     py::gil_scoped_release release;
     return huge_pages(address, bytes, true);

@@ -34,5 +34,6 @@ PYBIND11_MODULE(_C, m) {
   bind_gram(m);
   bind_delta_rule(m);
   bind_lookup(m);
+  bind_causal_conv1d(m);
   bind_probe(m);
 }

@@ -12,12 +12,15 @@
 
 #include "cpu/delta_rule_backward.h"
 #include "cpu/delta_rule_chunk.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/delta_rule_dot.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kShort = 8;  // tokens up to which the recurrence itself is run, on the state where it stands
-constexpr int64_t kSmall = int64_t(1) << 18;  // elements of all states times tokens below which threads do not pay
+constexpr int64_t kSmall = int64_t(1) << 16;  // elements of all states times tokens below which threads do not pay
 
 // One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
 // since S'^T q = (e^g S)^T q + <k, q> delta.
@@ -54,9 +57,9 @@ struct Token {
     kq = static_cast<float>(lane_sum<float>(products));
   }
 
-  // state [K, NV * W] forward by this token; v, o [NV * W].
+  // The state [K, NV * W] at `from` forward by this token, to `to`, which may be the same; v, o [NV * W].
   template <int NV>
-  void step(int64_t width, float* state, int64_t stride, const float* v, float* o) const {
+  void step(int64_t width, const float* from, float* to, int64_t stride, const float* v, float* o) const {
     // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
     constexpr int64_t rows = 8;
     V erased[NV] = {}, read[NV] = {}, delta[NV];
@@ -67,7 +70,7 @@ struct Token {
         V e{}, r{};
 #pragma GCC unroll 8
         for (int64_t row = i; row < i + rows; row++) {
-          const V s = pyrepr::load<float>(state + row * stride + j * W);
+          const V s = pyrepr::load<float>(from + row * stride + j * W);
           e += decayed_k[row] * s;
           r += decayed_q[row] * s;
         }
@@ -76,7 +79,7 @@ struct Token {
       }
     for (; i < width; i++)
       for (int j = 0; j < NV; j++) {
-        const V s = pyrepr::load<float>(state + i * stride + j * W);
+        const V s = pyrepr::load<float>(from + i * stride + j * W);
         erased[j] += decayed_k[i] * s;
         read[j] += decayed_q[i] * s;
       }
@@ -85,19 +88,33 @@ struct Token {
       delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
       store<float>(o + j * W, read[j] + kq * delta[j]);
     }
-    for (i = 0; i < width; i++)
+    // Last row first: the rows just read are still in L1.
+    for (i = width - 1; i >= 0; i--)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
-        float* const at = state + i * stride + j * W;
-        store<float>(at, decay[i] * pyrepr::load<float>(at) + k[i] * delta[j]);
+        const int64_t at = i * stride + j * W;
+        store<float>(to + at, decay[i] * pyrepr::load<float>(from + at) + k[i] * delta[j]);
       }
   }
 };
+
+// What takes inputs of this storage through their chunks, where the gate is not per key.
+template <class S>
+struct ForwardOf {
+  using Type = FloatForward;
+};
+#if defined(PYREPR_LEVEL_avx512_bf16)
+template <>
+struct ForwardOf<StoreBf16> {
+  using Type = DotForward;
+};
+#endif
 
 template <class S>
 class DeltaRule {
  public:
   using Element = typename S::Memory;
+  using Forward = typename ForwardOf<S>::Type;
 
   static Status forward(const DeltaRuleProblem& p, void* o_, float* final, const DeltaRuleStates& states) {
     Element* const o = static_cast<Element*>(o_);
@@ -110,19 +127,19 @@ class DeltaRule {
     const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
     const Memory memory(bytes * threads);
     if (!memory.ok()) return Status::out_of_memory;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < heads * slices; task++) {
+    const auto run = [&](int64_t task) {
       float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
       const Sequence s(p, task / slices);
       const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
-      if (columns <= 0) continue;
-      Columns at{p, s, v0, columns, o, final + s.state_offset(p) + v0};
-      if (s.length <= kShort && !states.data)
-        walk_in_place(at, scratch);
-      else if (p.gate_per_key)
-        walk_tokens(at, scratch);
-      else
-        walk_chunks(at, states, scratch);
+      if (columns > 0) walk({p, s, v0, columns, o, final + s.state_offset(p) + v0}, states, scratch);
+    };
+    // Decoding: token after token, a thread gets the same heads, whose states its cache holds.
+    if (p.total <= kShort) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+      for (int64_t task = 0; task < heads * slices; task++) run(task);
+    } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+      for (int64_t task = 0; task < heads * slices; task++) run(task);
     }
     return Status::ok;
   }
@@ -154,12 +171,18 @@ class DeltaRule {
     const Element* v(int64_t t, int64_t c) const { return s.token<S>(p.v, t, s.value_head) + v0 + c; }
     Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
 
-    // Asks for the part of the chunk at t0 that falls to the panel at column c when the chunk is shared out evenly.
-    __attribute__((always_inline)) void prefetch_share(int64_t t0, int64_t c) const {
-      const int64_t first = t0 + C * c / columns, last = t0 + C * smaller<int64_t>(c + NR, columns) / columns;
-      prefetch<S>(s, p.k, first, last, s.head, p.width);
-      prefetch<S>(s, p.q, first, last, s.head, p.width);
-      prefetch<S>(s, p.v, first, last, s.value_head, p.value_width);
+    // What the panel at column c of the chunk at t0 should ask for: its places in o [rows, n], and its share of the
+    // next chunk, when that is shared out evenly.
+    Requests requests(int64_t t0, int64_t rows, int64_t c, int64_t n) const {
+      constexpr int64_t item = sizeof(Element);
+      Requests all;
+      all.add(out(t0, c), rows, p.value_heads * p.value_width * item, n * item);
+      const int64_t first = t0 + C + C * c / columns, last = t0 + C + C * smaller<int64_t>(c + NR, columns) / columns;
+      request<S>(all, s, p.k, first, last, s.head, p.width);
+      request<S>(all, s, p.q, first, last, s.head, p.width);
+      request<S>(all, s, p.v, first, last, s.value_head, p.value_width);
+      request_gates(all, p, s, first, last);
+      return all;
     }
 
     void load_state(const Panels& state) const {
@@ -173,14 +196,24 @@ class DeltaRule {
 
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
-    return Chunk::size(padded) + padded * slice + 3 * C * NR + C * Token::size(p.width);
+    return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR;
   }
 
+  static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
+    if (at.s.length <= kShort && !states.data)
+      walk_in_place(at, scratch);
+    else if (at.p.gate_per_key)
+      walk_chunks<FloatForward>(at, states, scratch);
+    else
+      walk_chunks<Forward>(at, states, scratch);
+  }
+
+  template <class Engine>
   static void walk_chunks(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     const DeltaRuleProblem& p = at.p;
     const int64_t padded = round_up(p.width, NR);
-    Chunk chunk(scratch, padded);
-    const Panels state{scratch + Chunk::size(padded), padded};
+    Engine engine(p, scratch);
+    const Panels state{scratch + Engine::size(padded), padded};
     const Panels v{state.data + Panels::size(padded, at.columns), C}, values{v.data + C * NR, C},
         o{values.data + C * NR, C};
     at.load_state(state);
@@ -192,84 +225,50 @@ class DeltaRule {
                                p.value_width);
       }
       const int64_t rows = smaller(C, at.s.length - t0);
-      chunk.load_k<S>(p, at.s, t0);
-      chunk.solve(p);
-      chunk.load_q<S>(p, at.s, t0, p.scale);
-      chunk.gate_keys(p.width);
-      if (chunk.gates.gated) scale_columns(chunk.qt, p.width, chunk.gates.decay);
+      engine.template load<S>(at.s, t0);
       for (int64_t c = 0; c < at.columns; c += NR) {
         const Panels slice = state.panel(c / NR);
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
-        at.prefetch_share(t0 + C, c);
+        Requests requests = at.requests(t0, rows, c, n);
         load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
-        new_values(p, chunk, slice, n, v, values);
-        multiply_panels<Part::all, true>(chunk.qt, C, slice, n, p.width, o);
-        multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+        engine.advance(n, v, values, o, slice, requests);
         store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
-        advance(p, chunk, values, n, slice);
       }
     }
     store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
   }
 
   template <int NV>
-  static void step_columns(const Columns& at, const Token& token, int64_t t, int64_t c, float* state, int64_t stride) {
+  static void step_columns(const Columns& at, const Token& token, int64_t t, int64_t c, const float* from, float* to,
+                           int64_t stride) {
     alignas(64) float v[NV * W], o[NV * W];
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(t, c + j * W), at.columns - c - j * W));
-    token.step<NV>(at.p.width, state, stride, v, o);
+    token.step<NV>(at.p.width, from, to, stride, v, o);
     for (int j = 0; j < NV; j++) store_some<S>(at.out(t, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
   }
 
-  // Token by token, a panel of the state at a time: it stays in L1 for the C tokens whose keys are at hand.
-  static void walk_tokens(const Columns& at, float* scratch) {
-    const DeltaRuleProblem& p = at.p;
-    const int64_t padded = round_up(p.width, NR);
-    const Panels state{scratch, padded};
-    float* const tokens = scratch + Panels::size(padded, at.columns);
-    at.load_state(state);
-    for (int64_t t0 = 0; t0 < at.s.length; t0 += C) {
-      const int64_t rows = smaller(C, at.s.length - t0);
-      float numbers[C][2];
-      for (int64_t t = 0; t < rows; t++) {
-        Token token(tokens + t * Token::size(p.width), p.width);
-        token.load<S>(p, at.s, t0 + t);
-        numbers[t][0] = token.beta;
-        numbers[t][1] = token.kq;
-      }
-      for (int64_t c = 0; c < at.columns; c += NR)
-        for (int64_t t = 0; t < rows; t++) {
-          Token token(tokens + t * Token::size(p.width), p.width);
-          token.beta = numbers[t][0];
-          token.kq = numbers[t][1];
-          if (at.columns - c > W)
-            step_columns<2>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
-          else
-            step_columns<1>(at, token, t0 + t, c, state.panel(c / NR).data, NR);
-        }
-    }
-    store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
-  }
-
-  // A few tokens: every one is a pass over the state in its own memory.
+  // A few tokens: every one is a pass over the state, the first from the initial to the final one, the others in place.
   static void walk_in_place(const Columns& at, float* scratch) {
     const DeltaRuleProblem& p = at.p;
     const int64_t stride = p.value_width;
-    for (int64_t i = 0; i < p.width && at.initial() != at.final; i++) {
-      if (at.initial())
-        std::memcpy(at.final + i * stride, at.initial() + i * stride, static_cast<size_t>(at.columns) * 4);
-      else
-        zero(at.final + i * stride, at.columns);
+    const float* from = at.initial();
+    if (!from) {
+      for (int64_t i = 0; i < p.width; i++) zero(at.final + i * stride, at.columns);
+      from = at.final;
+    } else if (from != at.final && at.s.length == 0) {
+      for (int64_t i = 0; i < p.width; i++)
+        std::memcpy(at.final + i * stride, from + i * stride, static_cast<size_t>(at.columns) * sizeof(float));
     }
     Token token(scratch, p.width);
     const Panels rest{scratch + Token::size(p.width), p.width};
-    for (int64_t t = 0; t < at.s.length; t++) {
+    for (int64_t t = 0; t < at.s.length; t++, from = at.final) {
       token.load<S>(p, at.s, t);
       int64_t c = 0;
-      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, at.final + c, stride);
-      for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, at.final + c, stride);
+      for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, t, c, from + c, at.final + c, stride);
+      for (; c + W <= at.columns; c += W) step_columns<1>(at, token, t, c, from + c, at.final + c, stride);
       if (c == at.columns) continue;
-      load_matrix<StoreF32>(at.final + c, stride, p.width, p.width, at.columns - c, rest);
-      step_columns<1>(at, token, t, c, rest.data, NR);
+      load_matrix<StoreF32>(from + c, stride, p.width, p.width, at.columns - c, rest);
+      step_columns<1>(at, token, t, c, rest.data, rest.data, NR);
       store_matrix<StoreF32>(rest, p.width, at.columns - c, at.final + c, stride);
     }
   }

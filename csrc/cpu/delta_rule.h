@@ -22,6 +22,10 @@
 //   dg = reverse cumsum of dG
 //
 // because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s.
+//
+// With a gate per key channel (KDA) g_t, G_t and e^{G_t} are vectors over K. They then belong to the elements of K and
+// Q instead of the rows, (K K^T o Gamma)_ts is sum_c K_tc K_sc e^{G_tc - G_sc}, e^{G_C} scales the rows of S, and what
+// is summed over c in dG is not.
 #pragma once
 
 #include "common.h"
@@ -64,7 +68,7 @@ struct DeltaRuleGradients {
   float* q;        // [B, T, HV, K]
   float* k;        // [B, T, HV, K]
   float* v;        // [B, T, HV, V]
-  float* g;        // [B, T, HV]
+  float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]
   float* beta;     // [B, T, HV]
   float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
@@ -72,7 +76,7 @@ struct DeltaRuleGradients {
 struct DeltaRuleFunctions {
   // o [B, T, HV, V] in the problem's dtype, final [N, HV, K, V]; `final` may be `initial`.
   Status (*forward)(const DeltaRuleProblem&, void* o, float* final, const DeltaRuleStates&);
-  // Not for gate_per_key. `states` as the forward left them.
+  // `states` as the forward left them.
   Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
 };
 
@@ -83,6 +87,9 @@ namespace avx2 {
 DeltaRuleFunctions delta_rule_functions();
 }
 namespace avx512 {
+DeltaRuleFunctions delta_rule_functions();
+}
+namespace avx512_bf16 {
 DeltaRuleFunctions delta_rule_functions();
 }
 

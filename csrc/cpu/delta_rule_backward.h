@@ -14,13 +14,76 @@ inline float row_product(const Panels& x, const Panels& y, int64_t t, int64_t co
   return static_cast<float>(lane_sum<float>(sum));
 }
 
+// The same for all C rows.
+inline void row_products(const Panels& x, const Panels& y, int64_t columns, float* out) {
+  for (int64_t t = 0; t < C; t += W) {
+    V each[W];
+    for (int64_t i = 0; i < W; i++) {
+      V low{}, high{};
+      for (int64_t c = 0; c < columns; c += NR) {
+        low += load<float>(x.at(t + i, c)) * load<float>(y.at(t + i, c));
+        high += load<float>(x.at(t + i, c + W)) * load<float>(y.at(t + i, c + W));
+      }
+      each[i] = low + high;
+    }
+    store<float>(out + t, sum_each(each));
+  }
+}
+
+// sum[c] += over the rows t of x_tc y_tc, for columns [0, columns) of panels [rows, ...].
+inline void add_column_products(const Panels& x, const Panels& y, int64_t rows, int64_t columns, double* sum) {
+  for (int64_t c = 0; c < columns; c += W) {
+    V products{};
+    for (int64_t t = 0; t < rows; t++) products += load<float>(x.at(t, c)) * load<float>(y.at(t, c));
+    for (int i = 0; i < W; i++) sum[c + i] += static_cast<double>(products[i]);
+  }
+}
+
+// What `decayed_products` means backwards, for weights w_ts [C, C] given transposed (row s, column t):
+//   out_t += sum over s <= t of w_ts x_s e^{g_{s+1} + ... + g_t}, by Horner's rule in the steps.
+inline void add_decayed_terms(const Panels& w, const Panels& x, const Panels& step, int64_t columns,
+                              const Panels& out) {
+  for (int64_t c = 0; c < columns; c += NR)
+    for (int64_t t = 0; t < C; t++) {
+      V low{}, high{};
+      const float *row = x.at(0, c), *decay = step.at(0, c);
+      for (int64_t s = 0; s <= t; s++, row += NR, decay += NR) {
+        const float weight = *w.at(s, t);
+        low = low * load<float>(decay) + weight * load<float>(row);
+        high = high * load<float>(decay + W) + weight * load<float>(row + W);
+      }
+      store<float>(out.at(t, c), load<float>(out.at(t, c)) + low);
+      store<float>(out.at(t, c + W), load<float>(out.at(t, c + W)) + high);
+    }
+}
+// For weights wx and wy with row t and column s:
+//   out_s += sum over t >= s of (wx_ts x_t + wy_ts y_t) e^{g_{s+1} + ... + g_t}.
+inline void add_decayed_terms_of_later(const Panels& wx, const Panels& x, const Panels& wy, const Panels& y,
+                                       const Panels& step, int64_t columns, const Panels& out) {
+  for (int64_t c = 0; c < columns; c += NR)
+    for (int64_t s = 0; s < C; s++) {
+      V low{}, high{};
+      for (int64_t t = C - 1; t >= s; t--) {
+        const float a = *wx.at(t, s), b = *wy.at(t, s);
+        low += a * load<float>(x.at(t, c)) + b * load<float>(y.at(t, c));
+        high += a * load<float>(x.at(t, c + W)) + b * load<float>(y.at(t, c + W));
+        if (t > s) {
+          low *= load<float>(step.at(t, c));
+          high *= load<float>(step.at(t, c + W));
+        }
+      }
+      store<float>(out.at(s, c), load<float>(out.at(s, c)) + low);
+      store<float>(out.at(s, c + W), load<float>(out.at(s, c + W)) + high);
+    }
+}
+
 template <class S>
 class DeltaRuleBackward {
  public:
   // Floats one thread needs: the states, V' and X^T of a segment, the gradient of the state, and one chunk's matrices.
   static int64_t size(const DeltaRuleProblem& p, int64_t segment) {
     const int64_t k = round_up(p.width, NR), v = round_up(p.value_width, NR);
-    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C;
+    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C + 2 * k;
   }
 
   DeltaRuleBackward(const DeltaRuleProblem& p, const Sequence& s, const DeltaRuleStates& states,
@@ -56,6 +119,7 @@ class DeltaRuleBackward {
     dt = take(C, C);
     m = take(C, C);
     turned = take(C, C);
+    last = reinterpret_cast<double*>(next);
   }
 
   void run() {
@@ -83,6 +147,8 @@ class DeltaRuleBackward {
   Panels d_ot, d_rt, values_t;                              // transposed [V, C]
   Panels dq, z, rest;                                       // dQ, Z and the bracket of dK [C, K]
   Panels d, dt, m, turned;                                  // D^T, D, M^T; whatever has to be transposed [C, C]
+  Requests requests;
+  double* last;  // [K] what dG of the last token gets besides its own, under a gate per key
 
   Panels state_of(int64_t i) const { return {segment_states.data + i * kp * vp, kp}; }
   Panels values_of(int64_t i) const { return {segment_values.data + i * C * vp, C}; }
@@ -97,17 +163,20 @@ class DeltaRuleBackward {
     for (int64_t i = 0; first + i < last; i++) {
       const int64_t t0 = (first + i) * C;
       chunk.load_k<S>(p, s, t0);
-      prefetch<S>(s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
-      prefetch<S>(s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      Requests requests;
+      request<S>(requests, s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
+      request<S>(requests, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      request_gates(requests, p, s, t0 + C, t0 + 2 * C);
+      requests.spread(vp / NR * (C + p.width) / Panels::MR);
       chunk.solve(p);
       std::memcpy(inverse_of(i).data, chunk.xt.data, C * C * sizeof(float));
-      chunk.gate_keys(p.width);
+      chunk.gate(p, false);
       load_matrix<S>(v(t0), p.v.token, smaller(C, s.length - t0), C, p.value_width, scratch);
-      new_values(p, chunk, state_of(i), vp, scratch, values_of(i));
+      new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
       if (first + i + 1 == last) break;
       std::memcpy(used.data, values_of(i).data, static_cast<size_t>(C * vp) * sizeof(float));
       std::memcpy(state_of(i + 1).data, state_of(i).data, static_cast<size_t>(kp * vp) * sizeof(float));
-      advance(p, chunk, used, vp, state_of(i + 1));
+      next_state(p, chunk, used, vp, state_of(i + 1), &requests);
     }
   }
 
@@ -121,33 +190,60 @@ class DeltaRuleBackward {
                           d_o);
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
 
-    if (t0 > 0) {
-      const Tokens o{grads.o, p.total * p.value_heads * p.value_width, p.value_heads * p.value_width, p.value_width};
-      prefetch<S>(s, p.q, t0 - C, t0, s.head, p.width);
-      prefetch<S>(s, p.k, t0 - C, t0, s.head, p.width);
-      prefetch<S>(s, p.v, t0, t0 + C, s.value_head, p.value_width);
-      prefetch<StoreF32>(s, o, t0 - C, t0, s.value_head, p.value_width);
-    }
+    requests = step_requests(t0, rows);
     value_gradients(inverse_of(i));
     transpose_panels(values, C, vp, values_t);
     transpose_panels(d_o, C, vp, d_ot);
     transpose_panels(d_r, C, vp, d_rt);
     pair_gradients();
     key_gradients(state);
-    double last = 0;  // what dG of the last token gets besides its own
-    for (int64_t t = 0; t < rows; t++) last += row_product(rest, chunk.k, t, kp);
-    if (chunk.gates.gated) last += state_product(state);
-    multiply_panels<Part::terms_from, false>(dt, C, chunk.q, kp, C, rest);
-    multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
-    write(t0, rows, last);
+    if (p.gate_per_key) {
+      pair_key_gradients(state);
+      write(t0, rows, 0);
+    } else {
+      double end = 0;  // what dG of the last token gets besides its own
+      alignas(64) float products[C];
+      row_products(rest, chunk.k, kp, products);
+      for (int64_t t = 0; t < rows; t++) end += static_cast<double>(products[t]);
+      if (chunk.gates.gated) end += state_product(state);
+      multiply_panels<Part::terms_upto, false>(d, C, chunk.k, kp, C, dq);
+      multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
+      multiply_panels<Part::terms_from, false>(dt, C, chunk.q, kp, C, rest);
+      multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
+      write(t0, rows, end);
+    }
     state_gradient();
+  }
+
+  // The places that `write` will write to, and the tokens of the next step, C back.
+  Requests step_requests(int64_t t0, int64_t rows) const {
+    constexpr int64_t item = sizeof(float);
+    const int64_t key = s.row(p, t0) * p.width, value = s.row(p, t0) * p.value_width;
+    const int64_t key_stride = p.value_heads * p.width * item, value_stride = p.value_heads * p.value_width * item;
+    Requests all;
+    all.add(grads.q + key, rows, key_stride, p.width * item);
+    all.add(grads.k + key, rows, key_stride, p.width * item);
+    all.add(grads.v + value, rows, value_stride, p.value_width * item);
+    if (p.gate_per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
+    if (t0 > 0) {
+      const int64_t back = C * p.value_heads * p.value_width;
+      request<S>(all, s, p.q, t0 - C, t0, s.head, p.width);
+      request<S>(all, s, p.k, t0 - C, t0, s.head, p.width);
+      request<S>(all, s, p.v, t0 - C, t0, s.value_head, p.value_width);
+      all.add(grads.o + value - back, C, value_stride, p.value_width * item);
+      request_gates(all, p, s, t0 - C, t0);
+    }
+    // Of dV', dQ, Z, their counterpart in dK, and the state's gradient.
+    all.spread((4 * C * vp / NR + kp * vp / NR) / Panels::MR);
+    return all;
   }
 
   // dV' and dR.
   void value_gradients(const Panels& inverse) {
     const Gates& gates = chunk.gates;
+    if (p.gate_per_key) chunk.decay_keys(chunk.k, chunk.key_gates.tail, p.width, chunk.kt);
     if (gates.gated) scale_columns(chunk.kt, p.width, gates.tail);
-    multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values);
+    multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values, 1, &requests);
     transpose_panels(chunk.pt, C, C, turned);
     multiply_panels<Part::terms_from, false>(turned, C, d_o, vp, C, d_values);
     transpose_panels(inverse, C, C, turned);
@@ -167,7 +263,7 @@ class DeltaRuleBackward {
     scale_rows(turned, C, chunk.gates.beta);
   }
 
-  // dQ, Z, and in `rest` diag(e^{G_C - G}) V' dS'^T.
+  // What the states give to dQ, Z, and in `rest` diag(e^{G_C - G}) V' dS'^T.
   void key_gradients(const Panels& state) {
     const Gates& gates = chunk.gates;
     transpose_panels(state, kp, vp, turned_state);
@@ -176,12 +272,32 @@ class DeltaRuleBackward {
       scale_columns(d_ot, p.value_width, gates.decay);
       scale_columns(values_t, p.value_width, gates.tail);
     }
-    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq);
-    multiply_panels<Part::terms_upto, false>(d, C, chunk.k, kp, C, dq);
-    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z);
-    multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
+    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq, 1, &requests);
+    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z, 1, &requests);
     transpose_panels(dstate, kp, vp, turned_state);
-    multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest);
+    multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest, 1, &requests);
+  }
+
+  // Under a gate per key: the decays worked into dQ, Z and `rest`, what the pairs of tokens give to them, and `last`.
+  void pair_key_gradients(const Panels& state) {
+    const KeyGates& gates = chunk.key_gates;
+    multiply_each(dq, gates.decay, C, kp, dq);
+    multiply_each(z, gates.decay, C, kp, z);
+    multiply_each(rest, gates.tail, C, kp, rest);
+    for (int64_t c = 0; c < kp; c += W) {
+      V own[W];
+      for (int i = 0; i < W; i++) {
+        own[i] = V{};
+        for (int64_t j = 0; j < vp; j += W)
+          own[i] += load<float>(state.at(c + i, j)) * load<float>(dstate.at(c + i, j));
+      }
+      const V sums = sum_each(own) * gates.last(c);
+      for (int i = 0; i < W; i++) last[c + i] = static_cast<double>(sums[i]);
+    }
+    add_column_products(rest, chunk.k, C, kp, last);
+    add_decayed_terms(d, chunk.k, gates.step, kp, dq);
+    add_decayed_terms(m, chunk.k, gates.step, kp, z);
+    add_decayed_terms_of_later(dt, chunk.q, turned, chunk.k, gates.step, kp, rest);
   }
 
   // e^{G_C} <S, dS'>
@@ -202,19 +318,43 @@ class DeltaRuleBackward {
     }
   }
 
+  // dg of token t under a gate per key; `last` holds the sum of dG over the tokens after it.
+  void write_key_gates(int64_t t, int64_t row) const {
+    const float beta = chunk.gates.beta[t];
+    for (int64_t c = 0; c < p.width; c += W) {
+      const V k = load<float>(chunk.k.at(t, c));
+      const Wide of_q = __builtin_convertvector(load<float>(dq.at(t, c)) * load<float>(chunk.q.at(t, c)), Wide);
+      const Wide of_k = __builtin_convertvector(load<float>(z.at(t, c)) * k * beta, Wide);
+      Wide sum;
+      std::memcpy(&sum, last + c, sizeof sum);
+      sum += (of_q + of_k) - __builtin_convertvector(load<float>(rest.at(t, c)) * k, Wide);
+      std::memcpy(last + c, &sum, sizeof sum);
+      store_some<StoreF32>(grads.g + row * p.width + c, p.width - c, __builtin_convertvector(sum, V));
+    }
+  }
+
   // Everything of the chunk's tokens goes out; `z` becomes dK, d_r becomes dV.
-  void write(int64_t t0, int64_t rows, double last) {
+  void write(int64_t t0, int64_t rows, double end) {
     const Gates& gates = chunk.gates;
     const Panels& raw = d_values;
     load_matrix<S>(v(t0), p.v.token, rows, C, p.value_width, raw);
-    double sum = last;
+    alignas(64) float of_values[C], of_z[C], of_q[C], of_rest[C];
+    row_products(d_r, raw, vp, of_values);
+    row_products(z, chunk.k, kp, of_z);
+    row_products(dq, chunk.q, kp, of_q);
+    row_products(rest, chunk.k, kp, of_rest);
+    double sum = end;
     for (int64_t t = rows - 1; t >= 0; t--) {
       const int64_t row = s.row(p, t0 + t);
-      const float beta = gates.beta[t], own = row_product(z, chunk.k, t, kp);
-      sum += static_cast<double>(row_product(dq, chunk.q, t, kp)) + static_cast<double>(beta) * own;
-      sum -= row_product(rest, chunk.k, t, kp);
-      grads.g[row] = static_cast<float>(sum);
-      grads.beta[row] = row_product(d_r, raw, t, vp) + own;
+      const float beta = gates.beta[t];
+      if (p.gate_per_key) {
+        write_key_gates(t, row);
+      } else {
+        sum += static_cast<double>(of_q[t]) + static_cast<double>(beta) * static_cast<double>(of_z[t]);
+        sum -= static_cast<double>(of_rest[t]);
+        grads.g[row] = static_cast<float>(sum);
+      }
+      grads.beta[row] = of_values[t] + of_z[t];
       for (int64_t c = 0; c < kp; c += W)
         store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
@@ -233,8 +373,17 @@ class DeltaRuleBackward {
       scale_rows(d_r, vp, gates.decay);
     }
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
-    multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last);
-    multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+    if (!p.gate_per_key) {
+      multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last, &requests);
+      multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+      return;
+    }
+    const KeyGates& per_key = chunk.key_gates;
+    per_key.decay_rows(dstate, kp, vp);
+    multiply_each(chunk.q, per_key.decay, C, kp, chunk.scaled);
+    multiply_panels<Part::all, false>(chunk.scaled, kp, d_o, vp, C, dstate, 1, &requests);
+    multiply_each(chunk.k, per_key.decay, C, kp, chunk.scaled);
+    multiply_panels<Part::all, false>(chunk.scaled, kp, d_r, vp, C, dstate);
   }
 };
 

@@ -78,16 +78,21 @@ struct Sequence {
   }
 };
 
-// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
-// apart. Inlined by force, because GCC drops calls of a function that only prefetches.
+// Requests tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
+// apart.
 template <class S>
-__attribute__((always_inline)) inline void prefetch(const Sequence& s, const Tokens& x, int64_t t0, int64_t t1,
-                                                    int64_t head, int64_t width) {
-  constexpr int64_t line = 64 / sizeof(typename S::Memory);
-  for (int64_t t = t0; t < smaller(t1, s.length); t++) {
-    const typename S::Memory* const row = s.token<S>(x, t, head);
-    for (int64_t c = 0; c < width; c += line) __builtin_prefetch(row + c, 0, 2);
-  }
+inline void request(Requests& requests, const Sequence& s, const Tokens& x, int64_t t0, int64_t t1, int64_t head,
+                    int64_t width) {
+  constexpr int64_t item = sizeof(typename S::Memory);
+  requests.add(s.token<S>(x, t0, head), smaller(t1, s.length) - t0, x.token * item, width * item);
+}
+
+// The same for a gate per key.
+inline void request_gates(Requests& requests, const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t t1) {
+  constexpr int64_t item = sizeof(float);
+  if (p.gate_per_key)
+    requests.add(p.g + s.row(p, t0) * p.width, smaller(t1, s.length) - t0, p.value_heads * p.width * item,
+                 p.width * item);
 }
 
 // One row of q or k in float, zeros up to `padded`; normalised under `l2norm`. Returns what it was multiplied with.
@@ -133,7 +138,7 @@ struct Gates {
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
     constexpr float vanishes = -200;  // e^-200 is 0 in float, and this one can be added and subtracted
     double total = 0;
-    gated = p.g != nullptr;
+    gated = p.g != nullptr && !p.gate_per_key;
     for (int64_t t = 0; t < C; t++) {
       beta[t] = t < rows ? p.beta[s.row(p, t0 + t)] : 0;
       const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
@@ -147,6 +152,21 @@ struct Gates {
     last = decay[C - 1];
   }
 };
+
+// Lane i becomes the sum of all lanes of v[i]; v is used up.
+template <int Stride = 1>
+inline V sum_each(V (&v)[W]) {
+  if constexpr (Stride < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * Stride) {
+      swap_quarters<float, Stride>(v[i], v[i + Stride], std::make_integer_sequence<int, W>{});
+      v[i] += v[i + Stride];
+    }
+    return sum_each<Stride * 2>(v);
+  } else {
+    return v[0];
+  }
+}
 
 // Which lanes of columns [t, t + W) are on or above the diagonal in row s.
 inline Lanes<float>::I on_or_above(int64_t s, int64_t t) {
@@ -178,15 +198,47 @@ inline void mask_upper(const Panels& gamma, const Panels& x) {
     }
 }
 
+// out [C, C], row s, column t >= s: sum over the columns c of k_sc x_tc e^{g_{s+1,c} + ... + g_tc}, with step = e^g.
+// The decay between two tokens is a product of the steps between them: no exponent is ever positive, and nothing
+// overflows or is lost that the recurrence keeps. Below the diagonal stands rubbish.
+inline void decayed_products(const Panels& k, const Panels& x, const Panels& step, int64_t columns, const Panels& out) {
+  alignas(64) float sums[C * W];
+  for (int64_t s = 0; s < C; s++) {
+    for (int64_t c = 0; c < columns; c += NR) {
+      V low = load<float>(k.at(s, c)), high = load<float>(k.at(s, c + W));
+      const float *row = x.at(s, c), *decay = step.at(s, c);
+      for (int64_t t = s; t < C; t++, row += NR, decay += NR) {
+        if (t > s) {
+          low *= load<float>(decay);
+          high *= load<float>(decay + W);
+        }
+        const V own = low * load<float>(row) + high * load<float>(row + W);
+        store<float>(sums + t * W, c ? load<float>(sums + t * W) + own : own);
+      }
+    }
+    for (int64_t t = s / W * W; t < C; t += W) {
+      V each[W];
+      for (int i = 0; i < W; i++) each[i] = load<float>(sums + (t + i) * W);
+      store<float>(out.at(s, t), sum_each(each));
+    }
+  }
+}
+
 // X^T = (I + A^T)^-1 by substitution from the last row up. a [C, C] holds A^T above the diagonal.
 inline void invert(const Panels& a, const Panels& x) {
   for (int64_t s = C - 1; s >= 0; s--) {
-    V row[C / W] = {};
-    for (int64_t t = s + 1; t < C; t++) {
-      const float factor = *a.at(s, t);
-      for (int64_t c = 0; c < C / W; c++) row[c] -= factor * load<float>(x.at(t, c * W));
-    }
-    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s, c * W), row[c]);
+    // Two sums in turn: one alone would wait for itself.
+    V row[C / W] = {}, other[C / W] = {};
+    int64_t t = s + 1;
+    for (; t + 2 <= C; t += 2)
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < C / W; c++) {
+        row[c] -= *a.at(s, t) * load<float>(x.at(t, c * W));
+        other[c] -= *a.at(s, t + 1) * load<float>(x.at(t + 1, c * W));
+      }
+    for (; t < C; t++)
+      for (int64_t c = 0; c < C / W; c++) row[c] -= *a.at(s, t) * load<float>(x.at(t, c * W));
+    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s, c * W), row[c] + other[c]);
     *x.at(s, s) = 1;
   }
 }
@@ -204,6 +256,12 @@ inline void scale_rows(const Panels& x, int64_t columns, const float* weights) {
     for (int64_t t = 0; t < C; t++) store<float>(x.at(t, c), load<float>(x.at(t, c)) * weights[t]);
 }
 
+// out = x times y, element by element; all [rows, columns] in panels of as many rows.
+inline void multiply_each(const Panels& x, const Panels& y, int64_t rows, int64_t columns, const Panels& out) {
+  for (int64_t at = 0; at < rows * round_up(columns, NR); at += W)
+    store<float>(out.data + at, load<float>(x.data + at) * load<float>(y.data + at));
+}
+
 // Columns [c0, c0 + width) of a dense matrix [rows, stride] into panels [padded rows, ...], zeros around them; and
 // back.
 template <class S>
@@ -219,19 +277,61 @@ void store_matrix(const Panels& in, int64_t rows, int64_t width, typename S::Mem
     for (int64_t c = 0; c < width; c += W) store_some<S>(out + r * stride + c, width - c, load<float>(in.at(r, c)));
 }
 
-// The parts of a chunk that all value columns share, without and with the gates worked in.
+// The decays of a chunk when every key channel has its own.
+struct KeyGates {
+  Panels step;   // [C, K] e^{g_t}
+  Panels decay;  // [C, K] e^{G_t}
+  Panels tail;   // [C, K] e^{G_C - G_t}
+
+  static int64_t size(int64_t padded_width) { return 3 * C * padded_width; }
+  KeyGates(float* memory, int64_t padded_width)
+      : step{memory, C}, decay{memory + C * padded_width, C}, tail{memory + 2 * C * padded_width, C} {}
+
+  void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
+    for (int64_t c = 0; c < round_up(p.width, NR); c += W) {
+      V product = splat<float>(1);
+      for (int64_t t = 0; t < C; t++) {
+        V e = splat<float>(1);
+        if (t < rows && c < p.width)
+          e = exponential(load_some<StoreF32>(p.g + s.row(p, t0 + t) * p.width + c, p.width - c));
+        product *= e;
+        store<float>(step.at(t, c), e);
+        store<float>(decay.at(t, c), product);
+      }
+      product = splat<float>(1);
+      for (int64_t t = C - 1; t >= 0; t--) {
+        store<float>(tail.at(t, c), product);
+        product *= pyrepr::load<float>(step.at(t, c));
+      }
+    }
+  }
+  // e^{G_C} of W channels from c on.
+  V last(int64_t c) const { return pyrepr::load<float>(decay.at(C - 1, c)); }
+  // Rows of x [K, columns] times e^{G_C}.
+  void decay_rows(const Panels& x, int64_t rows, int64_t columns) const {
+    for (int64_t c = 0; c < columns; c += W)
+      for (int64_t r = 0; r < rows; r++)
+        store<float>(x.at(r, c), pyrepr::load<float>(x.at(r, c)) * *decay.at(C - 1, r));
+  }
+};
+
+// The parts of a chunk that all value columns share, without and with the gates worked in. Under a gate per key the
+// decays are not in `gates` (which then says that there are none) but in `key_gates`.
 struct Chunk {
   Gates gates;
+  KeyGates key_gates;
   float k_inverse[C], q_inverse[C];  // 1 / |k|, 1 / |q| under l2norm
   Panels k, q;                       // [C, K]
   Panels kt, qt;                     // [K, C]
   Panels gamma, xt, pt;              // [C, C] gamma, X^T, P^T: row s, column t, zero for t < s
+  Panels scaled;                     // [C, K] k or q with the decays of their channels
 
-  static int64_t size(int64_t padded_width) { return 4 * C * padded_width + 3 * C * C; }
-  Chunk(float* memory, int64_t padded_width) {
-    k = {memory, C};
+  static int64_t size(int64_t padded_width) { return 5 * C * padded_width + 3 * C * C + KeyGates::size(padded_width); }
+  Chunk(float* memory, int64_t padded_width) : key_gates(memory, padded_width) {
+    k = {memory + KeyGates::size(padded_width), C};
     q = {k.data + C * padded_width, C};
-    kt = {q.data + C * padded_width, padded_width};
+    scaled = {q.data + C * padded_width, C};
+    kt = {scaled.data + C * padded_width, padded_width};
     qt = {kt.data + C * padded_width, padded_width};
     gamma = {qt.data + C * padded_width, C};
     xt = {gamma.data + C * C, C};
@@ -244,11 +344,17 @@ struct Chunk {
     gates.load(p, s, t0, rows);
     fill_gamma(gates, gamma);
     load_keys<S>(s, p.k, t0, rows, p.width, p.l2norm, 1, k, k_inverse);
-    transpose_panels(k, C, round_up(p.width, NR), kt);
+    if (p.gate_per_key)
+      key_gates.load(p, s, t0, rows);
+    else
+      transpose_panels(k, C, round_up(p.width, NR), kt);
   }
   // X^T; `pt` serves as scratch.
   void solve(const DeltaRuleProblem& p) {
-    multiply_panels<Part::upper, true>(kt, C, kt, C, p.width, pt);
+    if (p.gate_per_key)
+      decayed_products(k, k, key_gates.step, p.width, pt);
+    else
+      multiply_panels<Part::upper, true>(kt, C, kt, C, p.width, pt);
     mask_upper(gamma, pt);
     scale_columns(pt, C, gates.beta);
     invert(pt, xt);
@@ -257,30 +363,79 @@ struct Chunk {
   template <class S>
   void load_q(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, float scale) {
     load_keys<S>(s, p.q, t0, smaller(C, s.length - t0), p.width, p.l2norm, scale, q, q_inverse);
-    transpose_panels(q, C, round_up(p.width, NR), qt);
-    multiply_panels<Part::upper, true>(kt, C, qt, C, p.width, pt);
+    if (p.gate_per_key) {
+      decayed_products(k, q, key_gates.step, p.width, pt);
+    } else {
+      transpose_panels(q, C, round_up(p.width, NR), qt);
+      multiply_panels<Part::upper, true>(kt, C, qt, C, p.width, pt);
+    }
     mask_upper(gamma, pt);
   }
-  // kt becomes -(diag(beta e^G) K)^T, which gives V' and, with `k` and the tails, the next state.
-  void gate_keys(int64_t width) {
-    scale_columns(kt, width, gates.beta, -1);
-    if (gates.gated) scale_columns(kt, width, gates.decay);
+  // x [C, K] times e^{G_t} of every channel or, in `scaled`, e^{G_C - G_t}; transposed.
+  void decay_keys(const Panels& x, const Panels& decays, int64_t width, const Panels& out) {
+    multiply_each(x, decays, C, width, scaled);
+    transpose_panels(scaled, C, round_up(width, NR), out);
+  }
+  // kt becomes -(diag(beta e^G) K)^T, which gives V'; qt becomes (diag(e^G) Q)^T if `queries`; under a gate per key
+  // `scaled` becomes diag(e^{G_C - G}) K.
+  void gate(const DeltaRuleProblem& p, bool queries) {
+    if (p.gate_per_key) {
+      if (queries) decay_keys(q, key_gates.decay, p.width, qt);
+      decay_keys(k, key_gates.decay, p.width, kt);
+      multiply_each(k, key_gates.tail, C, p.width, scaled);
+    } else if (gates.gated) {
+      if (queries) scale_columns(qt, p.width, gates.decay);
+      scale_columns(kt, p.width, gates.decay);
+    }
+    scale_columns(kt, p.width, gates.beta, -1);
   }
 };
 
 // V' [C, n] for the columns that `state` [K, n] and `v` [C, n] hold; v is used up.
 inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& state, int64_t n, const Panels& v,
-                       const Panels& out) {
+                       const Panels& out, Requests* requests) {
   scale_rows(v, n, chunk.gates.beta);
-  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v);
+  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v, 1, requests);
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
 }
 // state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.
-inline void advance(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
-                    const Panels& state) {
+inline void next_state(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
+                       const Panels& state, Requests* requests) {
+  const int64_t rows = round_up(p.width, Panels::MR);
+  if (p.gate_per_key) chunk.key_gates.decay_rows(state, rows, n);
   if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
-  multiply_panels<Part::all, false>(chunk.k, round_up(p.width, Panels::MR), values, n, C, state, chunk.gates.last);
+  multiply_panels<Part::all, false>(p.gate_per_key ? chunk.scaled : chunk.k, rows, values, n, C, state,
+                                    chunk.gates.last, requests);
 }
+
+// Takes a sequence chunk by chunk, in float.
+class FloatForward {
+ public:
+  static int64_t size(int64_t padded) { return Chunk::size(padded); }
+  FloatForward(const DeltaRuleProblem& p, float* memory) : p(p), chunk(memory, round_up(p.width, NR)) {}
+
+  // What the value columns of the chunk at t0 share.
+  template <class S>
+  void load(const Sequence& s, int64_t t0) {
+    chunk.load_k<S>(p, s, t0);
+    chunk.solve(p);
+    chunk.load_q<S>(p, s, t0, p.scale);
+    chunk.gate(p, true);
+  }
+  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
+  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+               Requests& requests) {
+    requests.spread((2 * C + p.width) / Panels::MR);
+    new_values(p, chunk, state, n, v, values, &requests);
+    multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o, 1, &requests);
+    multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+    next_state(p, chunk, values, n, state, &requests);
+  }
+
+ private:
+  const DeltaRuleProblem& p;
+  Chunk chunk;
+};
 
 }  // namespace
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

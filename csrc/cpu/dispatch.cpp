@@ -25,26 +25,34 @@ struct Processor {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = ymm && fma && f16c && (b & bit_AVX2);
     avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
-    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = avx512 && (a & (1u << 5));
+    const bool bytes = (c & bit_AVX512VNNI) && (c & bit_AVX512VBMI);
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = avx512 && bytes && (a & (1u << 5));
   }
 };
 #endif
 
-// A level with the functions that every family has in this namespace.
-#define PYREPR_LEVEL_ROW(name, supported, code) \
-  {name, supported, code::gram_functions, code::delta_rule_functions, code::lookup_functions, code::probe_functions}
+// A level with the functions that every family has in this namespace, the delta rule and the lookup in their own.
+#define PYREPR_LEVEL_ROW(name, supported, code, own) \
+  {name,                                             \
+   supported,                                        \
+   code::gram_functions,                             \
+   own::delta_rule_functions,                        \
+   own::lookup_functions,                            \
+   code::causal_conv1d_functions,                    \
+   code::probe_functions}
 
 }  // namespace
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{PYREPR_LEVEL_ROW("baseline", true, baseline)};
+    std::vector<Level> found{PYREPR_LEVEL_ROW("baseline", true, baseline, baseline)};
 #if defined(__x86_64__)
     const Processor cpu;
-    found.push_back(PYREPR_LEVEL_ROW("avx2", cpu.avx2, avx2));
-    found.push_back(PYREPR_LEVEL_ROW("avx512", cpu.avx512, avx512));
-    // No kernel uses the bf16 dot product yet, so this level runs the code of the one below.
-    found.push_back(PYREPR_LEVEL_ROW("avx512_bf16", cpu.bf16, avx512));
+    found.push_back(PYREPR_LEVEL_ROW("avx2", cpu.avx2, avx2, avx2));
+    found.push_back(PYREPR_LEVEL_ROW("avx512", cpu.avx512, avx512, avx512));
+    // 16-bit dot products are worth a level of their own in the delta rule only, permutations and products of bytes in
+    // the lookup; the rest is the code of the level below.
+    found.push_back(PYREPR_LEVEL_ROW("avx512_bf16", cpu.bf16, avx512, avx512_bf16));
 #endif
     return found;
   }();

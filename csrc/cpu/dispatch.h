@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/causal_conv1d.h"
 #include "cpu/delta_rule.h"
 #include "cpu/gram.h"
 #include "cpu/lookup.h"
@@ -17,6 +18,7 @@ struct Level {
   GramFunctions (*gram)();
   DeltaRuleFunctions (*delta_rule)();
   LookupFunctions (*lookup)();
+  CausalConvFunctions (*causal_conv1d)();
   ProbeFunctions (*probe)();
 };
 

@@ -20,14 +20,19 @@ enum class TableType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i8 = 4 };
 // `WEIGHTINGS` in pyrepr/reference/lookup.py holds the same order.
 enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
 
-// Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once.
-enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2 };
+// Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once; tables of few 8-bit
+// rows looked up in registers (by avx512_bf16 only). One that cannot run is replaced by another.
+enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2, registers = 3 };
+
+// Columns of a tile: what packed tables are cut into, and what a thread of the streaming kernel works on.
+constexpr int64_t kLookupTile = 64;
 
 struct LookupTables {
-  const void* data;  // [K, n, h] contiguous
+  const void* data;  // [K, n, h], or packed [h / kLookupTile, K, n, kLookupTile]; contiguous
   TableType type;
   const float* scales;  // [K, n] for i8, else null
   int64_t K, n, h;
+  bool packed;  // for linear and sum only
   int threads;
 };
 
@@ -62,6 +67,9 @@ namespace avx2 {
 LookupFunctions lookup_functions();
 }
 namespace avx512 {
+LookupFunctions lookup_functions();
+}
+namespace avx512_bf16 {
 LookupFunctions lookup_functions();
 }
 

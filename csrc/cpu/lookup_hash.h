@@ -1,4 +1,5 @@
-// Family `lookup`: codes, weights and the derivative of the weights of a row of x. Included by lookup.cpp only.
+// Family `lookup`: codes, weights and the derivative of the weights of rows of x. Lanes hold chunks: a row's chunks are
+// transposed W at a time, so that every step is taken for W of them. Included by level units only (see simd.h).
 #pragma once
 
 #include <omp.h>
@@ -10,6 +11,7 @@ namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kParallelWork = int64_t(1) << 14;  // fewer elements than this are not worth waking threads for
+constexpr int kMostBits = 16;
 
 inline int64_t thread_number() { return omp_get_thread_num(); }
 
@@ -25,44 +27,188 @@ inline void store_part(T* p, Vec<T> v, int64_t count) {
   std::memcpy(p, &v, static_cast<size_t>(count) * sizeof *p);
 }
 
-// Chunks of one row of x: their elements z, and e = exp(-2 |z| / t) where the weighting asks for it.
+// v holds 8 vectors: W chunks of 8 elements, in the order they stand in memory. Afterwards v[i] holds element i of
+// every chunk. The same exchange the other way undoes it.
+template <class T, bool BACK = false>
+inline void transpose_eights(Vec<T> (&v)[8]) {
+  constexpr int W = Lanes<T>::W;
+  if constexpr (W >= 8) {
+    const auto split = [&] {
+      // Vectors hold two chunks: first make them (0, 8), (1, 9), ..., so that the result is in order.
+      if constexpr (W == 16)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) swap_quarters<T, 8>(v[i], v[i + 4], std::make_integer_sequence<int, W>{});
+    };
+    const auto order = [&](const int (&from)[8]) {
+      Vec<T> moved[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) moved[i] = v[from[i]];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) v[i] = moved[i];
+    };
+    if constexpr (!BACK && W == 16) {
+      split();
+      order({0, 4, 1, 5, 2, 6, 3, 7});
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) swap_quarters<T, 1>(v[i], v[i + 1], std::make_integer_sequence<int, W>{});
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+      if (!(i & 2)) swap_quarters<T, 2>(v[i], v[i + 2], std::make_integer_sequence<int, W>{});
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) swap_quarters<T, 4>(v[i], v[i + 4], std::make_integer_sequence<int, W>{});
+    if constexpr (BACK && W == 16) {
+      order({0, 2, 4, 6, 1, 3, 5, 7});
+      split();
+    }
+  } else {
+    // A chunk takes 8 / W vectors; a W x W block holds the same W elements of every chunk.
+    constexpr int pieces = 8 / W;
+    Vec<T> moved[8];
+    for (int piece = 0; piece < pieces; piece++) {
+      Vec<T> block[W];
+      for (int j = 0; j < W; j++) block[j] = BACK ? v[piece * W + j] : v[j * pieces + piece];
+      transpose_registers<T>(block);
+      for (int j = 0; j < W; j++) moved[BACK ? j * pieces + piece : piece * W + j] = block[j];
+    }
+    for (int i = 0; i < 8; i++) v[i] = moved[i];
+  }
+}
+
+// One row of x at a time, W chunks at a time.
 template <class X>
 class Chunks {
  public:
   using T = typename X::T;
+  using V = Vec<T>;
+  using I = typename Lanes<T>::I;
   static constexpr int W = Lanes<T>::W;
 
-  static int64_t bytes(const LookupHash& p) { return round_up(2 * round_up(p.x.cols, W) * int64_t(sizeof(T)), 64); }
-  Chunks(const LookupHash& p, T* buffer) : p_(p), z_(buffer), e_(buffer + round_up(p.x.cols, W)) {
+  struct Hashed {
+    int32_t codes[W];
+    T weights[W];
+  };
+
+  static int64_t bytes(const LookupHash& p) { return round_up(2 * padded(p) * int64_t(sizeof(T)), 64); }
+  Chunks(const LookupHash& p, void* buffer)
+      : p_(p), count_(p.x.cols / p.bits), z_(static_cast<T*>(buffer)), grad_(z_ + padded(p)) {
     const double slope = 2 / p.temperature, largest = sizeof(T) == 4 ? 3e38 : 1e308;
     slope_ = static_cast<T>(slope < largest ? slope : largest);
+    std::memset(z_ + p.x.cols, 0, static_cast<size_t>(padded(p) - p.x.cols) * sizeof(T));
   }
 
   void read(int64_t t) {
     const auto* const row = static_cast<const typename X::Memory*>(p_.x.data) + t * p_.x.row_stride;
     const int64_t d = p_.x.cols;
-    for (int64_t i = 0; i < d; i += W) {
-      const Vec<T> z = i + W <= d ? load_as<X>(row + i) : load_part<X>(row + i, d - i);
-      store<T>(z_ + i, z);
-      if (decaying()) store<T>(e_ + i, exp_nonpositive<T>((z < splat<T>(0) ? z : -z) * slope_));
-    }
+    int64_t i = 0;
+    for (; i + W <= d; i += W) store<T>(z_ + i, load_as<X>(row + i));
+    if (i < d) store_part<T>(z_ + i, load_part<X>(row + i, d - i), d - i);
   }
 
-  int32_t code(int64_t k) const {
-    const T* const z = z_ + k * p_.bits;
-    int32_t code = 0;
-    if (p_.bits == 8) {
+  // use(k, count, hashed) for count <= W chunks from k on
+  template <class Use>
+  void hash(Use use) const {
+    if (p_.bits == 8)
+      hash_chunks<8>(use);
+    else
+      hash_chunks<0>(use);
+  }
+
+  // grad [d] = outer [K] times the derivative of the weights. That of |z| is 0 at 0.
+  void derivative(const T* outer, T* grad) const {
+    for (int64_t k = 0; k < count_; k += W) {
+      V z[kMostBits], slope[kMostBits];
+      load_chunks(k, z);
+      V sum{}, inverse = splat<T>(1);
+      for (int i = 0; i < p_.bits; i++) slope[i] = sums(z[i], sum, inverse);
+      const int64_t left = count_ - k;
+      const V out = left >= W ? load<T>(outer + k) : load_part<StoreOf<T>>(outer + k, left);
+      for (int i = 0; i < p_.bits; i++) {
+        const V one = splat<T>(1), zero{};
+        const V sign = z[i] == z[i] ? (z[i] > zero ? one : zero) - (z[i] < zero ? one : zero) : z[i];
+        V s = zero;
+        if (p_.weighting == Weighting::probability) s = slope[i] / inverse;
+        if (p_.weighting == Weighting::scaled) s = (1 + sum * slope[i]) / inverse;
+        if (p_.weighting == Weighting::l1) s = one / static_cast<T>(p_.bits);
+        z[i] = out * sign * s;
+      }
+      store_chunks(k, z);
+    }
+    std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
+  }
+
+ private:
+  static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * p.bits); }
+  // BITS is their number, or 0 if it is known only here.
+  template <int BITS, class Use>
+  void hash_chunks(Use use) const {
+    typedef int32_t Codes __attribute__((vector_size(W * 4)));
+    const int bits = BITS ? BITS : static_cast<int>(p_.bits);
+    for (int64_t k = 0; k < count_; k += W) {
+      V z[BITS ? BITS : kMostBits];
+      load_chunks(k, z);
+      I code{};
+      V sum{}, inverse = splat<T>(1);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) code |= int32_t(z[i] >= 0) << i;
-    } else {
-      for (int64_t i = 0; i < p_.bits; i++) code |= int32_t(z[i] >= 0) << i;
+      for (int i = 0; i < bits; i++) {
+        code |= (z[i] >= V{}) & (I{} + (1 << i));
+        sums(z[i], sum, inverse);
+      }
+      Hashed hashed;
+      const Codes narrow = __builtin_convertvector(code, Codes);
+      std::memcpy(hashed.codes, &narrow, sizeof narrow);
+      store<T>(hashed.weights, weight(sum, inverse));
+      use(k, smaller<int64_t>(W, count_ - k), hashed);
     }
-    return code;
   }
 
-  T weight(int64_t k) const {
-    T sum = 0, inverse = 1;
-    sums(k, sum, inverse);
+  bool decaying() const { return p_.weighting == Weighting::probability || p_.weighting == Weighting::scaled; }
+
+  // z[i] = element i of the chunks k, k + 1, ...
+  void load_chunks(int64_t k, V* z) const {
+    const T* const from = z_ + k * p_.bits;
+    if (p_.bits == 8) {
+      V v[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) v[i] = load<T>(from + i * W);
+      transpose_eights<T>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) z[i] = v[i];
+      return;
+    }
+    T lanes[W];
+    for (int i = 0; i < p_.bits; i++) {
+      for (int j = 0; j < W; j++) lanes[j] = from[j * p_.bits + i];
+      z[i] = load<T>(lanes);
+    }
+  }
+  void store_chunks(int64_t k, const V* z) const {
+    T* const to = grad_ + k * p_.bits;
+    if (p_.bits == 8) {
+      V v[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) v[i] = z[i];
+      transpose_eights<T, true>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) store<T>(to + i * W, v[i]);
+      return;
+    }
+    for (int i = 0; i < p_.bits; i++)
+      for (int j = 0; j < W; j++) to[j * p_.bits + i] = z[i][j];
+  }
+
+  // sum += |z|, inverse *= 1 + e with e = exp(-2 |z| / t) (so that it becomes 1 / p <= 2^16); the derivative of log p
+  // with respect to |z| is returned.
+  V sums(V z, V& sum, V& inverse) const {
+    const V size = z < splat<T>(0) ? -z : z;
+    sum += size;
+    if (!decaying()) return V{};
+    const V e = exp_nonpositive<T>(-size * slope_);
+    inverse *= 1 + e;
+    return slope_ * e / (1 + e);
+  }
+
+  V weight(V sum, V inverse) const {
     switch (p_.weighting) {
       case Weighting::probability:
         return 1 / inverse;
@@ -71,81 +217,38 @@ class Chunks {
       case Weighting::l1:
         return sum / static_cast<T>(p_.bits);
       default:
-        return sum == sum ? T(1) : sum;
+        return sum == sum ? splat<T>(1) : sum;
     }
-  }
-
-  // grad [bits] = outer * d weight / d z. The derivative of |z| is 0 at 0.
-  void derivative(int64_t k, T outer, T* grad) const {
-    T sum = 0, inverse = 1;
-    sums(k, sum, inverse);
-    for (int64_t i = 0; i < p_.bits; i++) {
-      const T z = z_[k * p_.bits + i], e = e_[k * p_.bits + i];
-      const T sign = z == z ? T((z > 0) - (z < 0)) : z;
-      const T other = decaying() ? slope_ * e / (1 + e) : 0;  // of log p
-      T slope = 0;
-      if (p_.weighting == Weighting::probability) slope = other / inverse;
-      if (p_.weighting == Weighting::scaled) slope = (1 + sum * other) / inverse;
-      if (p_.weighting == Weighting::l1) slope = 1 / static_cast<T>(p_.bits);
-      grad[i] = outer * sign * slope;
-    }
-  }
-
- private:
-  bool decaying() const { return p_.weighting == Weighting::probability || p_.weighting == Weighting::scaled; }
-
-  // sum = sum of |z_i|, inverse = 1 / p = product of 1 + e_i <= 2^16
-  void sums(int64_t k, T& sum, T& inverse) const {
-    const T* const z = z_ + k * p_.bits;
-    const T* const e = e_ + k * p_.bits;
-    if (p_.bits == 8) {
-      sum = tree_sum<8>(z);
-      if (decaying()) inverse = tree_product<8>(e);
-      return;
-    }
-    for (int64_t i = 0; i < p_.bits; i++) sum += magnitude(z[i]);
-    if (decaying())
-      for (int64_t i = 0; i < p_.bits; i++) inverse *= 1 + e[i];
-  }
-  static T magnitude(T z) { return sizeof(T) == 4 ? __builtin_fabsf(static_cast<float>(z)) : __builtin_fabs(z); }
-  // Trees rather than chains: the latency of a chain of eight would be most of a hash's time.
-  template <int N>
-  static T tree_sum(const T* z) {
-    if constexpr (N == 1)
-      return magnitude(*z);
-    else
-      return tree_sum<N / 2>(z) + tree_sum<N / 2>(z + N / 2);
-  }
-  template <int N>
-  static T tree_product(const T* e) {
-    if constexpr (N == 1)
-      return 1 + *e;
-    else
-      return tree_product<N / 2>(e) * tree_product<N / 2>(e + N / 2);
   }
 
   const LookupHash& p_;
+  const int64_t count_;  // K
   T* const z_;
-  T* const e_;
+  T* const grad_;
   T slope_;
 };
 
-// Calls `use(chunks, t)` for every row t0 <= t < t1 of x, rows shared out to the threads.
+// What every thread of a team does: calls use(chunks, t) for its share of the rows t0 <= t < t1 of x, with a buffer of
+// Chunks<X>::bytes. Ends with a barrier.
 template <class X, class Use>
-Status for_each_token(const LookupHash& p, int64_t t0, int64_t t1, Use use) {
+void share_of_tokens(const LookupHash& p, int64_t t0, int64_t t1, void* buffer, Use use) {
+  Chunks<X> chunks(p, buffer);
+#pragma omp for schedule(static)
+  for (int64_t t = t0; t < t1; t++) {
+    chunks.read(t);
+    use(chunks, t);
+  }
+}
+
+// The same by a team of its own.
+template <class X, class Use>
+Status for_each_token(const LookupHash& p, Use use) {
   const int64_t bytes = Chunks<X>::bytes(p);
-  const int threads = (t1 - t0) * p.x.cols < kParallelWork ? 1 : p.threads;
+  const int threads = p.x.rows * p.x.cols < kParallelWork ? 1 : p.threads;
   const Memory memory(bytes * threads);
   if (!memory.ok()) return Status::out_of_memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Chunks<X> chunks(p, memory.as<typename X::T>(bytes * thread_number()));
-#pragma omp for schedule(static)
-    for (int64_t t = t0; t < t1; t++) {
-      chunks.read(t);
-      use(chunks, t);
-    }
-  }
+  share_of_tokens<X>(p, 0, p.x.rows, memory.as<char>(bytes * thread_number()), use);
   return Status::ok;
 }
 

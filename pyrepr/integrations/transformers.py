@@ -3,17 +3,22 @@
     import pyrepr.integrations.transformers as accelerated
     accelerated.enable()          # models made before and after this line; `disable()` takes it back
 
-transformers resolves ``chunk_gated_delta_rule``, ``fused_recurrent_gated_delta_rule``, ``chunk_kda`` and
-``fused_recurrent_kda`` once, when a modeling module is imported, regardless of the device: flash-linear-attention if it
-is installed (whose kernels do not run on a CPU), else a PyTorch fallback. Its own kernel mapping wants the package
-``kernels`` and reaches only models asked for with ``use_kernels=True``; so here the modules' functions are replaced.
-CPU tensors go to pyrepr, all others to what was there before. Tested with transformers 5.23.
+transformers resolves ``chunk_gated_delta_rule``, ``fused_recurrent_gated_delta_rule``, ``chunk_kda``,
+``fused_recurrent_kda``, ``causal_conv1d_fn`` and ``causal_conv1d_update`` once, when a modeling module is imported,
+regardless of the device: flash-linear-attention and causal-conv1d if they are installed (whose kernels do not run on a
+CPU), else a PyTorch fallback. Its official kernel mapping needs the package ``kernels`` and reaches only models made
+with ``use_kernels=True``. So the functions are replaced where the modules look them up, and stay what the mapping can
+work on: a model with ``use_kernels=True`` still gets its hub kernels, where there are any. CPU tensors go to pyrepr,
+all others to what was there before. The convolution serves every model that has it, Mamba's and LFM2's too.
+
+Supported: transformers 5.23. Other versions warn if they have the same functions and raise if they do not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,119 +37,184 @@ _FACTORY = "use_kernel_func_from_hub_with_fallback"
 _ORIGINAL = "_pyrepr_original"
 
 
-def _rule(function: Callable, original: Callable) -> Callable:
-    """A delta rule with the arguments that models pass, whatever else they pass along."""
+def _function(original: Callable) -> Callable:
+    """What has the name and the arguments: the package `kernels` makes modules of functions."""
+    return original.forward if isinstance(original, torch.nn.Module) else original
 
-    @functools.wraps(original)
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _lengths(options: dict[str, Any], batch: int) -> Tensor | None:
+    """Where packed sequences start and end, [N + 1], under whichever name a model passes it."""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if options.get(name) is not None:
+            return options[name]
+    seq_idx = options.get("seq_idx")
+    if seq_idx is None:
+        return None
+    if batch != 1:
+        raise ValueError(f"packed sequences need a batch of 1, got {batch}")
+    starts = seq_idx[0].diff(prepend=seq_idx[0, :1] - 1).nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([seq_idx.shape[1]])])
+
+
+def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
+    """A delta rule with the arguments that models pass, whatever else they pass along.
+
+    `in_place` ones write the new state over ``initial_state``, which in a model is the cache that takes it anyway.
+    """
+    original_on_cpu = inspect.unwrap(original)
+
+    @functools.wraps(_function(original), updated=())
     def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
+        query: Tensor,  # [B, T, H, K]
+        key: Tensor,  # [B, T, H, K]
+        value: Tensor,  # [B, T, HV, V]
+        g: Tensor,  # [B, T, HV] or [B, T, HV, K]
+        beta: Tensor,  # [B, T, HV]
         *args: Any,
-        initial_state: Tensor | None = None,
+        initial_state: Tensor | None = None,  # [N, HV, K, V]
         output_final_state: bool = False,
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        options = {
+        options: dict[str, Any] = {
             "initial_state": initial_state,
             "output_final_state": output_final_state,
             "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         }
-        if query.device.type != "cpu" or args:
+        if query.device.type != "cpu":
             return original(query, key, value, g, beta, *args, **options, **kwargs)
+        if args:
+            return original_on_cpu(query, key, value, g, beta, *args, **options, **kwargs)
         if initial_state is not None:
             options["initial_state"] = initial_state.float()
-        lengths = kwargs.get("cu_seqlens")
-        options["cu_seqlens"] = kwargs.get("cu_seq_lens_q") if lengths is None else lengths
+            if in_place and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
+                options["out_state"] = options["initial_state"]
+        options["cu_seqlens"] = _lengths(kwargs, query.shape[0])
         o, state = function(query.to(value.dtype), key.to(value.dtype), value, g, beta, **options)
         return o.to(query.dtype), state
 
     return run
 
 
-def _packed_convolution(
-    x: Tensor,  # [1, D, T]
-    weight: Tensor,  # [D, W]
-    bias: Tensor | None,  # [D]
-    sequence: Tensor,  # [T] which sequence a token belongs to
-) -> Tensor:  # [1, D, T]
-    """Depthwise causal convolution that does not look across the border of a sequence."""
-    x = x.to(weight.dtype)
-    taps = weight.shape[-1]
-    out = x * weight[:, -1:]
-    for back in range(1, min(taps, x.shape[-1])):
-        same = sequence[back:] == sequence[:-back]
-        moved = x[..., :-back] * same * weight[:, taps - 1 - back, None]
-        out = out + torch.nn.functional.pad(moved, (back, 0))
-    return out if bias is None else out + bias[:, None]
+def _with_activation(run: Callable[[str | None], Tensor], activation: str | None) -> Tensor:
+    """`run`, which knows SiLU, followed by any other activation that transformers knows."""
+    if activation in (None, "silu", "swish"):
+        return run(activation)
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[activation](run(None))
 
 
 def _convolution(original: Callable) -> Callable:
-    """The causal convolution before a delta rule; packed sequences are kept apart, where the fallback cannot."""
+    """The causal convolution before a delta rule; packed sequences are kept apart, where the fallback raises."""
 
-    @functools.wraps(original)
-    def run(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs):
-        bounds = next((kwargs[n] for n in ("cu_seqlens", "cu_seq_lens_q") if kwargs.get(n) is not None), None)
-        sequence = kwargs.get("seq_idx")
-        if sequence is None and bounds is not None:
-            positions = torch.arange(hidden_states.shape[-1], device=bounds.device)
-            sequence = torch.bucketize(positions, bounds.to(positions.dtype), right=True)
-        if sequence is None or hidden_states.device.type != "cpu":
+    @functools.wraps(_function(original), updated=())
+    def run(
+        hidden_states: Tensor,  # [B, D, T]
+        weight: Tensor,  # [D, W]
+        bias: Tensor | None = None,  # [D]
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:  # [B, D, T]
+        if hidden_states.device.type != "cpu":
             return original(hidden_states, weight, bias, activation=activation, **kwargs)
-        if hidden_states.shape[0] != 1:
-            raise ValueError(f"packed sequences need a batch of 1, got {hidden_states.shape[0]}")
-        out = _packed_convolution(hidden_states, weight, bias, sequence.flatten())
-        if activation is not None:
-            from transformers.activations import ACT2FN
-
-            out = ACT2FN[activation](out)
-        return out.to(hidden_states.dtype)
+        seq_idx = kwargs.get("seq_idx")
+        bounds = _lengths(kwargs, hidden_states.shape[0]) if seq_idx is None else None
+        return _with_activation(
+            lambda act: pyrepr.causal_conv1d_fn(
+                hidden_states, weight, bias, seq_idx, activation=act, cu_seqlens=bounds
+            ),
+            activation,
+        )
 
     return run
 
 
-# The name a modeling module gives a function, and the one it has for transformers' kernel look-up.
+def _step(original: Callable) -> Callable:
+    """The causal convolution of new tokens, with the ones before in a state."""
+    original_on_cpu = inspect.unwrap(original)
+
+    @functools.wraps(_function(original), updated=())
+    def run(
+        hidden_states: Tensor,  # [B, D, T]
+        conv_state: Tensor,  # [B, D, S]
+        weight: Tensor,  # [D, W]
+        bias: Tensor | None = None,  # [D]
+        activation: str | None = None,
+    ) -> Tensor:  # [B, D, T]
+        if hidden_states.device.type != "cpu":
+            return original(hidden_states, conv_state, weight, bias, activation)
+        if conv_state.dtype != hidden_states.dtype or _needs_gradient(hidden_states, conv_state, weight, bias):
+            return original_on_cpu(hidden_states, conv_state, weight, bias, activation)
+        return _with_activation(
+            lambda act: pyrepr.causal_conv1d_update(hidden_states, conv_state, weight, bias, act), activation
+        )
+
+    return run
+
+
+# What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
-    "chunk_gated_delta_rule": functools.partial(_rule, pyrepr.chunk_gated_delta_rule),
-    "fused_recurrent_gated_delta_rule": functools.partial(_rule, pyrepr.fused_recurrent_gated_delta_rule),
-    "chunk_kda": functools.partial(_rule, pyrepr.chunk_kda),
-    "fused_recurrent_kda": functools.partial(_rule, pyrepr.fused_recurrent_kda),
+    "chunk_gated_delta_rule": functools.partial(_rule, pyrepr.chunk_gated_delta_rule, False),
+    "fused_recurrent_gated_delta_rule": functools.partial(_rule, pyrepr.fused_recurrent_gated_delta_rule, True),
+    "chunk_kda": functools.partial(_rule, pyrepr.chunk_kda, False),
+    "fused_recurrent_kda": functools.partial(_rule, pyrepr.fused_recurrent_kda, True),
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _step,
 }
 _NAMES = {
     "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
     "torch_recurrent_gated_delta_rule": "fused_recurrent_gated_delta_rule",
     "chunk_kimi_delta_attention": "chunk_kda",
     "recurrent_kimi_delta_attention": "fused_recurrent_kda",
+    "causal_conv1d_fn": "causal_conv1d_fn",
+    "causal_conv1d_update": "causal_conv1d_update",
 }
-_CONVOLUTION = "causal_conv1d_fn"
+_RULE = {"query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"}
+_FILTER = {"hidden_states", "weight", "bias", "activation"}
+
+
+def _check_signature(kind: str, function: Callable) -> None:
+    """That a function of an unknown version still takes what its replacement does."""
+    wanted = _FILTER | {"conv_state"} if kind == "causal_conv1d_update" else _FILTER if "conv" in kind else _RULE
+    missing = sorted(wanted - inspect.signature(_function(function)).parameters.keys())
+    if missing:
+        import transformers
+
+        raise RuntimeError(
+            f"{getattr(function, '__module__', '?')} of transformers {transformers.__version__} has a {kind} without "
+            f"{', '.join(missing)}, which pyrepr cannot replace; the supported version is {TESTED}"
+        )
 
 
 def _replace(kind: str, original: Callable) -> Callable:
     if hasattr(original, _ORIGINAL):
         return original
-    made = _convolution(original) if kind == _CONVOLUTION else _REPLACEMENTS[kind](original)
-    setattr(made, _ORIGINAL, original)
+    _check_signature(kind, original)
+    made = _REPLACEMENTS[kind](original)
+    object.__setattr__(made, _ORIGINAL, original)
     return made
 
 
 def _loaded() -> Iterator[tuple[Any, str, str]]:
-    """(module, name of a function, kind) of every imported modeling module that has a delta rule."""
+    """(module, name of a function, kind) of everything there is to replace in the modeling modules imported so far."""
     for path, module in list(sys.modules.items()):
         names = vars(module) if path.startswith(_MODELS) and ".modeling_" in path else {}
-        if any(name in names for name in _NAMES):
-            for name, kind in (*_NAMES.items(), (_CONVOLUTION, _CONVOLUTION)):
-                if name in names:
-                    yield module, name, kind
+        for name, kind in _NAMES.items():
+            if name in names:
+                yield module, name, kind
 
 
 def enable() -> None:
     """Puts pyrepr's kernels under every gated-delta and KDA model, those already made and those still to come.
 
-    Convolutions stay transformers' own, except that packed sequences (``cu_seq_lens_q`` or ``seq_idx``) are kept apart,
-    where its PyTorch fallback raises.
+    The rules run on CPU tensors only, whether or not flash-linear-attention or causal-conv1d are installed. While
+    decoding, the state in a model's cache is updated in place. Packed sequences (``cu_seq_lens_q`` or ``seq_idx``) are
+    kept apart, where transformers' PyTorch fallback raises.
 
     Raises:
         ImportError: if transformers is not installed.
@@ -169,20 +239,32 @@ def enable() -> None:
             f"pyrepr.integrations.transformers is tested with transformers {TESTED}, got {transformers.__version__}",
             stacklevel=2,
         )
-    for module, name, kind in _loaded():
-        setattr(module, name, _replace(kind, getattr(module, name)))
-    if hasattr(factory, _ORIGINAL):
-        return
+    replaced = [(module, name, _replace(kind, getattr(module, name))) for module, name, kind in _loaded()]
+    for module, name, function in replaced:
+        setattr(module, name, function)
+    if not hasattr(factory, _ORIGINAL):
+        _set_factory(_later(factory, hub_kernels.use_kernel_forward_from_hub))
+
+
+def _later(factory: Callable, for_mapping: Callable) -> Callable:
+    """The decorator factory with which modules still to be imported get their functions."""
 
     @functools.wraps(factory)
-    def later(func_name: str, *args: Any, **kwargs: Any) -> Callable:
+    def run(func_name: str, *args: Any, **kwargs: Any) -> Callable:
         decorator = factory(func_name, *args, **kwargs)
-        if func_name not in _REPLACEMENTS and func_name != _CONVOLUTION:
+        if func_name not in _REPLACEMENTS:
             return decorator
-        return lambda function: _replace(func_name, decorator(function))
 
-    setattr(later, _ORIGINAL, factory)
-    _set_factory(later)
+        def replace(function: Callable) -> Callable:
+            original = decorator(function)
+            made = for_mapping(func_name)(_replace(func_name, original))
+            object.__setattr__(made, _ORIGINAL, original)
+            return made
+
+        return replace
+
+    setattr(run, _ORIGINAL, factory)
+    return run
 
 
 def disable() -> None:

@@ -1,6 +1,18 @@
 """Drop-in modules."""
 
+from pyrepr.nn.delta_rule import DeltaCache, DeltaNet, GatedDeltaNet, KimiDeltaAttention, ShortConvolution
 from pyrepr.nn.gram import CKALoss
 from pyrepr.nn.lookup import LookupLinear, LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 
-__all__ = ["CKALoss", "LookupLinear", "LookupQKV", "MemoryFormerBlock", "MemoryFormerMLP"]
+__all__ = [
+    "CKALoss",
+    "DeltaCache",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "KimiDeltaAttention",
+    "LookupLinear",
+    "LookupQKV",
+    "MemoryFormerBlock",
+    "MemoryFormerMLP",
+    "ShortConvolution",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyrepr import lookup
+from pyrepr.integrations.recording import evaluating
 from pyrepr.lookup import check_bits, check_weighting
+from pyrepr.nn import fit
 from pyrepr.ops.lookup import to_huge_pages
-from pyrepr.reference.lookup import hash_codes, weights
+from pyrepr.reference.lookup import pack, unpack
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
@@ -32,15 +35,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What converting a linear layer cost: error on the calibration data over the variance of the outputs, and
-    bytes."""
+class Fit:
+    """What converting a layer cost: squared error over the variance of its outputs, and bytes."""
 
-    relative_mse: float
+    relative_mse: float  # on the calibration data the tables were fitted to
+    held_out_mse: float | None  # on calibration data they were not; None if all of it was used
     dense_bytes: int
     table_bytes: int
     dead_rows: int  # that no calibration row reads
-    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weight
+    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weights
 
 
 def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
@@ -87,10 +90,10 @@ class LookupLinear(nn.Module):
         x: [..., in_features] -> [..., out_features] in the dtype of x.
 
     Attributes:
-        tables: [in_features / bits, 2^bits, out_features]. bias: [out_features] or ``None``. scales: [K, 2^bits]
-            float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also has shift and scale
-            [in_features], what its input is standardised with, and with a low-rank part down [rank, in_features] and
-            up [out_features, rank].
+        tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
+            scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
+            has shift and scale [in_features], for it hashes x · scale + shift, and with a low-rank part down
+            [rank, in_features] and up [out_features, rank].
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
 
@@ -129,7 +132,7 @@ class LookupLinear(nn.Module):
             raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.weighting, self.temperature, self.sparse = weighting, temperature, sparse
-        self.conversion: Conversion | None = None
+        self.conversion: Fit | None = None
         shape = (in_features // bits, 1 << bits, out_features)
         _check_memory(shape, table_dtype, device)
         quantized = table_dtype == torch.int8
@@ -159,20 +162,22 @@ class LookupLinear(nn.Module):
         return self
 
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is hashed, and the low-rank part of the output."""
-        low = None
-        if self.down is not None and self.up is not None:
-            inner = functional.linear(x, self.down.to(x.dtype))  # [..., rank]
-            low = functional.linear(inner, self.up.to(x.dtype))
-            x = x - inner @ self.down.to(x.dtype)
+        """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got {x.shape[-1]}")
+        z, inner = x, None
         if self.shift is not None and self.scale is not None:
-            x = (x - self.shift.to(x.dtype)) * self.scale.to(x.dtype)
-        return x, low
+            z = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+        if self.down is not None and self.scale is not None:
+            down = self.down.to(x.dtype)
+            inner = functional.linear(x, down)
+            z = torch.addmm(z, inner, down * self.scale.to(x.dtype), alpha=-1)
+        return z, inner
 
     def forward(self, x: Tensor) -> Tensor:
-        hashed, low = self._hashed(x)
+        z, inner = self._hashed(x.reshape(-1, x.shape[-1]))
         out = lookup.lookup_linear(
-            hashed,
+            z,
             self.tables,
             self.bias,
             weighting=self.weighting,
@@ -180,7 +185,9 @@ class LookupLinear(nn.Module):
             scales=self.scales,
             sparse=self.sparse,
         )
-        return out if low is None else out + low
+        if inner is not None and self.up is not None:
+            out = torch.addmm(out, inner, self.up.to(out.dtype).T)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def quantize_(self, kind: str) -> LookupLinear:
@@ -189,6 +196,8 @@ class LookupLinear(nn.Module):
             raise ValueError(f"kind must be 'int8' or 'bf16', got {kind!r}")
         if not self.tables.is_floating_point():
             raise ValueError("the tables are int8 already")
+        if self.packed:
+            raise ValueError("the tables are packed already: quantize first")
         if kind == "bf16":
             self.tables = nn.Parameter(self.tables.bfloat16(), requires_grad=False)
         else:
@@ -200,9 +209,43 @@ class LookupLinear(nn.Module):
         return self
 
     @torch.no_grad()
+    def pack_(self) -> LookupLinear:
+        """Keeps the tables in the order of :func:`pyrepr.pack_tables`, for inference on many tokens at a time.
+
+        `tables` is then [out_features / 64, K, 2^bits, 64] and has no gradient; ``state_dict`` still holds, and loads,
+        plain tables. Quantize first. ValueError if out_features is no multiple of 64.
+        """
+        if not self.packed:
+            self.tables = nn.Parameter(lookup.pack_tables(self.tables), requires_grad=False)
+        return self
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tables are in the order of :meth:`pack_`."""
+        return self.tables.dim() == 4
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
+        for name in ("shift", "scale", "down", "up"):
+            value = state_dict.get(prefix + name)
+            if value is not None and getattr(self, name) is None:
+                room = torch.empty_like(value, device=self.tables.device)
+                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
+        name = prefix + "tables"
+        shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
+        if self.packed and name in state_dict and state_dict[name].shape == shape:
+            state_dict = {**state_dict, name: pack(state_dict[name])}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
         """Which rows the tokens x [..., in_features] read."""
-        codes = lookup.hash_codes(self._hashed(x)[0], self.bits).flatten(0, -2)  # [T, K]
+        codes = lookup.hash_codes(self._hashed(x.reshape(-1, x.shape[-1]))[0], self.bits)  # [T, K]
         n = 1 << self.bits
         flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
         counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
@@ -241,54 +284,108 @@ class LookupLinear(nn.Module):
         Returns:
             A layer in the dtype of `linear` whose ``conversion`` reports error and bytes. Expect to fine-tune.
 
+        Raises:
+            ValueError: for calibration of another shape, without rows or with values that are not finite, or a rank out
+                of range.
+
         Warns:
             UserWarning: for fewer calibration rows than features.
         """
-        d, h = linear.in_features, linear.out_features
-        x = calibration.reshape(-1, calibration.shape[-1]).double()
-        if x.shape[1] != d:
-            came = list(calibration.shape)
-            raise ValueError(f"calibration must have shape [..., in_features] = [..., {d}], got {came}")
-        if not 0 <= rank <= min(d, h):
-            raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
-        if len(x) < d:
-            warnings.warn(f"calibration has {len(x)} rows for {d} features; the fit leans on the ridge", stacklevel=2)
+        x = _calibration_rows(calibration, linear.in_features)
+        _check_rank(rank, linear.in_features, linear.out_features)
         weight = linear.weight.double()
-        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=linear.weight.dtype, device=linear.weight.device)
-        y = functional.linear(x, weight)
-        rest = x
-        if rank:
-            down = _output_directions(weight, x, rank)
-            layer.down = nn.Parameter(down.to(linear.weight.dtype))
-            layer.up = nn.Parameter((weight @ down.T).to(linear.weight.dtype))
-            rest = x - x @ down.T @ down
-        target = functional.linear(rest, weight)
-        deviation = rest.std(0, correction=0)
-        shift, scale = rest.mean(0), 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
-        z = (rest - shift) * scale
-        features = (weights(z, bits, weighting).repeat_interleave(bits, -1)) * torch.where(z >= 0, 1.0, -1.0)
-        centre, mean = features.mean(0), target.mean(0)
-        features, centred = features - centre, target - mean
-        moments = features.T @ features
-        moments.diagonal().add_(ridge * moments.diagonal().mean())
-        a = torch.linalg.solve(moments, features.T @ centred)  # [d, h]
-        signs = torch.tensor([[1.0 if c >> i & 1 else -1.0 for i in range(bits)] for c in range(1 << bits)])
-        layer.tables.copy_(torch.einsum("ci,kih->kch", signs.to(a), a.view(-1, bits, h)))
-        bias = mean - centre @ a
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        layer.bias = nn.Parameter((bias if linear.bias is None else bias + linear.bias.double()).to(wide))
-        layer.shift, layer.scale = shift.to(wide), scale.to(wide)
-        error = (features @ a - centred).square().sum() / (y - y.mean(0)).square().sum()
-        codes = hash_codes(z, bits) + (1 << bits) * torch.arange(d // bits, device=z.device)
-        item = layer.tables.element_size()
-        layer.conversion = Conversion(
-            float(error),
-            linear.weight.numel() * linear.weight.element_size(),
-            layer.tables.numel() * item,
-            layer.tables[..., 0].numel() - codes.unique().numel(),
-            bits * linear.weight.element_size() / item,
+        bias = None if linear.bias is None else linear.bias.double()
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bits=bits,
+            weighting=weighting,
+            table_dtype=linear.weight.dtype,
+            device=linear.weight.device,
         )
+        x = x.to(weight.device, torch.float64)
+        y = functional.linear(x, weight, bias)
+        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
+        layer._take(parts)
+        error = float(left.square().sum() / (y - y.mean(0)).square().sum())
+        layer._report(x, linear.weight.numel() * linear.weight.element_size(), error)
         return layer
+
+    @classmethod
+    @torch.no_grad()
+    def from_mlp(
+        cls,
+        mlp: Callable[[Tensor], Tensor],
+        calibration: Tensor,
+        *,
+        bits: int = 8,
+        weighting: str = "l1",
+        rank: int = 0,
+        ridge: float = 1e-4,
+    ) -> LookupLinear:
+        """One lookup layer in place of a whole feed-forward network, or of any function of single tokens.
+
+        The start is :meth:`from_linear`'s fit to the network's best linear approximation. What that leaves is fitted by
+        all K·2^bits rows freely (additive least squares by conjugate gradients, every table at once), with a penalty
+        that keeps rows few tokens read near the start. Free rows overfit, so an eighth of the calibration data is held
+        out and chooses the penalty; the error on it is in the report.
+
+        Args:
+            mlp: a module or function, [N, d] -> [N, h] in a float dtype; modules run in eval mode, and nothing in them
+                is changed.
+            calibration: [..., d], inputs the network sees, in its dtype and on its device. The free rows want many
+                tokens a row: some 10 · 2^bits of them, more for less noise.
+            bits, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since a
+                network's inputs have directions with hardly any variance.
+
+        Returns:
+            A layer with the dtype of calibration, with a bias. Its ``conversion`` has the error on the fitted rows
+            (``relative_mse``) and on those held out (``held_out_mse``).
+
+        Raises:
+            ValueError: for calibration of fewer than 16 rows or with values that are not finite, a rank out of range,
+                or a network that does not give a row a token. TypeError: if it gives no floating-point tensor.
+
+        Warns:
+            UserWarning: for fewer calibration rows than features.
+        """
+        rows = _calibration_rows(calibration)
+        if len(rows) < 16:
+            raise ValueError(f"calibration must have at least 16 rows, an eighth of which is held out, got {len(rows)}")
+        y = _outputs(mlp, rows)
+        d, h = rows.shape[1], y.shape[1]
+        _check_rank(rank, d, h)
+        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=rows.dtype, device=rows.device)
+        held = fit.hold_out(len(rows)).to(rows.device)
+        x, y, unseen, truth = (t.double() for t in (rows[~held], y[~held], rows[held], y[held]))
+        weight = fit.regression(x, y, ridge)
+        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
+        layer._take(fit.with_full_tables(parts, x, left, unseen, truth, bits, weighting))
+        dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
+        errors = (fit.relative_mse(layer(a.to(rows.dtype)), b) for a, b in ((x, y), (unseen, truth)))
+        layer._report(x, dense_bytes, *errors)
+        return layer
+
+    def _take(self, parts: fit.Parts) -> None:
+        """A fit into the parameters, in their dtype."""
+        wide = torch.promote_types(self.tables.dtype, torch.float32)
+        self.tables.copy_(parts.tables)
+        self.bias = nn.Parameter(parts.bias.to(wide))
+        self.shift, self.scale = parts.shift.to(wide), parts.scale.to(wide)
+        if parts.down is not None and parts.up is not None:
+            self.down = nn.Parameter(parts.down.to(self.tables.dtype))
+            self.up = nn.Parameter(parts.up.to(self.tables.dtype))
+
+    def _report(self, x: Tensor, dense_bytes: int, relative_mse: float, held_out_mse: float | None = None) -> None:
+        table_bytes = self.tables.numel() * self.tables.element_size()
+        self.conversion = Fit(
+            relative_mse,
+            held_out_mse,
+            dense_bytes,
+            table_bytes,
+            self.usage(x.to(torch.promote_types(self.tables.dtype, torch.float32))).dead_rows,
+            dense_bytes / (table_bytes >> self.bits),
+        )
 
     def extra_repr(self) -> str:
         low = "" if self.down is None else f", rank={self.down.shape[0]}"
@@ -298,13 +395,41 @@ class LookupLinear(nn.Module):
         )
 
 
-def _output_directions(weight: Tensor, x: Tensor, rank: int) -> Tensor:
-    """Orthonormal rows [rank, d] spanning what the output's `rank` principal components read of the input."""
-    y = functional.linear(x - x.mean(0), weight)
-    _, vectors = torch.linalg.eigh(y.T @ y)
-    read = vectors[:, -rank:].T @ weight  # [rank, d]
-    _, _, rows = torch.linalg.svd(read, full_matrices=False)
+def _calibration_rows(calibration: Tensor, d: int | None = None) -> Tensor:
+    """[N, d], checked."""
+    if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
+        came = str(getattr(calibration, "dtype", type(calibration).__name__)).removeprefix("torch.")
+        raise TypeError(f"calibration must be a floating-point tensor, got {came}")
+    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1]):
+        expected = "[..., d]" if d is None else f"[..., in_features] = [..., {d}]"
+        raise ValueError(f"calibration must have shape {expected}, got {list(calibration.shape)}")
+    d = calibration.shape[-1]
+    rows = calibration.reshape(-1, d)
+    if not len(rows):
+        raise ValueError(f"calibration must have at least one row, got shape {list(calibration.shape)}")
+    if not bool(rows.isfinite().all()):
+        raise ValueError("calibration must be finite, got NaN or infinity")
+    if len(rows) < d:
+        warnings.warn(f"calibration has {len(rows)} rows for {d} features; the fit leans on the ridge", stacklevel=4)
     return rows
+
+
+def _check_rank(rank: int, d: int, h: int) -> None:
+    if not 0 <= rank <= min(d, h):
+        raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
+
+
+def _outputs(mlp: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """mlp of rows [N, d], in pieces: [N, h]."""
+    with evaluating([mlp] if isinstance(mlp, nn.Module) else []):
+        pieces = [mlp(piece) for piece in rows.split(4096)]
+    y = pieces[0]
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        came = str(getattr(y, "dtype", type(y).__name__)).removeprefix("torch.")
+        raise TypeError(f"mlp must give a floating-point tensor, got {came}")
+    if y.dim() != 2 or sum(map(len, pieces)) != len(rows):
+        raise ValueError(f"mlp must give [N, h] for N = {len(rows[:4096])} rows, got {list(y.shape)}")
+    return torch.cat(pieces)
 
 
 class LookupQKV(nn.Module):
@@ -376,4 +501,4 @@ class MemoryFormerBlock(nn.Module):
         """For s tokens: attention's 2·s²·d and a multiply-add for every table entry that is read."""
         layers = (self.qkv.lookup, self.mlp.up, self.mlp.down)
         d = self.mlp.down.out_features
-        return 2 * s * s * d + s * sum(a.tables.shape[0] * a.out_features for a in layers)
+        return 2 * s * s * d + s * sum(a.in_features // a.bits * a.out_features for a in layers)

@@ -1,8 +1,8 @@
 """Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
 
-Three ops over the same arguments: the forward, the backward, and the update of a state in place (decoding). The
-forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
-``csrc/cpu/delta_rule.h``).
+Three ops over the same arguments: the forward, the backward, and the forward without a gradient, which writes the final
+state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes
+the others (maths in ``csrc/cpu/delta_rule.h``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, module
 from pyrepr.reference import delta_rule as reference
@@ -42,28 +43,44 @@ def _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2n
     return o, state, v.new_empty((slots, *state.shape[1:]), dtype=dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its last axis dense; every other stride is the kernel's business."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _dense(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x with its last axis dense, and its strides: every other one is the kernel's business."""
+    stride = x.stride()
+    if stride[-1] != 1:
+        x = x.contiguous()
+        stride = x.stride()
+    return x, stride
 
 
 class _Problem:
     """What every native function takes, and the tensors that must live while it runs."""
 
+    __slots__ = ("native", "tensors")
+
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-        q, k, v = _rows(q), _rows(k), _rows(v)
-        beta = beta.to(torch.float32).contiguous()
-        g = None if g is None else g.to(torch.float32).contiguous()
-        if initial_state is not None:
-            initial_state = initial_state.contiguous()
-        self.tensors = (q, k, v, g, beta, initial_state)
+        (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
+        beta = _dense(beta)
+        g = None if g is None else _dense(g)
+        state = None if initial_state is None else _dense(initial_state)
+        self.tensors = (q, k, v, g, beta, state)
         self.native = module().DeltaRule(
-            [0 if x is None else x.data_ptr() for x in self.tensors],
-            [s for x in (q, k, v) for s in x.stride()[:3]],
-            (*k.shape, v.shape[2], v.shape[3]),
+            (
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                0 if g is None else g.data_ptr(),
+                beta.data_ptr(),
+                0 if state is None else state.data_ptr(),
+            ),
+            (*k.shape, *v.shape[2:]),
+            (*q_stride, *k_stride, *v_stride),
             DTYPE_CODES[v.dtype],
             g is not None and g.dim() == 4,
-            [] if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
+            () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
             scale,
             use_qk_l2norm,
             torch.get_num_threads(),
@@ -80,6 +97,17 @@ def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2no
     return o, state, checkpoints
 
 
+def _kept_tokens(total: int) -> int:
+    """Tokens between two kept states, in which the GPU's chunks are counted."""
+    return segment_length(total) * CHUNK
+
+
+def _forward_triton(q, k, v, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    return kernels.forward(q, k, v, *rest, _kept_tokens(v.shape[1]))
+
+
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
 
 forward_op = leaf_op(
@@ -88,30 +116,86 @@ forward_op = leaf_op(
     fake=_forward_fake,
     reference=reference.delta_rule_forward,
     cpu=_forward_cpu,
+    triton=_forward_triton,
 )
 
 
-def _update_fake(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     return v.new_empty(v.shape)
 
 
-def _update_cpu(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_update_(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm)
-    o = v.new_empty(v.shape)
-    dense = state.contiguous()
-    problem = _Problem(q, k, v, g, beta, dense, cu_seqlens, scale, use_qk_l2norm)
-    problem.native.forward(o.data_ptr(), dense.data_ptr(), 0, 0, 1)
+        return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
+    if initial_state is not None:
+        initial_state = _dense(initial_state)
+        # The kernel may read the state that it writes, but not one that merely overlaps it.
+        if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
+            initial_state = initial_state.clone()
+    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem.native.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    if final is not state:
+        state.copy_(final)
+    return o
+
+
+def _start(state: Tensor, initial_state: Tensor | None) -> None:
+    """For kernels that know an update in place only."""
+    if initial_state is None:
+        state.zero_()
+    elif initial_state is not state:
+        state.copy_(initial_state)
+
+
+def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    _start(state, initial_state)
+    return kernels.update_(state, q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
+
+
+def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+    """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
+    if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
+    if k.shape[3] > 256:
+        raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
+    _start(state, initial_state)
+    o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
+    (q, _), (k, _), (v, _) = _rows(q), _rows(k), _rows(v)
+    beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        good = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == v.shape[1])
+        torch._assert_async(good, f"cu_seqlens must start at 0, never decrease, and end at T = {v.shape[1]}")
+    tensors = (q, k, v, g, beta, dense, dense, o, cu_seqlens)
+    with torch.cuda.device(v.device):
+        module().cuda_delta_rule_step(
+            [0 if x is None else x.data_ptr() for x in tensors],
+            [s for x in (q, k, v) for s in x.stride()[:3]],
+            (*k.shape, v.shape[2], v.shape[3]),
+            dense.shape[0],
+            DTYPE_CODES[v.dtype],
+            g is not None and g.dim() == 4,
+            scale,
+            use_qk_l2norm,
+            torch.cuda.current_stream().cuda_stream,
+        )
     if dense is not state:
         state.copy_(dense)
     return o
 
 
 update_op_ = leaf_op(
-    f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? cu_seqlens, float scale, bool use_qk_l2norm) -> Tensor",
+    f"delta_rule_update_(Tensor(a!) state, {_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, "
+    "bool use_qk_l2norm) -> Tensor",
     fake=_update_fake,
     reference=reference.delta_rule_update_,
     cpu=_update_cpu,
+    triton=_update_triton,
+    cuda=_update_cuda,
 )
 
 
@@ -123,7 +207,7 @@ def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, gra
 
 
 def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
-    if v.dtype == torch.float64 or (g is not None and g.dim() == 4):
+    if v.dtype == torch.float64:
         return reference.delta_rule_backward(
             q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
         )
@@ -134,14 +218,21 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     # Value heads that share a query and key head each write a gradient of it; their sum is taken here.
     dq, dk = (v.new_empty(per_value_head, dtype=torch.float32) for _ in range(2))
     dv = v.new_empty(v.shape, dtype=torch.float32)
-    dg, dbeta = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
+    dbeta = v.new_empty(v.shape[:3], dtype=torch.float32)
+    dg = torch.empty_like(dbeta) if g is None else v.new_empty(g.shape, dtype=torch.float32)
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    grads = [x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds)]
+    grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
     problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
     if heads != v.shape[2]:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
     dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
+
+
+def _backward_triton(q, k, v, *rest):
+    from pyrepr.kernels import delta_rule as kernels
+
+    return kernels.backward(q, k, v, *rest, _kept_tokens(v.shape[1]))
 
 
 backward_op = leaf_op(
@@ -150,6 +241,7 @@ backward_op = leaf_op(
     fake=_backward_fake,
     reference=reference.delta_rule_backward,
     cpu=_backward_cpu,
+    triton=_backward_triton,
 )
 
 
@@ -187,14 +279,17 @@ def delta_rule(
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,
     use_qk_l2norm: bool,
+    state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
-        return o, state
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    keep = v.dtype != torch.float64 and (g is None or g.dim() == 3)
-    slots = kept_states(v.shape[0], v.shape[1], sequences) if keep else 0
+        if not v.is_cpu:
+            o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
+            return o, state
+        # Without the kept states the update is the same, and has one tensor less to allocate.
+        state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
+        return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
+    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state

@@ -20,25 +20,26 @@ from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import lookup as reference
-from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype
+from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype, sizes, unpack
 
 # A table's storage type as csrc/cpu/lookup.h numbers it.
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
 
-# Which forward kernel runs: by size, token by token (few tokens), or each table once (many tokens).
-ROUTES = {"auto": 0, "rows": 1, "stream": 2}
+# Which forward kernel runs: by size; token by token (few tokens); each table once (many tokens); in registers (int8
+# tables of at most 16 rows, where the instruction set has byte permutations). One that cannot run gives way to another.
+ROUTES = {"auto": 0, "rows": 1, "stream": 2, "registers": 3}
+
+WEIGHTING_CODES = {name: code for code, name in enumerate(WEIGHTINGS)}
 
 # More tokens than these read most rows more than once: left alone, `lookup_linear` then goes on to the Triton kernels.
 CUDA_TOKENS = 64
 
 
 def _tables(tables: Tensor, scales: Tensor | None):
+    scales_address = 0 if scales is None else scales.data_ptr()
+    code, packed = TABLE_CODES[tables.dtype], tables.dim() == 4
     return module().LookupTables(
-        tables.data_ptr(),
-        TABLE_CODES[tables.dtype],
-        0 if scales is None else scales.data_ptr(),
-        *tables.shape,
-        torch.get_num_threads(),
+        tables.data_ptr(), code, scales_address, *sizes(tables), packed, torch.get_num_threads()
     )
 
 
@@ -63,10 +64,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _triton(function: str, file: str = "lookup"):
-    """A Triton implementation by name, imported when it is first called."""
+    """A Triton implementation by name, imported when it is first called. Packed tables are the CPU kernels' order."""
 
     def run(*args):
-        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*args)
+        plain = (unpack(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args)
+        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*plain)
 
     return run
 
@@ -79,7 +81,7 @@ def _hash_fake(x, bits, weighting, temperature):
 def _hash_cpu(x, bits, weighting, temperature):
     codes, weights = _hash_fake(x, bits, weighting, temperature)
     x = _rows_contiguous(x)
-    code, threads = WEIGHTINGS.index(weighting), torch.get_num_threads()
+    code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
     module().lookup_hash(
         matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, codes.data_ptr(), weights.data_ptr(), threads
     )
@@ -96,27 +98,40 @@ hash_op = leaf_op(
 
 
 def _linear_fake(x, tables, scales, bias, weighting, temperature, route):
-    return x.new_empty(x.shape[0], tables.shape[2])
+    return x.new_empty(x.shape[0], sizes(tables)[2])
 
 
 def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
+    dtype = x.dtype
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    k, n, h = sizes(tables)
     x, tables = _rows_contiguous(x), tables.contiguous()
-    dtype = compute_dtype(x.dtype)
-    out = torch.empty(x.shape[0], tables.shape[2], dtype=dtype)
-    bias = bias if bias is None else bias.to(dtype).contiguous()
-    scales = scales if scales is None else scales.contiguous()
-    bits = tables.shape[1].bit_length() - 1
-    _tables(tables, scales).linear(
-        matrix(x),
-        DTYPE_CODES[x.dtype],
-        bits,
-        WEIGHTINGS.index(weighting),
+    out = torch.empty((x.shape[0], h), dtype=compute)
+    if bias is not None:
+        bias = bias.to(compute).contiguous()
+    if scales is not None:
+        scales = scales.contiguous()
+    module().lookup_linear(
+        tables.data_ptr(),
+        TABLE_CODES[tables.dtype],
+        0 if scales is None else scales.data_ptr(),
+        k,
+        n,
+        h,
+        tables.dim() == 4,
+        x.data_ptr(),
+        DTYPE_CODES[dtype],
+        x.shape[0],
+        x.stride(0),
+        n.bit_length() - 1,
+        WEIGHTING_CODES[weighting],
         temperature,
-        _address(bias),
+        0 if bias is None else bias.data_ptr(),
         route,
         out.data_ptr(),
+        torch.get_num_threads(),
     )
-    return out.to(x.dtype)
+    return out if dtype is compute else out.to(dtype)
 
 
 def _linear_cuda(x, tables, scales, bias, weighting, temperature, route):
@@ -125,7 +140,8 @@ def _linear_cuda(x, tables, scales, bias, weighting, temperature, route):
         raise Unsupported("backend 'cuda' computes lookup_linear in float32 and refuses float64 tensors")
     if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
         raise Unsupported(f"backend 'cuda' is for up to {CUDA_TOKENS} tokens, got {x.shape[0]}")
-    x, tables, out = _rows_contiguous(x), tables.contiguous(), _linear_fake(x, tables, *[None] * 5)
+    tables = (unpack(tables) if tables.dim() == 4 else tables).contiguous()
+    x, out = _rows_contiguous(x), _linear_fake(x, tables, *[None] * 5)
     k, n, h = tables.shape
     scales = scales if scales is None else scales.contiguous()
     bias = bias if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous()
@@ -166,7 +182,7 @@ linear_op = leaf_op(
 
 
 def _sum_fake(codes, weights, tables, scales, route):
-    return weights.new_empty(codes.shape[0], tables.shape[2])
+    return weights.new_empty(codes.shape[0], sizes(tables)[2])
 
 
 def _sum_cpu(codes, weights, tables, scales, route):
@@ -196,9 +212,8 @@ def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments):
     codes, weights, grad = codes.contiguous(), weights.contiguous(), _rows_contiguous(grad)
     segments, dots = _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments)
     if tables is None:
-        stand_in = torch.empty(0, dtype=grad.dtype)
         native = module().LookupTables(
-            0, TABLE_CODES[stand_in.dtype], 0, codes.shape[1], n, grad.shape[1], torch.get_num_threads()
+            0, TABLE_CODES[grad.dtype], 0, codes.shape[1], n, grad.shape[1], False, torch.get_num_threads()
         )
     else:
         tables = tables.contiguous()
@@ -235,7 +250,7 @@ def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
 def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
     grad = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
     x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
-    code, threads = WEIGHTINGS.index(weighting), torch.get_num_threads()
+    code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
     module().lookup_hash_backward(
         matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, grad_weights.data_ptr(), grad.data_ptr(), threads
     )
@@ -253,7 +268,9 @@ hash_backward_op = leaf_op(
 
 def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_dots):
     """(gradient of the tables or None, dots or None); the former as sparse COO over its rows under `sparse`."""
-    k, n, h = tables.shape
+    k, n, h = sizes(tables)
+    if want_dots and tables.dim() == 4:
+        tables = unpack(tables)
     rows = None
     if want_tables and sparse:
         rows = (codes.long() + n * torch.arange(k, device=codes.device)).unique()
@@ -288,7 +305,7 @@ class _LookupLinear(torch.autograd.Function):
         x, tables, scales = ctx.saved_tensors
         weighting, temperature, sparse = ctx.options
         want_x, want_tables, _, want_bias = ctx.needs_input_grad[:4]
-        bits = tables.shape[1].bit_length() - 1
+        bits = sizes(tables)[1].bit_length() - 1
         if not grad.is_cuda:  # GPU kernels read fewer bytes and widen them themselves
             grad = grad.to(compute_dtype(x.dtype))
         grad_x = grad_tables = None
@@ -358,6 +375,8 @@ def lookup_linear(
     sparse: bool,
 ) -> Tensor:
     """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables and bias."""
+    if tables.dim() == 4 and not tables.is_cpu:
+        tables = unpack(tables)
     if _wants_grad(x, tables, bias):
         return _LookupLinear.apply(x, tables, scales, bias, weighting, temperature, sparse)
     return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
@@ -365,6 +384,8 @@ def lookup_linear(
 
 def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, sparse: bool) -> Tensor:
     """codes [T, K] int32, weights [T, K] in the compute dtype -> [T, h]; differentiable in weights and tables."""
+    if tables.dim() == 4 and not tables.is_cpu:
+        tables = unpack(tables)
     if _wants_grad(weights, tables):
         return _LookupSum.apply(codes, weights, tables, scales, sparse)
     return sum_op(codes, weights, tables, scales, ROUTES["auto"])

@@ -131,12 +131,13 @@ def delta_rule_update_(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
 ) -> Tensor:
-    """o; `state` is the initial state before and the final state after."""
-    o, last = delta_rule(q, k, v, g, beta, scale, state, use_qk_l2norm, cu_seqlens)
+    """o; `state` becomes the final state. `initial_state` may be `state`; None is zero."""
+    o, last = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
     state.copy_(last)
     return o
 

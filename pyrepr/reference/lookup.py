@@ -16,6 +16,28 @@ from torch import Tensor
 WEIGHTINGS = ("probability", "scaled", "l1", "none")
 
 
+# Columns of a tile of packed tables.
+TILE = 64
+
+
+def pack(tables: Tensor) -> Tensor:
+    """tables [K, n, h] -> [h / 64, K, n, 64]: the columns that one thread works on at a time stand together."""
+    k, n, h = tables.shape
+    return tables.reshape(k, n, h // TILE, TILE).permute(2, 0, 1, 3).contiguous()
+
+
+def unpack(tables: Tensor) -> Tensor:
+    """The inverse of :func:`pack`."""
+    tiles, k, n, _ = tables.shape
+    return tables.permute(1, 2, 0, 3).reshape(k, n, tiles * TILE)
+
+
+def sizes(tables: Tensor) -> tuple[int, int, int]:
+    """(K, n, h) of plain tables [K, n, h] or packed ones."""
+    shape = tables.shape
+    return (shape[1], shape[2], shape[0] * TILE) if len(shape) == 4 else (shape[0], shape[1], shape[2])
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are accumulated in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -92,6 +114,7 @@ def lookup_linear(
     scales: Tensor | None = None,
 ) -> Tensor:
     """bias + Σ_k w(z_k) tables[k, h(z_k)]; x: [..., d], tables: [K, 2^τ, h], bias: [h] -> [..., h] in x's dtype."""
+    tables = unpack(tables) if tables.dim() == 4 else tables
     bits = tables.shape[1].bit_length() - 1
     out = lookup_sum(hash_codes(x, bits), weights(x, bits, weighting, temperature), tables, scales)
     return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
@@ -120,6 +143,7 @@ def linear_op(
 
 def sum_op(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int) -> Tensor:
     """The leaf op of :func:`lookup_sum`; `route` picks between kernels and means nothing here."""
+    tables = unpack(tables) if tables.dim() == 4 else tables
     return lookup_sum(codes, weights, tables, scales)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr.ops.gram import moments_op_
+from pyrepr.ops.gram import layer_pairs, moments_op_
 from pyrepr.reference.gram import compute_dtype
 from pyrepr.similarity._checks import check_count, check_estimator, check_layers
 from pyrepr.similarity._kernel import Kernel, as_kernel
@@ -107,9 +107,6 @@ class StreamingCKA:
         table, floor = _hsic_table(layers, self.kernel, self.estimator, split=split)
         return {"n": layers[0].shape[0], "hsic": table, "floor": floor}
 
-    def _pairs(self, m: int, split: int) -> list[tuple[int, int]]:
-        return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
-
     def _moments(self, layers: list[Tensor], split: int) -> dict[str, Any]:
         """Moments of one batch around the shift of the stream (the mean of its first batch)."""
         m, n, device = len(layers), layers[0].shape[0], layers[0].device
@@ -119,12 +116,12 @@ class StreamingCKA:
             shift = [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers]
             blocks = [
                 torch.zeros(layers[a].shape[1], layers[b].shape[1], dtype=torch.float64, device=device)
-                for a, b in self._pairs(m, split)
+                for a, b in layer_pairs(m, split)
             ]
         else:
             blocks = self._state["blocks"]  # added to in place: the one large thing here
         centred = [(x.double() - s).to(compute_dtype(x.dtype)) for x, s in zip(layers, shift, strict=True)]
-        moments_op_(blocks, centred, [layer for pair in self._pairs(m, split) for layer in pair])
+        moments_op_(blocks, centred, [layer for pair in layer_pairs(m, split) for layer in pair])
         wide = [x.double() for x in centred]
         q = torch.stack([x.square().sum(1) for x in wide])  # [M, n] squared norms
         return {
@@ -159,7 +156,7 @@ class StreamingCKA:
         es = torch.stack([v @ s for v, s in zip(e, sums, strict=True)])
         new_t = t + 2 * es + n * ee
         new_products, new_rows, new_blocks = products.clone(), [r.clone() for r in rows], []
-        for (a, b), block in zip(self._pairs(m, self._split), state["blocks"], strict=True):
+        for (a, b), block in zip(layer_pairs(m, self._split), state["blocks"], strict=True):
             whole = block.triu() + block.triu(1).T if a == b else block
             new_products[a, b] = new_products[b, a] = (
                 products[a, b]
@@ -206,7 +203,7 @@ class StreamingCKA:
         mean = [shift + s / n for shift, s in zip(self._state["shift"], self._state["sums"], strict=True)]
         state = self._moved(self._state, mean)
         table = torch.full_like(state["norm_products"], torch.nan)
-        for (a, b), block in zip(self._pairs(m, self._split), state["blocks"], strict=True):
+        for (a, b), block in zip(layer_pairs(m, self._split), state["blocks"], strict=True):
             table[a, b] = table[b, a] = block.square().sum()
         if self.estimator == "biased":
             return table / (n - 1) ** 2, torch.zeros(m, dtype=torch.float64, device=table.device)

@@ -1,0 +1,98 @@
+// Bindings of family `causal_conv1d`.
+#include "bindings/common.h"
+
+namespace pyrepr {
+namespace {
+
+// What every function of the family takes, with its lifetime.
+struct CausalConvArguments {
+  std::vector<int64_t> bounds;
+  cpu::CausalConvProblem problem;
+
+  // addresses: x, weight, bias, initial states; strides: batch, token and channel of x; sizes: B, T, D, W.
+  CausalConvArguments(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
+                      const std::vector<int64_t>& sizes, int dtype, std::vector<int64_t> bounds_, bool silu,
+                      int threads)
+      : bounds(std::move(bounds_)) {
+    if (addresses.size() != 4 || strides.size() != 3 || sizes.size() != 4)
+      throw std::invalid_argument("CausalConv takes 4 addresses, 3 strides and 4 sizes");
+    for (int64_t size : sizes)
+      if (size < 0) throw std::invalid_argument("a size is negative");
+    const int64_t tokens = sizes[0] * sizes[1];
+    if (sizes[3] < 1) throw std::invalid_argument("W must be positive");
+    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 runs in the reference");
+    if (threads < 1) throw std::invalid_argument("threads must be positive");
+    if (bounds.empty() || bounds.front() != 0 || bounds.back() != tokens)
+      throw std::invalid_argument("the sequences must go from 0 to B T");
+    for (size_t i = 1; i < bounds.size(); i++) {
+      if (bounds[i] < bounds[i - 1]) throw std::invalid_argument("the sequences must not decrease");
+      if (bounds[i] > bounds[i - 1] && bounds[i - 1] / sizes[1] != (bounds[i] - 1) / sizes[1])
+        throw std::invalid_argument("a sequence spans two rows of the batch");
+    }
+    problem.x = pointer<const void>(addresses[0], "x", tokens * sizes[2] == 0);
+    problem.batch = strides[0];
+    problem.token = strides[1];
+    problem.channel = strides[2];
+    problem.weight = pointer<const float>(addresses[1], "weight", sizes[2] == 0);
+    problem.bias = pointer<const float>(addresses[2], "bias", true);
+    problem.initial = pointer<const void>(addresses[3], "initial_states", true);
+    problem.bounds = bounds.data();
+    problem.sequences = static_cast<int64_t>(bounds.size()) - 1;
+    problem.total = sizes[1];
+    problem.channels = sizes[2];
+    problem.taps = sizes[3];
+    problem.dtype = dtype_of(dtype);
+    problem.silu = silu;
+    problem.threads = threads;
+  }
+
+  // A large fresh result, [B, T, D] in x's dtype, costs more in page faults than in arithmetic.
+  void* result(uintptr_t address, const char* what) const {
+    void* const data = pointer<void>(address, what, empty());
+    const int64_t bytes = problem.tokens() * problem.channels * (problem.dtype == DType::f32 ? 4 : 2);
+    if (bytes > int64_t(4) << 20) huge_pages(address, bytes, false);
+    return data;
+  }
+  bool empty() const { return problem.tokens() * problem.channels == 0; }
+};
+
+void causal_conv1d_forward(CausalConvArguments& a, uintptr_t out) {
+  void* const data = a.result(out, "out");
+  py::gil_scoped_release release;
+  if (!a.empty()) check(current_level().causal_conv1d().forward(a.problem, data));
+}
+
+void causal_conv1d_backward(CausalConvArguments& a, uintptr_t grad, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+                            uintptr_t dinitial) {
+  const cpu::CausalConvGradients out{pointer<const void>(grad, "grad", a.empty()), a.result(dx, "dx"),
+                                     pointer<float>(dweight, "dweight", a.problem.channels == 0),
+                                     pointer<float>(dbias, "dbias", true), pointer<float>(dinitial, "dinitial", true)};
+  py::gil_scoped_release release;
+  check(current_level().causal_conv1d().backward(a.problem, out));
+}
+
+// state: address, strides of batch, channel and token, S.
+void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::vector<int64_t>& layout, uintptr_t out) {
+  if (layout.size() != 4) throw std::invalid_argument("update takes 3 strides and a length of the state");
+  if (layout[3] < a.problem.taps - 1) throw std::invalid_argument("the state must hold W - 1 tokens");
+  if (a.problem.sequences * a.problem.total != a.problem.tokens())
+    throw std::invalid_argument("update takes one sequence per row");
+  const cpu::CausalConvStep step{pointer<void>(state, "conv_state", a.empty() || layout[3] == 0), layout[0], layout[1],
+                                 layout[2], layout[3]};
+  void* const data = pointer<void>(out, "out", a.empty());
+  py::gil_scoped_release release;
+  if (!a.empty()) check(current_level().causal_conv1d().update(a.problem, step, data));
+}
+
+}  // namespace
+
+void bind_causal_conv1d(py::module_& m) {
+  py::class_<CausalConvArguments>(m, "CausalConv")
+      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int,
+                    std::vector<int64_t>, bool, int>())
+      .def("forward", &causal_conv1d_forward)
+      .def("backward", &causal_conv1d_backward)
+      .def("update", &causal_conv1d_update);
+}
+
+}  // namespace pyrepr

@@ -1,0 +1,199 @@
+// The forward of family `lookup` for few tokens: rows are gathered token by token. Also the plan, which all forward
+// kernels read. Included by level units only (see simd.h).
+#pragma once
+
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16) || defined(PYREPR_LEVEL_avx2)
+#include <immintrin.h>
+#endif
+
+#include "cpu/lookup_hash.h"
+
+namespace pyrepr {
+inline namespace PYREPR_LEVEL {
+namespace {
+
+struct StoreI8 {
+  using T = float;
+  using Memory = int8_t;
+};
+template <>
+inline Vec<float> load_as<StoreI8>(const int8_t* p) {
+  using I = Lanes<float>::I;
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
+  const I wide = reinterpret_cast<I>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(PYREPR_LEVEL_avx2)
+  const I wide = reinterpret_cast<I>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+  const I wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), I);
+#endif
+  return __builtin_convertvector(wide, Vec<float>);
+}
+
+}  // namespace
+}  // namespace PYREPR_LEVEL
+
+namespace cpu::PYREPR_LEVEL {
+namespace {
+
+constexpr int64_t kGroup = 8;  // tables whose codes and weights stand together
+
+// Codes and weights of a block of tokens in the order the forward kernels read them: [K / kGroup, tokens, kGroup]. The
+// row scales of 8-bit tables are folded into the weights. Filled by every thread of a team for its share of the tokens.
+template <class T>
+class Plan {
+ public:
+  Plan(const LookupTables& tables, int64_t capacity)
+      : tables_(tables),
+        size_(ceil_div(tables.K, kGroup) * kGroup * capacity),
+        memory_(size_ * int64_t(4 + sizeof(T)) + 64) {}
+  bool ok() const { return memory_.ok(); }
+  const int32_t* codes(int64_t group, int64_t t) const {
+    return memory_.template as<int32_t>() + at(group * kGroup, t);
+  }
+  const T* weights(int64_t group, int64_t t) const { return weights_begin() + at(group * kGroup, t); }
+  int64_t tokens() const { return tokens_; }
+  void start(int64_t tokens) { tokens_ = tokens; }
+
+  template <class X>
+  void hash(const LookupHash& p, int64_t t0, void* buffer) const {
+    share_of_tokens<X>(p, t0, t0 + tokens_, buffer, [&](const Chunks<X>& chunks, int64_t t) {
+      chunks.hash([&](int64_t k, int64_t count, const typename Chunks<X>::Hashed& hashed) {
+        put(k, t - t0, count, hashed.codes, hashed.weights);
+      });
+    });
+  }
+
+  void copy(const int32_t* codes, const T* weights) const {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens_; t++) put(0, t, tables_.K, codes + t * tables_.K, weights + t * tables_.K);
+  }
+
+ private:
+  int64_t at(int64_t k, int64_t t) const { return (k / kGroup * tokens_ + t) * kGroup + k % kGroup; }
+  T* weights_begin() const { return memory_.template as<T>(round_up(size_ * 4, 64)); }
+
+  // `count` chunks of token t from chunk k on; k is a multiple of kGroup or of a power of two below it
+  void put(int64_t k, int64_t t, int64_t count, const int32_t* codes, const T* weights) const {
+    while (count > 0) {
+      const int64_t here = smaller(count, kGroup - k % kGroup);
+      int32_t* const c = memory_.template as<int32_t>() + at(k, t);
+      T* const w = weights_begin() + at(k, t);
+      std::memcpy(c, codes, static_cast<size_t>(here) * sizeof *c);
+      if (tables_.scales) {
+        for (int64_t i = 0; i < here; i++)
+          w[i] = weights[i] * static_cast<T>(tables_.scales[(k + i) * tables_.n + codes[i]]);
+      } else {
+        std::memcpy(w, weights, static_cast<size_t>(here) * sizeof *w);
+      }
+      k += here, codes += here, weights += here, count -= here;
+    }
+  }
+
+  const LookupTables& tables_;
+  const int64_t size_;
+  const Memory memory_;
+  int64_t tokens_ = 0;
+};
+
+// `out` points to the first row of the plan's tokens.
+template <class S>
+class Rows {
+ public:
+  using T = typename S::T;
+  using M = typename S::Memory;
+  static constexpr int W = Lanes<T>::W;
+
+  Rows(const LookupTables& tables, const Plan<T>& plan, const T* bias, T* out)
+      : a_(tables), data_(static_cast<const M*>(tables.data)), plan_(plan), bias_(bias), out_(out) {}
+
+  void token(int64_t t) const { gather(t, t + 1, 0, a_.h, data_, a_.h); }  // of tables that are not packed
+
+  // What every thread of a team of `threads` does. Threads share the columns first (they then read different parts of
+  // the same rows), then the tokens.
+  void share(int64_t threads) const {
+    const int64_t unit = a_.packed ? kLookupTile : 2 * kLine;
+    const int64_t across = smaller(threads, larger<int64_t>(1, a_.h / unit));
+    const int64_t down = smaller(ceil_div(threads, across), plan_.tokens());
+    const int64_t cols = round_up(ceil_div(a_.h, across), a_.packed ? kLookupTile : kLine);
+    const int64_t tokens = ceil_div(plan_.tokens(), down);
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < across * down; part++) {
+      const int64_t c0 = part % across * cols, t0 = part / across * tokens;
+      const int64_t c1 = smaller(c0 + cols, a_.h), t1 = smaller(t0 + tokens, plan_.tokens());
+      if (c0 >= c1 || t0 >= t1) continue;
+      if (!a_.packed) gather(t0, t1, c0, c1 - c0, data_ + c0, a_.h);
+      for (int64_t c = c0; a_.packed && c < c1; c += kLookupTile)
+        gather(t0, t1, c, kLookupTile, data_ + c * a_.K * a_.n, kLookupTile);
+    }
+  }
+
+ private:
+  static constexpr int64_t kRows = 4;   // rows added at a time
+  static constexpr int64_t kAhead = 8;  // rows between the one being added and the one being fetched
+  static constexpr int64_t kBlock =
+      32;  // tables a token visits in one go: several tokens meet in a row while it is in L3
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(M));  // elements of a cache line
+
+  // Columns c0 ... c0 + cols of some tokens; in `data` rows are `stride` apart.
+  void gather(int64_t t0, int64_t t1, int64_t c0, int64_t cols, const M* data, int64_t stride) const {
+    const auto row = [&](int64_t k, int64_t t) {
+      return data + (k * a_.n + plan_.codes(k / kGroup, t)[k % kGroup]) * stride;
+    };
+    const M* rows[kBlock + kAhead];
+    T weights[kBlock];
+    for (int64_t t = t0; t < t1; t++)
+      for (int64_t j = 0; j < cols; j++) out_[t * a_.h + c0 + j] = bias_ ? bias_[c0 + j] : T(0);
+    for (int64_t k0 = 0; k0 < a_.K; k0 += kBlock)
+      for (int64_t t = t0; t < t1; t++) {
+        const int64_t count = smaller(kBlock, a_.K - k0);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t k = k0 + i;
+          rows[i] = row(k, t);
+          weights[i] = plan_.weights(k / kGroup, t)[k % kGroup];
+        }
+        // What comes after this token's share of the block: the next token's, or the first token's of the next block.
+        const bool last = t + 1 == t1;
+        const int64_t k1 = last ? k0 + kBlock : k0, next = last ? t0 : t + 1;
+        for (int64_t i = 0; i < kAhead; i++) rows[count + i] = k1 + i < a_.K ? row(k1 + i, next) : rows[0];
+        int64_t i = 0;
+        for (; i + kRows <= count; i += kRows) add_rows<kRows>(rows + i, weights + i, cols, out_ + t * a_.h + c0);
+        for (; i < count; i++) add_rows<1>(rows + i, weights + i, cols, out_ + t * a_.h + c0);
+      }
+  }
+
+  template <int R>
+  static void add_rows(const M* const* rows, const T* weights, int64_t cols, T* out) {
+    Vec<T> w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) w[r] = splat<T>(weights[r]);
+    int64_t j = 0;
+    for (; j + kLine <= cols; j += kLine) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) __builtin_prefetch(rows[r + kAhead] + j);
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kLine; v += W) {
+        Vec<T> sum = load<T>(out + j + v);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum += w[r] * load_as<S>(rows[r] + j + v);
+        store<T>(out + j + v, sum);
+      }
+    }
+    for (; j < cols; j += W) {
+      const int64_t count = smaller<int64_t>(W, cols - j);
+      Vec<T> sum = load_part<StoreOf<T>>(out + j, count);
+      for (int r = 0; r < R; r++) sum += w[r] * load_part<S>(rows[r] + j, count);
+      store_part<T>(out + j, sum, count);
+    }
+  }
+
+  const LookupTables& a_;
+  const M* const data_;
+  const Plan<T>& plan_;
+  const T* const bias_;
+  T* const out_;
+};
+
+}  // namespace
+}  // namespace cpu::PYREPR_LEVEL
+}  // namespace pyrepr

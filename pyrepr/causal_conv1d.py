@@ -1,0 +1,207 @@
+"""Causal depthwise convolution with SiLU: what stands before the delta rule in every model that has one.
+
+Names, arguments and layouts are those of the package causal-conv1d, so that models written for it run unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrepr.ops.causal_conv1d import causal_conv1d, update_op_
+
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _came(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def _check_tensor(name: str, x: object, first: Tensor | None = None, dtypes: tuple = _DTYPES) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be of one of the dtypes {names}, got {x.dtype}")
+    if first is not None and x.device != first.device:
+        raise ValueError(f"{name} must be on the device of x, {first.device}, got {x.device}")
+
+
+def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {_came(x)}")
+
+
+def _check_filter(x: object, weight: object, bias: object, activation: object) -> bool:
+    """Whether SiLU follows."""
+    _check_tensor("x", x)
+    assert isinstance(x, Tensor)
+    _check_tensor("weight", weight, x)
+    assert isinstance(weight, Tensor)
+    channels = x.shape[1] if x.dim() > 1 else -1
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must have shape [D, W] with D = {channels} of x and W of at least 1, got {_came(weight)}"
+        )
+    if bias is not None:
+        _check_tensor("bias", bias, x)
+        assert isinstance(bias, Tensor)
+        _check_shape("bias", bias, "[D]", (channels,))
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    return activation is not None
+
+
+def _check_packing(x: Tensor, seq_idx: object, cu_seqlens: object, has_states: bool) -> int:
+    """The number of sequences. What the numbers say is checked where they are read, by the op."""
+    integers = (torch.int32, torch.int64)
+    if seq_idx is not None:
+        _check_tensor("seq_idx", seq_idx, x, integers)
+        assert isinstance(seq_idx, Tensor)
+        _check_shape("seq_idx", seq_idx, "[B, T]", (x.shape[0], x.shape[2]))
+        if cu_seqlens is not None:
+            raise ValueError("seq_idx and cu_seqlens both say where sequences start; give one of them")
+        if has_states:
+            raise ValueError("seq_idx must be None where there are initial or final states; cu_seqlens goes with them")
+    if cu_seqlens is None:
+        return x.shape[0]
+    _check_tensor("cu_seqlens", cu_seqlens, x, integers)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {_came(cu_seqlens)}")
+    if x.shape[0] != 1:
+        raise ValueError(f"x must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
+    return cu_seqlens.numel() - 1
+
+
+def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The last `kept` tokens of every sequence, [N, D, kept], with the initial state before them. x: [B, D, T]."""
+    if cu_seqlens is None:
+        before = x.new_zeros(x.shape[0], x.shape[1], kept) if initial is None else initial.to(x.dtype)
+        missing = max(0, kept - x.shape[2])
+        return torch.cat([before[..., kept - missing :], x[..., x.shape[2] - kept + missing :]], -1)
+    ends, lengths = cu_seqlens[1:, None].long(), cu_seqlens.diff()[:, None].long()
+    back = torch.arange(kept, 0, -1, device=x.device)  # [kept] how far before the end
+    tokens = torch.nn.functional.pad(x[0], (1, 0))[:, (ends - back + 1).clamp_min(0)].transpose(0, 1)  # [N, D, kept]
+    inside = (back <= lengths)[:, None]
+    if initial is None or kept == 0:
+        return tokens * inside
+    place = (lengths + kept - back).clamp_max(kept - 1)[:, None].expand_as(tokens)  # [N, D, kept]
+    return torch.where(inside, tokens, initial.to(x.dtype).gather(2, place))
+
+
+def causal_conv1d_fn(
+    x: Tensor,  # [B, D, T]
+    weight: Tensor,  # [D, W]
+    bias: Tensor | None = None,  # [D]
+    seq_idx: Tensor | None = None,  # [B, T]
+    initial_states: Tensor | None = None,  # [N, D, W - 1]
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,  # [N, D, W - 1]
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,  # [N + 1]
+) -> Any:  # [B, D, T], and with return_final_states [N, D, W - 1]
+    """Every channel convolved with its own filter of W taps, looking back: Σ_j w_j x_{t−W+1+j} + bias, then SiLU.
+
+    Args:
+        x: [B, D, T]; float32, bfloat16 or float16 on the kernels, float64 in the reference. Any strides are read in
+            place: contiguous ones, and [B, T, D] seen through ``transpose(1, 2)``, which is a little faster.
+        weight: [D, W], any floating dtype, any W from 1; the last tap meets the token itself. bias: [D]; default none.
+        seq_idx: [B, T] int32 or int64; a new sequence starts where the number changes. Default: every row is one.
+        initial_states: [N, D, W − 1], the tokens before each sequence. Default zero.
+        return_final_states: return the last W − 1 tokens of each sequence as well, what the next call takes as
+            initial_states. final_states_out: if given, they are written there.
+        activation: None (default), ``"silu"`` or ``"swish"``, which are the same.
+        cu_seqlens: [N + 1] int32 or int64; with B = 1, sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], which
+            may be none. Not in causal-conv1d; unlike seq_idx it goes with states. Default: N = B.
+
+    Returns:
+        out: [B, D, T] in x's dtype, in memory [B, T, D], so that cutting its channels into heads costs no copy; with
+        ``return_final_states`` also the states. Differentiable once in x, weight, bias and initial_states. 16-bit
+        inputs are accumulated in float32.
+
+    Raises:
+        ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
+    """
+    silu = _check_filter(x, weight, bias, activation)
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, D, T], got {_came(x)}")
+    states = {"initial_states": initial_states, "final_states_out": final_states_out}
+    wanted = return_final_states or final_states_out is not None
+    sequences = _check_packing(x, seq_idx, cu_seqlens, wanted or initial_states is not None)
+    kept = weight.shape[1] - 1
+    for name, state in states.items():
+        if state is not None:
+            _check_tensor(name, state, x)
+            _check_shape(name, state, "[N, D, W - 1]", (sequences, x.shape[1], kept))
+    out = causal_conv1d(x.mT, weight, bias, initial_states, seq_idx, cu_seqlens, silu).mT
+    if not wanted:
+        return out
+    final = _final_states(x, kept, initial_states, cu_seqlens)
+    if final_states_out is not None:
+        final = final_states_out.copy_(final)
+    return (out, final) if return_final_states else out
+
+
+def causal_conv1d_update(
+    x: Tensor,  # [B, D] or [B, D, T]
+    conv_state: Tensor,  # [B, D, S]
+    weight: Tensor,  # [D, W]
+    bias: Tensor | None = None,  # [D]
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,  # [B]
+    conv_state_indices: Tensor | None = None,  # [B]
+) -> Tensor:  # the shape of x
+    """:func:`causal_conv1d_fn` for decoding: the tokens before x stand in ``conv_state``, which moves on in place.
+
+    Args:
+        x: [B, D, T], or [B, D] for one token. weight, bias, activation: as in :func:`causal_conv1d_fn`.
+        conv_state: [B, D, S] in x's dtype, S ≥ W − 1, the last S tokens with the newest at the end.
+        cache_seqlens: [B] int32 or int64. If given, the state is a ring: x is written from place cache_seqlens mod S
+            on, and the tokens before stand before it. Default: it is shifted.
+        conv_state_indices: [B] int32 or int64. If given, conv_state has any number of rows, and row i of x uses row
+            conv_state_indices[i]. Default: row i.
+
+    Returns:
+        out in the shape and dtype of x. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
+        RuntimeError: if an input requires a gradient and gradients are enabled.
+    """
+    silu = _check_filter(x, weight, bias, activation)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [B, D] or [B, D, T], got {_came(x)}")
+    _check_tensor("conv_state", conv_state, x, (x.dtype,))
+    for name, places in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        if places is not None:
+            _check_tensor(name, places, x, (torch.int32, torch.int64))
+            _check_shape(name, places, "[B]", (x.shape[0],))
+    rows = x.shape[0] if conv_state_indices is None else conv_state.shape[0]
+    if conv_state.dim() != 3 or conv_state.shape[:2] != (rows, x.shape[1]) or conv_state.shape[2] < weight.shape[1] - 1:
+        raise ValueError(
+            f"conv_state must have shape [B, D, S] = [{rows}, {x.shape[1]}, S] with S of at least W - 1 = "
+            f"{weight.shape[1] - 1}, got {_came(conv_state)}"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv_state, weight, bias)):
+        raise RuntimeError("conv_state is written in place and cannot be differentiated; use it under torch.no_grad()")
+    tokens = (x[..., None] if x.dim() == 2 else x).mT
+    if cache_seqlens is None and conv_state_indices is None:
+        return update_op_(conv_state, tokens, weight, bias, silu).mT.reshape(x.shape)
+    index = torch.arange(rows, device=x.device) if conv_state_indices is None else conv_state_indices.long()
+    state, order = conv_state[index], None
+    if cache_seqlens is not None:
+        length = conv_state.shape[2]
+        ring = cache_seqlens.long()[:, None, None] + torch.arange(length, device=x.device)  # [B, 1, S] oldest first
+        order = (ring % length).expand_as(state)
+        state = state.gather(2, order)
+    out = update_op_(state, tokens, weight, bias, silu).mT.reshape(x.shape)
+    if order is not None:
+        # Shifted by T, the tokens stand T places earlier than in the ring.
+        state = torch.empty_like(state).scatter_(2, (order + tokens.shape[1]) % conv_state.shape[2], state)
+    conv_state[index] = state
+    return out

@@ -1,0 +1,150 @@
+"""Family `causal_conv1d`: the leaf ops, their implementations, and the differentiable function on top.
+
+Layout in this room: tokens before channels, x [B, T, D] with any strides; results are contiguous, so that a row of
+channels can be cut into heads without a copy. Maths in ``csrc/cpu/causal_conv1d.h``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, module
+from pyrepr.reference import causal_conv1d as reference
+from pyrepr.reference.delta_rule import compute_dtype
+
+
+class _Problem:
+    """What every native function takes, and the tensors that must live while it runs."""
+
+    def __init__(self, x, weight, bias, initial_states, bounds, silu):
+        weight = weight.to(torch.float32).contiguous()
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        if initial_states is not None:
+            initial_states = initial_states.to(x.dtype).contiguous()
+        self.tensors = (x, weight, bias, initial_states)
+        self.native = module().CausalConv(
+            [0 if t is None else t.data_ptr() for t in self.tensors],
+            x.stride(),
+            (*x.shape, weight.shape[1]),
+            DTYPE_CODES[x.dtype],
+            bounds,
+            silu,
+            torch.get_num_threads(),
+        )
+
+
+def _forward_fake(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
+    return x.new_empty(x.shape)
+
+
+def _forward_reference(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
+    return reference.causal_conv1d(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
+
+
+def _forward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
+    if x.dtype == torch.float64:
+        return _forward_reference(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
+    out = x.new_empty(x.shape)
+    problem = _Problem(x, weight, bias, initial_states, reference.bounds_of(x, seq_idx, cu_seqlens), silu)
+    problem.native.forward(out.data_ptr())
+    return out
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
+
+forward_op = leaf_op(
+    f"causal_conv1d_forward({_INPUTS}bool silu) -> Tensor",
+    fake=_forward_fake,
+    reference=_forward_reference,
+    cpu=_forward_cpu,
+)
+
+
+def _backward_fake(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, silu):
+    empty = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        empty if bias is None else bias.new_empty(bias.shape),
+        torch.empty_like(empty) if initial_states is None else initial_states.new_empty(initial_states.shape),
+    )
+
+
+def _backward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, silu):
+    if x.dtype == torch.float64:
+        return reference.causal_conv1d_backward(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, silu)
+    dx, dweight, dbias, dinitial = _backward_fake(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, silu)
+    bounds = reference.bounds_of(x, seq_idx, cu_seqlens)
+    problem = _Problem(x, weight, bias, initial_states, bounds, silu)
+    grad = grad.to(x.dtype).contiguous()
+    sums = [dweight, dbias, dinitial]
+    wide = [torch.zeros(t.shape, dtype=torch.float32) for t in sums]
+    addresses = [0 if t.numel() == 0 else t.data_ptr() for t in wide]
+    problem.native.backward(grad.data_ptr(), dx.data_ptr(), *addresses)
+    return (dx, *(t.to(narrow.dtype) for t, narrow in zip(wide, sums, strict=True)))
+
+
+backward_op = leaf_op(
+    f"causal_conv1d_backward({_INPUTS}Tensor grad, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    reference=reference.causal_conv1d_backward,
+    cpu=_backward_cpu,
+)
+
+
+def _update_fake(conv_state, x, weight, bias, silu):
+    return x.new_empty(x.shape)
+
+
+def _update_cpu(conv_state, x, weight, bias, silu):
+    if x.dtype == torch.float64:
+        return reference.causal_conv1d_update_(conv_state, x, weight, bias, silu)
+    out = x.new_empty(x.shape)
+    problem = _Problem(x, weight, bias, None, reference.bounds_of(x, None, None), silu)
+    problem.native.update(conv_state.data_ptr(), (*conv_state.stride(), conv_state.shape[2]), out.data_ptr())
+    return out
+
+
+update_op_ = leaf_op(
+    "causal_conv1d_update_(Tensor(a!) conv_state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    fake=_update_fake,
+    reference=reference.causal_conv1d_update_,
+    cpu=_update_cpu,
+)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
+        return forward_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = backward_op(*ctx.saved_tensors, grad, ctx.silu)
+        grads = [x if needed else None for x, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]
+        return (*grads, None, None, None)
+
+
+def causal_conv1d(
+    x: Tensor,  # [B, T, D]
+    weight: Tensor,  # [D, W]
+    bias: Tensor | None,  # [D]
+    initial_states: Tensor | None,  # [N, D, W - 1]
+    seq_idx: Tensor | None,  # [B, T]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    silu: bool,
+) -> Tensor:  # [B, T, D]
+    """The convolution, differentiable in every floating input; `pyrepr.causal_conv1d` checks the arguments."""
+    inputs = (x, weight, bias, initial_states)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _CausalConv.apply(*inputs, seq_idx, cu_seqlens, silu)
+    return forward_op(*inputs, seq_idx, cu_seqlens, silu)

@@ -1,0 +1,351 @@
+"""The causal convolution against torch's own in float64: values, gradients, packing, layouts, and torch.compile."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyrepr
+from pyrepr.backend import native
+from pyrepr.ops.causal_conv1d import backward_op, forward_op, update_op_
+
+# Worst error seen against float64, relative to the largest value of the result (avx512, this file's shapes), doubled.
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+LAYOUTS = {
+    "tokens": lambda x: x.contiguous(),
+    "channels": lambda x: x.mT.contiguous().mT,
+    "slices": lambda x: torch.cat([x, x], 1).mT.contiguous().mT[:, x.shape[1] :],
+    "neither": lambda x: torch.stack([x, x], -1).mT.contiguous().mT[..., 1],
+}
+
+
+def inputs(B, D, T, W=4, dtype=torch.float32, states=None):
+    """x, weight, bias, and `states` initial states or None."""
+    x, weight, bias = torch.randn(B, D, T, dtype=dtype), torch.randn(D, W), torch.randn(D)
+    return x, weight, bias, torch.randn(states, D, W - 1, dtype=dtype) if states else None
+
+
+def truth(x, weight, bias, initial, activation="silu", cu=None):
+    """In float64 by torch's grouped convolution, one sequence at a time."""
+    x, weight, bias, initial = (None if t is None else t.double() for t in (x, weight, bias, initial))
+    D, W = weight.shape
+    x = [x[..., a:b] for a, b in itertools.pairwise(cu.tolist())] if cu is not None else x.split(1)
+    out = []
+    for i, row in enumerate(x):
+        before = row.new_zeros(1, D, W - 1) if initial is None else initial[i : i + 1]
+        if row.shape[-1] == 0:
+            continue
+        y = torch.nn.functional.conv1d(torch.cat([before, row], -1), weight[:, None], bias, groups=D)
+        out.append(torch.nn.functional.silu(y) if activation else y)
+    if not out:
+        return sum(t.sum() for t in (*x, weight, bias, initial) if t is not None) * torch.zeros(len(x), D, 0).double()
+    return torch.cat(out, 0 if cu is None else -1)
+
+
+def error(got, expected):
+    assert got.shape == expected.shape
+    return (
+        ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+        if expected.numel()
+        else 0.0
+    )
+
+
+def gradients(function, tensors, weights):
+    leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+    given = [t.requires_grad_() for t in leaves if t is not None]
+    return torch.autograd.grad((function(*leaves).double() * weights).sum(), given)
+
+
+def fn(x, weight, bias, initial, **options):
+    return pyrepr.causal_conv1d_fn(x, weight, bias, initial_states=initial, **{"activation": "silu"} | options)
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 5, 64, 65, 200])
+@pytest.mark.parametrize("activation", [None, "silu", "swish"])
+def test_is_torchs_grouped_convolution(backend, T, activation):
+    for states in (None, 2):
+        tensors = inputs(2, 37, T, states=states)
+        assert error(fn(*tensors, activation=activation), truth(*tensors, activation)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("W", [1, 2, 3, 7, 70])
+def test_every_width(W):
+    tensors = inputs(2, 37, 90, W, states=2)
+    expected = truth(*tensors)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    assert error(fn(*tensors), expected) < TOLERANCE[torch.float32] * max(1, W / 8)
+    for got, want in zip(gradients(fn, tensors, weights), gradients(truth, tensors, weights), strict=True):
+        assert error(got, want) < GRADIENT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layouts_and_dtypes(layout, dtype):
+    x, weight, *rest = inputs(2, 150, 131, dtype=dtype, states=2)
+    rest = (weight.to(dtype), *rest)
+    tensors = (LAYOUTS[layout](x), *rest)
+    out = fn(*tensors)
+    assert out.dtype == dtype and out.mT.is_contiguous()
+    assert error(out, truth(x, *rest)) < TOLERANCE[dtype]
+    assert torch.equal(out, fn(x, *rest))
+    weights = torch.randn(out.shape, dtype=torch.float64)
+    expected = gradients(truth, tensors, weights)
+    for got, want, given in zip(gradients(fn, tensors, weights), expected, tensors, strict=True):
+        assert got.dtype == given.dtype
+        assert error(got, want) < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 63, 67, 300])
+def test_gradients(T):
+    for states in (None, 3):
+        tensors = inputs(3, 20, T, states=states)
+        weights = torch.randn(3, 20, T, dtype=torch.float64)
+        for got, want in zip(gradients(fn, tensors, weights), gradients(truth, tensors, weights), strict=True):
+            assert error(got, want) < GRADIENT_TOLERANCE[torch.float32]
+
+
+def test_gradients_over_many_tokens():
+    """More than one slice of tiles, over which the weights' gradients are summed."""
+    tensors = inputs(2, 5, 3000)
+    weights = torch.randn(2, 5, 3000, dtype=torch.float64)
+    for got, want in zip(gradients(fn, tensors, weights), gradients(truth, tensors, weights), strict=True):
+        assert error(got, want) < GRADIENT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("cu", [[0, 40, 40, 41, 43, 140, 140], [0, 140], [0, 0, 1, 2, 3, 140]])
+def test_packed_sequences_are_independent(backend, cu):
+    cu = torch.tensor(cu, dtype=torch.int32)
+    tensors = inputs(1, 21, 140, states=len(cu) - 1)
+    out, states = fn(*tensors, cu_seqlens=cu, return_final_states=True)
+    expected = truth(*tensors, cu=cu)
+    assert error(out, expected) < TOLERANCE[torch.float32]
+    x, _, _, initial = tensors
+    for i, (a, b) in enumerate(itertools.pairwise(cu.tolist())):
+        assert torch.equal(states[i], torch.cat([initial[i], x[0, :, a:b]], -1)[:, -3:])
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    got = gradients(lambda *t: fn(*t, cu_seqlens=cu), tensors, weights)
+    want = gradients(lambda *t: truth(*t, cu=cu), tensors, weights)
+    assert all(error(a, b) < GRADIENT_TOLERANCE[torch.float32] for a, b in zip(got, want, strict=True))
+    x, weight, bias, _ = tensors
+    lengths = cu.diff()
+    seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
+    without = truth(x, weight, bias, None, cu=cu)
+    assert error(fn(x, weight, bias, None, seq_idx=seq_idx), without) < TOLERANCE[torch.float32]
+
+
+def test_seq_idx_of_a_batch():
+    x, weight, bias, _ = inputs(3, 20, 50)
+    seq_idx = torch.randint(0, 2, (3, 50)).cumsum(1)
+    rows = []
+    for i in range(3):
+        starts = (seq_idx[i].diff().nonzero().flatten() + 1).tolist()
+        rows.append(truth(x[i : i + 1], weight, bias, None, cu=torch.tensor([0, *starts, 50])))
+    assert error(fn(x, weight, bias, None, seq_idx=seq_idx), torch.cat(rows)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("states", [None, 2])
+def test_two_calls_with_states_are_one(T, states):
+    x, weight, bias, initial = inputs(2, 20, 30, states=states)
+    whole = fn(x, weight, bias, initial)
+    first, between = fn(x[..., :T], weight, bias, initial, return_final_states=True)
+    kept = torch.full_like(between, float("nan"))
+    second, last = fn(x[..., T:], weight, bias, between, return_final_states=True, final_states_out=kept)
+    torch.testing.assert_close(torch.cat([first, second], -1), whole)
+    assert last is kept and torch.equal(last, x[..., -3:])
+
+
+def test_final_states_are_differentiable():
+    x, weight, bias, initial = inputs(2, 5, 2, states=2)
+    for t in (x, initial):
+        t.requires_grad_()
+    fn(x, weight, bias, initial, return_final_states=True)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(initial.grad, torch.tensor([0.0, 0.0, 1.0]).expand(2, 5, 3))
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("S", [3, 4, 9])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("steps", [[1] * 7, [2, 1, 4], [7]])
+def test_update_is_the_whole_sequence(backend, S, dtype, steps):
+    x, weight, bias, _ = inputs(2, 85, 20, dtype=dtype)
+    state = x[..., 13 - S : 13].clone()
+    out = [pyrepr.causal_conv1d_update(step, state, weight, bias, "silu") for step in x[..., 13:].split(steps, -1)]
+    assert error(torch.cat(out, -1), truth(x, weight, bias, None)[..., 13:]) < TOLERANCE[dtype]
+    assert torch.equal(state, x[..., -S:])
+
+
+def test_update_of_one_token_without_its_axis():
+    x, weight, bias, _ = inputs(2, 20, 5)
+    state = x[..., :4].clone()
+    out = pyrepr.causal_conv1d_update(x[..., 4], state, weight, bias)
+    assert out.shape == (2, 20)
+    assert error(out, truth(x, weight, bias, None, None)[..., 4]) < TOLERANCE[torch.float32]
+
+
+def test_update_in_a_ring_and_at_indices():
+    x, weight, bias, _ = inputs(2, 20, 20)
+    indices, lengths = torch.tensor([3, 1]), torch.tensor([0, 2], dtype=torch.int32)
+    ring = torch.zeros(5, 20, 6)
+    expected = truth(x, weight, bias, None)
+    for t, steps in ((0, 1), (1, 4), (5, 1), (6, 9), (15, 5)):
+        out = pyrepr.causal_conv1d_update(x[..., t : t + steps], ring, weight, bias, "silu", lengths + t, indices)
+        assert error(out, expected[..., t : t + steps]) < TOLERANCE[torch.float32]
+    for row, (index, start) in enumerate(zip(indices.tolist(), lengths.tolist(), strict=True)):
+        for t in range(14, 20):
+            assert torch.equal(ring[index, :, (start + t) % 6], x[row, :, t])
+    assert not ring[[0, 2, 4]].any()
+
+
+def test_update_of_a_strided_state():
+    x, weight, bias, _ = inputs(2, 40, 5)
+    wide = torch.zeros(2, 4, 80)
+    state = wide.mT[:, ::2]
+    state.copy_(x[..., :4])
+    out = pyrepr.causal_conv1d_update(x[..., 4:], state, weight, bias)
+    assert error(out, truth(x, weight, bias, None, None)[..., 4:]) < TOLERANCE[torch.float32]
+    assert torch.equal(state, x[..., 1:]) and not wide[..., 1::2].any()
+
+
+# What every kernel here promises
+
+
+def test_reference_passes_gradcheck():
+    x, weight, bias, initial = (t.double().requires_grad_() for t in inputs(1, 3, 6, states=3))
+    cu = torch.tensor([0, 2, 2, 6])
+    assert torch.autograd.gradcheck(lambda *t: fn(*t, cu_seqlens=cu), (x, weight, bias, initial))
+    assert torch.autograd.gradcheck(lambda *t: fn(*t, None, activation=None), (x, weight, bias))
+
+
+def test_extreme_values():
+    x = torch.tensor([[[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("inf"), float("nan"), 1.0, 2.0, 3.0, 4.0]]])
+    out = fn(x, torch.tensor([[1.0]]), None, None)
+    torch.testing.assert_close(out[..., :7], torch.nn.functional.silu(x[..., :7]), atol=1e-36, rtol=1e-6)
+    assert out[..., 7].isnan().all() and out[..., 8:].isfinite().all()
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    tensors = inputs(2, 150, 1100, states=2)
+    weights = torch.randn(2, 150, 1100, dtype=torch.float64)
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((fn(*tensors), *gradients(fn, tensors, weights)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for row in results[1:] for a, b in zip(results[0], row, strict=True))
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(level):
+    module, _ = native()
+    if level not in module.simd_levels():
+        pytest.skip(f"this machine cannot run {level}")
+    code = (
+        "import test_causal_conv1d as t, torch\n"
+        "for layout in t.LAYOUTS: t.test_layouts_and_dtypes(layout, torch.float32)\n"
+        "t.test_gradients(67)\n"
+        "print(t.native()[0].simd_level())\n"
+    )
+    env = {**os.environ, "PYREPR_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == level, result.stderr
+
+
+@pytest.mark.parametrize("cu", [None, torch.tensor([0, 10, 10, 40])])
+def test_opcheck(cu):
+    x, weight, bias, initial = inputs(1 if cu is not None else 3, 20, 40, states=3)
+    arguments = (x.mT, weight, bias, initial, None, cu)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_op.overload, (*arguments, True), test_utils=tests)
+    torch.library.opcheck(backward_op.overload, (*arguments, torch.randn(x.mT.shape), True), test_utils=tests)
+    torch.library.opcheck(update_op_.overload, (x[..., :4].clone(), x.mT, weight, bias, True), test_utils=tests)
+
+
+def test_compile_in_one_graph():
+    tensors = inputs(2, 20, 40, states=2)
+    weights = torch.randn(2, 20, 40, dtype=torch.float64)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, tensors, weights), gradients(fn, tensors, weights), strict=True):
+        assert torch.equal(got, want)
+    x, weight, bias, _ = tensors
+    packed = {"cu_seqlens": torch.tensor([0, 15, 40]), "return_final_states": True}
+    assert torch.equal(compiled(x[:1], weight, bias, None, **packed)[1], fn(x[:1], weight, bias, None, **packed)[1])
+    state, other = x[..., :4].clone(), x[..., :4].clone()
+    step = torch.compile(pyrepr.causal_conv1d_update, fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(x, state, weight), pyrepr.causal_conv1d_update(x, other, weight))
+    assert torch.equal(state, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": torch.zeros(2, 3, 4, dtype=torch.int64)}, TypeError, "x must be of one of the dtypes float32"),
+        ({"x": torch.zeros(2, 3)}, ValueError, r"x must have shape \[B, D, T\], got \[2, 3\]"),
+        (
+            {"weight": torch.zeros(3, 1, 4)},
+            ValueError,
+            r"weight must have shape \[D, W\] with D = 3 .* got \[3, 1, 4\]",
+        ),
+        ({"weight": torch.zeros(3, 0)}, ValueError, "W of at least 1"),
+        ({"weight": torch.zeros(3, 4, device="meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[D\] = \[3\], got \[4\]"),
+        ({"activation": "gelu"}, ValueError, "activation must be None, 'silu' or 'swish', got 'gelu'"),
+        ({"seq_idx": torch.zeros(2, 5)}, TypeError, "seq_idx must be of one of the dtypes int32, int64"),
+        ({"seq_idx": torch.zeros(2, 4).int()}, ValueError, r"seq_idx must have shape \[B, T\] = \[2, 5\]"),
+        (
+            {"seq_idx": torch.zeros(2, 5).int(), "return_final_states": True},
+            ValueError,
+            "seq_idx must be None where there are initial or final states",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "x must have B = 1 when cu_seqlens packs"),
+        ({"x": torch.zeros(1, 3, 5), "cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens must end at T = 5"),
+        (
+            {"initial_states": torch.zeros(2, 3, 4)},
+            ValueError,
+            r"initial_states must have shape \[N, D, W - 1\] = \[2, 3, 3\]",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(change, kind, words):
+    arguments = {"x": torch.zeros(2, 3, 5), "weight": torch.zeros(3, 4), "bias": None} | change
+    with pytest.raises(kind, match=words):
+        pyrepr.causal_conv1d_fn(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"conv_state": torch.zeros(2, 3, 2)}, ValueError, "S of at least W - 1 = 3, got"),
+        ({"conv_state": torch.zeros(1, 3, 4)}, ValueError, r"conv_state must have shape \[B, D, S\] = \[2, 3, S\]"),
+        ({"conv_state": torch.zeros(2, 3, 4).half()}, TypeError, "conv_state must be of one of the dtypes float32"),
+        ({"cache_seqlens": torch.zeros(3).int()}, ValueError, r"cache_seqlens must have shape \[B\] = \[2\]"),
+        ({"weight": torch.zeros(3, 4).requires_grad_()}, RuntimeError, "conv_state is written in place"),
+    ],
+)
+def test_bad_updates_are_one_clear_sentence(change, kind, words):
+    arguments = {"x": torch.zeros(2, 3), "conv_state": torch.zeros(2, 3, 4), "weight": torch.zeros(3, 4)} | change
+    with pytest.raises(kind, match=words):
+        pyrepr.causal_conv1d_update(**arguments)
+
+
+def test_null_pointers_and_rows_that_run_over_are_refused_by_the_native_code():
+    from pyrepr import _C
+
+    with pytest.raises(ValueError, match="x has no memory"):
+        _C.CausalConv([0, 64, 0, 0], [1, 1, 1], [1, 2, 3, 4], 0, [0, 2], True, 1)
+    with pytest.raises(ValueError, match="spans two rows"):
+        _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [2, 2, 3, 4], 0, [0, 3, 4], True, 1)
