@@ -33,8 +33,8 @@ from torch import Tensor
 
 from pyrepr.reference.lookup import WEIGHTINGS
 
-# Up to this many tokens a program takes one token at a time.
-FEW_TOKENS = 16
+# Up to this many tokens a program takes one token at a time: blocks of tokens would be too few programs.
+FEW_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["tokens", "bits", "weighting"])

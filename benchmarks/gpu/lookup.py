@@ -200,7 +200,10 @@ def _checks() -> list[GpuCase]:
     for stored in (F32, BF16, F16, I8):
         name = str(stored).removeprefix("torch.")
         small = forward(3, 64, 48, 8, stored)
-        found.append(case(f"lookup {name} tables", "T=3 d=64 h=48 τ=8", small, backends=both, sanitize=True))
+        found += [  # one case a backend: a dry run has but one of them
+            case(f"lookup {name} tables, {backend}", "T=3 d=64 h=48 τ=8", small, backends=(backend,), sanitize=True)
+            for backend in both
+        ]
         odd = forward(65, 65, 131, 5, stored)
         found.append(case(f"lookup {name} tables", "T=65 d=65 h=131 τ=5", odd, backends=both))
         wide = forward(2, 4096, 70, 8, stored, bias=False)

@@ -28,10 +28,10 @@ constexpr int kAhead = 8;              // rows a thread has asked for
 constexpr int kNarrow = 4, kWide = 8;  // lanes a row: 64 bytes while blocks are few, else a line of 128
 constexpr int64_t kBlocks = 132;       // that a GPU should have to do
 
-template <class T>
-__device__ float number(T x) {
-  return static_cast<float>(x);
-}
+__device__ float number(float x) { return x; }
+__device__ float number(int8_t x) { return static_cast<float>(x); }
+__device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float number(__half x) { return __half2float(x); }
 
 // The elements of a piece of a row, as floats.
 template <class T, int N>
@@ -227,16 +227,16 @@ int64_t lookup_linear_parts(int64_t T, int64_t K, int64_t h, int table_type) {
   return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-const char* lookup_linear(const LookupLinear& call, void* stream) {
+const char* lookup_linear(const LookupLinear& call, void* handle) {
   if (call.T == 0 || call.h == 0) return nullptr;
   if (call.x_type == DType::f64) return "float64 has no CUDA kernel";
   if (call.parts < 1 || call.parts > kBlocks || (call.parts > 1 && !call.partial))
     return "the number of parts must be from lookup_linear_parts, with memory for their sums";
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  if (const char* reason = launch_any(call, queue)) return reason;
+  const cudaStream_t stream = static_cast<cudaStream_t>(handle);
+  if (const char* reason = launch_any(call, stream)) return reason;
   if (call.parts > 1) {
-    const int64_t blocks = ceil_div(call.T * call.h, kThreads);
-    parts_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(call);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(call.T * call.h, kThreads));
+    parts_kernel<<<blocks, kThreads, 0, stream>>>(call);
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -17,14 +17,18 @@
 #define __grid_constant__
 #define __launch_bounds__(threads)
 
-struct Index {
-  unsigned x;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 0, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 struct float4 {
   float x, y, z, w;
 };
-inline Index blockIdx;
-inline thread_local Index threadIdx;
+inline dim3 blockIdx;
+inline thread_local dim3 threadIdx;
 
 struct Warp {
   std::barrier<> meet{32};
@@ -47,8 +51,9 @@ inline float __shfl_xor_sync(unsigned, float x, unsigned offset) {
   return other;
 }
 template <class Kernel, class... Arguments>
-void launch_on_cpu(Kernel kernel, unsigned blocks, unsigned threads, Arguments... arguments) {
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+void launch_on_cpu(Kernel kernel, dim3 grid, unsigned threads, Arguments... arguments) {
+  for (unsigned number = 0; number < grid.x * grid.y * grid.z; number++) {
+    blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
     Block own(threads);
     block = &own;
     std::vector<std::thread> running;

@@ -76,8 +76,8 @@ def test_weights_and_their_gradient(weighting):
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("table_dtype", [F32, BF16, F16, I8])
 def test_every_forward_kernel(x_dtype, table_dtype):
-    """The rows kernel with and without the hash, the stream kernel, the tensor cores; with more than one block each."""
-    for (tokens, k, bits, h), route in itertools.product([(3, 35, 5, 131), (65, 5, 4, 33)], ops.ROUTES.values()):
+    """The rows kernel with and without the hash, the stream kernel for odd and even rows, the tensor cores."""
+    for tokens, k, bits, h, route in [(2, 33, 5, 131, 1), (2, 33, 5, 131, 2), (65, 3, 4, 64, 0), (65, 3, 4, 64, 2)]:
         x, tables, scales, wide = problem(tokens, k, bits, h, x_dtype, table_dtype)
         bias = torch.randn(h)
         out = ops.linear_op(x, tables, scales, bias, "scaled", 1.0, route)
@@ -88,7 +88,7 @@ def test_every_forward_kernel(x_dtype, table_dtype):
 
 @pytest.mark.parametrize(("tokens", "weighting"), [(0, "l1"), (1, "scaled"), (63, "none"), (65, "probability")])
 def test_forward_and_backward_of_a_batch(tokens, weighting):
-    x, tables, _, _ = problem(tokens, 3, 6, 20)
+    x, tables, _, _ = problem(tokens, 2, 5, 20)
     leaves = [x.requires_grad_(), tables.requires_grad_(), torch.randn(20, requires_grad=True)]
     grad = torch.randn(20, tokens).T
     pyrepr.lookup_linear(*leaves, weighting=weighting, temperature=0.7).backward(grad)
@@ -108,7 +108,7 @@ def test_all_bits(bits):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_backward_kernels(n, dtype):
     """Sorted and one-hot segments, dots in both ways, with the gradient in its own dtype; int8 tables."""
-    for tokens, k, h in [(67, 9, 70), (5, 3, 33)]:
+    for tokens, k, h in [(65, 9 if n <= 16 else 3, 70), (5, 3, 33)]:
         codes, weights = torch.randint(0, n, (tokens, k), dtype=torch.int32), torch.randn(tokens, k)
         grad = torch.randn(h, tokens).to(dtype).T
         tables = torch.randn(k, n, h).to(dtype)
@@ -145,7 +145,7 @@ def test_long_segments_are_shared_out():
 
 @pytest.mark.parametrize(("tokens", "bits"), [(5, 5), (65, 4), (65, 5)])
 def test_nan_and_infinity_as_the_reference(tokens, bits):
-    x, tables, _, _ = problem(tokens, 5, bits, 20, BF16, BF16)
+    x, tables, _, _ = problem(tokens, 3, bits, 20, BF16, BF16)
     x[3, 2], x[4, 1] = float("nan"), float("inf")
     grad = torch.randn(tokens, 20).to(BF16)
     grad[2, 7], grad[1, 3] = float("nan"), float("inf")
