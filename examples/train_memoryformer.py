@@ -14,17 +14,15 @@ Leaves train_memoryformer.json and the plot train_memoryformer.png in the folder
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
 import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from docstrings import docstrings
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,24 +83,7 @@ class DenseTwin(Transformer):
         super().__init__(lambda: DenseBlock(d, heads), d, depth, context)
 
 
-def docstrings(packages: tuple[str, ...]) -> list[str]:
-    """Every docstring of at least 80 letters in the sources of installed packages, each once, in a fixed order."""
-    found: dict[str, None] = {}
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for file in sorted(Path(spec.origin).parent.rglob("*.py")):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in other people's strings
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    text = ast.get_docstring(node) or ""
-                    if len(text) >= 80:
-                        found[text] = None
-    return list(found)
-
-
-def corpus(packages: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def corpus(packages: list[str]) -> tuple[Tensor, Tensor]:
     """Bytes to train on, and those of a twentieth of the docstrings to validate on."""
     texts = docstrings(packages)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED)).tolist()
@@ -154,6 +135,15 @@ class Run:
         losses = [self.loss(*part) for part in zip(x.split(16), y.split(16), strict=True)]
         self.validation.append([len(self.train), torch.stack(losses).mean().item()])
 
+    def state(self) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        return {**parts, "history": (self.ms, self.train, self.validation)}
+
+    def load(self, state: dict) -> None:
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.ms, self.train, self.validation = state["history"]
+
     def result(self) -> dict:
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -165,8 +155,8 @@ class Run:
 
 
 def train(options: argparse.Namespace) -> dict:
-    """Both models, step by step in turn; the results."""
-    text, unseen = corpus(PACKAGES)
+    """Both models, step by step in turn; the results. Goes on from the last validation if it was interrupted."""
+    text, unseen = corpus(options.packages)
     torch.manual_seed(SEED)
     shape = {"d": options.width, "heads": 4, "depth": options.depth, "context": options.context}
     runs = {
@@ -181,8 +171,15 @@ def train(options: argparse.Namespace) -> dict:
         )
 
     fixed = draw(unseen, 4 * options.batch)
+    checkpoint, start = options.out / "train_memoryformer.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, run in runs.items():
+            run.load(state[name])
+        start = len(run.train)
+        generator.set_state(state["generator"])
     every = max(1, options.steps // 20)
-    for step in range(options.steps):
+    for step in range(start, options.steps):
         batch = draw(text, options.batch)
         for run in runs.values():
             run.step(*batch)
@@ -191,6 +188,9 @@ def train(options: argparse.Namespace) -> dict:
                 run.validate(*fixed)
             line = (f"{name} {run.validation[-1][1]:.3f} ({run.ms[-1]:.0f} ms)" for name, run in runs.items())
             print(f"step {step + 1}: validation loss, nats a byte: " + ", ".join(line), flush=True)
+            states = {name: run.state() for name, run in runs.items()}
+            torch.save({**states, "generator": generator.get_state()}, checkpoint)
+    checkpoint.unlink()
     result = {"bytes": len(text), "batch": options.batch, "bits": options.bits, "seed": SEED, **shape}
     return {**result, "runs": {name: run.result() for name, run in runs.items()}}
 
@@ -223,6 +223,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("results"))
     for name, default in (("steps", 400), ("batch", 16), ("context", 256), ("width", 128), ("depth", 4), ("bits", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--packages", nargs="+", default=list(PACKAGES), help="whose docstrings are the text")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     result = train(options)

@@ -118,7 +118,8 @@ def _values(
     """The kernel's values of a tile of inner products, minus the shift."""
     factor, offset, shift = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
     if KIND == 1 or KIND == 2:
-        distances = tl.maximum(x_norms[:, None] + y_norms[None, :] - 2.0 * dots, 0.0)
+        distances = x_norms[:, None] + y_norms[None, :] - 2.0 * dots
+        distances = tl.where(distances < 0.0, 0.0, distances)  # and NaN stays NaN
         if KIND == 2:
             distances = tl.sqrt(distances)
         values = tl.exp2(factor * distances)
@@ -290,9 +291,9 @@ def _products(
         mine = slab + tile.to(tl.int64) * layers * ENTRIES + part * (ENTRIES // SPLIT)
         k = tl.arange(0, BK)
         # Sums inside a tensor core are cut off, not rounded; short ones, added up outside, keep that small.
-        for chunk in range(0, ENTRIES // SPLIT, 4 * BK):
+        for chunk in range(0, ENTRIES // SPLIT, 256):
             short = tl.zeros([BL, BL], tl.float32)
-            for at in range(chunk, chunk + 4 * BK, BK):
+            for at in range(chunk, chunk + 256, BK):
                 left = tl.load(mine + a[:, None] * ENTRIES + at + k[None, :], mask=(a < layers)[:, None], other=0.0)
                 right = tl.load(mine + b[None, :] * ENTRIES + at + k[:, None], mask=(b < layers)[None, :], other=0.0)
                 short = tl.dot(left, right, short, input_precision="tf32" if PARTS == 1 else "tf32x3")
@@ -387,13 +388,15 @@ def _matrix(
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
     values = _values(dots, tl.load(x_norms + rows), tl.load(y_norms + columns), constants, degree, KIND)
     inside = (rows < n)[:, None] & (columns < m)[None, :]
+    at = tl.arange(0, BLOCK)
     if same:
         if KIND == 1 or KIND == 2:
             values = tl.where(rows[:, None] == columns[None, :], 1.0, values)
         # Of a tile on the diagonal the lower half is the mirror image of the upper one, to the bit.
         inside &= rows[:, None] <= columns[None, :]
-        tl.store(out + columns.to(tl.int64)[None, :] * m + rows[:, None], values, mask=inside)
-    tl.store(out + rows.to(tl.int64)[:, None] * m + columns[None, :], values, mask=inside)
+        mirror = out + (column * BLOCK).to(tl.int64) * m + row * BLOCK
+        tl.store(mirror + at[:, None] * m + at[None, :], tl.trans(values), mask=tl.trans(inside))
+    tl.store(out + (row * BLOCK).to(tl.int64) * m + column * BLOCK + at[:, None] * m + at[None, :], values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks", "shift"])
@@ -421,7 +424,8 @@ def _histogram(
     i, j = row * BLOCK, column * BLOCK
     dots = _dots(packed, packed, i, j, 0, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
-    distances = tl.maximum(tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots, 0.0)
+    distances = tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots
+    distances = tl.where(distances < 0.0, 0.0, distances)
     bits = distances.to(tl.int32, bitcast=True)  # ordered like the numbers, which are not negative
     here = (rows[:, None] < columns[None, :]) & (tl.load(valid + rows) > 0)[:, None]
     here &= (tl.load(valid + columns) > 0)[None, :]
@@ -456,7 +460,8 @@ def _moments(
     total = _column_dots(packed, i, j, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < d_a)[:, None] & (columns < d_b)[None, :]
-    inside &= (rows[:, None] <= columns[None, :]) | (a != b)
+    if a == b:
+        inside &= rows[:, None] <= columns[None, :]
     at = out + rows.to(tl.int64)[:, None] * d_b + columns[None, :]
     tl.store(at, tl.load(at, mask=inside) + total.to(tl.float64) * tl.load(unit), mask=inside)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from pyrepr.backend import triton_interprets
 
@@ -122,22 +124,34 @@ def architecture(device: torch.device | int) -> int:
     return 80 if device in (86, 87, 89) or device >= 120 else max(a for a in ARCHITECTURES if a <= device)
 
 
+def source(variant: Variant) -> ASTSource:
+    """What Triton compiles, and looks up in its cache, for a launch of the variant with aligned arguments."""
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
+    constexprs = {(i,): variant.constexprs[name] for i, name in enumerate(names) if name in variant.constexprs}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in variant.aligned}
+    return ASTSource(variant.kernel, signature, constexprs, attributes)
+
+
+def options(variant: Variant) -> dict[str, int]:
+    """What a variant asks of the compiler; a * b + c in one rounding, whatever this version of Triton does unasked."""
+    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+
+
 def compile_ahead(variant: Variant, capability: int) -> Resources:
     """Compiles for a GPU that need not be there; raises what Triton raises."""
-    signature = {
-        name: "constexpr" if name in variant.constexprs else variant.signature[name]
-        for name in variant.kernel.arg_names
-    }
-    numbers = {name: i for i, name in enumerate(variant.kernel.arg_names)}
-    attributes = {(numbers[name],): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source(variant), target=target, options=options(variant))
     registers, spilled = _usage(compiled.asm["cubin"])
     return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
+
+
+def fingerprint(variant: Variant, capability: int) -> str:
+    """Changes whenever compiling the variant could give something else: source, options, architecture, compiler."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    parts = (source(variant).hash(), backend.parse_options(options(variant)).hash(), backend.hash(), str(target))
+    return hashlib.sha256(" ".join((triton.__version__, *parts)).encode()).hexdigest()[:20]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -184,9 +198,8 @@ def launch(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]
         _check(variant, arguments)
         variant.kernel[grid](**arguments, **variant.constexprs)
         return
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     with torch.cuda.device(device):
-        variant.kernel[grid](**arguments, **variant.constexprs, **options)
+        variant.kernel[grid](**arguments, **variant.constexprs, **options(variant))
 
 
 def _check(variant: Variant, arguments: Mapping[str, Any]) -> None:

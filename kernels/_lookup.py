@@ -82,10 +82,10 @@ def checked(code, weight, n):
 
 
 @triton.jit
-def one_hot(codes, weights, t, k, tokens, chunks, n, ROWS: tl.constexpr):
+def one_hot(codes, weights, t, k, stride_t, stride_k, tokens, chunks, n, ROWS: tl.constexpr):
     """[BLOCK_T, BLOCK_K · ROWS] float32: the weight at (t, k, code), else 0."""
     inside = (t < tokens)[:, None] & (k < chunks)[None, :]
-    at = t.to(tl.int64)[:, None] * chunks + k[None, :]
+    at = t.to(tl.int64)[:, None] * stride_t + k.to(tl.int64)[None, :] * stride_k
     code = tl.load(codes + at, mask=inside, other=0)
     weight = tl.load(weights + at, mask=inside, other=0.0)
     code, weight = checked(code, weight, n)

@@ -50,21 +50,22 @@ def _table(name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SE
 
 
 # PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
+# Three stages of TILES[1] and 128 registers let two blocks share a multiprocessor: one multiplies, the other stores.
 PAIR = {
     1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
     2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3)),
 }
 TILES = {
-    1: _table("TILES[1]", _square(128, 32, 8, 4), _square(128, 64, 8, 4)),
+    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
     2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
 }
 FEATURES = {
     1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("FEATURES[2]", _square(64, 32, 4, 3), _square(128, 64, 8, 2)),
+    2: _table("FEATURES[2]", _square(64, 32, 4, 2), _square(128, 64, 8, 2)),
 }
 MATRIX = {
-    1: _table("MATRIX[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("MATRIX[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
+    1: _table("MATRIX[1]", _square(64, 32, 4, 4), _square(64, 64, 4, 4)),
+    2: _table("MATRIX[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
 }
 MOMENTS = {
     1: _table("MOMENTS[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
@@ -238,7 +239,9 @@ class Packed:
             self.first.append(self.first[-1] + max(1, triton.cdiv(width, columns)) * columns)
         self.width = self.first[-1]
         new = functools.partial(torch.empty, device=self.device)
-        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16).zero_()
+        self.data = new(self.parts, self.n_pad, self.width, dtype=torch.float16)
+        if self.width > sum(self.widths):
+            self.data.zero_()  # the padding between layers, which nothing else writes
         self.q = new(len(xs), self.n_pad, dtype=torch.float32)
         self.valid = new(self.n_pad, dtype=torch.float32).zero_()
         self.valid[: self.n] = 1 if mask is None else mask
@@ -295,9 +298,15 @@ def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tu
     largest = mean.new_zeros(())
     if x.numel():
         # Rows outside the mask count as zeros here, which can only make the scale smaller than need be.
-        largest = torch.maximum(x.amax(0).double() - mean, mean - x.amin(0).double()).amax()
-    exponent = torch.frexp(largest).exponent
-    return mean, torch.ldexp(torch.ones_like(largest), 15 - exponent)
+        low, high = torch.aminmax(x, dim=0)
+        largest = torch.maximum(high - mean, mean - low).amax()
+    return mean, _scale_of(largest)
+
+
+def _scale_of(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` into [2¹⁴, 2¹⁵), float64: its bits, since a power may be off by one."""
+    exponent = (15 - torch.frexp(largest.double()).exponent.long()).clamp(-126, 126)
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
@@ -546,8 +555,7 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
     packed = Packed([x], None, centre, BY_FEATURES)
     weights = weights.contiguous()
     (m, n), d = weights.shape, x.shape[1]
-    exponent = torch.frexp(weights.abs().amax() if weights.numel() else weights.new_zeros(())).exponent
-    factor = torch.ldexp(torch.ones_like(packed.scale), 15 - exponent)
+    factor = _scale_of(weights.abs().amax() if weights.numel() else weights.new_zeros(())).reshape(1)
     out = weights.new_empty(m, d)
     pointers = {"weights": weights, "factor": factor.float(), "unit": (1 / (factor * packed.scale)).float()}
     arguments = {**pointers, "packed": packed.data, "out": out, "m": m, "n": n, "d": d, **packed.shape}

@@ -3,23 +3,26 @@
     out[t] = bias + Σ_k w[t, k] T_k[code[t, k]]           segments_k[c] = Σ_{t: code[t, k] = c} w[t, k] grad[t]
     dots[t, k] = ⟨grad[t], T_k[code[t, k]]⟩               codes and weights as in csrc/cpu/lookup.h
 
-Sums are in float32 and in one order, without atomics: the same bits every time. With s bytes a table element, at best:
+Sums are in float32 and in one order, without atomics: the same bits every time. What each kernel moves and computes at
+best, s being the bytes of a table element; no time here was measured on a GPU:
 
 - rows (few tokens): a program makes the codes of BLOCK_K chunks of a token and adds up their rows; K is split over
-  programs until the GPU is full, `finish` adds the parts up in their order. K h s bytes a token from memory, 2 K h
-  flops. The d elements of x are hashed by each of the h / BLOCK_H programs again: 1/32 of the bytes at 8 bits, 16-bit x
-  and tables and BLOCK_H = 128. A few MB take as long to arrive as one dependent read, so all must be asked for at once.
+  programs until the GPU is full, and `finish` adds the parts up in their order. K h s bytes a token from memory, 2 K h
+  flops; x once more for each of the h / BLOCK_H programs, from L2, 1/16 of the bytes with 8 bits, 16-bit x and tables.
+  d = h = 4096 in 16 bits are 4 MB a token: 1.3 µs of 3.3 TB/s, hardly more than the two reads that follow each other,
+  so every program has 8 KB in flight and four of them fit a multiprocessor.
 - stream (many tokens): BLOCK_T tokens × BLOCK_H columns, a row is one 128-byte line, and all programs walk the tables
-  in step: memory sees each table once, L2 at most min(BLOCK_T, n) rows of a table for each program, L1 the rest of the
-  T K h s bytes. The ordinary cores do T K h multiply-adds, as many conversions of 16-bit tables, and one address for 16
-  bytes: about 3 instructions an element, which is what bounds it once the rows come from L1. The hash is a kernel of
-  its own: 8 T K bytes, read h / BLOCK_H times, are less work than h / BLOCK_H hashes.
-- one_hot (n ≤ 16): a matrix that holds w at (k, code) and else 0, times the tables, on the tensor cores: 32 T K h
-  flops, or twice that with the weights in two bfloat16 parts. There 0 · ∞ is NaN, so a tile whose result is not finite
-  is gathered again: the reference's NaN and ∞ without a test in the loop.
+  in step: memory sees each table once for all programs at work, L2 the distinct rows of BLOCK_T tokens (0.63 BLOCK_T
+  for 256 tokens and 8 bits), L1 all T K h s bytes. The ordinary cores do T K h multiply-adds, as many conversions of
+  narrow tables, and an address and a load for 16 bytes: about 3 instructions an element. Codes and weights come
+  transposed, so that the four rows of a warp's load find theirs in one line each; the hash is a kernel of its own, for
+  8 T K bytes, read h / BLOCK_H times, are less work than h / BLOCK_H hashes.
+- one_hot (n ≤ 16, 16-bit x): a matrix that holds w at (k, code) and else 0, times the tables, on the tensor cores:
+  32 T K h flops. The weights are rounded to 16 bits as the result is, so float32 x is gathered. There 0 · ∞ is NaN, so
+  a tile whose result is not finite is gathered again: the reference's NaN and ∞ without a test in the loop.
 - segments: the codes of each table are sorted, stably, and a program adds up the rows of grad of one code in the order
-  of the tokens: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot matrix, transposed, times
-  grad, unsorted: 32 T K h flops.
+  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot
+  matrix, transposed, times grad, unsorted: 32 T K h flops.
 - dots: as stream, with columns outside, so that a tile of grad serves BLOCK_K tables. For n ≤ 16 grad times all the
   rows, from which the code picks.
 
@@ -29,6 +32,7 @@ synchronisation. float64 is refused.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -65,22 +69,26 @@ from pyrepr.reference.lookup import WEIGHTINGS
 FEW_TOKENS = 256
 
 
-@triton.jit(do_not_specialize=["tokens", "bits", "weighting"])
+@triton.jit(do_not_specialize=["tokens", "bits", "weighting", "by_chunk"])
 def _hash_kernel(
     x,  # [T, K bits], rows `stride` apart
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, or [K, T] if by_chunk
+    weights,  # float32, likewise
     stride,
     tokens,
     chunks,
     bits,
     slope,
     weighting,
+    by_chunk,
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = j < tokens.to(tl.int64) * chunks
-    code, size, inverse = chunk_sums(x + j // chunks * stride + j % chunks * bits, inside, bits, slope)
+    length = tl.where(by_chunk != 0, tokens, chunks)
+    t = tl.where(by_chunk != 0, j % length, j // length)
+    k = tl.where(by_chunk != 0, j // length, j % length)
+    code, size, inverse = chunk_sums(x + t * stride + k * bits, inside, bits, slope)
     tl.store(codes + j, code, mask=inside)
     tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
 
@@ -120,12 +128,12 @@ def _rows_kernel(
             code = tl.load(codes + t * chunks + k, mask=inside, other=0)
             weight = tl.load(weights + t * chunks + k, mask=inside, other=0.0)
             code, weight = checked(code, weight, n)
-        row = k.to(tl.int64) * n + code
+        row = tl.minimum(k, last - 1).to(tl.int64) * n + code
         if scales is not None:
-            weight *= tl.load(scales + row, mask=inside, other=0.0)
-        mask = inside[:, None] & (columns < h)[None, :]
-        tile = tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += tl.where(inside, weight, 0.0)[:, None] * tile
+            weight *= tl.load(scales + row)
+        source = tables + row[:, None] * h + columns[None, :]
+        tile = tl.load(source, mask=(columns < h)[None, :], other=0.0).to(tl.float32)
+        sums += tl.where(inside[:, None], weight[:, None] * tile, 0.0)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t) * h + columns
     tl.store(target, tl.sum(sums, 0), mask=columns < h)
 
@@ -140,51 +148,71 @@ def _finish_kernel(
     parts,
     has_bias,
     BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # parts read at a time
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     count = rows.to(tl.int64) * h
-    inside = j < count
-    total = tl.load(partial + j, mask=inside, other=0.0)
-    for s in range(1, parts):
-        total += tl.load(partial + s * count + j, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        mask = (s < parts)[:, None] & (j < count)[None, :]
+        total += tl.sum(tl.load(partial + s.to(tl.int64)[:, None] * count + j[None, :], mask=mask, other=0.0), 0)
     total += tl.load(bias + j % h, mask=j < count * has_bias, other=0.0).to(tl.float32)
-    tl.store(out + j, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + j, total.to(out.dtype.element_ty), mask=j < count)
 
 
 @triton.jit
-def _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last):
-    """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]."""
+def _read_rows(tables, scales, k, code, weight, columns, n, h, WHOLE: tl.constexpr):
+    """The rows of table k that these codes name, as they are stored, and what to multiply them with."""
+    code, weight = checked(code, weight, n)
+    row = tl.cast(k, tl.int64) * n + code
+    if scales is not None:
+        weight *= tl.load(scales + row)
+    source = tables + row[:, None] * h + columns[None, :]
+    tile = tl.load(source) if WHOLE else tl.load(source, mask=(columns < h)[None, :], other=0.0)
+    return tile, weight
+
+
+@triton.jit
+def _gather(
+    codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE: tl.constexpr
+):
+    """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]; of tokens
+    that are not there the last one's. WHOLE: all columns are there.
+
+    The rows of a table are added up while those of the next are on their way: read and used in one turn of the loop,
+    ptxas would put each read right before its use, one in flight at a time.
+    """
     sums = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
-    at = t.to(tl.int64) * chunks
-    present = t < tokens
-    mask = present[:, None] & (columns < h)[None, :]
-    code = tl.load(codes + at + first, mask=present, other=0)
-    weight = tl.load(weights + at + first, mask=present, other=0.0)
+    at = tl.minimum(t, tokens - 1).to(tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_k
+    tile, factor = _read_rows(tables, scales, first, tl.load(codes + at), tl.load(weights + at), columns, n, h, WHOLE)
+    at += tl.where(first + 1 < last, stride_k, 0)
+    code, weight = tl.load(codes + at), tl.load(weights + at)
     for k in range(first, last):
-        now, factor = checked(code, weight, n)
-        following = tl.minimum(k + 1, last - 1)  # whose codes are on their way while the rows are
-        code = tl.load(codes + at + following, mask=present, other=0)
-        weight = tl.load(weights + at + following, mask=present, other=0.0)
-        row = tl.cast(k, tl.int64) * n + now
-        if scales is not None:
-            factor *= tl.load(scales + row, mask=present, other=0.0)
-        tile = tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += factor[:, None] * tile
+        following = tl.minimum(k + 1, last - 1)
+        next_tile, next_factor = _read_rows(tables, scales, following, code, weight, columns, n, h, WHOLE)
+        at += tl.where(k + 2 < last, stride_k, 0)
+        code, weight = tl.load(codes + at), tl.load(weights + at)
+        sums += factor[:, None] * tile.to(tl.float32)
+        tile, factor = next_tile, next_factor
     return sums
 
 
 @triton.jit(do_not_specialize=["tokens", "part"])
 def _stream_kernel(
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, of these strides
+    weights,  # [T, K] float32, of the same
     tables,  # [K, n, h]
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
+    stride_t,
+    stride_k,
     tokens,
     chunks,
     n,
     h,
     part,  # tables in a split
+    WHOLE: tl.constexpr,  # BLOCK_H divides h
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -192,24 +220,25 @@ def _stream_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(2) * part
     last = tl.minimum(first + part, chunks)
-    sums = _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last)
+    sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "part"])
 def _one_hot_kernel(
-    codes,  # [T, K] int32
-    weights,  # [T, K] float32
+    codes,  # [T, K] int32, of these strides
+    weights,  # [T, K] float32, of the same
     tables,  # [K, n, h], n ≤ ROWS
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
+    stride_t,
+    stride_k,
     tokens,
     chunks,
     n,
     h,
     part,  # tables in a split, a multiple of BLOCK_K
-    EXACT: tl.constexpr,  # float32 weights as two parts instead of rounded
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -223,7 +252,8 @@ def _one_hot_kernel(
     lane = tl.arange(0, BLOCK_K * ROWS)
     sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for start in range(first, last, BLOCK_K):
-        a = one_hot(codes, weights, t, start + tl.arange(0, BLOCK_K), tokens, chunks, n, ROWS)
+        own = start + tl.arange(0, BLOCK_K)
+        a = one_hot(codes, weights, t, own, stride_t, stride_k, tokens, chunks, n, ROWS)
         k, c = start + lane // ROWS, lane % ROWS
         row = k.to(tl.int64) * n + c
         real = (k < chunks) & (c < n)
@@ -231,18 +261,16 @@ def _one_hot_kernel(
             a *= tl.load(scales + row, mask=real, other=0.0)[None, :]
         mask = real[:, None] & (columns < h)[None, :]
         b = dot_input(tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(kind))
-        high = a.to(kind)
-        sums = tl.dot(dot_input(high), b, sums)
-        if EXACT:
-            sums = tl.dot(dot_input((a - high.to(tl.float32)).to(kind)), b, sums)
+        sums = tl.dot(dot_input(a.to(kind)), b, sums)
     if not all_finite(sums):
-        sums = _gather(codes, weights, tables, scales, t, columns, tokens, chunks, n, h, first, last)
+        sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, False)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-HASH = table("hash", Config({"BLOCK": 256}))
-FINISH = table("finish", Config({"BLOCK": 512}))
+HASH = table("hash", Config({"BLOCK": 128}))
+FINISH = table("finish", Config({"BLOCK": 512, "BLOCK_S": 1}))
+FINISH_PARTS = table("finish_parts", Config({"BLOCK": 128, "BLOCK_S": 16}))
 ROWS = table(
     "rows",
     Config({"BLOCK_K": 32, "BLOCK_H": 128}),
@@ -251,14 +279,22 @@ ROWS = table(
     Config({"BLOCK_K": 8, "BLOCK_H": 512}),
     Config({"BLOCK_K": 64, "BLOCK_H": 64}),
 )
+# Fewer tokens than threads: Triton then lets every thread read the codes of its own rows instead of passing them round
+# through shared memory, with barriers.
 STREAM = table(
     "stream",
-    Config({"BLOCK_T": 256, "BLOCK_H": 64}, 8),
+    Config({"BLOCK_T": 256, "BLOCK_H": 64}, 16),
     Config({"BLOCK_T": 512, "BLOCK_H": 64}, 16),
-    Config({"BLOCK_T": 256, "BLOCK_H": 128}, 16),
-    Config({"BLOCK_T": 128, "BLOCK_H": 128}, 8),
-    Config({"BLOCK_T": 128, "BLOCK_H": 64}, 4),
+    Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8),
 )
+STREAM_FLOAT = table(
+    "stream_float", Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8), Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16)
+)
+# No BLOCK_H of the two tables above may be larger.
+STREAM_COLUMNS = 64
+# For other rows: where they do not start at multiples of 16 bytes, an address an element, so few elements a thread.
+STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 32, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",
     Config({"BLOCK_T": 128, "BLOCK_H": 128, "BLOCK_K": 4}, 8, 3),
@@ -269,10 +305,11 @@ ONE_HOT = table(
 
 # (x, tables) whose rows kernel hashes too; for other pairs the hash is a launch of its own.
 FUSED = ((F32, F32), (F32, BF16), (F32, I8), (BF16, BF16), (BF16, I8), (F16, F16), (F16, I8))
-# (tables, exact weights) that the tensor cores take. float16 holds the weights of float16 x, not any float32.
-ONE_HOT_KINDS = ((BF16, False), (BF16, True), (I8, False), (I8, True), (F16, False))
+# (x, tables) that the tensor cores take. float16 holds the weights of float16 x, but not those of any bfloat16 x.
+ONE_HOT_KINDS = ((BF16, BF16), (BF16, I8), (F16, F16), (F16, I8))
 
 
+@functools.cache
 def _hash_variant(config: Config, x: torch.dtype) -> Variant:
     return variant(_hash_kernel, "hash", config, {"x": x, "codes": torch.int32, "weights": F32})
 
@@ -288,57 +325,64 @@ def _sum_variant(
     return variant(kernel, name, config, pointers, **constexprs)
 
 
+@functools.cache
 def _rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype) -> Variant:
     return _sum_variant(_rows_kernel, "rows", config, x, tables)
 
 
-def _stream_variant(config: Config, tables: torch.dtype) -> Variant:
-    return _sum_variant(_stream_kernel, "stream", config, None, tables)
+@functools.cache
+def _stream_variant(config: Config, tables: torch.dtype, whole: bool) -> Variant:
+    return _sum_variant(_stream_kernel, "stream", config, None, tables, WHOLE=whole)
 
 
-def _one_hot_variant(config: Config, tables: torch.dtype, exact: bool) -> Variant:
-    name = "one_hot_exact" if exact else "one_hot"
-    return _sum_variant(_one_hot_kernel, name, config, None, tables, EXACT=exact, ROWS=ONE_HOT_ROWS)
+@functools.cache
+def _one_hot_variant(config: Config, tables: torch.dtype) -> Variant:
+    return _sum_variant(_one_hot_kernel, "one_hot", config, None, tables, ROWS=ONE_HOT_ROWS)
 
 
+@functools.cache
 def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Variant:
-    return variant(_finish_kernel, "finish", config, {"partial": F32, "bias": bias, "out": out})
+    name = "finish" if config.blocks["BLOCK_S"] == 1 else "finish_parts"
+    return variant(_finish_kernel, name, config, {"partial": F32, "bias": bias, "out": out})
 
 
 def variants(architecture: int) -> list[Variant]:
-    """All that can be launched there, aligned as tables with h a multiple of 16 are; two kernels also for others."""
+    """All that can be launched there, aligned as tables with h a multiple of 16 are; some also for other tables."""
     from pyrepr.kernels import lookup_backward as backward_kernels
 
     a, stored = architecture, (*FLOATS, I8)
     found = [_hash_variant(HASH.rows[a], x) for x in FLOATS]
     found += [_rows_variant(ROWS.rows[a], x, tables) for x, tables in FUSED]
     found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
-    found += [_stream_variant(STREAM.rows[a], tables) for tables in stored]
-    found += [_one_hot_variant(ONE_HOT.rows[a], tables, exact) for tables, exact in ONE_HOT_KINDS]
-    found += [_finish_variant(FINISH.rows[a], bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
+    found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t, True) for t in stored]
+    found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
+    kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
+    found += [_finish_variant(f.rows[a], bias, out) for f in (FINISH, FINISH_PARTS) for bias, out in kinds]
     found += backward_kernels.variants(a)
     usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
     aligned = [replace(v, aligned=tuple(name for name in usual if name in v.signature)) for v in found]
-    odd = [_rows_variant(ROWS.rows[a], BF16, BF16), _stream_variant(STREAM.rows[a], BF16)]
+    odd = [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
+    odd += [_rows_variant(ROWS.rows[a], BF16, BF16)]
     return aligned + [replace(v, name=v.name + "-odd") for v in odd]
 
 
-def hash(x: Tensor, bits: int, weighting: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Codes [T, K] int32 and weights [T, K] float32 of x [T, d]."""
+def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] int32 and weights [T, K] float32 of x [T, d]; with `by_chunk` transposes of contiguous [K, T]."""
     refuse(x)
     x = readable(x)
     tokens, chunks = x.shape[0], x.shape[1] // bits
-    codes = x.new_empty(tokens, chunks, dtype=torch.int32)
-    weights = x.new_empty(tokens, chunks, dtype=F32)
+    shape = (chunks, tokens) if by_chunk else (tokens, chunks)
+    codes, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=F32)
     arguments = {"x": x, "codes": codes, "weights": weights, "stride": x.stride(0), "tokens": tokens, "chunks": chunks}
     arguments.update(bits=bits, slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
+    arguments["by_chunk"] = int(by_chunk)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(codes.numel(), config.blocks["BLOCK"]),)
         launch(_hash_variant(config, x.dtype), grid, arguments, x.device)
 
     HASH.run(x.device, run)
-    return codes, weights
+    return (codes.t(), weights.t()) if by_chunk else (codes, weights)
 
 
 def finish(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -363,7 +407,7 @@ def finish(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
         launch(_finish_variant(config, arguments["bias"].dtype, dtype), grid, arguments, out.device)
 
-    FINISH.run(out.device, run)
+    (FINISH if parts == 1 else FINISH_PARTS).run(out.device, run)
     return out
 
 
@@ -388,28 +432,42 @@ def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, bits: int, weighti
     """Few tokens, hash included: [parts, T, h]."""
     arguments = {"x": x, "tables": tables, "scales": scales, "stride": x.stride(0), "bits": bits}
     arguments.update(slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
+    describe = functools.partial(_rows_variant, x=x.dtype, tables=tables.dtype)
 
     def run(config: Config) -> Tensor:
-        return _partial_sums(lambda c: _rows_variant(c, x.dtype, tables.dtype), config, x.shape[0], arguments)
+        return _partial_sums(describe, config, x.shape[0], arguments)
 
     return ROWS.run(x.device, run, (tables.dtype, x.shape[0]))
 
 
+def _few(tokens: int, route: int) -> bool:
+    return route == 1 or (route == 0 and tokens <= FEW_TOKENS)
+
+
+def _by_chunk(x: Tensor) -> Tensor:
+    """[T, K] as the transpose of a contiguous [K, T]: neighbouring tokens' codes of a table in one line."""
+    return x.t().contiguous().t()
+
+
 def _from_codes(
-    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int, exact: bool
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, few: bool, hot: bool = False
 ) -> Tensor:
-    """[parts, T, h]; `exact`: the weights may not be rounded to the dtype of the tables."""
+    """[parts, T, h] by the rows kernel if `few`, on the tensor cores if `hot`."""
     tokens, dtype = codes.shape[0], tables.dtype
+    if few:
+        codes, weights = codes.contiguous(), weights.contiguous()
+        configs, describe = ROWS, functools.partial(_rows_variant, x=None, tables=dtype)
+    elif hot:
+        configs, describe = ONE_HOT, functools.partial(_one_hot_variant, tables=dtype)
+    else:
+        codes, weights = _by_chunk(codes), _by_chunk(weights)
+        whole = tables.shape[2] % STREAM_COLUMNS == 0 and tables.data_ptr() % 16 == 0
+        configs = (STREAM_FLOAT if dtype == F32 else STREAM) if whole else STREAM_ODD
+        describe = functools.partial(_stream_variant, tables=dtype, whole=whole)
     arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
+    arguments.update(stride_t=codes.stride(0), stride_k=codes.stride(1))
     # The rows kernel's arguments for hashing.
     arguments.update(stride=0, bits=0, slope=0.0, weighting=0)
-    hot = tokens >= ONE_HOT_TOKENS and tables.shape[1] <= ONE_HOT_ROWS and (dtype, exact) in ONE_HOT_KINDS
-    if route == 0 and hot:
-        configs, describe = ONE_HOT, lambda config: _one_hot_variant(config, dtype, exact)
-    elif route == 1 or (route == 0 and tokens <= FEW_TOKENS):
-        configs, describe = ROWS, lambda config: _rows_variant(config, None, dtype)
-    else:
-        configs, describe = STREAM, lambda config: _stream_variant(config, dtype)
 
     def run(config: Config) -> Tensor:
         return _partial_sums(describe, config, tokens, arguments)
@@ -435,13 +493,13 @@ def linear(
     if x.shape[0] == 0 or h == 0 or chunks == 0:
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
-    tensor_cores = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS
-    few = route == 1 or (route == 0 and x.shape[0] <= FEW_TOKENS and not tensor_cores)
-    if few and (x.dtype, tables.dtype) in FUSED:
+    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS and route == 0
+    few = _few(x.shape[0], route)
+    if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)
     else:
-        codes, weights = hash(x, bits, weighting, temperature)
-        partial = _from_codes(codes, weights, tables, scales, route, x.dtype == F32)
+        codes, weights = hash(x, bits, weighting, temperature, by_chunk=hot or not few)
+        partial = _from_codes(codes, weights, tables, scales, few and not hot, hot)
     return finish(partial, bias, x.dtype)
 
 
@@ -452,4 +510,5 @@ def sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, r
     if codes.numel() == 0 or tables.shape[2] == 0:
         return weights.new_zeros(codes.shape[0], tables.shape[2])
     scales = None if scales is None else scales.contiguous()
-    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, route, True), None, F32)
+    few = _few(codes.shape[0], route)
+    return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, few), None, F32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,8 +33,8 @@ from torch import Tensor
 
 from pyrepr.reference.lookup import WEIGHTINGS
 
-# Up to this many tokens a program takes one token at a time.
-FEW_TOKENS = 16
+# Up to this many tokens a program takes one token at a time: blocks of tokens would be too few programs.
+FEW_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["tokens", "bits", "weighting"])
@@ -83,12 +85,12 @@ def _segments_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + r, mask=has_rows != 0, other=r)
-    k, c = row // n, row % n
+    r = tl.program_id(0)
+    row = tl.load(rows + r, mask=has_rows != 0, other=r).to(tl.int32)
+    k, c = (row // n).to(tl.int64), row % n
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    begin = tl.load(starts + row)
-    end = tl.load(starts + row + 1, mask=c + 1 < n, other=tokens)
+    begin = tl.load(starts + row).to(tl.int32)
+    end = tl.load(starts + row + 1, mask=c + 1 < n, other=tokens).to(tl.int32)
     part = tl.cdiv(end - begin, tl.num_programs(2))
     begin += tl.program_id(2) * part
     end = tl.minimum(begin + part, end)
@@ -148,7 +150,7 @@ def _one_hot_segments_kernel(
     sums = tl.zeros([BLOCK_K * ROWS, BLOCK_H], tl.float32)
     for start in range(0, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        a = one_hot(codes, weights, t, first + tl.arange(0, BLOCK_K), tokens, chunks, n, ROWS).to(kind)
+        a = one_hot(codes, weights, t, first + tl.arange(0, BLOCK_K), chunks, 1, tokens, chunks, n, ROWS).to(kind)
         source = grad + t.to(tl.int64)[:, None] * stride + columns[None, :]
         b = tl.load(source, mask=(t < tokens)[:, None] & (columns < h)[None, :], other=0.0)
         sums = tl.dot(tl.trans(dot_input(a)), dot_input(b), sums)
@@ -199,6 +201,39 @@ def _dots_kernel(
     if scales is not None:
         sums *= tl.load(scales + k.to(tl.int64)[None, :] * n + code, mask=inside, other=0.0)
     tl.store(out + at[:, None] + k[None, :], sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _dots_few_kernel(
+    grad,  # [T, h] float32, rows `stride` apart
+    codes,  # [T, K] int32
+    tables,  # [K, n, h]
+    scales,  # [K, n] float32 for int8 tables, else None
+    out,  # [T, K] float32
+    stride,
+    tokens,
+    chunks,
+    n,
+    h,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One token a program."""
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < chunks
+    code = tl.load(codes + t * chunks + k, mask=inside, other=0)
+    code, factor = checked(code, tl.full([BLOCK_K], 1.0, tl.float32), n)
+    row = tl.minimum(k, chunks - 1).to(tl.int64) * n + code
+    if scales is not None:
+        factor *= tl.load(scales + row)
+    sums = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for start in range(0, h, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        g = tl.load(grad + t * stride + columns, mask=columns < h, other=0.0).to(tl.float32)
+        source = tables + row[:, None] * h + columns[None, :]
+        sums += g[None, :] * tl.load(source, mask=(columns < h)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + t * chunks + k, tl.sum(sums, 1) * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -256,15 +291,17 @@ ONE_HOT_SEGMENTS = table(
 )
 DOTS = table(
     "dots",
-    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 8}, 8),
-    Config({"BLOCK_T": 256, "BLOCK_H": 64, "BLOCK_K": 8}, 16),
+    Config({"BLOCK_T": 64, "BLOCK_H": 64, "BLOCK_K": 8}, 8),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 8}, 16),
+    Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 4}, 8),
     Config({"BLOCK_T": 64, "BLOCK_H": 128, "BLOCK_K": 4}, 8),
 )
 DOTS_FEW = table(
     "dots_few",
-    Config({"BLOCK_T": 1, "BLOCK_H": 512, "BLOCK_K": 4}, 2),
-    Config({"BLOCK_T": 1, "BLOCK_H": 1024, "BLOCK_K": 2}, 4),
-    Config({"BLOCK_T": 1, "BLOCK_H": 256, "BLOCK_K": 8}, 1),
+    Config({"BLOCK_H": 1024, "BLOCK_K": 4}, 4),
+    Config({"BLOCK_H": 512, "BLOCK_K": 4}, 4),
+    Config({"BLOCK_H": 512, "BLOCK_K": 8}, 4),
+    Config({"BLOCK_H": 256, "BLOCK_K": 16}, 4),
 )
 ONE_HOT_DOTS = table(
     "one_hot_dots",
@@ -274,27 +311,33 @@ ONE_HOT_DOTS = table(
 )
 
 
+@functools.cache
 def _hash_variant(config: Config, x: torch.dtype) -> Variant:
     return variant(_hash_backward_kernel, "hash_backward", config, {"x": x, "grad_weights": F32, "grad": x})
 
 
+@functools.cache
 def _segments_variant(config: Config, grad: torch.dtype) -> Variant:
     pointers = {"grad": grad, "codes": torch.int32, "weights": F32, "out": F32}
     places = dict.fromkeys(("order", "starts", "rows"), torch.int64)
     return variant(_segments_kernel, "segments", config, {**pointers, **places})
 
 
+@functools.cache
 def _one_hot_segments_variant(config: Config) -> Variant:
     pointers = {"grad": BF16, "codes": torch.int32, "weights": F32, "out": F32}
     return variant(_one_hot_segments_kernel, "one_hot_segments", config, pointers, ROWS=ONE_HOT_ROWS)
 
 
+@functools.cache
 def _dots_variant(config: Config, tables: torch.dtype) -> Variant:
     scales = F32 if tables == I8 else None
     pointers = {"grad": F32, "codes": torch.int32, "tables": tables, "scales": scales, "out": F32}
-    return variant(_dots_kernel, "dots_few" if config.blocks["BLOCK_T"] == 1 else "dots", config, pointers)
+    kernel, name = (_dots_kernel, "dots") if "BLOCK_T" in config.blocks else (_dots_few_kernel, "dots_few")
+    return variant(kernel, name, config, pointers)
 
 
+@functools.cache
 def _one_hot_dots_variant(config: Config, tables: torch.dtype) -> Variant:
     pointers = {"grad": tables, "codes": torch.int32, "tables": tables, "out": F32}
     return variant(_one_hot_dots_kernel, "one_hot_dots", config, pointers, ROWS=ONE_HOT_ROWS)
@@ -382,7 +425,8 @@ def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) ->
 
     def run(config: Config) -> None:
         described = _one_hot_dots_variant(config, dtype) if hot else _dots_variant(config, dtype)
-        grid = (triton.cdiv(tokens, config.blocks["BLOCK_T"]), triton.cdiv(chunks, config.blocks["BLOCK_K"]))
+        tokens_each, chunks_each = config.blocks.get("BLOCK_T", 1), config.blocks["BLOCK_K"]
+        grid = (triton.cdiv(tokens, tokens_each), triton.cdiv(chunks, chunks_each))
         launch(described, grid, arguments_of(described, arguments), grad.device)
 
     configs.run(grad.device, run, (dtype, tokens))

@@ -68,7 +68,7 @@ def distill(
 
     First all activations at the converted layers together, then the model's output. Both models run in eval mode on
     the same batches; hooks are removed and training flags restored whatever happens. Adam, with steps in units of each
-    parameter's own size, falling to zero along half a cosine in each phase.
+    parameter's own size, which in each phase rise for a tenth of the steps and fall along half a cosine.
 
     Args:
         student: the converted model. teacher: the original, for instance a ``copy.deepcopy`` made before.
@@ -79,7 +79,7 @@ def distill(
         train: ``"lookup"`` (default): tables, biases and low-rank parts of the lookup layers; ``"all"``: every
             parameter; or a function of (name, parameter) that says yes or no.
         epochs: passes over the data for the layers, and for the output.
-        lr: the first steps' size relative to a parameter's root mean square. Default 0.01.
+        lr: the largest steps' size relative to a parameter's root mean square. Default 0.01.
         loss: of the second phase, a function of (student's output, teacher's output, batch); by default the squared
             error of the first floating-point output over its variance.
         progress: a tqdm bar on stderr, where tqdm is installed.
@@ -96,7 +96,7 @@ def distill(
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
     _check_options(data, epochs, lr)
     student, teacher = unwrap(student), unwrap(teacher)
-    names = _matched(student, teacher, layers)
+    names = _matched(student, teacher, layers) if epochs[0] else []
     trained = _trained(student, teacher, train)
     phases: tuple[Callable[[Any], Tensor], ...] = (
         _LayerLoss(student, teacher, names),
@@ -197,27 +197,31 @@ def _run(
         return
     groups = [{"params": [p], "lr": lr * _size(p)} for p in trained.values()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    length = len(data) if isinstance(data, Sized) else None
-    schedule = None
-    if length:
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * length)
+    length = epochs * len(data) if isinstance(data, Sized) else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, length))
     steps = 0
     batches = (batch for _ in range(epochs) for batch in data)
-    for batch in progress_bar(batches, progress, description, "step", epochs * length if length else None):
+    for batch in progress_bar(batches, progress, description, "step", length):
         value = loss_of(batch)
         if not bool(value.isfinite()):
-            raise FloatingPointError(
-                f"the loss must be finite, got {value.item()} at step {steps}; lr = {lr} too large?"
-            )
+            raise FloatingPointError(f"the loss must be finite, got {value.item()} at step {steps}; try a smaller lr")
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        if schedule is not None:
-            schedule.step()
+        schedule.step()
         steps += 1
         yield value.item()
     if not steps:
         raise ValueError("data must give at least one batch, got none")
+
+
+def _pace(step: int, length: int | None) -> float:
+    """The step size over lr: up in the first tenth of the steps, for Adam's first ones know no noise; then half a
+    cosine down to zero. Constant after 20 steps where the length is not known."""
+    warmup = 20 if length is None else length // 10
+    if step < warmup or length is None:
+        return min(1.0, (step + 1) / max(1, warmup))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, length - warmup)))
 
 
 def _size(parameter: Tensor) -> float:

@@ -34,6 +34,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def cuda_tool(name: str) -> str | None:
+    """Where a program of the CUDA toolkit is: on the path, or where the toolkit goes by itself."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    return shutil.which(name) or next(
+        (found for home in homes if home and (found := shutil.which(f"{home}/bin/{name}"))), None
+    )
+
+
 def missing() -> str | None:
     """What has to be built before the kernels can run, or ``None``."""
     if importlib.util.find_spec("pyrepr.benchmarks") is None:
@@ -41,7 +49,7 @@ def missing() -> str | None:
     module, reason = native()
     if module is None:
         return reason
-    if not module.has_cuda and (shutil.which("nvcc") or os.environ.get("CUDACXX")):
+    if not module.has_cuda and (cuda_tool("nvcc") or os.environ.get("CUDACXX")):
         return "pyrepr._C has no CUDA kernels"
     return None
 
@@ -49,6 +57,8 @@ def missing() -> str | None:
 def build(root: Path) -> str | None:
     """Installs the clone in place, with CUDA kernels; returns what went wrong, if anything did."""
     environment = {key: value for key, value in os.environ.items() if key != "PYREPR_CUDA"}
+    if nvcc := cuda_tool("nvcc"):
+        environment["PATH"] = os.pathsep.join([environment["PATH"], str(Path(nvcc).parent)])
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", str(root)]
     result = subprocess.run(command, text=True, capture_output=True, env=environment, check=False)
     return (result.stderr or result.stdout)[-2000:] if result.returncode else None

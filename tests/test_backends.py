@@ -107,3 +107,39 @@ print(time.perf_counter() - start)
     seconds = min(float(run(code)[1]) for _ in range(3))
     assert seconds < 0.2
     assert not torch.cuda.is_initialized()
+
+
+def test_unsupported_arguments_go_to_the_next_implementation_unless_one_is_forced():
+    from pyrepr.ops._leaf import leaf_op
+
+    def narrow(x):
+        if x.dtype == torch.float64:
+            raise backend.Unsupported("backend 'cpu' computes float32 only, got torch.float64")
+        return x + 1
+
+    op = leaf_op("only_for_a_test(Tensor x) -> Tensor", fake=torch.empty_like, reference=lambda x: x + 2, cpu=narrow)
+    assert op(torch.zeros(1)) == 1
+    assert op(torch.zeros(1).double()) == 2
+    with pyrepr.use_backend("cpu"), pytest.raises(RuntimeError, match=r"float32 only, got torch\.float64"):
+        op(torch.zeros(1).double())
+
+
+@pytest.mark.parametrize(
+    ("found", "cuda", "capability", "said"),
+    [
+        (None, None, None, "triton is not installed"),
+        (True, None, None, "is installed; PyTorch was built without CUDA"),
+        (True, "13.0", None, "is installed; PyTorch sees no CUDA device"),
+        (True, "13.0", (7, 5), "the kernels need sm_80 or newer, Some GPU is sm_75"),
+        (True, "13.0", (9, 0), "device Some GPU (sm_90)"),
+    ],
+)
+def test_why_triton_can_or_cannot_run(monkeypatch, found, cuda, capability, said):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    available, detail = backend._triton()
+    assert said in detail and available == (capability == (9, 0))

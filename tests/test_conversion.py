@@ -13,6 +13,7 @@ from torch import nn
 
 import pyrepr
 from pyrepr.nn import LookupLinear
+from pyrepr.nn.fit import hold_out
 
 
 class Residual(nn.Module):
@@ -61,21 +62,30 @@ def test_default_selection_replaces_what_it_can_and_names_the_rest():
     assert all(0 < layer.relative_mse < 0.5 for layer in report.layers)
 
 
-def test_errors_are_those_of_unseen_rows_with_the_input_the_layer_gets():
-    """Replaced one after the other: a layer is fitted to what earlier replacements put out, not to the original."""
+def test_a_layer_is_fitted_to_what_the_layers_replaced_before_it_put_out(monkeypatch):
+    model, fit, given = network().eval(), LookupLinear.from_linear, []
+
+    def watched(linear, calibration, **options):
+        given.append(calibration)
+        return fit(linear, calibration, **options)
+
+    monkeypatch.setattr(LookupLinear, "from_linear", watched)
+    convert(model, select=["1.up", "2.up"])
+    x = torch.cat(batches())
+    with torch.no_grad():
+        torch.testing.assert_close(given[1], model[:2](x)[~hold_out(len(x))])
+        assert relative(given[1], network().eval()[:2](x)[~hold_out(len(x))]) > 0.003  # as the original has it
+
+
+def test_errors_are_those_of_unseen_rows():
     model, original = network().eval(), network().eval()
-    report = convert(model, select=["1.up", "2.up"])
-    x = torch.randn(20000, 20)
+    report = convert(model, batches(8, 1000), select=["1.up", "2.up"])
+    x, first = torch.randn(20000, 20), batches(1, 1000)[0]
     with torch.no_grad():
         for name, layer in zip(("1", "2"), report.layers, strict=True):
             given = model[: int(name)](x)
             error = relative(model.get_submodule(name).up(given), original.get_submodule(name).up(given))
-            assert layer.relative_mse == pytest.approx(error, rel=0.05)
-        given = original[:2](x)
-        elsewhere = relative(model[2].up(given), original[2].up(given))
-    assert elsewhere > 1.05 * report.layers[1].relative_mse
-    with torch.no_grad():
-        first = batches(1)[0]
+            assert layer.relative_mse == pytest.approx(error, rel=0.05)  # 2 % seen: a thousand rows are held out
         assert report.output_mse == pytest.approx(relative(model(first), original(first)), rel=1e-4)
 
 
@@ -185,6 +195,21 @@ def test_what_cannot_be_replaced_is_left_alone_and_named():
     }
 
 
+def test_a_module_under_two_names_is_tied_and_any_name_will_do():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.a = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(self.module(x)))
+
+    report = convert(Net(), torch.randn(100, 16))
+    assert [layer.name for layer in report.layers] == ["module"]
+    assert report.skipped == {"a": "is tied to b.weight", "b": "is tied to a.weight"}
+
+
 def test_a_layer_called_twice_and_layers_of_one_input():
     class Net(nn.Module):
         def __init__(self):
@@ -195,9 +220,7 @@ def test_a_layer_called_twice_and_layers_of_one_input():
             return self.twice(self.twice(self.q(x) * self.k(x)))
 
     model, seen = Net(), []
-    counter = nn.Linear(16, 16)
     model.register_forward_pre_hook(lambda *args: seen.append(1))
-    del counter
     report = convert(model, [torch.randn(100, 16) for _ in range(3)])
     assert [layer.name for layer in report.layers] == ["q", "k", "twice"]
     assert report.calibration_rows == 600
@@ -336,16 +359,20 @@ def distill(student, teacher, data=None, **options):
 
 def test_distilling_brings_layers_and_output_closer_on_unseen_data():
     student, teacher = pair()
-    x = torch.randn(2000, 20)
-    student.eval(), teacher.eval()
     with torch.no_grad():
+        for name in layers(student, LookupLinear):
+            tables = student.get_submodule(name).tables
+            tables.mul_(1 + 0.5 * torch.randn_like(tables))
+        student.eval(), teacher.eval()
+        x = torch.randn(2000, 20)
         truth, before = teacher(x), relative(student(x), teacher(x))
-    result = distill(student, teacher, epochs=(4, 8))
+    result = distill(student, teacher, epochs=(4, 8), lr=0.02)
     with torch.no_grad():
-        assert relative(student(x), truth) < 0.8 * before
+        assert relative(student(x), truth) < 0.7 * before
     assert (len(result.layer_losses), len(result.output_losses)) == (32, 64)
-    assert result.layer_losses[-1] < result.layer_losses[0]
-    assert result.layers == ("1.up", "1.down", "2.up", "2.down", "3")
+    assert result.layer_losses[-1] < 0.9 * result.layer_losses[0]
+    assert result.output_losses[-1] < result.output_losses[0]
+    assert result.layers == ("0", "1.up", "1.down", "2.up", "2.down", "3")
     assert "layers" in repr(result) and "64 steps" in repr(result)
 
 
@@ -379,8 +406,10 @@ def test_chosen_layers_a_loss_of_ones_own_and_sparse_tables():
         seen.append(len(batch))
         return (value - truth).abs().mean()
 
-    result = distill(student, teacher, layers="*.norm", loss=loss, epochs=(0, 2))
-    assert result.layers == ("1.norm", "2.norm") and not result.layer_losses
+    student[3].tables.data.mul_(2)
+    assert distill(student, teacher, layers="*.norm", epochs=(1, 0)).layers == ("1.norm", "2.norm")
+    result = distill(student, teacher, loss=loss, epochs=(0, 2))
+    assert not result.layers and not result.layer_losses
     assert seen == [200] * 16 and student[3].sparse
     assert result.output_losses[-1] < result.output_losses[0]
 

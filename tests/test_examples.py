@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import string
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Runs an example's main in this process, which has imported all that is slow to import; what it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(script: str, *arguments: object) -> str:
+        assert importlib.import_module(script).main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
 def test_recall(tmp_path):
-    options = "--steps 3 --pairs 4 8 --batch 4 --width 16 --vocabulary 32 --evaluated 4"
+    options = "--steps 3 --keys 4 --writes 1 2 --batch 4 --width 16 --vocabulary 32 --evaluated 4"
     command = [sys.executable, str(EXAMPLES / "recall.py"), str(tmp_path / "out"), *options.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -19,5 +36,52 @@ def test_recall(tmp_path):
     assert set(written["results"]) == {"delta rule", "additive"}
     for run in written["results"].values():
         assert [step for step, _ in run["curve"]] == [1, 2, 3]
-        assert set(run["recall"]) == {"4", "8"} and all(0 <= share <= 1 for share in run["recall"].values())
+        assert set(run["recall"]) == {"1", "2"} and all(0 <= share <= 1 for share in run["recall"].values())
     assert (tmp_path / "out/recall.png").stat().st_size > 1000
+
+
+def test_train_memoryformer(example, tmp_path):
+    options = "--steps 3 --batch 2 --context 16 --width 16 --depth 1 --bits 4 --packages torch.optim"
+    printed = example("train_memoryformer", tmp_path / "out", *options.split())
+    written = json.loads((tmp_path / "out/train_memoryformer.json").read_text())
+    assert set(written["runs"]) == {"MemoryFormer", "dense twin"}
+    assert written["runs"]["MemoryFormer"]["lr"] == 3 * written["runs"]["dense twin"]["lr"]
+    for name, run in written["runs"].items():
+        assert len(run["train"]) == 3 and [step for step, _ in run["validation"]] == [1, 2, 3]
+        assert all(math.isfinite(loss) and loss < 8 for loss in run["train"])
+        assert name in printed
+    assert (tmp_path / "out/train_memoryformer.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A folder with a tiny BERT and a tokenizer that knows letters."""
+    import transformers
+
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    pieces = [mark + letter for letter in string.printable[:62] for mark in ("", "##")]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]))
+    config = transformers.BertConfig(
+        vocab_size=20000, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_convert_minilm(example, bert, tmp_path):
+    out, settings = tmp_path / "out", ["linear, 4 bits, rank 0", "ffn, 8 bits, rank 0", "dense, rank 384"]
+    only = [part for setting in settings for part in ("--only", setting)]
+    printed = example(
+        "convert_minilm", out, "--quick", "--model", f"hf-random:{bert}", "--packages", "torch.optim", *only
+    )
+    written = json.loads((out / "convert_minilm.json").read_text())
+    assert list(written) == settings
+    for name, line in written.items():
+        assert f"| {name} |" in printed
+        assert all(0.9 < line[when]["cosine"] <= 1.000001 for when in ("before", "after"))
+        assert len(line["speed"]) == 2 and ("int8" in line) == (line["kind"] != "dense")
+    assert (out / "convert_minilm.png").stat().st_size > 1000
+    again = example("convert_minilm", out, "--only", "none")
+    assert again == printed[printed.index("| network becomes") :]

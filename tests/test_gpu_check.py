@@ -90,6 +90,7 @@ def fake_family(tmp_path, monkeypatch):
 
 def test_failures_are_recorded_and_do_not_end_the_run(fake_family, tmp_path):
     state = runner.Run([], 60, dry=True)
+    state.most = None
     state.section("check", fake_family, 30)
     found = {r["op"]: r["failure"] for r in state.records}
     assert found == {
@@ -113,6 +114,7 @@ def test_failures_are_recorded_and_do_not_end_the_run(fake_family, tmp_path):
 
 def test_time_that_is_over_is_said(fake_family):
     state = runner.Run([], 60, dry=True)
+    state.most = None
     state.section("check", fake_family, -1)
     assert [r["failure"] for r in state.records] == ["not run: the section's time was over"] * 5
 
@@ -123,6 +125,73 @@ def test_two_runs_with_different_bits_fail():
     case = GpuCase("op", "n=1", lambda *_: problem, {torch.float32: 2.0}, ("cpu",))
     (record,) = worker.check((case, "cpu", torch.float32), torch.device("cpu"), 1.0)
     assert record["failure"] == "two runs gave different bits"
+
+
+def test_table_of_a_run(tmp_path):
+    shared = {"family": "gram", "op": "cka", "shape": "n=9", "dtype": "float32"}
+    time = {"section": "time", **shared, "failure": None, "flops": 8e9, "bytes": 1e6, "error": 1e-7, "peak_mib": 3.2}
+    run = {
+        "date": "D",
+        "commit": "C",
+        "driver": "7",
+        "dry_run": False,
+        "finished": True,
+        "machine": {"device": "A GPU", "torch": "2", "cuda": "13"},
+        "records": [
+            {"section": "machine", "op": "copy", "bound": "copy", "value": 100.0, "unit": "GB/s"},
+            {
+                "section": "machine",
+                "op": "matrix product float32",
+                "bound": "matrix product float32",
+                "value": 40.0,
+                "unit": "TFLOP/s",
+            },
+            {**time, "implementation": "pyrepr triton", "milliseconds": 0.4},
+            {**time, "implementation": "pyrepr cuda", "milliseconds": 0.8},
+            {**time, "implementation": "plain torch", "milliseconds": 2000.0, "error": "inf"},
+            {"section": "check", **shared, "backend": "triton", "failure": None},
+            {"section": "check", **shared, "backend": "cuda", "failure": "not run: the section's time was over"},
+        ],
+    }
+    (tmp_path / "gpu_a.json").write_text(json.dumps(run))
+    assert report.gpu_section(tmp_path).splitlines() == [
+        "A GPU, driver 7, torch 2, cuda 13, commit C, D. Measured in the same run: copy 100 GB/s, "
+        "matrix product float32 40 TFLOP/s.",
+        "",
+        "| op | shape | dtype | implementation | ms | × | error | extra MiB | of bound |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        "| cka | n=9 | float32 | **pyrepr triton** | 0.4 | 1.00 | 1e-07 | 3 | 50 % |",
+        "|  |  |  | **pyrepr cuda** | 0.8 | 2.00 | 1e-07 | 3 | 25 % |",
+        "|  |  |  | plain torch | 2000 | 5000.00 | inf | 3 |  |",
+        "",
+        "Passed: gram against float64 1 of 1. Not run: 1.",
+    ]
+
+
+def test_batch_at_which_a_dense_layer_takes_over():
+    from pyrepr.benchmarks.gpu import lookup
+    from pyrepr.benchmarks.report import gpu_markdown
+
+    shared = {
+        "section": "time",
+        "family": "lookup",
+        "op": "lookup forward",
+        "dtype": "bfloat16",
+        "flops": 1,
+        "bytes": 1,
+    }
+    times = {"F.linear bf16": (4.0, 4.0, 4.0), "pyrepr triton": (2.0, 8.0, 99.0), "pyrepr cuda": (1.0, 16.0)}
+    records = [
+        {**shared, "bytes": 1, "shape": f"T={tokens} d=h=4096 τ=8", "implementation": name, "milliseconds": ms}
+        for name, row in times.items()
+        for tokens, ms in zip((1, 64, 1024), row, strict=False)
+    ]
+    run = {"machine": {}, "records": records, "finished": True, "driver": "", "commit": "", "date": ""}
+    # The fastest takes 1/4 of the dense layer's time at 1 and 2 of them at 64: two thirds of the way in log T.
+    assert "F.linear takes over at about T = 16 (between the measured 1 and 64)" in gpu_markdown(run)
+    faster = [r for r in records if r["shape"].startswith("T=1 ")]
+    assert "faster up to T = 1," in lookup.notes(faster)[0]
+    assert lookup.notes([{**r, "milliseconds": None} for r in records]) == []
 
 
 def test_unknown_family_is_refused():

@@ -1,10 +1,18 @@
-"""Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU."""
+"""Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU.
+
+Compiling all Triton variants takes many minutes. So a family with many names those that stand for the rest, and what
+came out of earlier compilations is kept in tests/compiled.json under a fingerprint of source, options, architecture and
+compiler: a variant that is on record is not compiled again, one that is neither on record nor stands for others is
+counted and shown as skipped. PYREPR_COMPILE_ALL=1 compiles everything that is not on record, and adds it.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,17 +31,43 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SPILLS: dict[tuple[str, str, str], str] = {}
 
 
+RECORD = ROOT / "tests/compiled.json"
+EVERYTHING = os.environ.get("PYREPR_COMPILE_ALL") == "1"
+
+
+@functools.cache
 def variants(family, architecture):
-    return {v.name: v for v in importlib.import_module(f"pyrepr.kernels.{family}").variants(architecture)}
+    module = importlib.import_module(f"pyrepr.kernels.{family}")
+    return {v.name: v for v in module.variants(architecture)}
 
 
-CASES = [
-    (family, architecture, name)
-    for family in FAMILIES
-    if HAS_TRITON
-    for architecture in ARCHITECTURES
-    for name in variants(family, architecture)
-]
+def representatives(family, architecture):
+    module = importlib.import_module(f"pyrepr.kernels.{family}")
+    return {v.name for v in getattr(module, "representative_variants", module.variants)(architecture)}
+
+
+def fingerprint(case):
+    from pyrepr.kernels import _launch
+
+    family, architecture, name = case
+    return _launch.fingerprint(variants(family, architecture)[name], architecture)
+
+
+def cases():
+    """(family, architecture, variant) of all that can be tested without taking long, and what was left out."""
+    chosen, others = [], []
+    for family in FAMILIES if HAS_TRITON else ():
+        for architecture in ARCHITECTURES:
+            some = representatives(family, architecture)
+            for name in variants(family, architecture):
+                case = family, architecture, name
+                taken = EVERYTHING or name in some or fingerprint(case) in RECORDED
+                (chosen if taken else others).append(case)
+    return chosen, others
+
+
+RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+CASES, LEFT_OUT = cases()
 
 
 def compiled(case):
@@ -42,17 +76,30 @@ def compiled(case):
 
     family, architecture, name = case
     try:
-        return _launch.compile_ahead(variants(family, architecture)[name], architecture)
+        return dataclasses.astuple(_launch.compile_ahead(variants(family, architecture)[name], architecture))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
 @pytest.fixture(scope="module")
 def compilation(request):
-    """Compiles the cases that were asked for, as many at a time as there are processors."""
+    """Compiles what was asked for and is not on record, as many at a time as there are processors."""
     wanted = [item.callspec.params["case"] for item in request.session.items if "compilation" in item.fixturenames]
+    missing = [case for case in wanted if fingerprint(case) not in RECORDED]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(compiled, case) for case in wanted}
+        running = {case: pool.submit(compiled, case) for case in missing}
+        yield lambda case: running[case].result() if case in running else RECORDED[fingerprint(case)]
+    if EVERYTHING:
+        new = {fingerprint(case): future.result() for case, future in running.items()}
+        record = {key: use for key, use in (RECORDED | new).items() if not isinstance(use, str)}
+        keys = sorted(set(map(fingerprint, CASES)) & set(record))
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(record[key])}" for key in keys)
+        RECORD.write_text("{\n" + lines + "\n}\n")
+
+
+def test_variants_that_were_left_out():
+    if LEFT_OUT:
+        pytest.skip(f"{len(LEFT_OUT)} variants are not on record and others stand for them: PYREPR_COMPILE_ALL=1")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: no Triton kernel was compiled")
@@ -67,14 +114,28 @@ def test_triton_kernel(case, compilation, record_property):
     from pyrepr.kernels import _launch
 
     family, architecture, name = case
-    use = compilation[case].result()
-    assert isinstance(use, _launch.Resources), use
+    use = compilation(case)
+    assert not isinstance(use, str), use
+    use = _launch.Resources(*use)
     for key in ("shared", "registers", "spilled"):
         record_property(key, getattr(use, key))
     print(f"{family} sm_{architecture} {name}: {use}")
     assert use.shared <= _launch.SHARED_LIMIT[architecture]
     assert use.registers * use.threads <= 65536
     assert use.spilled == 0 or variants(family, architecture)[name].spills, f"{use.spilled} bytes of registers spilled"
+
+
+# family → options of launched_process.py. A family whose variants list `aligned` exactly is compared in everything.
+LAUNCHED: dict[str, list[str]] = {"gram": [], "delta_rule": ["--but-alignment"]}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: nothing launched")
+@pytest.mark.parametrize("family", LAUNCHED)
+def test_what_is_launched_is_what_was_compiled(family):
+    command = [sys.executable, "-W", "ignore", ROOT / "tests/launched_process.py", family, *LAUNCHED[family]]
+    result = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout[:4000] + result.stderr[-3000:]
+    print(result.stdout)
 
 
 @functools.cache
@@ -110,8 +171,15 @@ def test_cuda_kernels(source, record_property):
         assert spilled == 0 or allowed, f"{kernel} for {architecture} spills {spilled} bytes"
 
 
-def test_importing_pyrepr_does_not_import_the_kernels():
-    code = "import pyrepr, sys; pyrepr.backends(); assert not any(m.startswith('pyrepr.kernels.') for m in sys.modules)"
+def test_importing_pyrepr_imports_neither_triton_nor_the_kernels():
+    code = """
+import sys, torch
+before = "triton" in sys.modules
+import pyrepr
+pyrepr.backends()
+assert ("triton" in sys.modules) == before
+assert not any(name.startswith("pyrepr.kernels.") for name in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

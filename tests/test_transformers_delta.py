@@ -52,6 +52,29 @@ MODELS = {
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", GATED | {"num_key_value_heads": 4}),
     "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", KIMI | MOE),
 }
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+# Models of the same installed version that share the functions.
+OTHERS = {
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", GATED | MOE),
+    "qwen4_exp": ("Qwen4ExpTextConfig", "Qwen4ExpForCausalLM", GATED | MOE | {"hc_count": 2, "hc_lowrank": 8}),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        "BailingHybridForCausalLM",
+        LATENT
+        | EXPERTS
+        | {"head_dim": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "num_local_experts": 4, "num_mtp_layers": 0}
+        | {"layer_types": None, "layer_group_size": 3, "first_k_dense_replace": 1},
+    ),
+    "glm5_next": (
+        "Glm5NextTextConfig",
+        "Glm5NextTextModel",
+        LATENT
+        | EXPERTS
+        | {"layer_types": ["linear_attention"] * 3, "mlp_layer_types": ["dense", "sparse", "sparse"], "q_lora_rank": 16}
+        | {"linear_num_heads": 4, "linear_head_dim": 16, "n_routed_experts": 4, "hc_mult": 2},
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +84,7 @@ def leave_nothing_behind():
 
 
 def build(name):
-    config, model, options = MODELS[name]
+    config, model, options = (MODELS | OTHERS)[name]
     torch.manual_seed(0)
     return getattr(transformers, model)(getattr(transformers, config)(**(COMMON | options))).eval()
 
@@ -112,11 +135,11 @@ def both(function):
     return expected, got
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | OTHERS)
 def test_logits(name):
     model, ids = build(name), tokens(2, 70)
     with torch.no_grad():
-        expected, got = both(lambda: model(ids).logits)
+        expected, got = both(lambda: model(ids)[0])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -208,7 +208,7 @@ def _error(result: Tensor, truth: Tensor) -> float:
 def _checks() -> list[GpuCase]:
     small = [
         GpuCase(
-            f"cka {k}", "n=300 p=70 q=33", pair_problem(300, 70, 33, k), VALUE, graph=True, sanitize=True, error=_error
+            f"cka {k}", "n=140 p=70 q=33", pair_problem(140, 70, 33, k), VALUE, graph=True, sanitize=True, error=_error
         )
         for k in KERNELS
     ]
@@ -225,7 +225,7 @@ def _checks() -> list[GpuCase]:
         for k in KERNELS
     ]
     other = [
-        ("cka cuda", "n=300 p=70 q=33", pair_problem(300, 70, 33), {torch.float32: 2e-6}, ("cuda",), True),
+        ("cka cuda", "n=140 p=70 q=33", pair_problem(140, 70, 33), {torch.float32: 2e-6}, ("cuda",), True),
         ("cka masked", "n=300 p=70 q=33", pair_problem(300, 70, 33, masked=True), VALUE, ("triton",), False),
         ("cka_matrix linear", "L=4 n=70 d=400", matrix_problem(70, (400,) * 4), VALUE, ("triton",), True),
         ("cka_matrix features", "L=3 n=500", matrix_problem(500, (40, 130, 7)), VALUE, ("triton",), True),

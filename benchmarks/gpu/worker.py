@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import math
@@ -26,7 +27,6 @@ from pyrepr.backend import _PROBES
 
 FLUSH_BYTES = 512 << 20  # more than any L2
 SEEDS = 3
-DRY_CASES = 5
 BROKEN = 3  # exit code: the CUDA context is lost, start again behind this item
 
 
@@ -45,14 +45,21 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _forget(device: torch.device) -> None:
+    """Gives memory back that nothing holds any more: the next case may need all of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def family_cases(family: str, dry: bool) -> list[GpuCase]:
-    """A family's cases; of a dry run a few of the small ones, in their first dtype, that the interpreter can run."""
+    """A family's cases; of a dry run the small ones that the interpreter can run, in their first dtype."""
     cases = importlib.import_module(f"pyrepr.benchmarks.gpu.{family}").cases()
     if not dry:
         return cases
     small = [case for case in cases if case.sanitize and set(case.backends) & {"triton", "cpu"}]
     first = [dict([next(iter(case.tolerance.items()))]) for case in small]
-    return [dataclasses.replace(case, tolerance=t) for case, t in zip(small, first, strict=True)][:DRY_CASES]
+    return [dataclasses.replace(case, tolerance=t) for case, t in zip(small, first, strict=True)]
 
 
 def check_items(family: str, dry: bool) -> list[tuple[GpuCase, str, torch.dtype]]:
@@ -192,8 +199,10 @@ def time_case(item: tuple[GpuCase, torch.dtype], device: torch.device, seconds: 
             row["first"] = clock(function)
         except Exception as failure:
             _synchronise(device)  # a lost context ends the process here
+            _forget(device)
             row["failure"] = f"{type(failure).__name__}: {failure}"[:300]
         result = None
+    truth = None
     running = [name for name, row in rows.items() if row["failure"] is None]
     round_seconds = sum(rows[name].pop("first") for name in running) / 1e3 + 1e-3 * len(running)
     for i in range(max(1 if device.type == "cpu" else 3, min(100, int(seconds / round_seconds)))):
@@ -264,8 +273,21 @@ def run_once(item: tuple[GpuCase, str], device: torch.device, _seconds: float) -
     return [{"backend": backend}]
 
 
+def prepare_items(family: str, dry: bool) -> list[tuple[GpuCase, str, torch.dtype]]:
+    return [item for item in check_items(family, dry) if not item[0].timed and item[1] == "triton"]
+
+
+def compile_once(item: tuple[GpuCase, str, torch.dtype], device: torch.device, _seconds: float) -> list[dict[str, Any]]:
+    """Triton compiles at the first launch and keeps what it made on disk: several processes do that at a time."""
+    case, backend, dtype = item
+    with pyrepr.use_backend(backend):
+        case.make(device, dtype, 0).run()
+    return []
+
+
 SECTIONS: dict[str, tuple[Callable, Callable]] = {
     "machine": (machine_items, measure_machine),
+    "prepare": (prepare_items, compile_once),
     "check": (check_items, check),
     "time": (time_items, time_case),
     "sanitize": (sanitize_items, run_once),
@@ -282,13 +304,15 @@ def describe(item: Any) -> dict[str, Any]:
     return found
 
 
-def records(section: str, family: str, first: int, seconds: float, dry: bool) -> Iterator[dict[str, Any]]:
+def records(
+    section: str, family: str, seconds: float, dry: bool, first: int = 0, step: int = 1, most: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Works through a section; yields a ``start`` line and then the records of every item."""
     device = torch.device("cpu" if dry else "cuda")
     make_items, work = SECTIONS[section]
-    items = make_items(family, dry)
+    items = make_items(family, dry)[:most]
     end = time.monotonic() + seconds
-    for number in range(first, len(items)):
+    for number in range(first, len(items), step):
         item = items[number]
         shared = {"section": section, "family": family, "number": number, **describe(item)}
         left = end - time.monotonic()
@@ -302,6 +326,7 @@ def records(section: str, family: str, first: int, seconds: float, dry: bool) ->
         except Exception as failure:
             yield {**shared, "failure": f"{type(failure).__name__}: {failure}"[:600]}
             _synchronise(device)
+        _forget(device)
 
 
 def finite(value: Any) -> Any:
@@ -317,16 +342,15 @@ def main() -> int:
     parser.add_argument("family")
     parser.add_argument("records", type=Path)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int)
+    parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--most", type=int)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    first = args.first if args.only is None else args.only
     with open(args.records, "a") as file:
         try:
-            for record in records(args.section, args.family, first, args.seconds, args.dry_run):
-                if args.only is not None and record["number"] > args.only:
-                    break
+            place = (args.first, args.step, args.most)
+            for record in records(args.section, args.family, args.seconds, args.dry_run, *place):
                 file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
                 file.flush()
         except Exception as failure:

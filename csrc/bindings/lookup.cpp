@@ -1,6 +1,9 @@
 // Bindings of family `lookup`.
 #include "bindings/blocks.h"
 #include "bindings/common.h"
+#ifdef PYREPR_CUDA
+#include "cuda/lookup.h"
+#endif
 
 namespace pyrepr {
 namespace {
@@ -111,6 +114,38 @@ void lookup_backward(const cpu::LookupTables& tables, const MatrixTuple& grad, u
                                           reinterpret_cast<void*>(segments), reinterpret_cast<void*>(dots)));
 }
 
+#ifdef PYREPR_CUDA
+void cuda_lookup_linear(const MatrixTuple& x, int dtype, uintptr_t tables, int table_type, uintptr_t scales, int64_t K,
+                        int64_t h, int bits, int weighting, double slope, uintptr_t bias, int bias_dtype,
+                        uintptr_t partial, int64_t parts, uintptr_t out, uintptr_t stream) {
+  const View rows = view_of(x, "x");
+  if (bits < 1 || bits > 16 || rows.cols != K * bits) throw std::invalid_argument("x and tables do not fit together");
+  if (weighting < 0 || weighting > 3) throw std::invalid_argument("weighting is unknown");
+  if ((table_type == 4) != (scales != 0)) throw std::invalid_argument("int8 tables, and only they, need scales");
+  const bool empty = rows.rows == 0 || h == 0;
+  const cuda::LookupLinear call{rows.data,
+                                dtype_of(dtype),
+                                rows.row_stride,
+                                pointer<const void>(tables, "tables", empty || K == 0),
+                                table_type,
+                                pointer<const float>(scales, "scales", true),
+                                pointer<const void>(bias, "bias", true),
+                                dtype_of(bias_dtype),
+                                pointer<void>(out, "out", empty),
+                                pointer<float>(partial, "partial", true),
+                                parts,
+                                rows.rows,
+                                K,
+                                h,
+                                bits,
+                                weighting,
+                                static_cast<float>(slope)};
+  py::gil_scoped_release release;
+  if (const char* reason = cuda::lookup_linear(call, reinterpret_cast<void*>(stream)))
+    throw std::runtime_error(std::string("CUDA kernel of lookup_linear: ") + reason);
+}
+#endif
+
 }  // namespace
 
 void bind_lookup(py::module_& m) {
@@ -147,6 +182,10 @@ void bind_lookup(py::module_& m) {
     py::gil_scoped_release release;
     if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
   });
+#ifdef PYREPR_CUDA
+  m.def("cuda_lookup_linear", &cuda_lookup_linear);
+  m.def("cuda_lookup_linear_parts", &cuda::lookup_linear_parts);
+#endif
 }
 
 }  // namespace pyrepr

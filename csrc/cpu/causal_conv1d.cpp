@@ -318,11 +318,11 @@ class CausalConv {
     }
   }
 
-  static void through_silu(const CausalConvProblem& p, const Block& block, const float* window, const Element* dout,
+  static void through_silu(const CausalConvProblem& p, const Block& block, const float* window, const Element* grad,
                            int64_t rows, float* dy) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < block.count; c += W) {
-        const Element* const at = dout + r * p.channels + c;
+        const Element* const at = grad + r * p.channels + c;
         __builtin_prefetch(at + rows * p.channels, 0, 2);
         V d = load_part<S>(at, block.count - c);
         if (p.silu) {

@@ -4,7 +4,7 @@
 //   y_t = bias + sum over j < W of w_j x_{t - W + 1 + j}      out_t = y_t, or with silu y_t sigmoid(y_t)
 //
 // per channel, where x before the start of a sequence is its initial state, or zero. Backward, with
-// dy_t = dout_t sigmoid(y_t) (1 + y_t (1 - sigmoid(y_t))) and dy zero outside the sequence:
+// dy_t = grad_t sigmoid(y_t) (1 + y_t (1 - sigmoid(y_t))) and dy zero outside the sequence:
 //
 //   dx_t = sum over j of w_j dy_{t + W - 1 - j}     dw_j = sum over t of dy_t x_{t - W + 1 + j}     dbias = sum of dy_t
 //

@@ -124,7 +124,8 @@ class DeltaRule {
     const int threads = work < kSmall ? 1 : p.threads;
     const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
     const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
-    const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
+    const bool decoding = p.total <= kShort && !states.data;
+    const int64_t bytes = round_up((decoding ? short_size(p) : forward_size(p, slice)) * 4, 64);
     const Memory memory(bytes * threads);
     if (!memory.ok()) return Status::out_of_memory;
     const auto run = [&](int64_t task) {
@@ -133,8 +134,8 @@ class DeltaRule {
       const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
       if (columns > 0) walk({p, s, v0, columns, o, final + s.state_offset(p) + v0}, states, scratch);
     };
-    // Decoding: token after token, a thread gets the same heads, whose states its cache holds.
-    if (p.total <= kShort) {
+    // Token after token, a thread gets the same heads, whose states its cache holds.
+    if (decoding) {
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t task = 0; task < heads * slices; task++) run(task);
     } else {
@@ -171,12 +172,18 @@ class DeltaRule {
     const Element* v(int64_t t, int64_t c) const { return s.token<S>(p.v, t, s.value_head) + v0 + c; }
     Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
 
-    // Asks for the part of the chunk at t0 that falls to the panel at column c when the chunk is shared out evenly.
-    __attribute__((always_inline)) void prefetch_share(int64_t t0, int64_t c) const {
-      const int64_t first = t0 + C * c / columns, last = t0 + C * smaller<int64_t>(c + NR, columns) / columns;
-      prefetch<S>(s, p.k, first, last, s.head, p.width);
-      prefetch<S>(s, p.q, first, last, s.head, p.width);
-      prefetch<S>(s, p.v, first, last, s.value_head, p.value_width);
+    // What the panel at column c of the chunk at t0 should ask for: its places in o [rows, n], and its share of the
+    // next chunk, when that is shared out evenly.
+    Requests requests(int64_t t0, int64_t rows, int64_t c, int64_t n) const {
+      constexpr int64_t item = sizeof(Element);
+      Requests all;
+      all.add(out(t0, c), rows, p.value_heads * p.value_width * item, n * item);
+      const int64_t first = t0 + C + C * c / columns, last = t0 + C + C * smaller<int64_t>(c + NR, columns) / columns;
+      request<S>(all, s, p.k, first, last, s.head, p.width);
+      request<S>(all, s, p.q, first, last, s.head, p.width);
+      request<S>(all, s, p.v, first, last, s.value_head, p.value_width);
+      request_gates(all, p, s, first, last);
+      return all;
     }
 
     void load_state(const Panels& state) const {
@@ -188,6 +195,7 @@ class DeltaRule {
     }
   };
 
+  static int64_t short_size(const DeltaRuleProblem& p) { return Token::size(p.width) + Panels::size(p.width, NR); }
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
     return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR;
@@ -223,9 +231,9 @@ class DeltaRule {
       for (int64_t c = 0; c < at.columns; c += NR) {
         const Panels slice = state.panel(c / NR);
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
-        at.prefetch_share(t0 + C, c);
+        Requests requests = at.requests(t0, rows, c, n);
         load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
-        engine.advance(n, v, values, o, slice);
+        engine.advance(n, v, values, o, slice, requests);
         store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
       }
     }

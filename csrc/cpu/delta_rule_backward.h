@@ -14,6 +14,22 @@ inline float row_product(const Panels& x, const Panels& y, int64_t t, int64_t co
   return static_cast<float>(lane_sum<float>(sum));
 }
 
+// The same for all C rows.
+inline void row_products(const Panels& x, const Panels& y, int64_t columns, float* out) {
+  for (int64_t t = 0; t < C; t += W) {
+    V each[W];
+    for (int64_t i = 0; i < W; i++) {
+      V low{}, high{};
+      for (int64_t c = 0; c < columns; c += NR) {
+        low += load<float>(x.at(t + i, c)) * load<float>(y.at(t + i, c));
+        high += load<float>(x.at(t + i, c + W)) * load<float>(y.at(t + i, c + W));
+      }
+      each[i] = low + high;
+    }
+    store<float>(out + t, sum_each(each));
+  }
+}
+
 // sum[c] += over the rows t of x_tc y_tc, for columns [0, columns) of panels [rows, ...].
 inline void add_column_products(const Panels& x, const Panels& y, int64_t rows, int64_t columns, double* sum) {
   for (int64_t c = 0; c < columns; c += W) {
@@ -131,6 +147,7 @@ class DeltaRuleBackward {
   Panels d_ot, d_rt, values_t;                              // transposed [V, C]
   Panels dq, z, rest;                                       // dQ, Z and the bracket of dK [C, K]
   Panels d, dt, m, turned;                                  // D^T, D, M^T; whatever has to be transposed [C, C]
+  Requests requests;
   double* last;  // [K] what dG of the last token gets besides its own, under a gate per key
 
   Panels state_of(int64_t i) const { return {segment_states.data + i * kp * vp, kp}; }
@@ -146,17 +163,20 @@ class DeltaRuleBackward {
     for (int64_t i = 0; first + i < last; i++) {
       const int64_t t0 = (first + i) * C;
       chunk.load_k<S>(p, s, t0);
-      prefetch<S>(s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
-      prefetch<S>(s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      Requests requests;
+      request<S>(requests, s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
+      request<S>(requests, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      request_gates(requests, p, s, t0 + C, t0 + 2 * C);
+      requests.spread(vp / NR * (C + p.width) / Panels::MR);
       chunk.solve(p);
       std::memcpy(inverse_of(i).data, chunk.xt.data, C * C * sizeof(float));
       chunk.gate(p, false);
       load_matrix<S>(v(t0), p.v.token, smaller(C, s.length - t0), C, p.value_width, scratch);
-      new_values(p, chunk, state_of(i), vp, scratch, values_of(i));
+      new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
       if (first + i + 1 == last) break;
       std::memcpy(used.data, values_of(i).data, static_cast<size_t>(C * vp) * sizeof(float));
       std::memcpy(state_of(i + 1).data, state_of(i).data, static_cast<size_t>(kp * vp) * sizeof(float));
-      next_state(p, chunk, used, vp, state_of(i + 1));
+      next_state(p, chunk, used, vp, state_of(i + 1), &requests);
     }
   }
 
@@ -170,13 +190,7 @@ class DeltaRuleBackward {
                           d_o);
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
 
-    if (t0 > 0) {
-      const Tokens o{grads.o, p.total * p.value_heads * p.value_width, p.value_heads * p.value_width, p.value_width};
-      prefetch<S>(s, p.q, t0 - C, t0, s.head, p.width);
-      prefetch<S>(s, p.k, t0 - C, t0, s.head, p.width);
-      prefetch<S>(s, p.v, t0, t0 + C, s.value_head, p.value_width);
-      prefetch<StoreF32>(s, o, t0 - C, t0, s.value_head, p.value_width);
-    }
+    requests = step_requests(t0, rows);
     value_gradients(inverse_of(i));
     transpose_panels(values, C, vp, values_t);
     transpose_panels(d_o, C, vp, d_ot);
@@ -188,7 +202,9 @@ class DeltaRuleBackward {
       write(t0, rows, 0);
     } else {
       double end = 0;  // what dG of the last token gets besides its own
-      for (int64_t t = 0; t < rows; t++) end += row_product(rest, chunk.k, t, kp);
+      alignas(64) float products[C];
+      row_products(rest, chunk.k, kp, products);
+      for (int64_t t = 0; t < rows; t++) end += static_cast<double>(products[t]);
       if (chunk.gates.gated) end += state_product(state);
       multiply_panels<Part::terms_upto, false>(d, C, chunk.k, kp, C, dq);
       multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
@@ -199,12 +215,35 @@ class DeltaRuleBackward {
     state_gradient();
   }
 
+  // The places that `write` will write to, and the tokens of the next step, C back.
+  Requests step_requests(int64_t t0, int64_t rows) const {
+    constexpr int64_t item = sizeof(float);
+    const int64_t key = s.row(p, t0) * p.width, value = s.row(p, t0) * p.value_width;
+    const int64_t key_stride = p.value_heads * p.width * item, value_stride = p.value_heads * p.value_width * item;
+    Requests all;
+    all.add(grads.q + key, rows, key_stride, p.width * item);
+    all.add(grads.k + key, rows, key_stride, p.width * item);
+    all.add(grads.v + value, rows, value_stride, p.value_width * item);
+    if (p.gate_per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
+    if (t0 > 0) {
+      const int64_t back = C * p.value_heads * p.value_width;
+      request<S>(all, s, p.q, t0 - C, t0, s.head, p.width);
+      request<S>(all, s, p.k, t0 - C, t0, s.head, p.width);
+      request<S>(all, s, p.v, t0 - C, t0, s.value_head, p.value_width);
+      all.add(grads.o + value - back, C, value_stride, p.value_width * item);
+      request_gates(all, p, s, t0 - C, t0);
+    }
+    // Of dV', dQ, Z, their counterpart in dK, and the state's gradient.
+    all.spread((4 * C * vp / NR + kp * vp / NR) / Panels::MR);
+    return all;
+  }
+
   // dV' and dR.
   void value_gradients(const Panels& inverse) {
     const Gates& gates = chunk.gates;
     if (p.gate_per_key) chunk.decay_keys(chunk.k, chunk.key_gates.tail, p.width, chunk.kt);
     if (gates.gated) scale_columns(chunk.kt, p.width, gates.tail);
-    multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values);
+    multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values, 1, &requests);
     transpose_panels(chunk.pt, C, C, turned);
     multiply_panels<Part::terms_from, false>(turned, C, d_o, vp, C, d_values);
     transpose_panels(inverse, C, C, turned);
@@ -233,10 +272,10 @@ class DeltaRuleBackward {
       scale_columns(d_ot, p.value_width, gates.decay);
       scale_columns(values_t, p.value_width, gates.tail);
     }
-    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq);
-    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z);
+    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq, 1, &requests);
+    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z, 1, &requests);
     transpose_panels(dstate, kp, vp, turned_state);
-    multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest);
+    multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest, 1, &requests);
   }
 
   // Under a gate per key: the decays worked into dQ, Z and `rest`, what the pairs of tokens give to them, and `last`.
@@ -295,22 +334,27 @@ class DeltaRuleBackward {
   }
 
   // Everything of the chunk's tokens goes out; `z` becomes dK, d_r becomes dV.
-  void write(int64_t t0, int64_t rows, double last) {
+  void write(int64_t t0, int64_t rows, double end) {
     const Gates& gates = chunk.gates;
     const Panels& raw = d_values;
     load_matrix<S>(v(t0), p.v.token, rows, C, p.value_width, raw);
-    double sum = last;
+    alignas(64) float of_values[C], of_z[C], of_q[C], of_rest[C];
+    row_products(d_r, raw, vp, of_values);
+    row_products(z, chunk.k, kp, of_z);
+    row_products(dq, chunk.q, kp, of_q);
+    row_products(rest, chunk.k, kp, of_rest);
+    double sum = end;
     for (int64_t t = rows - 1; t >= 0; t--) {
       const int64_t row = s.row(p, t0 + t);
-      const float beta = gates.beta[t], own = row_product(z, chunk.k, t, kp);
+      const float beta = gates.beta[t];
       if (p.gate_per_key) {
         write_key_gates(t, row);
       } else {
-        sum += static_cast<double>(row_product(dq, chunk.q, t, kp)) + static_cast<double>(beta) * own;
-        sum -= row_product(rest, chunk.k, t, kp);
+        sum += static_cast<double>(of_q[t]) + static_cast<double>(beta) * static_cast<double>(of_z[t]);
+        sum -= static_cast<double>(of_rest[t]);
         grads.g[row] = static_cast<float>(sum);
       }
-      grads.beta[row] = row_product(d_r, raw, t, vp) + own;
+      grads.beta[row] = of_values[t] + of_z[t];
       for (int64_t c = 0; c < kp; c += W)
         store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
@@ -329,17 +373,17 @@ class DeltaRuleBackward {
       scale_rows(d_r, vp, gates.decay);
     }
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
-    if (p.gate_per_key) {
-      const KeyGates& per_key = chunk.key_gates;
-      per_key.decay_rows(dstate, kp, vp);
-      multiply_each(chunk.q, per_key.decay, C, kp, chunk.scaled);
-      multiply_panels<Part::all, false>(chunk.scaled, kp, d_o, vp, C, dstate);
-      multiply_each(chunk.k, per_key.decay, C, kp, chunk.scaled);
-      multiply_panels<Part::all, false>(chunk.scaled, kp, d_r, vp, C, dstate);
+    if (!p.gate_per_key) {
+      multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last, &requests);
+      multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
       return;
     }
-    multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last);
-    multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+    const KeyGates& per_key = chunk.key_gates;
+    per_key.decay_rows(dstate, kp, vp);
+    multiply_each(chunk.q, per_key.decay, C, kp, chunk.scaled);
+    multiply_panels<Part::all, false>(chunk.scaled, kp, d_o, vp, C, dstate, 1, &requests);
+    multiply_each(chunk.k, per_key.decay, C, kp, chunk.scaled);
+    multiply_panels<Part::all, false>(chunk.scaled, kp, d_r, vp, C, dstate);
   }
 };
 

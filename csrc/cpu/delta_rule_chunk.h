@@ -78,16 +78,21 @@ struct Sequence {
   }
 };
 
-// Asks for tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
-// apart. Inlined by force, because GCC drops calls of a function that only prefetches.
+// Requests tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
+// apart.
 template <class S>
-__attribute__((always_inline)) inline void prefetch(const Sequence& s, const Tokens& x, int64_t t0, int64_t t1,
-                                                    int64_t head, int64_t width) {
-  constexpr int64_t line = 64 / sizeof(typename S::Memory);
-  for (int64_t t = t0; t < smaller(t1, s.length); t++) {
-    const typename S::Memory* const row = s.token<S>(x, t, head);
-    for (int64_t c = 0; c < width; c += line) __builtin_prefetch(row + c, 0, 2);
-  }
+inline void request(Requests& requests, const Sequence& s, const Tokens& x, int64_t t0, int64_t t1, int64_t head,
+                    int64_t width) {
+  constexpr int64_t item = sizeof(typename S::Memory);
+  requests.add(s.token<S>(x, t0, head), smaller(t1, s.length) - t0, x.token * item, width * item);
+}
+
+// The same for a gate per key.
+inline void request_gates(Requests& requests, const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t t1) {
+  constexpr int64_t item = sizeof(float);
+  if (p.gate_per_key)
+    requests.add(p.g + s.row(p, t0) * p.width, smaller(t1, s.length) - t0, p.value_heads * p.width * item,
+                 p.width * item);
 }
 
 // One row of q or k in float, zeros up to `padded`; normalised under `l2norm`. Returns what it was multiplied with.
@@ -219,15 +224,23 @@ inline void decayed_products(const Panels& k, const Panels& x, const Panels& ste
   }
 }
 
-// X^T = (I + A^T)^-1 by substitution from the last row up. a [C, C] holds A^T above the diagonal.
+// X^T = (I + A^T)^-1 by substitution from the last row up, two rows at a time: one alone would wait for its own sums.
+// a [C, C] holds A^T above the diagonal. The order of the terms matters: repeated keys make them alternate in sign, and
+// sums of every other one would be large.
 inline void invert(const Panels& a, const Panels& x) {
-  for (int64_t s = C - 1; s >= 0; s--) {
-    V row[C / W] = {};
-    for (int64_t t = s + 1; t < C; t++) {
-      const float factor = *a.at(s, t);
-      for (int64_t c = 0; c < C / W; c++) row[c] -= factor * load<float>(x.at(t, c * W));
-    }
-    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s, c * W), row[c]);
+  for (int64_t s = C - 2; s >= 0; s -= 2) {
+    V row[C / W] = {}, next[C / W] = {};
+    for (int64_t t = C - 1; t > s + 1; t--)
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < C / W; c++) {
+        const V known = load<float>(x.at(t, c * W));
+        next[c] -= *a.at(s + 1, t) * known;
+        row[c] -= *a.at(s, t) * known;
+      }
+    for (int64_t c = 0; c < C / W; c++) store<float>(x.at(s + 1, c * W), next[c]);
+    *x.at(s + 1, s + 1) = 1;
+    for (int64_t c = 0; c < C / W; c++)
+      store<float>(x.at(s, c * W), row[c] - *a.at(s, s + 1) * load<float>(x.at(s + 1, c * W)));
     *x.at(s, s) = 1;
   }
 }
@@ -382,22 +395,19 @@ struct Chunk {
 
 // V' [C, n] for the columns that `state` [K, n] and `v` [C, n] hold; v is used up.
 inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& state, int64_t n, const Panels& v,
-                       const Panels& out) {
+                       const Panels& out, Requests* requests) {
   scale_rows(v, n, chunk.gates.beta);
-  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v);
+  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v, 1, requests);
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
 }
 // state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.
 inline void next_state(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
-                       const Panels& state) {
+                       const Panels& state, Requests* requests) {
   const int64_t rows = round_up(p.width, Panels::MR);
-  if (p.gate_per_key) {
-    chunk.key_gates.decay_rows(state, rows, n);
-    multiply_panels<Part::all, false>(chunk.scaled, rows, values, n, C, state);
-    return;
-  }
+  if (p.gate_per_key) chunk.key_gates.decay_rows(state, rows, n);
   if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
-  multiply_panels<Part::all, false>(chunk.k, rows, values, n, C, state, chunk.gates.last);
+  multiply_panels<Part::all, false>(p.gate_per_key ? chunk.scaled : chunk.k, rows, values, n, C, state,
+                                    chunk.gates.last, requests);
 }
 
 // Takes a sequence chunk by chunk, in float.
@@ -415,11 +425,13 @@ class FloatForward {
     chunk.gate(p, true);
   }
   // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
-  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state) {
-    new_values(p, chunk, state, n, v, values);
-    multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o);
+  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+               Requests& requests) {
+    requests.spread((2 * C + p.width) / Panels::MR);
+    new_values(p, chunk, state, n, v, values, &requests);
+    multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
-    next_state(p, chunk, values, n, state);
+    next_state(p, chunk, values, n, state, &requests);
   }
 
  private:

@@ -7,9 +7,9 @@
 // lengths come back as one factor per row and per column of the result. The state itself, the substitution and P V'
 // stay in float.
 //
-// Why not the bf16 dot product, which is as fast: rounding S and V' to the 8 bits of bf16 costs ten times the error
-// (B=1 T=2048 K=V=128, worst relative to the largest output: 1.5e-3 gated, 3e-3 plain, 1e-1 for repeated keys with
-// beta = 2, against 1.2e-4, 2.2e-4 and 7e-3), where rounding the output to bf16 alone costs 2e-3.
+// Why not the bf16 dot product, which is as fast: rounding S and V' to the 8 bits of bf16 costs 15 to 30 times the
+// error (B=1 T=2048 K=V=128, worst relative to the largest output: 1.5e-3 gated, 3e-3 plain, 1e-1 for repeated keys
+// with beta = 2, against 1.0e-4, 1.5e-4 and 4e-3), where rounding the output to bf16 alone costs 2e-3.
 #pragma once
 
 #include <immintrin.h>
@@ -42,6 +42,14 @@ struct Lengths {
     to = length > 0 ? kWhole / length : V{};
     back = length * (1 / kWhole);
   }
+  // With powers of two, which leave all but the smallest bf16 numbers of a vector as they are.
+  static Lengths powers_of_two(V squares) {
+    Lengths lengths(squares);
+    const Integers bits = reinterpret_cast<Integers>(lengths.to) & 0x7f800000;
+    lengths.to = reinterpret_cast<V>(bits);
+    lengths.back = lengths.to > 0 ? 1 / lengths.to : lengths.back;
+    return lengths;
+  }
 };
 
 // x times `to`, rounded to whole numbers: the low half of each lane, in two's complement.
@@ -65,13 +73,17 @@ void load_whole_keys(const Sequence& s, const Tokens& x, int64_t t0, int64_t row
   };
   for (int64_t first = 0; first < C; first += W) {
     V squares[W] = {};
-    for (int64_t i = 0; i < smaller<int64_t>(W, rows - first); i++)
-      for (int64_t c = 0; c < padded; c += W) {
-        const V e = part(first + i, c);
-        squares[i] += e * e;
+    for (int64_t i = 0; i < smaller<int64_t>(W, rows - first); i++) {
+      V low{}, high{};
+      for (int64_t c = 0; c < padded; c += NR) {
+        const V x0 = part(first + i, c), x1 = part(first + i, c + W);
+        low += x0 * x0;
+        high += x1 * x1;
       }
+      squares[i] = low + high;
+    }
     const V sums = sum_each(squares);
-    const Lengths lengths(sums);
+    const Lengths lengths = Lengths::powers_of_two(sums);
     const V unit = p.l2norm ? 1 / square_root<float>(sums + 1e-6f) : splat<float>(1);
     store<float>(factor + first, lengths.back * unit * scale);
     for (int64_t i = 0; i < W; i++)
@@ -105,21 +117,26 @@ inline void pair_rows(const int16_t* in, int64_t padded, const Pairs& out) {
     for (int64_t t = 0; t < C; t += 2) _mm512_storeu_si512(out.at(t / 2, c), pair(part(t, c), part(t + 1, c)));
 }
 
-// A panel x [rows, NR] as pairs along the rows; `back` [NR] takes the integers back.
+// A panel x [rows, NR] as pairs along the rows; `back` [NR] takes the integers back. Rows are a multiple of 2.
 inline void pair_panel(const float* x, int64_t rows, const Pairs& out, float* back) {
-  for (int64_t c = 0; c < NR; c += W) {
-    V squares[2] = {};
-    for (int64_t r = 0; r < rows; r += 2)
-      for (int64_t i = 0; i < 2; i++) {
-        const V e = load<float>(x + (r + i) * NR + c);
-        squares[i] += e * e;
-      }
-    const Lengths lengths(squares[0] + squares[1]);
-    store<float>(back + c, lengths.back);
-    for (int64_t r = 0; r < rows; r += 2)
-      _mm512_storeu_si512(out.at(r / 2, c), pair(whole(load<float>(x + r * NR + c), lengths.to),
-                                                 whole(load<float>(x + (r + 1) * NR + c), lengths.to)));
+  V even[2] = {}, odd[2] = {}, to[2];
+  for (int64_t r = 0; r < rows; r += 2)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      const V first = load<float>(x + r * NR + j * W), second = load<float>(x + (r + 1) * NR + j * W);
+      even[j] += first * first;
+      odd[j] += second * second;
+    }
+  for (int j = 0; j < 2; j++) {
+    const Lengths lengths(even[j] + odd[j]);
+    to[j] = lengths.to;
+    store<float>(back + j * W, lengths.back);
   }
+  for (int64_t r = 0; r < rows; r += 2)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++)
+      _mm512_storeu_si512(out.at(r / 2, j * W), pair(whole(load<float>(x + r * NR + j * W), to[j]),
+                                                     whole(load<float>(x + (r + 1) * NR + j * W), to[j])));
 }
 
 // What becomes of a product, of row i and column j: row_i col_j times it, that added to c, or col_j times it added to
@@ -161,11 +178,12 @@ __attribute__((noinline)) void dot_block(int64_t count, const int32_t* __restric
 // The same for a [count, m], b [count, n], row [m] and col [n]; `part` all or upper, as in multiply_panels.
 template <Part part, Into into>
 void dot_panels(const Pairs& a, int64_t m, const Pairs& b, int64_t n, const float* row, const float* col,
-                const Panels& c, float keep = 1) {
+                const Panels& c, float keep = 1, Requests* requests = nullptr) {
   for (int64_t j = 0; j < n; j += NR)
     for (int64_t i = 0; i < m; i += Panels::MR) {
       const int64_t column = part == Part::upper ? larger(j, i / W * W) : j;
       if (column >= j + NR) continue;
+      if (requests) requests->some();
       const float* const of_row = into == Into::decay ? nullptr : row + i;
       if (smaller(n, j + NR) - column > W)
         dot_block<2, into>(a.rows, a.at(0, i), b.at(0, column), of_row, col + column, c.at(i, column), keep);
@@ -225,17 +243,19 @@ class DotForward {
   }
 
   // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
-  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state) {
+  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+               Requests& requests) {
+    requests.spread((2 * C + p.width) / Panels::MR);
     pair_panel(state.data, padded, state16, state_back);
     scale_rows(v, n, gates.beta);
-    dot_panels<Part::all, Into::add>(kt, C, state16, n, k_reads, state_back, v);
+    dot_panels<Part::all, Into::add>(kt, C, state16, n, k_reads, state_back, v, 1, &requests);
     multiply_panels<Part::terms_upto, true>(xt, C, v, n, C, values);
-    dot_panels<Part::all, Into::fresh>(qt, C, state16, n, q_reads, state_back, o);
+    dot_panels<Part::all, Into::fresh>(qt, C, state16, n, q_reads, state_back, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(pt, C, values, n, C, o);
     scale_rows(values, n, writes);
     pair_panel(values.data, C, values16, values_back);
     dot_panels<Part::all, Into::decay>(k, round_up(p.width, Panels::MR), values16, n, nullptr, values_back, state,
-                                       gates.last);
+                                       gates.last, &requests);
   }
 
  private:

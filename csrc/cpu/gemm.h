@@ -376,6 +376,41 @@ __attribute__((noinline)) void multiply_panel_block(int64_t count, const float* 
     }
 }
 
+// Memory that will be needed soon, asked for a few lines at a time between the blocks of a product: a burst of requests
+// would have to wait for the few that can be under way at once.
+class Requests {
+ public:
+  // `rows` runs of `bytes` bytes, `stride` bytes apart.
+  void add(const void* first, int64_t rows, int64_t stride, int64_t bytes) {
+    if (count_ == kRuns || rows <= 0 || bytes <= 0) return;
+    runs_[count_++] = {static_cast<const char*>(first), stride, ceil_div(bytes, 64), rows};
+    lines_ += ceil_div(bytes, 64) * rows;
+  }
+  // Shares the lines out over this many calls of `some`.
+  void spread(int64_t calls) { each_ = ceil_div(lines_, larger<int64_t>(1, calls)); }
+  // Inlined by force, because GCC drops calls of a function that only prefetches.
+  __attribute__((always_inline)) void some() {
+    for (int64_t i = 0; i < each_ && at_ < count_; i++) {
+      Run& run = runs_[at_];
+      __builtin_prefetch(run.row + line_ * 64, 0, 2);
+      if (++line_ < run.lines) continue;
+      line_ = 0;
+      run.row += run.stride;
+      if (--run.rows == 0) at_++;
+    }
+  }
+
+ private:
+  static constexpr int kRuns = 9;
+  struct Run {
+    const char* row;
+    int64_t stride, lines, rows;
+  };
+  Run runs_[kRuns];
+  int count_ = 0, at_ = 0;
+  int64_t line_ = 0, lines_ = 0, each_ = 0;
+};
+
 // Which part of a product is wanted. Row i of the result takes the terms before i + MR (A is upper triangular), those
 // from i on (A is lower triangular), or has its columns from i on computed (the result is upper triangular).
 enum class Part { all, terms_upto, terms_from, upper };
@@ -383,7 +418,7 @@ enum class Part { all, terms_upto, terms_from, upper };
 // c [m, n] = A^T B (fresh) or keep * c + A^T B, for a [count, m] and b [count, n]; m a multiple of MR, n of W.
 template <Part part, bool fresh>
 void multiply_panels(const Panels& a, int64_t m, const Panels& b, int64_t n, int64_t count, const Panels& c,
-                     float keep = 1) {
+                     float keep = 1, Requests* requests = nullptr) {
   constexpr int W = Panels::W, NR = Panels::NR, MR = Panels::MR;
   for (int64_t j = 0; j < n; j += NR)
     for (int64_t i = 0; i < m; i += MR) {
@@ -392,6 +427,7 @@ void multiply_panels(const Panels& a, int64_t m, const Panels& b, int64_t n, int
       if constexpr (part == Part::terms_from) first = smaller(i, count);
       if constexpr (part == Part::upper) column = larger(j, i / W * W);
       if (column >= j + NR) continue;
+      if (requests) requests->some();
       const float* const left = a.at(first, i);
       const float* const right = b.at(first, column);
       if (smaller(n, j + NR) - column > W)

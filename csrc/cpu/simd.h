@@ -11,6 +11,10 @@
 
 #include "common.h"
 
+#if defined(PYREPR_LEVEL_avx512) || defined(PYREPR_LEVEL_avx512_bf16)
+#include <immintrin.h>
+#endif
+
 namespace pyrepr {
 inline namespace PYREPR_LEVEL {
 namespace {
@@ -109,7 +113,12 @@ inline Vec<typename S::T> load_as(const typename S::Memory* p) {
 }
 template <>
 inline Vec<float> load_as<StoreBf16>(const uint16_t* p) {
+#if defined(__AVX512F__)  // GCC would widen in two halves
+  const U32 wide =
+      reinterpret_cast<U32>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
   const U32 wide = __builtin_convertvector(*reinterpret_cast<const Lanes<float>::Hu*>(p), U32);
+#endif
   return bits_to_float(wide << 16);
 }
 // fp16 by integer arithmetic, right for denormals, infinities and NaN: put the magnitude where fp32 keeps it, rescale
@@ -135,10 +144,14 @@ inline void store_halves(uint16_t* p, U32 bits) {
 }
 template <>
 inline void store_as<StoreBf16>(uint16_t* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
   U32 u;
   std::memcpy(&u, &v, sizeof u);
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   store_halves(p, (u & 0x7fffffffu) > 0x7f800000u ? (rounded & 0u) + 0x7fc0u : rounded);
+#endif
 }
 // Normal numbers by shifting the mantissa, denormals by letting an addition to 0.5 round at 2^-24.
 template <>

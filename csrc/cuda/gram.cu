@@ -82,19 +82,21 @@ __global__ void __launch_bounds__(kThreads) pair_stats_kernel(const float* x, co
     if (threadIdx.x < half)
       for (int s = 0; s < 3; s++) reduced[s][threadIdx.x] += reduced[s][threadIdx.x + half];
   }
+  __syncthreads();
   if (threadIdx.x < 3) partial[int64_t(blockIdx.x) * 3 + threadIdx.x] = reduced[threadIdx.x][0];
 }
 
 }  // namespace
 
 const char* gram_pair_stats(const float* x, const float* y, int64_t n, int64_t p, int64_t q, double* partial,
-                            int64_t tiles, void* stream) {
+                            int64_t tiles, void* handle) {
   const int64_t blocks = (n + kTile - 1) / kTile;
   if (tiles != blocks * (blocks + 1) / 2) return "partial must have one row per tile on or above the diagonal";
   if (tiles > INT32_MAX) return "n is too large for one launch";
   if (tiles == 0) return nullptr;
-  pair_stats_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, y, n, p, q,
-                                                                                                      blocks, partial);
+  const auto grid = static_cast<unsigned>(tiles);
+  const auto stream = static_cast<cudaStream_t>(handle);
+  pair_stats_kernel<<<grid, kThreads, 0, stream>>>(x, y, n, p, q, blocks, partial);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

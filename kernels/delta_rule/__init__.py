@@ -1,13 +1,15 @@
 """Family `delta_rule` in Triton: the leaf ops of ``pyrepr/ops/delta_rule.py`` on the GPU.
 
 Forward: ``_prepare`` makes what a chunk owes to its own tokens, for all chunks at once, 2 C numbers a token in the
-inputs' dtype; ``_scan`` carries the state through the chunks and writes the output. Too few sequences and heads to fill
-the GPU are cut into segments (see ``_scan``). Backward: the forward scan again, from the states the forward kept, leaves
-the state before every chunk; the scan in reverse leaves its gradient after every chunk; ``_gradient`` does the rest, for
-all chunks at once. A few tokens are decoded by ``_recurrent``.
+inputs' dtype; ``_scan`` carries the state through the chunks and writes the output. Too few sequences and heads to
+fill the GPU are cut into segments (see ``_scan``). Backward: the forward scan again, from the states the forward kept,
+leaves the state before every chunk; the scan in reverse leaves its gradient after every chunk; ``_gradient`` does the
+rest, for all chunks at once. A gate per key takes ``_kda`` in place of ``_prepare`` and ``_gradient``. A few tokens
+are decoded by ``_recurrent``.
 
-The state is float32. Operands of products are the inputs' dtype, sums are float32; float32 inputs go through ``tf32x3``.
-Nothing here synchronises with the device: packed sequences are laid out by a kernel, in as many slots as T and N allow.
+The state is float32. Operands of products have the inputs' dtype, sums are float32; float32 inputs go through
+``tf32x3``. Nothing here synchronises with the device: packed sequences are laid out by a kernel, in as many slots as
+T and N allow.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from pyrepr.backend import Unsupported, triton_interprets
 from pyrepr.kernels._launch import Config, Variant, architecture, launch
 from pyrepr.kernels.delta_rule import _variants as table
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, variants
+from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, representative_variants, variants
+from torch import Tensor
 
-__all__ = ["backward", "forward", "update_", "variants"]
+from pyrepr.backend import Unsupported, triton_interprets
+
+__all__ = ["backward", "forward", "representative_variants", "update_", "variants"]
 
 OUT, STATES, MAPS = table.MODES
+# Segments of a sequence: merging them is a chain of as many products. An estimate, not measured yet.
+MOST_SEGMENTS = 16
 SHORT = 16  # tokens a sequence up to which the recurrence is run as it stands
 
 
@@ -49,7 +53,9 @@ class Problem:
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots=0):
         self.dtype, self.device = v.dtype, v.device
         if self.dtype not in CHUNK or q.dtype != self.dtype or k.dtype != self.dtype:
-            raise Unsupported(f"backend 'triton' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
+            raise Unsupported(
+                f"backend 'triton' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}"
+            )
         if k.shape[3] > WIDTHS[-1]:
             raise Unsupported(f"backend 'triton' takes K up to {WIDTHS[-1]}, got {k.shape[3]}")
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
@@ -63,7 +69,7 @@ class Problem:
         self.C = CHUNK[self.dtype]
         self.width = table.width_of(self.K)
         self.NT = _ceil(self.T, self.C)
-        self.L = max(1, _ceil(segment, self.C))  # chunks of a segment
+        self.L = max(1, _ceil(segment, self.C), _ceil(self.NT, MOST_SEGMENTS))  # chunks of a segment
         self.cu_seqlens = cu_seqlens
         self.packed = cu_seqlens is not None
         if cu_seqlens is None:
@@ -138,37 +144,40 @@ def _assert_valid(valid: Tensor, p: Problem) -> None:
 class Chunks:
     """X, P and the factors of every chunk, and the decayed rows of a gate per key (see ``_prepare`` and ``_kda``)."""
 
-    def __init__(self, p: Problem, layout: Layout) -> None:
-        self.x, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
+    def __init__(self, p: Problem, layout: Layout, with_x: bool = False) -> None:
+        self.x_beta, self.p = (p.new(p.chunk_slots, p.HV, p.C, p.C) for _ in range(2))
+        self.x = torch.empty_like(self.x_beta) if with_x else self.x_beta
+        self.with_x = with_x
+        self.solved = {"x": self.x, "x_beta": self.x_beta, "chunks": layout.chunks}
         self.factors = p.new(p.chunk_slots, p.HV, FACTORS.value, p.C, dtype=torch.float32)
         # What the scans take besides: with a gate per key, the rows that stand in for q and k.
         self.rows: dict[str, Tensor] = {"k_tail": p.k, "last": self.factors}
-        (self._prepare_per_key if p.gate == 2 else self._prepare)(p, layout.chunks)
+        (self._prepare_per_key if p.gate == 2 else self._prepare)(p)
 
-    def _prepare(self, p: Problem, chunks: Tensor) -> None:
+    def _prepare(self, p: Problem) -> None:
         def run(config: Config) -> None:
-            variant = table.prepare_variant(config, p.dtype, p.gate == 1)
-            p.run(variant, p.chunk_slots * p.HV, x=self.x, p=self.p, factors=self.factors, chunks=chunks)
+            variant = table.prepare_variant(config, p.dtype, p.gate == 1, self.with_x)
+            p.run(variant, p.chunk_slots * p.HV, p=self.p, factors=self.factors, **self.solved)
 
         table.PREPARE[p.dtype.itemsize].run(p.device, run, (p.gate,))
 
-    def _prepare_per_key(self, p: Problem, chunks: Tensor) -> None:
-        a = p.new(*self.x.shape, dtype=torch.float32)
+    def _prepare_per_key(self, p: Problem) -> None:
+        a = p.new(*self.p.shape, dtype=torch.float32)
         decayed = {n: p.new(p.chunk_slots, p.HV, p.C, p.K) for n in ("q_decayed", "k_decayed", "k_tail")}
         last = p.new(p.chunk_slots, p.HV, p.K, dtype=torch.float32)
         outputs = {"a": a, "p": self.p, "factors": self.factors, "last": last, **decayed}
 
         def run(config: Config) -> None:
             programs = p.chunk_slots * p.HV * (p.C // 16)
-            p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=chunks, **outputs)
+            p.run(table.kda_prepare_variant(config, p.dtype), programs, chunks=self.solved["chunks"], **outputs)
 
         table.KDA_PREPARE[p.dtype.itemsize].run(p.device, run)
-        p.run(table.invert_variant(p.dtype), p.chunk_slots * p.HV, a=a, x=self.x, chunks=chunks)
+        p.run(table.invert_variant(p.dtype, self.with_x), p.chunk_slots * p.HV, a=a, **self.solved)
         self.rows = {"q": decayed["q_decayed"], "k": decayed["k_decayed"], "k_tail": decayed["k_tail"], "last": last}
 
     @property
     def arguments(self) -> dict[str, Tensor]:
-        return {"x": self.x, "p": self.p, "factors": self.factors, **self.rows}
+        return {"x": self.x, "x_beta": self.x_beta, "p": self.p, "factors": self.factors, **self.rows}
 
 
 class Scan:
@@ -192,12 +201,13 @@ class Scan:
         tensors |= {"split": int(split), "only_m": int(only_m), **more}
 
         def run(config: Config) -> None:
+            config = table.narrowed(config, p.V)
             width = config.blocks["BV"]
             blocks = (0 if only_m else _ceil(p.V, width)) + (_ceil(p.K, width) if mode == MAPS else 0)
             variant = table.scan_variant(config, p.dtype, p.width, self.gate, mode)
             p.run(variant, self.units(split) * p.HV * blocks, **{**self.common, **tensors})
 
-        table.SCAN[p.dtype.itemsize, p.width].run(p.device, run, (mode, split))
+        table.SCAN[p.dtype.itemsize, p.width, p.gate == 2].run(p.device, run, (mode, split))
 
     def reverse(self, offsets: bool, grad_o: Tensor, starts: Tensor, grad_final: Tensor, grad_initial: Tensor, **more):
         """The same for the way back; `offsets`: N' of the segments alone."""
@@ -206,11 +216,12 @@ class Scan:
         tensors |= {"grad_final": grad_final, "grad_initial": grad_initial, **more}
 
         def run(config: Config) -> None:
+            config = table.narrowed(config, p.V)
             programs = self.units(bool(more.get("split"))) * p.HV * _ceil(p.V, config.blocks["BV"])
             variant = table.reverse_variant(config, p.dtype, p.width, self.gate, offsets)
             p.run(variant, programs, **{**self.common, **tensors})
 
-        table.REVERSE[p.dtype.itemsize, p.width].run(p.device, run, (offsets,))
+        table.REVERSE[p.dtype.itemsize, p.width, p.gate == 2].run(p.device, run, (offsets,))
 
     def merge(self, offsets: Tensor, mapped: Tensor, initial: Tensor | None, final: Tensor, reverse: bool) -> Tensor:
         """The states before the segments; `final` gets the one after the last."""
@@ -241,7 +252,7 @@ def _fills(p: Problem) -> int:
 
 def _worth_splitting(p: Problem) -> bool:
     """Splitting doubles the work of the scan, so it pays where half of the GPU or more would idle."""
-    return p.N * p.HV * _ceil(p.V, 64) * 2 <= _fills(p) and p.segment_slots > 2 * p.N
+    return p.N * p.HV * _ceil(p.V, 128) * 2 <= _fills(p) and p.segment_slots > 2 * p.N
 
 
 def forward(
@@ -286,7 +297,9 @@ def _recur(p: Problem, o: Tensor, final: Tensor) -> None:
         states = {"initial": final if p.initial is None else p.initial, "has_initial": int(p.initial is not None)}
         bounds = p.cu_seqlens if p.packed else p.new(0, dtype=torch.int64)
         programs = p.N * p.HV * _ceil(p.V, config.blocks["BV"])
-        p.run(table.recurrent_variant(config, p.dtype, p.width), programs, o=o, final=final, cu_seqlens=bounds, **states)
+        p.run(
+            table.recurrent_variant(config, p.dtype, p.width), programs, o=o, final=final, cu_seqlens=bounds, **states
+        )
 
     if p.packed:
         Layout(p)  # checks the bounds
@@ -342,7 +355,7 @@ def backward(
     p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     split = _worth_splitting(p) if split is None else split
     layout = Layout(p)
-    scan = Scan(p, layout, Chunks(p, layout))
+    scan = Scan(p, layout, Chunks(p, layout, with_x=True))
     grad_o = grad_o.to(p.dtype).contiguous()
     grad_final = grad_state.to(torch.float32).contiguous()
     mapped = scan.new_maps() if split else None

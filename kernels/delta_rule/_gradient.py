@@ -17,7 +17,6 @@ Work per chunk and value head: 3 C K V + 2 C² V ⌈K / BK⌉ + 4 C² K multiply
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile
 
@@ -78,11 +77,9 @@ def gradient_kernel(
     live = t < rows
     at_or_before = t[:, None] >= t[None, :]
     row = (batch * T + first) * HV + h * group
-    q_rows = load_tile(q + batch * qb + first * qt + h * qh + k0, qt, rows, K - k0, 0, C, 0, BK)
-    k_rows = load_tile(k + batch * kb + first * kt + h * kh + k0, kt, rows, K - k0, 0, C, 0, BK)
     dq = tl.zeros([C, BK], tl.float32)
     dk = tl.zeros([C, BK], tl.float32)
-    for j in range(0, group):
+    for j in tl.range(0, group, disable_licm=True):
         at = slot * HV + h * group + j
         token = row + j
         d = tl.zeros([C, C], tl.float32)
@@ -92,7 +89,7 @@ def gradient_kernel(
         y = tl.zeros([C, BK], tl.float32)
         inner = tl.zeros([BK], tl.float32)
         d_rate = tl.zeros([C], tl.float32)
-        for v0 in range(0, V, BV):
+        for v0 in tl.range(0, V, BV, disable_licm=True):
             where = token * V + v0
             do = load_tile(grad_o + where, HV * V, rows, V - v0, 0, C, 0, BV)
             new = load_tile(values + where, HV * V, rows, V - v0, 0, C, 0, BV)
@@ -110,6 +107,8 @@ def gradient_kernel(
                 column = v + batch * vb + first * vt + (h * group + j) * vh + v0
                 value = load_tile(column, vt, rows, V - v0, 0, C, 0, BV).to(tl.float32)
                 d_rate += tl.sum(dr.to(tl.float32) * value, 1)
+        q_rows = load_tile(q + batch * qb + first * qt + h * qh + k0, qt, rows, K - k0, 0, C, 0, BK)
+        k_rows = load_tile(k + batch * kb + first * kt + h * kh + k0, kt, rows, K - k0, 0, C, 0, BK)
         rate = tl.load(beta + token + t * HV, mask=live, other=0.0)
         factor = factors + at * FACTORS * C + t
         d = tl.where(at_or_before, d * scale, 0.0)

@@ -16,8 +16,7 @@ Backward, D and M as in ``_gradient`` but without Γ:
 
 import triton
 import triton.language as tl
-
-from pyrepr.kernels.delta_rule._prepare import FACTORS, invert, norms, put_lower
+from pyrepr.kernels.delta_rule._prepare import FACTORS, invert_diagonal, invert_under, norms, put_inverse
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, store_tile
 
 
@@ -125,9 +124,8 @@ def kda_prepare_kernel(
         of_a = tl.zeros([16, 16], tl.float32)
         of_p = tl.zeros([16, 16], tl.float32)
         right = tl.full([16], 1.0, tl.float32)
-        if other <= block:
-            if normalize:
-                right = norms(k + j0 * kt, kt, rows - j0, K, 0, BLOCK)
+        if (normalize != 0) & (other <= block):
+            right = norms(k + j0 * kt, kt, rows - j0, K, 0, BLOCK)
         if other < block:
             for c in range(0, K, BLOCK):
                 grown = tl.exp(_upto(g, step, rows, K, r0, c, BLOCK))
@@ -168,26 +166,36 @@ def _block(a, C: tl.constexpr, I: tl.constexpr, J: tl.constexpr):
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])
 def invert_kernel(
     a,  # [chunks, HV, C, C] float32, strictly lower triangular
-    x,  # out: [chunks, HV, C, C], (I + A)⁻¹
+    beta,  # [B, T, HV] float32
+    x_beta,  # out: [chunks, HV, C, C], X diag(β), X = (I + A)⁻¹
+    x,  # out under WITH_X: [chunks, HV, C, C]
     chunks,
     packed,
     T,
     NT,
     HV,
     C: tl.constexpr,
+    WITH_X: tl.constexpr,
 ):
     NB: tl.constexpr = C // 16
     at = tl.program_id(0).to(tl.int64)
     batch, first, rows = chunk_place(at // HV, chunks, packed, T, NT, C)
     if rows <= 0:
         return
+    beta += (batch * T + first) * HV + at % HV
     a += at * C * C
-    b00, b10, b11 = _block(a, C, 0, 0), _block(a, C, 1, 0), _block(a, C, 1, 1)
-    b20, b21, b22, b30, b31, b32, b33 = b10, b10, b10, b10, b10, b10, b10
+    b0, b1 = _block(a, C, 0, 0), _block(a, C, 1, 1)
+    b2, b3 = b1, b1
     if NB == 4:
-        b20, b21, b22 = _block(a, C, 2, 0), _block(a, C, 2, 1), _block(a, C, 2, 2)
-        b30, b31, b32, b33 = _block(a, C, 3, 0), _block(a, C, 3, 1), _block(a, C, 3, 2), _block(a, C, 3, 3)
-    put_lower(x + at * C * C, invert((b00, b10, b11, b20, b21, b22, b30, b31, b32, b33), NB), NB)
+        b2, b3 = _block(a, C, 2, 2), _block(a, C, 3, 3)
+    diagonal = invert_diagonal((b0, b1, b2, b3), NB)
+    b10 = _block(a, C, 1, 0)
+    b20, b21, b30, b31, b32 = b10, b10, b10, b10, b10
+    if NB == 4:
+        b20, b21 = _block(a, C, 2, 0), _block(a, C, 2, 1)
+        b30, b31, b32 = _block(a, C, 3, 0), _block(a, C, 3, 1), _block(a, C, 3, 2)
+    under = invert_under(diagonal, (b10, b20, b21, b30, b31, b32), NB)
+    put_inverse(x + at * C * C, x_beta + at * C * C, diagonal, under, beta, HV, rows, NB, WITH_X)
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])

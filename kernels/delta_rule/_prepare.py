@@ -16,9 +16,7 @@ Work per chunk and head: C² K multiply-adds for A and P; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile, substitute
-
 
 # Rows of `factors`, per chunk and value head: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|, and products of them that the
 # scans take: e^{G_i} / |k|, e^{G_C − G_i} / |k|, scale · e^{G_i} / |q|.
@@ -110,51 +108,69 @@ def _diagonal(block, left, right, g, step, rows, I: tl.constexpr, GATED: tl.cons
 
 
 @triton.jit
-def _products(x, xs, y, ys, rows, K, NB: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks (I, J), J ≤ I, of X Yᵀ, row by row; those past NB are zero."""
-    b00 = tl.zeros([16, 16], tl.float32)
-    b10, b11, b20, b21, b22 = b00, b00, b00, b00, b00
-    b30, b31, b32, b33 = b00, b00, b00, b00
+def _on_diagonal(x, xs, y, ys, rows, K, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks (I, I) of X Yᵀ; those past NB are zero."""
+    b0 = tl.zeros([16, 16], tl.float32)
+    b1, b2, b3 = b0, b0, b0
     for c in range(0, K, BLOCK):
-        y0 = tl.trans(load_tile(y, ys, rows, K, 0, 16, c, BLOCK))
-        y1 = tl.trans(load_tile(y, ys, rows, K, 16, 16, c, BLOCK))
-        b00 += product(load_tile(x, xs, rows, K, 0, 16, c, BLOCK), y0)
-        x1 = load_tile(x, xs, rows, K, 16, 16, c, BLOCK)
-        b10 += product(x1, y0)
-        b11 += product(x1, y1)
+        b0 += product(load_tile(x, xs, rows, K, 0, 16, c, BLOCK), tl.trans(load_tile(y, ys, rows, K, 0, 16, c, BLOCK)))
+        b1 += product(
+            load_tile(x, xs, rows, K, 16, 16, c, BLOCK), tl.trans(load_tile(y, ys, rows, K, 16, 16, c, BLOCK))
+        )
         if NB == 4:
-            y2 = tl.trans(load_tile(y, ys, rows, K, 32, 16, c, BLOCK))
-            x2 = load_tile(x, xs, rows, K, 32, 16, c, BLOCK)
-            b20 += product(x2, y0)
-            b21 += product(x2, y1)
-            b22 += product(x2, y2)
-            x3 = load_tile(x, xs, rows, K, 48, 16, c, BLOCK)
-            b30 += product(x3, y0)
-            b31 += product(x3, y1)
-            b32 += product(x3, y2)
-            b33 += product(x3, tl.trans(load_tile(y, ys, rows, K, 48, 16, c, BLOCK)))
-    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+            b2 += product(
+                load_tile(x, xs, rows, K, 32, 16, c, BLOCK), tl.trans(load_tile(y, ys, rows, K, 32, 16, c, BLOCK))
+            )
+            b3 += product(
+                load_tile(x, xs, rows, K, 48, 16, c, BLOCK), tl.trans(load_tile(y, ys, rows, K, 48, 16, c, BLOCK))
+            )
+    return b0, b1, b2, b3
 
 
 @triton.jit
-def _weigh(blocks, left, right, upto, after, t1, t2, g, step, rows, NB: tl.constexpr, GATED: tl.constexpr):
-    """Blocks with the factors `left` of their rows, `right` of their columns, and the decays between them.
+def _under_diagonal(x, xs, y, ys, rows, K, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks (I, J), J < I, of X Yᵀ, row by row; those past NB are zero."""
+    b10 = tl.zeros([16, 16], tl.float32)
+    b20, b21, b30, b31, b32 = b10, b10, b10, b10, b10
+    for c in range(0, K, BLOCK):
+        y0 = tl.trans(load_tile(y, ys, rows, K, 0, 16, c, BLOCK))
+        b10 += product(load_tile(x, xs, rows, K, 16, 16, c, BLOCK), y0)
+        if NB == 4:
+            y1 = tl.trans(load_tile(y, ys, rows, K, 16, 16, c, BLOCK))
+            x2 = load_tile(x, xs, rows, K, 32, 16, c, BLOCK)
+            b20 += product(x2, y0)
+            b21 += product(x2, y1)
+            x3 = load_tile(x, xs, rows, K, 48, 16, c, BLOCK)
+            b30 += product(x3, y0)
+            b31 += product(x3, y1)
+            b32 += product(x3, tl.trans(load_tile(y, ys, rows, K, 32, 16, c, BLOCK)))
+    return b10, b20, b21, b30, b31, b32
 
-    upto, after: of every block's tokens, inside the block; t1, t2: the sum of g in blocks 1 and 2.
-    """
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = blocks
-    b00 = _diagonal(b00, left[0], right[0], g, step, rows, 0, GATED)
+
+@triton.jit
+def _weigh_diagonal(blocks, left, right, g, step, rows, NB: tl.constexpr, GATED: tl.constexpr):
+    """Diagonal blocks with the factors of their rows and columns and the decays between them."""
+    b0, b1, b2, b3 = blocks
+    b0 = _diagonal(b0, left[0], right[0], g, step, rows, 0, GATED)
+    b1 = _diagonal(b1, left[1], right[1], g, step, rows, 1, GATED)
+    if NB == 4:
+        b2 = _diagonal(b2, left[2], right[2], g, step, rows, 2, GATED)
+        b3 = _diagonal(b3, left[3], right[3], g, step, rows, 3, GATED)
+    return b0, b1, b2, b3
+
+
+@triton.jit
+def _weigh_under(blocks, left, right, upto, after, t1, t2, NB: tl.constexpr, GATED: tl.constexpr):
+    """The same for those below. upto, after: sums of g inside a block; t1, t2: the sum of g in blocks 1 and 2."""
+    b10, b20, b21, b30, b31, b32 = blocks
     b10 = _below(b10, left[1], right[0], upto[1], after[0], GATED)
-    b11 = _diagonal(b11, left[1], right[1], g, step, rows, 1, GATED)
     if NB == 4:
         b20 = _below(b20, left[2], right[0], upto[2], after[0] + t1, GATED)
         b21 = _below(b21, left[2], right[1], upto[2], after[1], GATED)
-        b22 = _diagonal(b22, left[2], right[2], g, step, rows, 2, GATED)
         b30 = _below(b30, left[3], right[0], upto[3], after[0] + (t1 + t2), GATED)
         b31 = _below(b31, left[3], right[1], upto[3], after[1] + t2, GATED)
         b32 = _below(b32, left[3], right[2], upto[3], after[2], GATED)
-        b33 = _diagonal(b33, left[3], right[3], g, step, rows, 3, GATED)
-    return b00, b10, b11, b20, b21, b22, b30, b31, b32, b33
+    return b10, b20, b21, b30, b31, b32
 
 
 @triton.jit
@@ -164,10 +180,11 @@ def _put(x, C: tl.constexpr, I: tl.constexpr, J: tl.constexpr, block):
 
 
 @triton.jit
-def put_lower(x, blocks, NB: tl.constexpr):
+def put_lower(x, diagonal, under, NB: tl.constexpr):
     """All blocks of a lower triangular matrix [C, C], the zeros too."""
     C: tl.constexpr = NB * 16
-    b00, b10, b11, b20, b21, b22, b30, b31, b32, b33 = blocks
+    b00, b11, b22, b33 = diagonal
+    b10, b20, b21, b30, b31, b32 = under
     zero = tl.zeros([16, 16], tl.float32)
     _put(x, C, 0, 0, b00)
     _put(x, C, 0, 1, zero)
@@ -189,27 +206,53 @@ def put_lower(x, blocks, NB: tl.constexpr):
 
 
 @triton.jit
+def put_inverse(x, x_beta, diagonal, under, beta, step, rows, NB: tl.constexpr, WITH_X: tl.constexpr):
+    """X if it is wanted, and X diag(β)."""
+    if WITH_X:
+        put_lower(x, diagonal, under, NB)
+    x0, x1, x2, x3 = diagonal
+    x10, x20, x21, x30, x31, x32 = under
+    r = tl.arange(0, 16)
+    b0 = tl.load(beta + r * step, mask=r < rows, other=0.0)[None, :]
+    b1 = tl.load(beta + (16 + r) * step, mask=16 + r < rows, other=0.0)[None, :]
+    b2, b3 = b1, b1
+    if NB == 4:
+        b2 = tl.load(beta + (32 + r) * step, mask=32 + r < rows, other=0.0)[None, :]
+        b3 = tl.load(beta + (48 + r) * step, mask=48 + r < rows, other=0.0)[None, :]
+    diagonal = (x0 * b0, x1 * b1, x2 * b2, x3 * b3)
+    put_lower(x_beta, diagonal, (x10 * b0, x20 * b0, x21 * b1, x30 * b0, x31 * b1, x32 * b2), NB)
+
+
+@triton.jit
 def _chain(left, right):
     """A product of two blocks on the way to the inverse."""
     return tl.dot(left, right, input_precision="tf32x3")
 
 
 @triton.jit
-def invert(blocks, NB: tl.constexpr):
-    """Blocks of (I + tril(A, −1))⁻¹ from those of A."""
-    a00, a10, a11, a20, a21, a22, a30, a31, a32, a33 = blocks
+def invert_diagonal(blocks, NB: tl.constexpr):
+    """(I + tril(A_II, −1))⁻¹ for the diagonal blocks of A, by substitution in all of them at once."""
+    a0, a1, a2, a3 = blocks
     r = tl.arange(0, 16)
-    eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
     above = r[:, None] < r[None, :]
-    a00, a11 = tl.where(above, tl.trans(a00), 0.0), tl.where(above, tl.trans(a11), 0.0)
-    a22, a33 = tl.where(above, tl.trans(a22), 0.0), tl.where(above, tl.trans(a33), 0.0)
+    a0, a1 = tl.where(above, tl.trans(a0), 0.0), tl.where(above, tl.trans(a1), 0.0)
+    a2, a3 = tl.where(above, tl.trans(a2), 0.0), tl.where(above, tl.trans(a3), 0.0)
+    eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
     x0, x1, x2, x3 = eye, eye, eye, eye
     for i in range(1, 16):
-        x0 = substitute(x0, a00, i)
-        x1 = substitute(x1, a11, i)
+        x0 = substitute(x0, a0, i)
+        x1 = substitute(x1, a1, i)
         if NB == 4:
-            x2 = substitute(x2, a22, i)
-            x3 = substitute(x3, a33, i)
+            x2 = substitute(x2, a2, i)
+            x3 = substitute(x3, a3, i)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def invert_under(diagonal, under, NB: tl.constexpr):
+    """The other blocks of (I + A)⁻¹ from its diagonal blocks and the blocks of A below the diagonal."""
+    x0, x1, x2, x3 = diagonal
+    a10, a20, a21, a30, a31, a32 = under
     x10 = -_chain(x1, _chain(a10, x0))
     x20, x21, x30, x31, x32 = x10, x10, x10, x10, x10
     if NB == 4:
@@ -218,7 +261,7 @@ def invert(blocks, NB: tl.constexpr):
         x20 = -_chain(x2, _chain(a20, x0) + _chain(a21, x10))
         x31 = -_chain(x3, _chain(a31, x1) + _chain(a32, x21))
         x30 = -_chain(x3, _chain(a30, x0) + _chain(a31, x10) + _chain(a32, x20))
-    return x0, x10, x1, x20, x21, x2, x30, x31, x32, x3
+    return x10, x20, x21, x30, x31, x32
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "H", "HV", "normalize"])
@@ -227,7 +270,8 @@ def prepare_kernel(
     k,  # [B, T, H, K]
     g,  # [B, T, HV] float32
     beta,  # [B, T, HV] float32
-    x,  # out: [chunks, HV, C, C] X
+    x_beta,  # out: [chunks, HV, C, C] X diag(β)
+    x,  # out under WITH_X: [chunks, HV, C, C] X
     p,  # out: [chunks, HV, C, C] P
     factors,  # out: [chunks, HV, FACTORS, C] float32
     chunks,  # [chunks, 2] of packed sequences: first token, tokens
@@ -248,6 +292,7 @@ def prepare_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    WITH_X: tl.constexpr,
 ):
     """X, P and the factors of one chunk of one value head."""
     NB: tl.constexpr = C // 16
@@ -273,12 +318,8 @@ def prepare_kernel(
     if NB == 4:
         u2, s2, t2 = _decays(g, HV, rows, 2, GATED)
         u3, s3, t3 = _decays(g, HV, rows, 3, GATED)
-    a0, p0, n0 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK
-    )
-    a1, p1, n1 = _factors(
-        q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK
-    )
+    a0, p0, n0 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
+    a1, p1, n1 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
     a2, p2, n2 = a1, p1, n1
     a3, p3, n3 = a1, p1, n1
     if NB == 4:
@@ -289,9 +330,14 @@ def prepare_kernel(
             q, qt, k, kt, beta, HV, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK
         )
     upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
-    a = _products(k, kt, k, kt, rows, K, NB, BLOCK)
-    a = _weigh(a, (a0, a1, a2, a3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
-    put_lower(x, invert(a, NB), NB)
-    pairs = _products(q, qt, k, kt, rows, K, NB, BLOCK)
-    pairs = _weigh(pairs, (p0, p1, p2, p3), right, upto, after, t1, t2, g, HV, rows, NB, GATED)
-    put_lower(p, pairs, NB)
+    # What is made last is what is needed last: registers decide the order.
+    left = (p0, p1, p2, p3)
+    diagonal = _weigh_diagonal(_on_diagonal(q, qt, k, kt, rows, K, NB, BLOCK), left, right, g, HV, rows, NB, GATED)
+    under = _under_diagonal(q, qt, k, kt, rows, K, NB, BLOCK)
+    put_lower(p, diagonal, _weigh_under(under, left, right, upto, after, t1, t2, NB, GATED), NB)
+    left = (a0, a1, a2, a3)
+    diagonal = _weigh_diagonal(_on_diagonal(k, kt, k, kt, rows, K, NB, BLOCK), left, right, g, HV, rows, NB, GATED)
+    diagonal = invert_diagonal(diagonal, NB)
+    under = _under_diagonal(k, kt, k, kt, rows, K, NB, BLOCK)
+    under = invert_under(diagonal, _weigh_under(under, left, right, upto, after, t1, t2, NB, GATED), NB)
+    put_inverse(x, x_beta + at * C * C, diagonal, under, beta, HV, rows, NB, WITH_X)

@@ -23,7 +23,6 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
 
@@ -74,8 +73,7 @@ def scan_kernel(
     k_tail,  # with a gate per key [chunks, HV, C, K]: k times e^{G_C − G}
     last,  # with a gate per key [chunks, HV, K] float32: e^{G_C}
     v,  # [B, T, HV, V]
-    beta,  # [B, T, HV] float32
-    x,  # [chunks, HV, C, C]
+    x_beta,  # [chunks, HV, C, C], X diag(β)
     p,  # [chunks, HV, C, C]
     factors,  # [chunks, HV, FACTORS, C] float32
     initial,  # [N, HV, K, V] float32
@@ -141,7 +139,6 @@ def scan_kernel(
     else:
         s = load_state(initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, has_initial)
     row = batch * T * HV + hv
-    beta += row
     v += batch * vb + hv * vh
     o += row * V
     values += row * V
@@ -153,7 +150,7 @@ def scan_kernel(
     period = tl.maximum(count, 1)
     if keep:
         period = L
-    for start in range(0, count, period):
+    for start in tl.range(0, count, period, disable_licm=True):
         # Outside the loop over chunks, which would lose registers to the branch.
         if keep:
             kept = first_segment(sequence, sequences, packed, NT, L) + start // L
@@ -170,26 +167,23 @@ def scan_kernel(
             else:
                 keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
                 keys_out = keys_in
-            rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
             factor = factors + at * FACTORS * C + t
-            operand = s.to(keys_in.dtype)
-            known = product(operand, tl.trans(keys_in))
+            # R is never made: X diag(β) takes the two parts of it by themselves, V straight from where it was loaded.
+            operand = (-s).to(keys_in.dtype)
+            erased = product(operand, tl.trans(keys_in))
             if GATE == 1:
-                known *= tl.load(factor + 4 * C)[None, :]
-            given = tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV).to(tl.float32))
-            right = (rate[None, :] * (given - known)).to(keys_in.dtype)
-            new = product(right, tl.trans(load_square(x + at * C * C, C)))
+                erased *= tl.load(factor + 4 * C)[None, :]
+            solve = tl.trans(load_square(x_beta + at * C * C, C))
+            new = product(tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV)), solve)
+            new += product(erased.to(keys_in.dtype), solve)
             if MODE == STATES:
                 store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
             if MODE == OUT:
                 if GATE == 2:
-                    out = product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
+                    out = -product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
                 else:
                     out = product(operand, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
-                    if GATE == 1:
-                        out *= tl.load(factor + 6 * C)[None, :]
-                    else:
-                        out *= scale
+                    out *= -tl.load(factor + 6 * C)[None, :] if GATE == 1 else -scale
                 out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
                 store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
             if GATE == 1:

@@ -1,4 +1,4 @@
-"""What the kernels of the family share inside a program: where a chunk stands, masked tiles, products, 16 × 16 inverses.
+"""What the kernels of the family share inside a program: where a chunk stands, masked tiles, products, substitution.
 
 Products take operands of the inputs' dtype and sum in float32. float32 operands go through ``tf32x3``: three tensor
 core products of the operand's high and low parts, about float32's accuracy.
@@ -6,7 +6,6 @@ core products of the operand's high and low parts, about float32's accuracy.
 
 import triton
 import triton.language as tl
-
 from pyrepr.kernels._launch import dot_input
 
 

@@ -7,12 +7,12 @@ Not measured on a GPU yet: the values are estimates from registers and shared me
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-
-from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant
+from pyrepr.kernels._launch import ARCHITECTURES, DTYPE_NAMES, Config, Table, Variant
 from pyrepr.kernels.delta_rule._gradient import gradient_kernel, norm_gradient_kernel
 from pyrepr.kernels.delta_rule._index import index_kernel
 from pyrepr.kernels.delta_rule._kda import (
@@ -38,12 +38,17 @@ _FLOAT32 = {
 }
 _INT64 = {"cu_seqlens", "sequences", "segments", "chunks"}
 _DATA = {
-    *("q", "k", "k_tail", "v", "x", "p", "o", "states", "values"),
+    *("q", "k", "k_tail", "v", "x", "x_beta", "p", "o", "states", "values"),
     *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
 # Divisible by 16 in the usual case; Triton looks at every launch.
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
+
+
+# sm_90, bfloat16, K = V = 128: none in the scans without a gate per key, 8 bytes in the gradient, and 216 in the
+# preparation, written before its loops and read once behind them.
+_SPILLS = "at 255 registers a thread, addresses that do not change in a loop are kept in local memory"
 
 
 def width_of(K: int) -> int:
@@ -69,36 +74,46 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     signature = {a: types.get(a, "i32") for a in arguments}
     aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
-    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
+    spills = (
+        _SPILLS if kernel in (prepare_kernel, kda_prepare_kernel, gradient_kernel, scan_kernel, reverse_kernel) else ""
+    )
+    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned, spills)
 
 
-def _table(name: str, *rows: tuple[int, int, int], block: str = "BV", candidates=()) -> Table:
+def _table(
+    name: str, *rows: tuple[int, int, int], block: str = "BV", candidates: Sequence[tuple[int, int, int]] = ()
+) -> Table:
     """Rows (block, warps, stages) for sm_80, sm_90, sm_100."""
-    configs = [Config({block: size}, warps, stages) for size, warps, stages in rows]
-    return Table(name, dict(zip((80, 90, 100), configs, strict=True)), [Config({block: s}, w, n) for s, w, n in candidates])
+
+    def configs(triples: Sequence[tuple[int, int, int]]) -> list[Config]:
+        return [Config({block: size}, warps, stages) for size, warps, stages in triples]
+
+    return Table(name, dict(zip(ARCHITECTURES, configs(rows), strict=True)), configs(candidates))
 
 
+_BLOCKS = [(size, warps, stages) for size in (32, 64) for warps in (1, 2, 4) for stages in (1, 2)]
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
-# (bytes per element, padded K) → table
+# (bytes per element, padded K, whether there is a gate per key, which takes another tile) → table
 SCAN = {
-    (2, 64): _table("SCAN 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
-    (2, 128): _table("SCAN 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (2, 256): _table("SCAN 2 256", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 64): _table("SCAN 4 64", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (4, 128): _table("SCAN 4 128", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 256): _table("SCAN 4 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("SCAN 2 128 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("SCAN 4 64", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
+    (4, 128, False): _table("SCAN 4 128", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 256, False): _table("SCAN 4 256", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 64, True): _table("SCAN 4 64 per key", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
+    (4, 128, True): _table("SCAN 4 128 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 256, True): _table("SCAN 4 256 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
 }
 REVERSE = {
-    (2, 64): _table("REVERSE 2 64", (64, 4, 2), (64, 4, 3), (64, 4, 3), candidates=_SEARCH),
-    (2, 128): _table("REVERSE 2 128", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (2, 256): _table("REVERSE 2 256", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 64): _table("REVERSE 4 64", (64, 4, 1), (64, 4, 2), (64, 4, 2), candidates=_SEARCH),
-    (4, 128): _table("REVERSE 4 128", (32, 4, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (4, 256): _table("REVERSE 4 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    key: Table(table.name.replace("SCAN", "REVERSE"), table.rows, table.candidates) for key, table in SCAN.items()
 }
 PREPARE = {
-    2: _table("PREPARE 2", (64, 4, 2), (64, 4, 2), (64, 4, 2), block="BLOCK"),
-    4: _table("PREPARE 4", (64, 4, 1), (64, 4, 2), (64, 4, 2), block="BLOCK"),
+    2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
+    4: _table("PREPARE 4", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
 }
 GRADIENT = {
     2: _table("GRADIENT 2", (64, 8, 1), (64, 8, 2), (64, 8, 2)),
@@ -115,23 +130,30 @@ KDA_GRADIENT = {
 }
 KDA_WIDTH = 32  # key columns of a program of the gradients
 INVERT = Config({}, 4, 1)
-MERGE = _table("MERGE", (32, 4, 1), (32, 4, 1), (32, 4, 1))  # one stage: the kernel reads back what it wrote
-MERGE_WIDTH = 64
+# One stage: the kernel reads back what it wrote.
+_merge = Config({"BV": 16, "BK": 64}, 4, 1)
+MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 128}, 8, 1)])
 RECURRENT = {
-    64: _table("RECURRENT 64", (16, 1, 1), (16, 1, 1), (16, 1, 1)),
-    128: _table("RECURRENT 128", (16, 2, 1), (16, 2, 1), (16, 2, 1)),
-    256: _table("RECURRENT 256", (16, 4, 1), (16, 4, 1), (16, 4, 1)),
+    width: _table(f"RECURRENT {width}", *[(32, width // 32, 1)] * 3, candidates=[(8, 1, 1), (16, 2, 1), (32, 8, 1)])
+    for width in WIDTHS
 }
 INDEX = Config({"BLOCK": 128}, 1, 1)
 NORM = Config({"R": 8}, 4, 1)
+
+
+def narrowed(config: Config, V: int) -> Config:
+    """Half of a scan's value columns and warps where no more are there to be filled."""
+    width = config.blocks["BV"]
+    return Config({"BV": 64}, config.num_warps // 2, config.num_stages) if width == 128 and V <= 64 else config
 
 
 def index_variant(dtype: torch.dtype) -> Variant:
     return _make("index", index_kernel, torch.int64, {"C": CHUNK[dtype]}, INDEX)
 
 
-def prepare_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
-    return _make("prepare", prepare_kernel, dtype, {"C": CHUNK[dtype], "GATED": gated}, config)
+def prepare_variant(config: Config, dtype: torch.dtype, gated: bool, with_x: bool) -> Variant:
+    values = {"C": CHUNK[dtype], "GATED": gated, "WITH_X": with_x}
+    return _make("prepare", prepare_kernel, dtype, values, config)
 
 
 def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, mode: int) -> Variant:
@@ -145,7 +167,7 @@ def reverse_variant(config: Config, dtype: torch.dtype, width: int, gate: int, o
 
 
 def merge_variant(config: Config, chunk: int, reverse: bool) -> Variant:
-    return _make("merge", merge_kernel, torch.float32, {"C": chunk, "BK": MERGE_WIDTH, "REVERSE": reverse}, config)
+    return _make("merge", merge_kernel, torch.float32, {"C": chunk, "REVERSE": reverse}, config)
 
 
 def gradient_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
@@ -157,8 +179,8 @@ def kda_prepare_variant(config: Config, dtype: torch.dtype) -> Variant:
     return _make("kda prepare", kda_prepare_kernel, dtype, {"C": CHUNK[dtype]}, config)
 
 
-def invert_variant(dtype: torch.dtype) -> Variant:
-    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype]}, INVERT)
+def invert_variant(dtype: torch.dtype, with_x: bool) -> Variant:
+    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype], "WITH_X": with_x}, INVERT)
 
 
 def kda_pairs_variant(config: Config, dtype: torch.dtype) -> Variant:
@@ -181,26 +203,44 @@ def recurrent_variant(config: Config, dtype: torch.dtype, width: int) -> Variant
     return _make("recurrent", recurrent_kernel, dtype, {"BK": width}, config)
 
 
-def variants(architecture: int) -> list[Variant]:
-    """Everything the family launches on that architecture."""
+def variants(
+    architecture: int,
+    dtypes: Iterable[torch.dtype] = tuple(CHUNK),
+    widths: Iterable[int] = WIDTHS,
+    gates: Iterable[int] = GATES,
+    values: Iterable[int] = (64, 128),
+) -> list[Variant]:
+    """Everything the family launches on that architecture, for these dtypes, padded K, kinds of gate and V."""
     found = []
-    for dtype, chunk in CHUNK.items():
-        size = dtype.itemsize
-        found += [index_variant(dtype)] if dtype != torch.float16 else []
+    for dtype in dtypes:
+        tables = (PREPARE, GRADIENT, KDA_PREPARE, KDA_GRADIENT)
+        prepare, gradient, kda_prepare, kda = (t[dtype.itemsize].rows[architecture] for t in tables)
         for gated in (False, True):
-            found.append(prepare_variant(PREPARE[size].rows[architecture], dtype, gated))
-            found.append(gradient_variant(GRADIENT[size].rows[architecture], dtype, gated))
-        kda = KDA_GRADIENT[size].rows[architecture]
-        found += [kda_prepare_variant(KDA_PREPARE[size].rows[architecture], dtype), invert_variant(dtype)]
+            found += [prepare_variant(prepare, dtype, gated, with_x) for with_x in (False, True)]
+            found.append(gradient_variant(gradient, dtype, gated))
+        found += [kda_prepare_variant(kda_prepare, dtype)]
+        found += [invert_variant(dtype, with_x) for with_x in (False, True)]
         found += [kda_pairs_variant(kda, dtype), kda_gradient_variant(kda, dtype), kda_gate_variant(kda, dtype)]
-        merge = MERGE.rows[architecture]
-        if dtype != torch.float16:
-            found += [merge_variant(merge, chunk, backwards) for backwards in (False, True)]
-        for width in WIDTHS:
-            scan, reverse = SCAN[size, width].rows[architecture], REVERSE[size, width].rows[architecture]
-            for gate in GATES:
+        for width in widths:
+            for gate, V in itertools.product(gates, values):
+                tables = (t[dtype.itemsize, width, gate == 2] for t in (SCAN, REVERSE))
+                scan, reverse = (narrowed(t.rows[architecture], V) for t in tables)
                 found += [scan_variant(scan, dtype, width, gate, mode) for mode in MODES]
                 found += [reverse_variant(reverse, dtype, width, gate, offsets) for offsets in (False, True)]
             found.append(recurrent_variant(RECURRENT[width].rows[architecture], dtype, width))
             found.append(norm_gradient_variant(dtype, width))
-    return found
+        found.append(index_variant(dtype))
+        merge = MERGE.rows[architecture]
+        found += [merge_variant(merge, CHUNK[dtype], backwards) for backwards in (False, True)]
+    return list({v.key: v for v in found}.values())  # what does not depend on the dtype is there once
+
+
+def representative_variants(architecture: int) -> list[Variant]:
+    """bfloat16, K = V = 128: every kernel in every mode for sm_90, the large kernels in one mode elsewhere."""
+    gates = GATES if architecture == 90 else (1,)
+    found = variants(architecture, (torch.bfloat16,), (128,), gates, (128,))
+    if architecture == 90:
+        return found
+    large = (scan_kernel, reverse_kernel, prepare_kernel, gradient_kernel, kda_prepare_kernel, kda_gradient_kernel)
+    plain = {"GATED": True, "MODE": OUT.value, "OFFSETS": False, "WITH_X": False}
+    return [v for v in found if v.kernel in large and all(v.constexprs.get(a, b) == b for a, b in plain.items())]

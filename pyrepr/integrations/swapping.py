@@ -33,7 +33,7 @@ def choose_linears(model: nn.Module, select: Layers | None, bits: int) -> tuple[
             name = chosen[0]
             raise ValueError(f"select must choose an nn.Linear, got only {name} ({type(table[name]).__name__}){hint}")
     head = _language_head(model) if select is None else None
-    found = Obstacles(model, table, bits)
+    found = Obstacles(table, bits)
     reasons = {name: found.reason(name) or (name == head and "is the language-model head") or "" for name in chosen}
     return [name for name in chosen if not reasons[name]], {name: why for name, why in reasons.items() if why}
 
@@ -53,11 +53,12 @@ def _language_head(model: nn.Module) -> str | None:
 class Obstacles:
     """Why a layer cannot be replaced by one that computes from the same input alone."""
 
-    def __init__(self, model: nn.Module, table: dict[str, nn.Module], bits: int) -> None:
+    def __init__(self, table: dict[str, nn.Module], bits: int) -> None:
         self.table, self.bits = table, bits
         self.owners: dict[int, list[str]] = {}  # of a parameter's memory
-        for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-            self.owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+        for name, module in table.items():
+            for attribute, parameter in module.named_parameters(recurse=False):
+                self.owners.setdefault(parameter.data_ptr() or id(parameter), []).append(f"{name}.{attribute}")
 
     def reason(self, name: str) -> str | None:
         """A clause after the layer's name, or ``None`` if nothing stands in the way."""
@@ -82,7 +83,7 @@ class Obstacles:
             return f"has a weight {where}"
         for parameter in module.parameters():
             owners = self.owners.get(parameter.data_ptr() or id(parameter), [])
-            others = [owner for owner in owners if not _plain(owner).startswith(f"{name}.")]
+            others = [owner for owner in owners if owner.rpartition(".")[0] != name]
             if others:
                 return f"is tied to {others[0]}"
         return None
@@ -100,11 +101,6 @@ def _place(table: dict[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     """The module that holds a layer, and under which attribute."""
     prefix, _, attribute = name.rpartition(".")
     return table[prefix or ROOT], attribute
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without wrappers' parts, as :func:`layer_table` names layers."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 class Swaps:

@@ -1,6 +1,6 @@
 """Fitting lookup tables to samples of a function, in float64: the mathematics behind ``LookupLinear.from_…``.
 
-The model of y: b + U V x + Σ_k w(z_k) T_k[h(z_k)], z = (x − Vᵀ V x − shift) · scale. First the dense part U V of rank r
+The model of y: b + U V x + Σ_k w(z_k) T_k[h(z_k)], z = (x − Vᵀ V x) · scale + shift. First the dense part U V of rank r
 for the directions that carry most of the output, then the tables for the rest of x, in one or two steps:
 
 sign-linear: with features w(z_k)·sign(z_i) a ridge regression gives A [d, h], and T_k[c] = Σ_i s_i(c) A_{kτ+i}. For a
@@ -84,8 +84,9 @@ def sign_linear(
         inner = x @ down.T
         x, y = x - inner @ down, y - inner @ up.T
     deviation = x.std(0, correction=0)
-    shift, scale = x.mean(0), 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
-    z = (x - shift) * scale
+    scale = 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
+    shift = -x.mean(0) * scale
+    z = x * scale + shift
     features = weights(z, bits, weighting).repeat_interleave(bits, -1) * torch.where(z >= 0, 1.0, -1.0).to(z)
     centre, mean = features.mean(0), y.mean(0)
     features = features - centre
@@ -107,7 +108,7 @@ class Rows:
 
     def __init__(self, parts: Parts, x: Tensor, bits: int, weighting: str) -> None:
         rest = x if parts.down is None else x - x @ parts.down.T @ parts.down
-        z = (rest - parts.shift) * parts.scale
+        z = rest * parts.scale + parts.shift
         self.rows = 1 << bits
         self.codes, self.weights = hash_codes(z, bits), weights(z, bits, weighting).float()  # [N, K]
 

@@ -92,7 +92,7 @@ class LookupLinear(nn.Module):
     Attributes:
         tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
             scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
-            has shift and scale [in_features], what its input is standardised with, and with a low-rank part down
+            has shift and scale [in_features], for it hashes x · scale + shift, and with a low-rank part down
             [rank, in_features] and up [out_features, rank].
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
@@ -162,20 +162,22 @@ class LookupLinear(nn.Module):
         return self
 
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is hashed, and the low-rank part of the output."""
-        low = None
-        if self.down is not None and self.up is not None:
-            inner = functional.linear(x, self.down.to(x.dtype))  # [..., rank]
-            low = functional.linear(inner, self.up.to(x.dtype))
-            x = x - inner @ self.down.to(x.dtype)
+        """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got {x.shape[-1]}")
+        z, inner = x, None
         if self.shift is not None and self.scale is not None:
-            x = (x - self.shift.to(x.dtype)) * self.scale.to(x.dtype)
-        return x, low
+            z = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+        if self.down is not None and self.scale is not None:
+            down = self.down.to(x.dtype)
+            inner = functional.linear(x, down)
+            z = torch.addmm(z, inner, down * self.scale.to(x.dtype), alpha=-1)
+        return z, inner
 
     def forward(self, x: Tensor) -> Tensor:
-        hashed, low = self._hashed(x)
+        z, inner = self._hashed(x.reshape(-1, x.shape[-1]))
         out = lookup.lookup_linear(
-            hashed,
+            z,
             self.tables,
             self.bias,
             weighting=self.weighting,
@@ -183,7 +185,9 @@ class LookupLinear(nn.Module):
             scales=self.scales,
             sparse=self.sparse,
         )
-        return out if low is None else out + low
+        if inner is not None and self.up is not None:
+            out = torch.addmm(out, inner, self.up.to(out.dtype).T)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def quantize_(self, kind: str) -> LookupLinear:
@@ -225,17 +229,23 @@ class LookupLinear(nn.Module):
         if self.packed:
             destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+        """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
+        for name in ("shift", "scale", "down", "up"):
+            value = state_dict.get(prefix + name)
+            if value is not None and getattr(self, name) is None:
+                room = torch.empty_like(value, device=self.tables.device)
+                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
         name = prefix + "tables"
         shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
         """Which rows the tokens x [..., in_features] read."""
-        codes = lookup.hash_codes(self._hashed(x)[0], self.bits).flatten(0, -2)  # [T, K]
+        codes = lookup.hash_codes(self._hashed(x.reshape(-1, x.shape[-1]))[0], self.bits)  # [T, K]
         n = 1 << self.bits
         flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
         counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
@@ -415,7 +425,8 @@ def _outputs(mlp: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         pieces = [mlp(piece) for piece in rows.split(4096)]
     y = pieces[0]
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"mlp must give a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        came = str(getattr(y, "dtype", type(y).__name__)).removeprefix("torch.")
+        raise TypeError(f"mlp must give a floating-point tensor, got {came}")
     if y.dim() != 2 or sum(map(len, pieces)) != len(rows):
         raise ValueError(f"mlp must give [N, h] for N = {len(rows[:4096])} rows, got {list(y.shape)}")
     return torch.cat(pieces)

@@ -9,7 +9,6 @@ tracing, transforming or profiling – the implementation is called directly: th
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +74,10 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
             )
         *others, last = choose(name, implementations, tensors[0].device.type)
         for implementation in others:
-            with contextlib.suppress(Unsupported):
+            try:
                 return implementation(*args)
+            except Unsupported:  # a try statement costs nothing, contextlib.suppress 1 µs
+                continue
         return last(*args)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)

@@ -1,8 +1,8 @@
 """Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
 
 Three ops over the same arguments: the forward, the backward, and the forward without a gradient, which writes the final
-state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
-``csrc/cpu/delta_rule.h``).
+state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes
+the others (maths in ``csrc/cpu/delta_rule.h``).
 """
 
 from __future__ import annotations
@@ -56,44 +56,40 @@ def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, stride
 
 
-class _Problem:
-    """What every native function takes, and the tensors that must live while it runs."""
-
-    __slots__ = ("native", "tensors")
-
-    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-        (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
-        beta = _dense(beta)
-        g = None if g is None else _dense(g)
-        state = None if initial_state is None else _dense(initial_state)
-        self.tensors = (q, k, v, g, beta, state)
-        self.native = module().DeltaRule(
-            (
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                0 if g is None else g.data_ptr(),
-                beta.data_ptr(),
-                0 if state is None else state.data_ptr(),
-            ),
-            (*k.shape, *v.shape[2:]),
-            (*q_stride, *k_stride, *v_stride),
-            DTYPE_CODES[v.dtype],
-            g is not None and g.dim() == 4,
-            () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
-            scale,
-            use_qk_l2norm,
-            torch.get_num_threads(),
-        )
+def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+    """What every native function is called on, and the tensors that must live while it runs."""
+    (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
+    beta = _dense(beta)
+    g = None if g is None else _dense(g)
+    state = None if initial_state is None else _dense(initial_state)
+    problem = module().DeltaRule(
+        (
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            0 if g is None else g.data_ptr(),
+            beta.data_ptr(),
+            0 if state is None else state.data_ptr(),
+        ),
+        (*k.shape, *v.shape[2:]),
+        (*q_stride, *k_stride, *v_stride),
+        DTYPE_CODES[v.dtype],
+        g is not None and g.dim() == 4,
+        () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
+        scale,
+        use_qk_l2norm,
+        torch.get_num_threads(),
+    )
+    return problem, (q, k, v, g, beta, state)
 
 
 def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
     if v.dtype == torch.float64:
         return reference.delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
     o, state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     kept = checkpoints.data_ptr() if slots else 0
-    problem.native.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
+    problem.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
     return o, state, checkpoints
 
 
@@ -134,27 +130,37 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
         # The kernel may read the state that it writes, but not one that merely overlaps it.
         if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
             initial_state = initial_state.clone()
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
-    problem.native.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
     if final is not state:
         state.copy_(final)
     return o
 
 
-def _update_triton(state, q, k, v, *rest):
+def _start(state: Tensor, initial_state: Tensor | None) -> None:
+    """For kernels that know an update in place only."""
+    if initial_state is None:
+        state.zero_()
+    elif initial_state is not state:
+        state.copy_(initial_state)
+
+
+def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    return kernels.update_(state, q, k, v, *rest, _kept_tokens(v.shape[1]))
+    _start(state, initial_state)
+    return kernels.update_(state, q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
 
 
-def _update_cuda(state, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm):
+def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
     if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:
         raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
+    _start(state, initial_state)
     o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    (q, _), (k, _), (v, _) = _rows(q), _rows(k), _rows(v)
     beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
@@ -201,7 +207,7 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
         return reference.delta_rule_backward(
             q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
         )
-    problem = _Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     batch, total, heads, width = k.shape
     grad_o = grad_o.to(torch.float32).contiguous()
     per_value_head = (batch, total, v.shape[2], width)
@@ -212,7 +218,7 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     dg = torch.empty_like(dbeta) if g is None else v.new_empty(g.shape, dtype=torch.float32)
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
     grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
-    problem.native.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
+    problem.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
     if heads != v.shape[2]:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
     dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
@@ -269,14 +275,17 @@ def delta_rule(
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,
     use_qk_l2norm: bool,
+    state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        shape, dtype = (sequences, v.shape[2], k.shape[3], v.shape[3]), compute_dtype(v.dtype)
-        state = torch.empty(shape, dtype=dtype, device=v.device)
+        if not v.is_cpu:
+            o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
+            return o, state
+        # Without the kept states the update is the same, and has one tensor less to allocate.
+        state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], sequences)
+    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
     o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state

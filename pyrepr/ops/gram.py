@@ -24,6 +24,7 @@ from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT, compute_dtype
 
 # Rows of the block of kernel matrices that the backward recomputes at a time: all layers' blocks in this many bytes.
 BACKWARD_BLOCK_BYTES = 32 << 20
+GPU_BACKWARD_BLOCK_BYTES = 256 << 20  # every block packs its layer again (kernels/gram.py)
 
 
 def _problem(
@@ -353,7 +354,8 @@ class _TilesBackward:
             grad_r, grad_d = torch.zeros_like(grad_r), grad_d - grad_r
         grad_r, grad_d = grad_r.to(self.dtype), grad_d.to(self.dtype)
         item = self.q.element_size()
-        step = max(64, BACKWARD_BLOCK_BYTES // (item * m * max(1, self.n))) if self.dots is None else self.n
+        limit = BACKWARD_BLOCK_BYTES if self.q.device.type == "cpu" else GPU_BACKWARD_BLOCK_BYTES
+        step = max(64, limit // (item * m * max(1, self.n))) if self.dots is None else self.n
         parts: list[list[Tensor]] = [[] for _ in self.xs]
         for start in range(0, self.n, max(1, step)):
             rows = slice(start, min(start + step, self.n))

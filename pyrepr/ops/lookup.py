@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrepr.backend import native
+from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import lookup as reference
@@ -30,6 +30,9 @@ TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
 ROUTES = {"auto": 0, "rows": 1, "stream": 2, "registers": 3}
 
 WEIGHTING_CODES = {name: code for code, name in enumerate(WEIGHTINGS)}
+
+# More tokens than these read most rows more than once: left alone, `lookup_linear` then goes on to the Triton kernels.
+CUDA_TOKENS = 64
 
 
 def _tables(tables: Tensor, scales: Tensor | None):
@@ -61,10 +64,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _triton(function: str, file: str = "lookup"):
-    """A Triton implementation by name, imported when it is first called."""
+    """A Triton implementation by name, imported when it is first called. Packed tables are the CPU kernels' order."""
 
     def run(*args):
-        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*args)
+        plain = (unpack(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args)
+        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*plain)
 
     return run
 
@@ -132,6 +136,42 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     return out if dtype is compute else out.to(dtype)
 
 
+def _linear_cuda(x, tables, scales, bias, weighting, temperature, route):
+    """Few tokens. Compiled, not yet run on a GPU."""
+    if torch.float64 in (x.dtype, tables.dtype):
+        raise Unsupported("backend 'cuda' computes lookup_linear in float32 and refuses float64 tensors")
+    if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
+        raise Unsupported(f"backend 'cuda' is for up to {CUDA_TOKENS} tokens, got {x.shape[0]}")
+    tables = (unpack(tables) if tables.dim() == 4 else tables).contiguous()
+    x, out = _rows_contiguous(x), _linear_fake(x, tables, *[None] * 5)
+    k, n, h = tables.shape
+    scales = scales if scales is None else scales.contiguous()
+    bias = bias if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous()
+    code, native = TABLE_CODES[tables.dtype], module()
+    with torch.cuda.device(x.device):
+        parts = native.cuda_lookup_linear_parts(x.shape[0], k, h, code)
+        partial = out.new_empty(parts if parts > 1 else 0, *out.shape, dtype=torch.float32)
+        native.cuda_lookup_linear(
+            matrix(x),
+            DTYPE_CODES[x.dtype],
+            tables.data_ptr(),
+            code,
+            _address(scales),
+            k,
+            h,
+            n.bit_length() - 1,
+            WEIGHTINGS.index(weighting),
+            min(2 / temperature, 3e38),
+            _address(bias),
+            0 if bias is None else DTYPE_CODES[bias.dtype],
+            partial.data_ptr(),
+            parts,
+            out.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
 linear_op = leaf_op(
     "lookup_linear(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, str weighting, float temperature, int route)"
     " -> Tensor",
@@ -139,6 +179,7 @@ linear_op = leaf_op(
     reference=reference.linear_op,
     cpu=_linear_cpu,
     triton=_triton("linear"),
+    cuda=_linear_cuda,
 )
 
 
@@ -280,14 +321,15 @@ class _LookupLinear(torch.autograd.Function):
         weighting, temperature, sparse = ctx.options
         want_x, want_tables, _, want_bias = ctx.needs_input_grad[:4]
         bits = sizes(tables)[1].bit_length() - 1
-        grad = grad.to(compute_dtype(x.dtype))
+        if not grad.is_cuda:  # GPU kernels read fewer bytes and widen them themselves
+            grad = grad.to(compute_dtype(x.dtype))
         grad_x = grad_tables = None
         if want_x or want_tables:
             codes, weights = hash_op(x, bits, weighting, temperature)
             grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
             if want_x:
                 grad_x = hash_backward_op(x, dots, bits, weighting, temperature)
-        grad_bias = grad.sum(0).to(ctx.bias_dtype) if want_bias else None
+        grad_bias = grad.sum(0, dtype=compute_dtype(x.dtype)).to(ctx.bias_dtype) if want_bias else None
         return grad_x, grad_tables, None, grad_bias, None, None, None
 
 

@@ -162,6 +162,7 @@ def backward_op(
     Segments [K n, h], or only those of the sorted row numbers `rows` [R]: Σ weights · grad by code. Dots [T, K], if
     there are tables: ⟨grad[t], tables[k, codes[t, k]]⟩.
     """
+    grad = grad.to(weights.dtype)
     segments, dots = weights.new_empty(0, grad.shape[1]), weights.new_empty(0)
     if want_segments:
         segments = segment_sum(grad, codes, n, weights).flatten(0, 1)

@@ -1,7 +1,8 @@
 """Triton kernels of family `lookup` against the reference in float64, interpreted on the CPU.
 
 Sums in float32 were wrong by at most 3e-7 of their norm here, hence FLOAT32. A 16-bit result adds its own rounding, and
-so do weights that the tensor cores take in 16 bits.
+so do weights that the tensor cores take in 16 bits; the interpreter cuts bfloat16 off instead of rounding it, which
+doubles that.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import itertools
 
 import pytest
 import torch
+from pyrepr.kernels import lookup as kernels
 
 import pyrepr
-from pyrepr.kernels import lookup as kernels
 from pyrepr.ops import lookup as ops
 from pyrepr.reference import lookup as reference
 
 FLOAT32 = 1e-6
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 
@@ -75,8 +76,8 @@ def test_weights_and_their_gradient(weighting):
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("table_dtype", [F32, BF16, F16, I8])
 def test_every_forward_kernel(x_dtype, table_dtype):
-    """The rows kernel with and without the hash, the stream kernel, the tensor cores; with more than one block each."""
-    for (tokens, k, bits, h), route in itertools.product([(3, 37, 5, 131), (66, 9, 4, 33)], ops.ROUTES.values()):
+    """The rows kernel with and without the hash, the stream kernel for odd and even rows, the tensor cores."""
+    for tokens, k, bits, h, route in [(2, 33, 5, 131, 1), (2, 33, 5, 131, 2), (65, 3, 4, 64, 0), (65, 3, 4, 64, 2)]:
         x, tables, scales, wide = problem(tokens, k, bits, h, x_dtype, table_dtype)
         bias = torch.randn(h)
         out = ops.linear_op(x, tables, scales, bias, "scaled", 1.0, route)
@@ -85,10 +86,9 @@ def test_every_forward_kernel(x_dtype, table_dtype):
         assert relative(out, truth) < FLOAT32 + ROUNDING[x_dtype], (tokens, route)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 63, 65])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize(("tokens", "weighting"), [(0, "l1"), (1, "scaled"), (63, "none"), (65, "probability")])
 def test_forward_and_backward_of_a_batch(tokens, weighting):
-    x, tables, _, _ = problem(tokens, 3, 6, 20)
+    x, tables, _, _ = problem(tokens, 2, 5, 20)
     leaves = [x.requires_grad_(), tables.requires_grad_(), torch.randn(20, requires_grad=True)]
     grad = torch.randn(20, tokens).T
     pyrepr.lookup_linear(*leaves, weighting=weighting, temperature=0.7).backward(grad)
@@ -104,17 +104,17 @@ def test_all_bits(bits):
     assert relative(pyrepr.lookup_linear(x, tables), reference.lookup_linear(x.double(), wide)) < FLOAT32
 
 
-@pytest.mark.parametrize("n", [16, 11, 100])
+@pytest.mark.parametrize("n", [16, 11, 40])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_backward_kernels(n, dtype):
     """Sorted and one-hot segments, dots in both ways, with the gradient in its own dtype; int8 tables."""
-    for tokens, k, h in [(70, 9, 130), (5, 3, 33)]:
+    for tokens, k, h in [(65, 9 if n <= 16 else 3, 70), (5, 3, 33)]:
         codes, weights = torch.randint(0, n, (tokens, k), dtype=torch.int32), torch.randn(tokens, k)
         grad = torch.randn(h, tokens).to(dtype).T
         tables = torch.randn(k, n, h).to(dtype)
         segments, dots = ops.backward_op(grad, codes, weights, tables, None, n, None, True)
         truth = reference.backward_op(grad.double(), codes, weights.double(), tables.double(), None, n, None, True)
-        rounded = ROUNDING[dtype] if n <= 16 and dtype == BF16 else 0
+        rounded = ROUNDING[dtype] if n <= 16 and dtype == BF16 and tokens >= 64 else 0
         assert segments.dtype == dots.dtype == F32
         assert relative(segments, truth[0]) < FLOAT32 + rounded
         assert relative(dots, truth[1]) < FLOAT32
@@ -143,9 +143,9 @@ def test_long_segments_are_shared_out():
     assert sums[0][[0, 1, 2, 4]].eq(0).all()
 
 
-@pytest.mark.parametrize(("tokens", "bits"), [(5, 5), (70, 4), (70, 5)])
+@pytest.mark.parametrize(("tokens", "bits"), [(5, 5), (65, 4), (65, 5)])
 def test_nan_and_infinity_as_the_reference(tokens, bits):
-    x, tables, _, _ = problem(tokens, 5, bits, 20, BF16, BF16)
+    x, tables, _, _ = problem(tokens, 3, bits, 20, BF16, BF16)
     x[3, 2], x[4, 1] = float("nan"), float("inf")
     grad = torch.randn(tokens, 20).to(BF16)
     grad[2, 7], grad[1, 3] = float("nan"), float("inf")
@@ -161,7 +161,7 @@ def test_nan_and_infinity_as_the_reference(tokens, bits):
         torch.testing.assert_close(result, truth, equal_nan=True, rtol=0.02, atol=0.1)
 
 
-@pytest.mark.parametrize(("tokens", "n"), [(5, 100), (70, 16), (70, 100)])
+@pytest.mark.parametrize(("tokens", "n"), [(5, 30), (66, 16), (66, 30)])
 def test_codes_out_of_range_give_nan(tokens, n):
     codes = torch.randint(0, n, (tokens, 3), dtype=torch.int32)
     codes[1, 0], codes[4, 2] = n, -1
@@ -191,18 +191,30 @@ def test_float64_is_refused():
 
 def test_last_row_of_more_than_2_31_table_elements():
     """Zeros nobody touches take address space, not memory."""
-    k, n, h = 2, 1 << 16, 16400
+    k, n, h = 32, 1 << 16, 1040
     tables = torch.zeros(k, n, h, dtype=I8)
-    tables[1, n - 1] = torch.arange(h).to(I8)
+    assert tables.numel() > 2**31
+    tables[-1, n - 1] = torch.arange(h).to(I8)
     codes, ones = torch.full((1, k), n - 1, dtype=torch.int32), torch.ones(1, k)
     for route in (1, 2):
         out = ops.sum_op(codes, ones, tables, torch.ones(k, n), route)
-        assert torch.equal(out[0], tables[1, n - 1].float())
+        assert torch.equal(out[0], tables[-1, n - 1].float())
     dots = ops.backward_op(out, codes, ones, tables, torch.ones(k, n), n, None, False)[1]
-    assert relative(dots[0, 1], tables[1, n - 1].double().square().sum()) < FLOAT32
+    assert relative(dots[0, -1], tables[-1, n - 1].double().square().sum()) < FLOAT32
 
 
 def test_few_tokens_are_split_over_tables_and_every_split_is_listed(only_listed_variants):
     x, tables, _, wide = problem(1, 100, 2, 8)
     assert relative(pyrepr.lookup_linear(x, tables), reference.lookup_linear(x.double(), wide)) < FLOAT32
     assert [v.kernel for v in only_listed_variants] == [kernels._rows_kernel, kernels._finish_kernel]
+
+
+def test_compiles_without_a_graph_break():
+    x, tables, _, _ = problem(3, 3, 5, 16)
+    results = []
+    for function in (pyrepr.lookup_linear, torch.compile(pyrepr.lookup_linear, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_(), tables.clone().requires_grad_()]
+        out = function(*leaves)
+        out.sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
