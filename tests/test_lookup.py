@@ -195,6 +195,24 @@ def test_gradient_written_past_the_caches():
     assert torch.equal(tables.grad == 0, truth == 0)
 
 
+def test_memory_of_a_large_gradient_is_used_again_once_it_is_free():
+    x, tables = away_from_zero(30, 80), torch.zeros(10, 256, 4096, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(pyrepr.lookup_linear(x, tables), tables, torch.randn(30, 4096))[0]
+
+    first = gradient()
+    copy, second = first.clone(), gradient()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, copy)
+    address, part = second.data_ptr(), first[1]
+    del second, first
+    if sys.platform == "linux":
+        assert gradient().data_ptr() == address
+    assert gradient().data_ptr() != part.data_ptr() - 256 * 4096 * 4  # a view keeps its memory
+    assert torch.equal(part, copy[1])
+
+
 def test_float64_stays_float64():
     x, tables, bias = (t.double() for t in (away_from_zero(50, 40), torch.randn(5, 256, 31), torch.randn(31)))
     for route in ops.ROUTES.values():
