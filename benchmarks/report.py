@@ -90,7 +90,8 @@ def markdown(run: dict[str, Any]) -> str:
 def gpu_markdown(run: dict[str, Any]) -> str:
     """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
     records = run["records"]
-    parts = (_gpu_head(run), _gpu_times(records), _gpu_notes(records), _gpu_checks(records))
+    tuned = "\n".join(f"- {line}" for line in run.get("tuned", ()))
+    parts = (_gpu_head(run), _gpu_times(records), _gpu_notes(records), _gpu_checks(records), tuned)
     return "\n\n".join(part for part in parts if part)
 
 

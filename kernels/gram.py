@@ -104,7 +104,7 @@ SLAB_BYTES = 128 << 20
 _POINTERS = {
     "packed": "*fp16",
     "starts": "*i32",
-    **dict.fromkeys(("q", "valid", "constants", "sums", "slab", "unit32", "x_norms", "y_norms"), "*fp32"),
+    **dict.fromkeys(("q", "valid", "constants", "sums", "slab"), "*fp32"),
 }
 _LAYERS = ("packed", "starts", "q", "valid", "constants")
 _ALIGNED = ("n_pad", "width", "x_pad", "y_pad")
