@@ -73,13 +73,16 @@ def check_backward(x, cu=None, l2norm=False, split=False, slots=8, floor=1e-3, t
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("T", [0, 1, 17, 65])
 def test_lengths(rule, T):
-    check_backward(inputs(rule, T, HV=1 + (T < 65)), slots=2)
+    check_backward(inputs(rule, T, HV=1 + (T < 2)), slots=2)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("dtype", "split"), [(d, s) for d in FORWARD for s in (False, True)][:-1])
+@pytest.mark.parametrize(
+    ("dtype", "split"),
+    [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
 def test_dtypes_whole_and_in_segments(rule, dtype, split):
-    check_backward(inputs(rule, 100, HV=1, dtype=dtype), split=split)
+    check_backward(inputs(rule, 70, HV=1, dtype=dtype), split=split)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -101,7 +104,7 @@ def test_without_kept_states_or_initial_state(rule, split):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_normalisation_batches_strides_and_two_blocks(rule):
-    x = inputs(rule, 20, B=2, HV=1, K=70, V=70)
+    x = inputs(rule, 10, B=2, HV=1, K=70, V=70)
     fused = torch.cat([3 * x[0], 2 * x[1], x[2]], -1)
     x[:3] = fused.split(70, -1)
     check_backward(x, l2norm=True)
