@@ -13,9 +13,9 @@ from pyrepr.reference import delta_rule as reference
 RULES = ("plain", "gated", "kda")
 CU = torch.tensor([0, 0, 33, 33, 34, 70, 70])
 SEGMENT = 64  # tokens between kept states: more than one segment in the shapes below
-# Worst error seen against float64, relative to the largest value of the result, doubled.
-FORWARD = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+# Worst error seen against float64, relative to the largest value of the result, times two to four.
+FORWARD = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 1.5e-3}
+GRADIENT = {torch.float32: 1.5e-6, torch.bfloat16: 3e-2, torch.float16: 2e-3}
 
 
 def inputs(rule, T, *, B=1, H=1, HV=2, K=20, V=12, N=None, dtype=torch.float32):
@@ -73,7 +73,7 @@ def check_backward(x, cu=None, l2norm=False, split=False, slots=8, floor=1e-3, t
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("T", [0, 1, 17, 65])
 def test_lengths(rule, T):
-    check_backward(inputs(rule, T, HV=1 + (T < 2)), slots=2)
+    check_backward(inputs(rule, T, HV=1 + (T < 65)), slots=2)
 
 
 @pytest.mark.parametrize("rule", RULES)
