@@ -445,7 +445,7 @@ def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
     θ_i = base^(−2i/d), so that products of two vectors depend on the distance of their places.
     """
     s, d = x.shape[-2:]
-    speeds = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)  # [d / 2]
+    speeds = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)  # [d / 2]
     angles = torch.arange(s, device=x.device)[:, None] * speeds
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
