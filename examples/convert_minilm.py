@@ -75,7 +75,7 @@ class Data:
         text = [text[i] for i in order]
         held = 64 if quick else 512
         self.test = self.batches(text[:held])
-        train = text[held : 5 * held] if quick else text[held:]
+        train = text[held : 5 * held if quick else held + 2048]
         self.calibration = self.batches(train[:768])
         self.train = self.batches(train)
 
