@@ -784,7 +784,27 @@ def test_memoryformer_block_trains_and_is_causal():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_rotary_attention_sees_distances():
+    """Products of rotated vectors depend on the distance of their places, and the block on the order of its input."""
+    from pyrepr.nn.lookup import rotated
+
+    q, k = (torch.randn(8, dtype=torch.float64).expand(20, 8) for _ in range(2))
+    products = rotated(q) @ rotated(k).T
+    for distance in (0, 3):
+        diagonal = products.diagonal(distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert_close(rotated(q).norm(dim=-1), q.norm(dim=-1))
+    assert_close(products[0, 0], q[0] @ k[0])
+    assert not torch.allclose(products[0, 0], products[0, 3])
+    x = torch.randn(1, 6, 32)
+    for rotary in (False, True):
+        block = pyrepr.nn.MemoryFormerBlock(32, 4, bits=4, causal=False, rotary=rotary)
+        assert torch.allclose(block(x).flip(1), block(x.flip(1)), atol=1e-5) != rotary
+
+
 def test_module_refusals():
+    with pytest.raises(ValueError, match="even multiple of heads = 4 with rotary, got 12"):
+        pyrepr.nn.MemoryFormerBlock(12, 4, bits=4, rotary=True)
     with pytest.raises(ValueError, match="multiple of bits = 8, got 12"):
         pyrepr.nn.LookupLinear(12, 4)
     with pytest.raises(MemoryError, match=r"take 1024\.0 GiB"):
