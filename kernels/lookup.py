@@ -268,7 +268,7 @@ def _one_hot_kernel(
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-HASH = table("hash", Config({"BLOCK": 128}))
+HASH = table("hash", Config({"BLOCK": 128}), sm_100=Config({"BLOCK": 128}, 2))
 FINISH = table("finish", Config({"BLOCK": 512, "BLOCK_S": 1}))
 FINISH_PARTS = table("finish_parts", Config({"BLOCK": 128, "BLOCK_S": 16}))
 ROWS = table(
@@ -294,7 +294,7 @@ STREAM_FLOAT = table(
 # No BLOCK_H of the two tables above may be larger.
 STREAM_COLUMNS = 64
 # For other rows: where they do not start at multiples of 16 bytes, an address an element, so few elements a thread.
-STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 32, "BLOCK_H": 64}, 8))
+STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 16, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",
     Config({"BLOCK_T": 128, "BLOCK_H": 128, "BLOCK_K": 4}, 8, 3),
