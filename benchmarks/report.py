@@ -1,5 +1,6 @@
-"""Markdown of benchmark runs, for the README: ``python -m pyrepr.benchmarks.report FILE.json`` for one run on a CPU,
-``python -m pyrepr.benchmarks.report --gpu benchmarks/results`` for all that was measured on GPUs."""
+"""Markdown of benchmark runs: ``python -m pyrepr.benchmarks.report FILE.json`` for every row of one run on a CPU,
+with ``--summary`` for a line per case, as in the README, and ``--gpu benchmarks/results`` for all that was measured on
+GPUs."""
 
 from __future__ import annotations
 
@@ -10,17 +11,55 @@ from pathlib import Path
 from typing import Any
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """A table with one line per case and implementation, time, speed-up and error side by side."""
+def _head(run: dict[str, Any]) -> str:
+    """The machine of a run on a CPU, its versions and its bounds."""
     facts = run["machine"]
     bounds = (
         f"{facts['fma_peak_gflops']:.0f} GFLOP/s fp32 (micro-kernel {facts['micro_kernel_gflops']:.0f}), "
         f"{facts['read_bandwidth_gbs']:.0f} GB/s"
     )
-    lines = [
+    return (
         f"{facts['processor']}, {facts['threads']} threads, SIMD level {facts['simd']}, torch {facts['torch']}"
         + (f", commit {facts['commit']}" if facts.get("commit") else "")
-        + f"; measured in the same run: {bounds}.",
+        + f"; measured in the same run: {bounds}."
+    )
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def summary(run: dict[str, Any]) -> str:
+    """A table with one line per case: pyrepr's time and error, and those of the fastest peer that gives a number."""
+    cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in run["rows"]:
+        cases.setdefault((row["op"], row["shape"]), []).append(row)
+    lines = [
+        _head(run),
+        "",
+        "| op | shape | pyrepr, ms | fastest peer | × | error | peer's error | of bound |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for (op, shape), rows in cases.items():
+        own = [row for row in rows if row["implementation"].startswith("pyrepr")]
+        peers = [row for row in rows if row not in own and row["milliseconds"] is not None]
+        best = min(own, key=lambda row: row["milliseconds"])
+        peer = min(peers, key=lambda row: row["milliseconds"], default=None)
+        bound = best["fraction_of_bound"]
+        cells = [op, shape, _milliseconds(best["milliseconds"])]
+        if peer is None:
+            cells += ["–", "", f"{best['error']:.0e}", ""]
+        else:
+            ratio = peer["milliseconds"] / best["milliseconds"]
+            cells += [peer["implementation"], f"{ratio:.2f}", f"{best['error']:.0e}", f"{peer['error']:.0e}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * bound:.0f} %" if bound else ""]) + " |")
+    return "\n".join(lines)
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """A table with one line per case and implementation, time, speed-up and error side by side."""
+    lines = [
+        _head(run),
         "",
         "| op | shape | implementation | ms | × | error | extra MiB | of bound |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -38,7 +77,7 @@ def markdown(run: dict[str, Any]) -> str:
             op,
             shape,
             f"**{row['implementation']}**" if row["implementation"].startswith("pyrepr") else row["implementation"],
-            f"{row['milliseconds']:.3g}" if row["milliseconds"] < 1000 else f"{row['milliseconds']:.0f}",
+            _milliseconds(row["milliseconds"]),
             f"{row['speedup']:.2f}",
             f"{row['error']:.0e}",
             "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
@@ -97,7 +136,7 @@ def _gpu_times(records: list[dict[str, Any]]) -> str:
         own = name in ("pyrepr triton", "pyrepr cuda")
         cells = [
             *(op, shape, dtype, f"**{name}**" if own else name),
-            f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}",
+            _milliseconds(ms),
             f"{ms / fastest[case]:.2f}" if case in fastest else "",
             "" if r.get("error") is None else f"{float(r['error']):.0e}",
             "" if r.get("peak_mib") is None else f"{r['peak_mib']:.0f}",
@@ -153,5 +192,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--gpu":
         print(gpu_section(Path(sys.argv[2])))
     else:
-        with open(sys.argv[1]) as file:
-            print(markdown(json.load(file)))
+        with open(sys.argv[-1]) as file:
+            print((summary if "--summary" in sys.argv else markdown)(json.load(file)))

@@ -75,7 +75,7 @@ class Data:
         text = [text[i] for i in order]
         held = 64 if quick else 512
         self.test = self.batches(text[:held])
-        train = text[held : 5 * held] if quick else text[held:]
+        train = text[held : 5 * held if quick else held + 2048]
         self.calibration = self.batches(train[:768])
         self.train = self.batches(train)
 
@@ -216,6 +216,11 @@ def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick:
     return line
 
 
+def finished(path: Path) -> dict[str, dict[str, Any]]:
+    """The results so far, by setting."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def table(lines: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown."""
     shapes = [f"{count} × {length}" for count, length in SPEEDS]
@@ -269,7 +274,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "convert_minilm.json"
-    lines = json.loads(path.read_text()) if path.exists() else {}
+    lines = finished(path)
     names = [str(setting) for setting in SETTINGS]
     wanted = [s for s in SETTINGS if str(s) in (options.only or names) and str(s) not in lines]
     if wanted:
@@ -279,7 +284,8 @@ def main(arguments: list[str]) -> int:
         truth = embed(original, data.test)
     for setting in wanted:
         print(f"== {setting}", flush=True)
-        lines[str(setting)] = run(setting, original, data, truth, options.quick)
+        line = run(setting, original, data, truth, options.quick)
+        lines = {**finished(path), str(setting): line}  # another process may have added to it
         path.write_text(json.dumps(lines, indent=1) + "\n")
     lines = {name: lines[name] for name in names if name in lines}
     print(table(lines))

@@ -5,7 +5,9 @@
 
 Both see the same batches in the same order, in turn, so that their times compare; the twin is the usual transformer of
 the same width, heads and depth. The MemoryFormer trains with three times the learning rate, as in the paper
-(Ding et al. 2024, arXiv 2411.12992). Dense Adam for both: a batch of thousands of tokens reads nearly every row of the
+(Ding et al. 2024, arXiv 2411.12992), and with the weighting of its released code: the probability in the paper's text
+is small (0.15 at 8 bits), tables have to be large to make up for it, and Adam's steps change large tables little
+(--weighting probability shows it). Dense Adam for both: a batch of thousands of tokens reads nearly every row of the
 tables, so row-sparse gradients would save nothing; at a few tokens a step they would.
 
 Leaves train_memoryformer.json and the plot train_memoryformer.png in the folder.
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyrepr
+from pyrepr.nn.lookup import rotated
 
 PACKAGES = ("numpy", "torch.nn", "torch.optim", "torch.distributions")
 LR = 1e-3  # of the dense twin; the MemoryFormer gets three times as much
@@ -34,29 +37,27 @@ SEED = 0
 
 
 class Transformer(nn.Module):
-    """A decoder over bytes: embeddings of bytes and places, blocks, a norm and a dense head.
+    """A decoder over bytes: an embedding, blocks whose attention knows places (rotary), a norm and a dense head.
 
     Shape: [batch, s] integers from 0 to 255 -> [batch, s, 256].
     """
 
-    def __init__(self, block: Callable[[], nn.Module], d: int, depth: int, context: int) -> None:
+    def __init__(self, block: Callable[[], nn.Module], d: int, depth: int) -> None:
         super().__init__()
-        self.bytes, self.places = nn.Embedding(256, d), nn.Embedding(context, d)
+        self.bytes = nn.Embedding(256, d)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 256)
-        for embedding in (self.bytes, self.places):
-            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.bytes.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bytes(x) + self.places.weight[: x.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.head(self.norm(self.blocks(self.bytes(x))))
 
 
 class MemoryFormer(Transformer):
     """A language model whose blocks multiply no matrix but attention's; the head stays dense, as in the paper."""
 
-    def __init__(self, d: int = 128, heads: int = 4, depth: int = 4, context: int = 256, **options) -> None:
-        super().__init__(lambda: pyrepr.nn.MemoryFormerBlock(d, heads, **options), d, depth, context)
+    def __init__(self, d: int = 128, heads: int = 4, depth: int = 4, **options) -> None:
+        super().__init__(lambda: pyrepr.nn.MemoryFormerBlock(d, heads, rotary=True, **options), d, depth)
 
 
 class DenseBlock(nn.Module):
@@ -73,14 +74,14 @@ class DenseBlock(nn.Module):
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.attention_norm(x)).chunk(3, -1)
         )  # [batch, heads, s, d / heads]
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class DenseTwin(Transformer):
-    def __init__(self, d: int = 128, heads: int = 4, depth: int = 4, context: int = 256) -> None:
-        super().__init__(lambda: DenseBlock(d, heads), d, depth, context)
+    def __init__(self, d: int = 128, heads: int = 4, depth: int = 4) -> None:
+        super().__init__(lambda: DenseBlock(d, heads), d, depth)
 
 
 def corpus(packages: list[str]) -> tuple[Tensor, Tensor]:
@@ -158,9 +159,11 @@ def train(options: argparse.Namespace) -> dict:
     """Both models, step by step in turn; the results. Goes on from the last validation if it was interrupted."""
     text, unseen = corpus(options.packages)
     torch.manual_seed(SEED)
-    shape = {"d": options.width, "heads": 4, "depth": options.depth, "context": options.context}
+    shape = {"d": options.width, "heads": 4, "depth": options.depth}
     runs = {
-        "MemoryFormer": Run(MemoryFormer(**shape, bits=options.bits), 3 * LR, options.steps),
+        "MemoryFormer": Run(
+            MemoryFormer(**shape, bits=options.bits, weighting=options.weighting), 3 * LR, options.steps
+        ),
         "dense twin": Run(DenseTwin(**shape), LR, options.steps),
     }
     generator = torch.Generator().manual_seed(SEED)
@@ -191,7 +194,14 @@ def train(options: argparse.Namespace) -> dict:
             states = {name: run.state() for name, run in runs.items()}
             torch.save({**states, "generator": generator.get_state()}, checkpoint)
     checkpoint.unlink()
-    result = {"bytes": len(text), "batch": options.batch, "bits": options.bits, "seed": SEED, **shape}
+    result = {
+        "bytes": len(text),
+        "batch": options.batch,
+        "bits": options.bits,
+        "weighting": options.weighting,
+        "seed": SEED,
+        **shape,
+    }
     return {**result, "runs": {name: run.result() for name, run in runs.items()}}
 
 
@@ -221,8 +231,9 @@ def plot(result: dict, path: Path) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("results"))
-    for name, default in (("steps", 400), ("batch", 16), ("context", 256), ("width", 128), ("depth", 4), ("bits", 8)):
+    for name, default in (("steps", 1000), ("batch", 16), ("context", 128), ("width", 128), ("depth", 4), ("bits", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--weighting", default="scaled", choices=("scaled", "probability"), help="of the tables")
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES), help="whose docstrings are the text")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -329,6 +329,11 @@ class _Job:
     def call(self, batch: Any) -> Any:
         return call(self.model, batch, "model")
 
+    def linear(self, name: str) -> nn.Linear:
+        module = self.table[name]
+        assert isinstance(module, nn.Linear)  # choose_linears gives no others
+        return module
+
     def output(self) -> Tensor:
         """The model's first output for the first batch, as rows."""
         tensor = first_tensor(self.call(self.batches[0]))
@@ -382,13 +387,14 @@ class _Job:
             if name not in self.repeated:
                 raise _Enough
 
-        found = []
-        handle = self.table[name].register_forward_pre_hook(keep, with_kwargs=True)
+        found, linear = [], self.linear(name)
+        nothing = linear.weight.new_empty(0, linear.in_features)  # a batch need not reach the layer
+        handle = linear.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             for batch in self.batches:
                 with suppress(_Enough):
                     self.call(batch)
-                rows = torch.cat([_kept(x, batch) for x in collected])
+                rows = torch.cat([nothing, *(_kept(x, batch).to(nothing) for x in collected)])
                 collected.clear()
                 count = min(self.quota, len(rows))
                 found.append(rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)])
@@ -400,11 +406,9 @@ class _Job:
         self, name: str, rows: Tensor, options: dict[str, Any], quantize: str | None, batch_sizes: tuple[int, ...]
     ) -> ConvertedLayer | str:
         """Fits and puts in place one layer; the reason where the model does not run with it."""
-        linear = self.table[name]
-        assert isinstance(linear, nn.Linear)
+        linear = self.linear(name)
         if options["rank"] > min(linear.in_features, linear.out_features):
             return f"has no rank {options['rank']}: it maps {linear.in_features} to {linear.out_features} features"
-        rows = rows.to(linear.weight.dtype)
         held = hold_out(len(rows)).to(rows.device)
         try:
             with warnings.catch_warnings():

@@ -228,6 +228,23 @@ def test_a_layer_called_twice_and_layers_of_one_input():
     assert len(seen) == 2 + 3 + 3 + 3 + 1
 
 
+def test_a_batch_need_not_reach_the_layer():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.a(x) if len(x) > 50 else self.b(x)
+
+    model = nn.Sequential(Routed(), nn.ReLU())
+    model.register_forward_pre_hook(lambda module, args: (torch.cat([*args, -args[0]])[:60],))
+    report = convert(model, [torch.randn(60, 16), torch.randn(10, 16), torch.randn(60, 16)])
+    assert [layer.name for layer in report.layers] == ["0.a"]
+    assert report.calibration_rows == 120
+    assert report.skipped == {"0.b": "is not called in the model's forward"}
+
+
 def test_padding_is_left_out():
     import transformers
 

@@ -195,6 +195,24 @@ def test_gradient_written_past_the_caches():
     assert torch.equal(tables.grad == 0, truth == 0)
 
 
+def test_memory_of_a_large_gradient_is_used_again_once_it_is_free():
+    x, tables = away_from_zero(30, 80), torch.zeros(10, 256, 4096, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(pyrepr.lookup_linear(x, tables), tables, torch.randn(30, 4096))[0]
+
+    first = gradient()
+    copy, second = first.clone(), gradient()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, copy)
+    address, part = second.data_ptr(), first[1]
+    del second, first
+    if sys.platform == "linux":
+        assert gradient().data_ptr() == address
+    assert gradient().data_ptr() != part.data_ptr() - 256 * 4096 * 4  # a view keeps its memory
+    assert torch.equal(part, copy[1])
+
+
 def test_float64_stays_float64():
     x, tables, bias = (t.double() for t in (away_from_zero(50, 40), torch.randn(5, 256, 31), torch.randn(31)))
     for route in ops.ROUTES.values():
@@ -766,7 +784,27 @@ def test_memoryformer_block_trains_and_is_causal():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_rotary_attention_sees_distances():
+    """Products of rotated vectors depend on the distance of their places, and the block on the order of its input."""
+    from pyrepr.nn.lookup import rotated
+
+    q, k = (torch.randn(8, dtype=torch.float64).expand(20, 8) for _ in range(2))
+    products = rotated(q) @ rotated(k).T
+    for distance in (0, 3):
+        diagonal = products.diagonal(distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert_close(rotated(q).norm(dim=-1), q.norm(dim=-1))
+    assert_close(products[0, 0], q[0] @ k[0])
+    assert not torch.allclose(products[0, 0], products[0, 3])
+    x = torch.randn(1, 6, 32)
+    for rotary in (False, True):
+        block = pyrepr.nn.MemoryFormerBlock(32, 4, bits=4, causal=False, rotary=rotary)
+        assert torch.allclose(block(x).flip(1), block(x.flip(1)), atol=1e-5) != rotary
+
+
 def test_module_refusals():
+    with pytest.raises(ValueError, match="even multiple of heads = 4 with rotary, got 12"):
+        pyrepr.nn.MemoryFormerBlock(12, 4, bits=4, rotary=True)
     with pytest.raises(ValueError, match="multiple of bits = 8, got 12"):
         pyrepr.nn.LookupLinear(12, 4)
     with pytest.raises(MemoryError, match=r"take 1024\.0 GiB"):

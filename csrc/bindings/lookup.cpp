@@ -1,4 +1,5 @@
 // Bindings of family `lookup`.
+#include "bindings/blocks.h"
 #include "bindings/common.h"
 #ifdef PYREPR_CUDA
 #include "cuda/lookup.h"
@@ -153,7 +154,11 @@ void bind_lookup(py::module_& m) {
       .def("sum", &lookup_sum)
       .def("backward", &lookup_backward);
 
-  m.attr("lookup_tile") = cpu::kLookupTile;
+#if defined(__linux__)
+  py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](const Block& block) {
+    return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
+  });
+#endif
   m.def("lookup_linear", &lookup_linear);
   m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
     py::gil_scoped_release release;

@@ -109,8 +109,8 @@ class DeltaRuleBackward {
     d_o = take(C, vp);
     d_r = take(C, vp);
     d_values = take(C, vp);
-    d_ot = take(vp, C);
-    d_rt = take(vp, C);
+    d_o_t = take(vp, C);
+    d_r_t = take(vp, C);
     values_t = take(vp, C);
     dq = take(C, kp);
     z = take(C, kp);
@@ -144,7 +144,7 @@ class DeltaRuleBackward {
   Panels segment_states, segment_values, segment_inverses;  // [K, V], [C, V] V' and [C, C] X^T of every chunk
   Panels dstate, turned_state;                              // dS' [K, V]; S^T, then dS'^T [V, K]
   Panels d_o, d_r, d_values;                                // scale dO, dR, dV' [C, V]
-  Panels d_ot, d_rt, values_t;                              // transposed [V, C]
+  Panels d_o_t, d_r_t, values_t;                            // transposed [V, C]
   Panels dq, z, rest;                                       // dQ, Z and the bracket of dK [C, K]
   Panels d, dt, m, turned;                                  // D^T, D, M^T; whatever has to be transposed [C, C]
   Requests requests;
@@ -193,8 +193,8 @@ class DeltaRuleBackward {
     requests = step_requests(t0, rows);
     value_gradients(inverse_of(i));
     transpose_panels(values, C, vp, values_t);
-    transpose_panels(d_o, C, vp, d_ot);
-    transpose_panels(d_r, C, vp, d_rt);
+    transpose_panels(d_o, C, vp, d_o_t);
+    transpose_panels(d_r, C, vp, d_r_t);
     pair_gradients();
     key_gradients(state);
     if (p.gate_per_key) {
@@ -252,10 +252,10 @@ class DeltaRuleBackward {
 
   // D^T and M^T (row s, column t), D, and in `turned` diag(beta) M.
   void pair_gradients() {
-    multiply_panels<Part::upper, true>(values_t, C, d_ot, C, p.value_width, d);
+    multiply_panels<Part::upper, true>(values_t, C, d_o_t, C, p.value_width, d);
     mask_upper(chunk.gamma, d);
     transpose_panels(d, C, C, dt);
-    multiply_panels<Part::upper, true>(values_t, C, d_rt, C, p.value_width, m);
+    multiply_panels<Part::upper, true>(values_t, C, d_r_t, C, p.value_width, m);
     mask_upper(chunk.gamma, m);
     for (int64_t t = 0; t < C * C; t += W) store<float>(m.data + t, -load<float>(m.data + t));
     for (int64_t t = 0; t < C; t++) *m.at(t, t) = 0;
@@ -267,13 +267,13 @@ class DeltaRuleBackward {
   void key_gradients(const Panels& state) {
     const Gates& gates = chunk.gates;
     transpose_panels(state, kp, vp, turned_state);
-    scale_columns(d_rt, p.value_width, gates.decay, -1);
+    scale_columns(d_r_t, p.value_width, gates.decay, -1);
     if (gates.gated) {
-      scale_columns(d_ot, p.value_width, gates.decay);
+      scale_columns(d_o_t, p.value_width, gates.decay);
       scale_columns(values_t, p.value_width, gates.tail);
     }
-    multiply_panels<Part::all, true>(d_ot, C, turned_state, kp, p.value_width, dq, 1, &requests);
-    multiply_panels<Part::all, true>(d_rt, C, turned_state, kp, p.value_width, z, 1, &requests);
+    multiply_panels<Part::all, true>(d_o_t, C, turned_state, kp, p.value_width, dq, 1, &requests);
+    multiply_panels<Part::all, true>(d_r_t, C, turned_state, kp, p.value_width, z, 1, &requests);
     transpose_panels(dstate, kp, vp, turned_state);
     multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest, 1, &requests);
   }

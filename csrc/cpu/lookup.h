@@ -24,7 +24,8 @@ enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
 // rows looked up in registers (by avx512_bf16 only). One that cannot run is replaced by another.
 enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2, registers = 3 };
 
-// Columns of a tile: what packed tables are cut into, and what a thread of the streaming kernel works on.
+// Columns of a tile: what packed tables are cut into, and what a thread of the streaming kernel works on. `TILE` in
+// pyrepr/reference/lookup.py holds the same number.
 constexpr int64_t kLookupTile = 64;
 
 struct LookupTables {

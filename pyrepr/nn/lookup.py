@@ -467,6 +467,19 @@ class MemoryFormerMLP(nn.Module):
         return self.down(self.norm(self.up(x)))
 
 
+def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): x [..., s, d], its halves as pairs turned by s · θ.
+
+    θ_i = base^(−2i/d), so that products of two vectors depend on the distance of their places.
+    """
+    s, d = x.shape[-2:]
+    speeds = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)  # [d / 2]
+    angles = torch.arange(s, device=x.device)[:, None] * speeds
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 class MemoryFormerBlock(nn.Module):
     """A transformer block without fully-connected layers: x + attention(norm(x)), then x + MLP(norm(x)).
 
@@ -475,16 +488,31 @@ class MemoryFormerBlock(nn.Module):
 
     Args:
         d: width, a multiple of heads and of bits. heads: of attention. bits, expand: see :class:`MemoryFormerMLP`.
-        causal: default ``True``, for language models. Others as of :class:`LookupLinear`.
+        causal: default ``True``, for language models. rotary: turns queries and keys by their place (Su et al. 2021,
+            "RoFormer"; d / heads must be even), as the paper's models do. Default ``False``: places are the caller's
+            business; but added to the input they change its hash, so that no row is shared by a word's places.
+        Others as of :class:`LookupLinear`.
 
     Shape: [batch, s, d] -> [batch, s, d].
     """
 
-    def __init__(self, d: int, heads: int, *, bits: int = 8, expand: int = 2, causal: bool = True, **options) -> None:
+    def __init__(
+        self,
+        d: int,
+        heads: int,
+        *,
+        bits: int = 8,
+        expand: int = 2,
+        causal: bool = True,
+        rotary: bool = False,
+        **options,
+    ) -> None:
         super().__init__()
         if heads < 1 or d % heads:
             raise ValueError(f"d must be a multiple of heads = {heads}, got {d}")
-        self.heads, self.causal = heads, causal
+        if rotary and d // heads % 2:
+            raise ValueError(f"d must be an even multiple of heads = {heads} with rotary, got {d}")
+        self.heads, self.causal, self.rotary = heads, causal, rotary
         self.attention_norm, self.mlp_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv = LookupQKV(d, bits=bits, **options)
         self.mlp = MemoryFormerMLP(d, bits=bits, expand=expand, **options)
@@ -493,6 +521,8 @@ class MemoryFormerBlock(nn.Module):
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in self.qkv(self.attention_norm(x))
         )  # [batch, heads, s, d / heads]
+        if self.rotary:
+            q, k = rotated(q), rotated(k)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + attended.transpose(-2, -3).flatten(-2)
         return x + self.mlp(self.mlp_norm(x))

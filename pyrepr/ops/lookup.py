@@ -210,9 +210,22 @@ def _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments)
     return segments, weights.new_empty((0,) if tables is None else codes.shape)
 
 
+# Bytes from which on a dense gradient of tables takes memory that an earlier one has freed: see csrc/bindings/blocks.h.
+REUSED_FROM = 32 << 20
+
+
+def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    count = rows * columns
+    if count * dtype.itemsize < REUSED_FROM or not hasattr(module(), "Block"):
+        return torch.empty(rows, columns, dtype=dtype)
+    return torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype, count=count).view(rows, columns)
+
+
 def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments):
     codes, weights, grad = codes.contiguous(), weights.contiguous(), _rows_contiguous(grad)
-    segments, dots = _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments)
+    count = codes.shape[1] * n if rows is None else rows.shape[0]
+    segments = _uninitialised(count if want_segments else 0, grad.shape[1], weights.dtype)
+    dots = weights.new_empty((0,) if tables is None else codes.shape)
     if tables is None:
         native = module().LookupTables(
             0, TABLE_CODES[grad.dtype], 0, codes.shape[1], n, grad.shape[1], False, torch.get_num_threads()

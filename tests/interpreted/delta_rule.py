@@ -13,9 +13,9 @@ from pyrepr.reference import delta_rule as reference
 RULES = ("plain", "gated", "kda")
 CU = torch.tensor([0, 0, 33, 33, 34, 70, 70])
 SEGMENT = 64  # tokens between kept states: more than one segment in the shapes below
-# Worst error seen against float64, relative to the largest value of the result, doubled.
-FORWARD = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+# Worst error seen against float64, relative to the largest value of the result, times two to four.
+FORWARD = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 1.5e-3}
+GRADIENT = {torch.float32: 1.5e-6, torch.bfloat16: 3e-2, torch.float16: 2e-3}
 
 
 def inputs(rule, T, *, B=1, H=1, HV=2, K=20, V=12, N=None, dtype=torch.float32):
@@ -77,9 +77,12 @@ def test_lengths(rule, T):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("dtype", "split"), [(d, s) for d in FORWARD for s in (False, True)][:-1])
+@pytest.mark.parametrize(
+    ("dtype", "split"),
+    [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
 def test_dtypes_whole_and_in_segments(rule, dtype, split):
-    check_backward(inputs(rule, 100, HV=1, dtype=dtype), split=split)
+    check_backward(inputs(rule, 70, HV=1, dtype=dtype), split=split)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -101,7 +104,7 @@ def test_without_kept_states_or_initial_state(rule, split):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_normalisation_batches_strides_and_two_blocks(rule):
-    x = inputs(rule, 20, B=2, HV=1, K=70, V=70)
+    x = inputs(rule, 10, B=2, HV=1, K=70, V=70)
     fused = torch.cat([3 * x[0], 2 * x[1], x[2]], -1)
     x[:3] = fused.split(70, -1)
     check_backward(x, l2norm=True)
