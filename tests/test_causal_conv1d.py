@@ -15,8 +15,8 @@ from pyrepr.backend import native
 from pyrepr.ops.causal_conv1d import backward_op, forward_op, update_op_
 
 # Worst error seen against float64, relative to the largest value of the result (avx512, this file's shapes), doubled.
-TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+GRADIENT_TOLERANCE = {torch.float32: 1.2e-6, torch.bfloat16: 1.3e-2, torch.float16: 1.6e-3}
 LAYOUTS = {
     "tokens": lambda x: x.contiguous(),
     "channels": lambda x: x.mT.contiguous().mT,
