@@ -5,6 +5,7 @@ GPUs."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -153,7 +154,10 @@ def _gpu_notes(records: list[dict[str, Any]]) -> str:
     """What a family has to say about its times: the ``notes(records)`` of its module, where there is one."""
     found = []
     for family in dict.fromkeys(r["family"] for r in records if r["section"] == "time"):
-        notes = getattr(importlib.import_module(f"pyrepr.benchmarks.gpu.{family}"), "notes", None)
+        module = f"pyrepr.benchmarks.gpu.{family}"
+        if importlib.util.find_spec(module) is None:  # a file of a later version, say
+            continue
+        notes = getattr(importlib.import_module(module), "notes", None)
         found += notes([r for r in records if r["family"] == family and r["section"] == "time"]) if notes else []
     return "\n".join(f"- {note}" for note in found)
 
