@@ -158,3 +158,13 @@ def test_the_direct_way_is_not_taken_where_somebody_could_tell():
         assert ops.matrix_op(mode.from_tensor(x), mode.from_tensor(y), *rest).shape == (6, 4)
     traced = make_fx(lambda a: ops.matrix_op(a, y, *rest))(x)
     assert any("gram_matrix" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_autograd_notices_what_an_op_overwrote():
+    state = torch.randn(1, 2, 3, 4)
+    loss = (torch.ones_like(state, requires_grad=True) * state).sum()  # keeps the state for its backward
+    x = torch.randn(1, 1, 2, 3), torch.randn(1, 1, 2, 3), torch.randn(1, 1, 2, 4), torch.rand(1, 1, 2)
+    with torch.no_grad():
+        pyrepr.fused_recurrent_delta_rule(*x, initial_state=state, output_final_state=True, out_state=state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -56,7 +56,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
     """Registers ``pyrepr::<schema>`` and returns the function to call; its attribute `overload` is torch's op.
 
     Args:
-        schema: name and signature in torch's schema language, without the namespace.
+        schema: name and signature in torch's schema language, without the namespace. An op that writes to its first
+            argument, and only such a one, has a name that ends with an underscore.
         fake: allocates the outputs, with the shapes, dtypes and strides of the real ones.
         implementations: backend name → function with the op's arguments. ``reference`` must be among them.
     """
@@ -72,6 +73,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
                 "which is differentiable"
             )
+        if name.endswith("_"):  # autograd then notices if what is overwritten was kept for a backward
+            torch.autograd.graph.increment_version(args[0])
         *others, last = choose(name, implementations, tensors[0].device.type)
         for implementation in others:
             try:
