@@ -20,7 +20,7 @@ from pyrepr.backend import native
 SECONDS = 570.0
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyrepr.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and gpu.md go")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help="only these (gram, delta_rule, lookup)")
@@ -67,7 +67,7 @@ def build(root: Path) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0: everything passed, 1: something failed (it is in the report), 2: it could not run."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():

@@ -40,7 +40,10 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _ordinary(tensors: list[torch.Tensor]) -> bool:
-    """Whether the dispatcher would add nothing: real CPU memory, no lazy negation, nobody watching the call."""
+    """Whether the dispatcher would add nothing: real CPU memory, no lazy negation, nobody watching the call.
+
+    Lazy conjugation is complex numbers' alone, which no op takes.
+    """
     if (
         _is_compiling()
         or _dispatch_modes()
@@ -49,7 +52,7 @@ def _ordinary(tensors: list[torch.Tensor]) -> bool:
         or _profiler._is_profiler_enabled
     ):
         return False
-    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() and not t.is_conj() for t in tensors])
+    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() for t in tensors])
 
 
 def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Callable[..., Any]:
