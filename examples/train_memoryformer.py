@@ -196,6 +196,7 @@ def train(options: argparse.Namespace) -> dict:
     checkpoint.unlink()
     result = {
         "bytes": len(text),
+        "context": options.context,
         "batch": options.batch,
         "bits": options.bits,
         "weighting": options.weighting,
