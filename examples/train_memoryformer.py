@@ -7,8 +7,8 @@ Both see the same batches in the same order, in turn, so that their times compar
 the same width, heads and depth. The MemoryFormer trains with three times the learning rate, as in the paper
 (Ding et al. 2024, arXiv 2411.12992), and with the weighting of its released code: the probability in the paper's text
 is small (0.15 at 8 bits), tables have to be large to make up for it, and Adam's steps change large tables little
-(--weighting probability shows it). Dense Adam for both: a batch of thousands of tokens reads nearly every row of the
-tables, so row-sparse gradients would save nothing; at a few tokens a step they would.
+(--weighting probability shows it). Dense Adam for both: a batch of two thousand bytes reads five of six rows of the
+tables at the start, so row-sparse gradients would save little; at a few tokens a step they would.
 
 Leaves train_memoryformer.json and the plot train_memoryformer.png in the folder.
 """
@@ -196,6 +196,7 @@ def train(options: argparse.Namespace) -> dict:
     checkpoint.unlink()
     result = {
         "bytes": len(text),
+        "context": options.context,
         "batch": options.batch,
         "bits": options.bits,
         "weighting": options.weighting,
