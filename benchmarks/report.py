@@ -30,6 +30,11 @@ def _milliseconds(ms: float) -> str:
     return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
 
 
+def _error(error: float) -> str:
+    """NaN stands for an implementation that computes something else, and is there for its time."""
+    return f"{error:.0e}" if error == error else "–"
+
+
 def summary(run: dict[str, Any]) -> str:
     """A table with one line per case: pyrepr's time and error, and those of the fastest peer that gives a number."""
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -49,10 +54,10 @@ def summary(run: dict[str, Any]) -> str:
         bound = best["fraction_of_bound"]
         cells = [op, shape, _milliseconds(best["milliseconds"])]
         if peer is None:
-            cells += ["–", "", f"{best['error']:.0e}", ""]
+            cells += ["–", "", _error(best["error"]), ""]
         else:
             ratio = peer["milliseconds"] / best["milliseconds"]
-            cells += [peer["implementation"], f"{ratio:.2f}", f"{best['error']:.0e}", f"{peer['error']:.0e}"]
+            cells += [peer["implementation"], f"{ratio:.2f}", _error(best["error"]), _error(peer["error"])]
         lines.append("| " + " | ".join([*cells, f"{100 * bound:.0f} %" if bound else ""]) + " |")
     return "\n".join(lines)
 
@@ -80,7 +85,7 @@ def markdown(run: dict[str, Any]) -> str:
             f"**{row['implementation']}**" if row["implementation"].startswith("pyrepr") else row["implementation"],
             _milliseconds(row["milliseconds"]),
             f"{row['speedup']:.2f}",
-            f"{row['error']:.0e}",
+            _error(row["error"]),
             "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             f"{100 * bound:.0f} %" if bound else "",
         ]
