@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr.ops.delta_rule import delta_rule, update_op_
+from pyrepr.ops.delta_rule import delta_rule, step, update_op_
 from pyrepr.reference.delta_rule import compute_dtype
 
 __all__ = [
@@ -122,6 +122,10 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _run(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
 ) -> tuple[Tensor, Tensor | None]:
+    if cu_seqlens is None:
+        done = step(q, k, v, g, beta, scale, initial_state, out_state, bool(use_qk_l2norm), gate)
+        if done is not None:
+            return done if output_final_state or out_state is not None else (done[0], None)
     shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
     scale = shape[2] ** -0.5 if scale is None else float(scale)

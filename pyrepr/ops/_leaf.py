@@ -9,14 +9,15 @@ tracing, transforming or profiling – the implementation is called directly: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from pyrepr.backend import Unsupported, choose
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((bool, int, float, str, type(None)))  # asking whether these are tensors takes longer
 
 LIBRARY = torch.library.Library("pyrepr", "DEF")
 
@@ -29,6 +30,17 @@ _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
 
 
+def watched() -> bool:
+    """Whether somebody traces, transforms, intercepts or profiles what is called now."""
+    return (
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _transforms() is not None
+        or _tracing() is not None
+        or _profiler._is_profiler_enabled
+    )
+
+
 def _tensors(args: tuple) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for arg in args:
@@ -39,20 +51,26 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
     return found
 
 
-def _ordinary(tensors: list[torch.Tensor]) -> bool:
-    """Whether the dispatcher would add nothing: real CPU memory, no lazy negation, nobody watching the call.
+def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
+    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation.
 
     Lazy conjugation is complex numbers' alone, which no op takes.
     """
-    if (
-        _is_compiling()
-        or _dispatch_modes()
-        or _transforms() is not None
-        or _tracing() is not None
-        or _profiler._is_profiler_enabled
-    ):
-        return False
-    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() for t in tensors])
+    found: list[torch.Tensor] = []
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            if not arg.is_cpu or arg.is_neg():
+                return None
+            found.append(arg)
+        elif kind is list or kind is tuple:
+            inner = _ordinary(arg)
+            if inner is None:
+                return None
+            found += inner
+        elif kind not in _NO_TENSORS and isinstance(arg, torch.Tensor):
+            return None
+    return found
 
 
 def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Callable[..., Any]:
@@ -92,8 +110,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
     overload = getattr(torch.ops.pyrepr, name).default
 
     def call(*args: Any) -> Any:
-        tensors = _tensors(args)
-        return checked(tensors, args) if _ordinary(tensors) else overload(*args)
+        tensors = None if watched() else _ordinary(args)
+        return overload(*args) if tensors is None else checked(tensors, args)
 
     call.overload = overload  # type: ignore[attr-defined]
     return call
