@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr.ops.causal_conv1d import causal_conv1d, update_op_
+from pyrepr.ops.causal_conv1d import causal_conv1d, step, update_op_
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
+_ACTIVATIONS = (None, "silu", "swish")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -51,7 +52,7 @@ def _check_filter(x: object, weight: object, bias: object, activation: object) -
         _check_tensor("bias", bias, x)
         assert isinstance(bias, Tensor)
         _check_shape("bias", bias, "[D]", (channels,))
-    if activation not in (None, "silu", "swish"):
+    if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
     return activation is not None
 
@@ -173,6 +174,10 @@ def causal_conv1d_update(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
         RuntimeError: if an input requires a gradient and gradients are enabled.
     """
+    if cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:
+        out = step(x, conv_state, weight, bias, activation is not None)
+        if out is not None:
+            return out
     silu = _check_filter(x, weight, bias, activation)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [B, D] or [B, D, T], got {_came(x)}")

@@ -179,6 +179,9 @@ def lookup_linear(
         ValueError: for shapes that do not fit together, int8 tables without scales, or tensors on several devices.
         TypeError: for a dtype that is not listed above.
     """
+    done = ops.lookup_linear_direct(x, tables, scales, bias, weighting, temperature)
+    if done is not None:
+        return done
     _check_float("x", x, 1, "[..., d]")
     _check_tables(tables, scales)
     check_weighting(weighting, temperature)
