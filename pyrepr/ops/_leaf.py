@@ -23,11 +23,14 @@ LIBRARY = torch.library.Library("pyrepr", "DEF")
 
 
 # Looked up once: at one token, the way to these functions costs as much as they do.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # torch.export without it has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
+
+# Tells autograd that tensors were overwritten, so that it notices if they were kept for a backward.
+written = torch.autograd.graph.increment_version
 
 
 def watched() -> bool:
@@ -94,8 +97,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
                 "which is differentiable"
             )
-        if name.endswith("_"):  # autograd then notices if what is overwritten was kept for a backward
-            torch.autograd.graph.increment_version(args[0])
+        if name.endswith("_"):
+            written(args[0])
         *others, last = choose(name, implementations, tensors[0].device.type)
         for implementation in others:
             try:

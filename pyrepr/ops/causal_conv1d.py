@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import causal_conv1d as reference
 from pyrepr.reference.delta_rule import compute_dtype
@@ -124,7 +124,7 @@ def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, sil
     grad = torch.is_grad_enabled()
     out = native.causal_conv1d_step(x, conv_state, weight, bias, silu, grad, torch.get_num_threads())
     if out is not None:
-        torch.autograd.graph.increment_version(conv_state)
+        written(conv_state)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
@@ -299,7 +299,7 @@ def step(
         torch.get_num_threads(),
     )
     if done is not None and out_state is not None:
-        torch.autograd.graph.increment_version(out_state)
+        written(out_state)
     return done
 
 
