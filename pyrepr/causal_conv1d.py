@@ -10,72 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr.ops.causal_conv1d import causal_conv1d, update_op_
+from pyrepr._checks import DTYPES, INTEGERS, check_cu_seqlens, check_device, check_shape, check_tensor, shape_of
+from pyrepr.ops.causal_conv1d import causal_conv1d, step, update_op_
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ACTIVATIONS = (None, "silu", "swish")
 
 
-def _came(x: Tensor) -> str:
-    return "[" + ", ".join(map(str, x.shape)) + "]"
-
-
-def _check_tensor(name: str, x: object, first: Tensor | None = None, dtypes: tuple = _DTYPES) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be of one of the dtypes {names}, got {x.dtype}")
-    if first is not None and x.device != first.device:
-        raise ValueError(f"{name} must be on the device of x, {first.device}, got {x.device}")
-
-
-def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {_came(x)}")
+def _check_like(name: str, x: object, first: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
+    """A tensor on the device of `first`, which the caller named x."""
+    x = check_tensor(name, x, dtypes)
+    check_device(name, x, "x", first)
+    return x
 
 
 def _check_filter(x: object, weight: object, bias: object, activation: object) -> bool:
     """Whether SiLU follows."""
-    _check_tensor("x", x)
-    assert isinstance(x, Tensor)
-    _check_tensor("weight", weight, x)
-    assert isinstance(weight, Tensor)
+    x = check_tensor("x", x)
+    weight = _check_like("weight", weight, x)
     channels = x.shape[1] if x.dim() > 1 else -1
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
         raise ValueError(
-            f"weight must have shape [D, W] with D = {channels} of x and W of at least 1, got {_came(weight)}"
+            f"weight must have shape [D, W] with D = {channels} of x and W of at least 1, got {shape_of(weight)}"
         )
     if bias is not None:
-        _check_tensor("bias", bias, x)
-        assert isinstance(bias, Tensor)
-        _check_shape("bias", bias, "[D]", (channels,))
-    if activation not in (None, "silu", "swish"):
+        check_shape("bias", _check_like("bias", bias, x), "[D]", (channels,))
+    if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
     return activation is not None
 
 
 def _check_packing(x: Tensor, seq_idx: object, cu_seqlens: object, has_states: bool) -> int:
     """The number of sequences. What the numbers say is checked where they are read, by the op."""
-    integers = (torch.int32, torch.int64)
     if seq_idx is not None:
-        _check_tensor("seq_idx", seq_idx, x, integers)
-        assert isinstance(seq_idx, Tensor)
-        _check_shape("seq_idx", seq_idx, "[B, T]", (x.shape[0], x.shape[2]))
+        check_shape("seq_idx", _check_like("seq_idx", seq_idx, x, INTEGERS), "[B, T]", (x.shape[0], x.shape[2]))
         if cu_seqlens is not None:
             raise ValueError("seq_idx and cu_seqlens both say where sequences start; give one of them")
         if has_states:
             raise ValueError("seq_idx must be None where there are initial or final states; cu_seqlens goes with them")
-    if cu_seqlens is None:
-        return x.shape[0]
-    _check_tensor("cu_seqlens", cu_seqlens, x, integers)
-    assert isinstance(cu_seqlens, Tensor)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens must have shape [N + 1], got {_came(cu_seqlens)}")
-    if x.shape[0] != 1:
-        raise ValueError(f"x must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
-    return cu_seqlens.numel() - 1
+    return x.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "x", x)
 
 
 def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -129,15 +103,14 @@ def causal_conv1d_fn(
     """
     silu = _check_filter(x, weight, bias, activation)
     if x.dim() != 3:
-        raise ValueError(f"x must have shape [B, D, T], got {_came(x)}")
+        raise ValueError(f"x must have shape [B, D, T], got {shape_of(x)}")
     states = {"initial_states": initial_states, "final_states_out": final_states_out}
     wanted = return_final_states or final_states_out is not None
     sequences = _check_packing(x, seq_idx, cu_seqlens, wanted or initial_states is not None)
     kept = weight.shape[1] - 1
     for name, state in states.items():
         if state is not None:
-            _check_tensor(name, state, x)
-            _check_shape(name, state, "[N, D, W - 1]", (sequences, x.shape[1], kept))
+            check_shape(name, _check_like(name, state, x), "[N, D, W - 1]", (sequences, x.shape[1], kept))
     out = causal_conv1d(x.mT, weight, bias, initial_states, seq_idx, cu_seqlens, silu).mT
     if not wanted:
         return out
@@ -173,19 +146,22 @@ def causal_conv1d_update(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
         RuntimeError: if an input requires a gradient and gradients are enabled.
     """
+    if cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:
+        out = step(x, conv_state, weight, bias, activation is not None)
+        if out is not None:
+            return out
     silu = _check_filter(x, weight, bias, activation)
     if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape [B, D] or [B, D, T], got {_came(x)}")
-    _check_tensor("conv_state", conv_state, x, (x.dtype,))
+        raise ValueError(f"x must have shape [B, D] or [B, D, T], got {shape_of(x)}")
+    _check_like("conv_state", conv_state, x, (x.dtype,))
     for name, places in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
         if places is not None:
-            _check_tensor(name, places, x, (torch.int32, torch.int64))
-            _check_shape(name, places, "[B]", (x.shape[0],))
+            check_shape(name, _check_like(name, places, x, INTEGERS), "[B]", (x.shape[0],))
     rows = x.shape[0] if conv_state_indices is None else conv_state.shape[0]
     if conv_state.dim() != 3 or conv_state.shape[:2] != (rows, x.shape[1]) or conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(
             f"conv_state must have shape [B, D, S] = [{rows}, {x.shape[1]}, S] with S of at least W - 1 = "
-            f"{weight.shape[1] - 1}, got {_came(conv_state)}"
+            f"{weight.shape[1] - 1}, got {shape_of(conv_state)}"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv_state, weight, bias)):
         raise RuntimeError("conv_state is written in place and cannot be differentiated; use it under torch.no_grad()")

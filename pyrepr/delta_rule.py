@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr.ops.delta_rule import delta_rule, update_op_
+from pyrepr._checks import check_cu_seqlens, check_device, check_shape, check_tensor, name_of, shape_of
+from pyrepr.ops.delta_rule import delta_rule, step, update_op_
 from pyrepr.reference.delta_rule import compute_dtype
 
 __all__ = [
@@ -24,50 +25,25 @@ __all__ = [
     "fused_recurrent_kda",
 ]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _came(x: object) -> str:
-    return "[" + ", ".join(map(str, x.shape)) + "]" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], device: torch.device | None) -> None:
-    for x in tensors:
-        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.device != device:
-            break
-    else:
-        return
-    name = next(name for name, y in zip(names, tensors, strict=True) if y is x)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
-
-
-def _check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {_came(x)}")
-
 
 def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int, int, int, int]:
     """The shape of the state. One sentence per failure: the argument, what is expected, what came.
 
-    gate: "", "HV" or "K". A decoding step is checked in a few µs: attributes of a tensor are not free, so each is read
-    once.
+    gate: "", "HV" or "K".
     """
-    device = q.device if isinstance(q, Tensor) else None
-    _check_tensors(("q", "k", "v", "beta", "g"), (q, k, v, beta, g if gate else beta), device)
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate else beta)):
+        check_tensor(name, x)
+        check_device(name, x, "q", q)
     shape = q.shape
     if len(shape) != 4:
-        raise ValueError(f"q must have shape [B, T, H, K], got {_came(q)}")
+        raise ValueError(f"q must have shape [B, T, H, K], got {shape_of(q)}")
     batch, total, heads, width = shape
     if width == 0:
         raise ValueError("q must have K of at least 1, got 0")
-    _check_shape("k", k, "[B, T, H, K]", shape)
+    check_shape("k", k, "[B, T, H, K]", shape)
     values = v.shape
     if len(values) != 4 or values[:2] != shape[:2]:
-        raise ValueError(f"v must have shape [B, T, HV, V] with B = {batch} and T = {total} of q, got {_came(v)}")
+        raise ValueError(f"v must have shape [B, T, HV, V] with B = {batch} and T = {total} of q, got {shape_of(v)}")
     value_heads, value_width = values[2:]
     if value_width == 0:
         raise ValueError("v must have V of at least 1, got 0")
@@ -75,38 +51,25 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
         raise ValueError(
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
-    _check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
+    check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
     if gate == "HV":
-        _check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
+        check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
     elif gate:
-        _check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
-    sequences = batch if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, device)
+        check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
+    sequences = batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "q", q)
     state = (sequences, value_heads, width, value_width)
     if initial_state is not None:
-        _check_state("initial_state", initial_state, device, state, v.dtype)
+        _check_state("initial_state", initial_state, v, state)
     return state
 
 
-def _check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device | None) -> int:
-    """The number of sequences. What the numbers say is checked where they are read, by the op."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {came}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens must have shape [N + 1], got {_came(cu_seqlens)}")
-    if batch != 1:
-        raise ValueError(f"q must have B = 1 when cu_seqlens packs the sequences along T, got B = {batch}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu_seqlens.device}")
-    return cu_seqlens.numel() - 1
-
-
-def _check_state(name: str, state: object, device: torch.device | None, shape: tuple[int, ...], dtype) -> None:
-    _check_tensors((name,), (state,), device)
-    assert isinstance(state, Tensor)
-    _check_shape(name, state, "[N, HV, K, V]", shape)
-    if state.dtype != compute_dtype(dtype):
-        raise TypeError(f"{name} must be {compute_dtype(dtype)} for v of {dtype}, got {state.dtype}")
+def _check_state(name: str, state: object, v: Tensor, shape: tuple[int, ...]) -> None:
+    state = check_tensor(name, state)
+    check_device(name, state, "v", v)
+    check_shape(name, state, "[N, HV, K, V]", shape)
+    wanted = compute_dtype(v.dtype)
+    if state.dtype != wanted:
+        raise TypeError(f"{name} must be {name_of(wanted)} for v of {name_of(v.dtype)}, got {name_of(state.dtype)}")
 
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,19 +79,23 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     if torch.is_autocast_enabled(v.device.type):
         return q.to(v.dtype), k.to(v.dtype), v
     name, x = ("q", q) if q.dtype != v.dtype else ("k", k)
-    raise TypeError(f"{name} must have the dtype of v, {v.dtype}, got {x.dtype}")
+    raise TypeError(f"{name} must have the dtype of v, {name_of(v.dtype)}, got {name_of(x.dtype)}")
 
 
 def _run(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
 ) -> tuple[Tensor, Tensor | None]:
+    if cu_seqlens is None:
+        done = step(q, k, v, g, beta, scale, initial_state, out_state, bool(use_qk_l2norm), gate)
+        if done is not None:
+            return done if output_final_state or out_state is not None else (done[0], None)
     shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
     scale = shape[2] ** -0.5 if scale is None else float(scale)
     if out_state is None:
         o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)
         return o, state if output_final_state else None
-    _check_state("out_state", out_state, q.device, shape, v.dtype)
+    _check_state("out_state", out_state, v, shape)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
     ):

@@ -10,24 +10,17 @@ import math
 import torch
 from torch import Tensor
 
+from pyrepr._checks import DTYPES, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of
 from pyrepr.ops import lookup as ops
 from pyrepr.reference.lookup import TILE, WEIGHTINGS, compute_dtype, pack, sizes
-from pyrepr.similarity._checks import DTYPES, shape_of
 
 __all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
 
 MAX_BITS = 16
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_float(name: str, x: object, least_dim: int, shape: str) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_name(x.dtype)}")
+    x = check_tensor(name, x)
     if x.dim() < least_dim:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(x)}")
     return x
@@ -51,47 +44,35 @@ def check_weighting(weighting: str, temperature: float) -> None:
 
 
 def _check_tables(tables: object, scales: Tensor | None) -> Tensor:
-    if not isinstance(tables, Tensor):
-        raise TypeError(f"tables must be a torch.Tensor, got {type(tables).__name__}")
-    if tables.dtype not in ops.TABLE_CODES:
-        raise TypeError(f"tables must be float32, float64, bfloat16, float16 or int8, got {_name(tables.dtype)}")
+    tables = check_tensor("tables", tables, (*DTYPES, torch.int8))
     packed = tables.dim() == 4 and tables.shape[3] == TILE
     if tables.dim() != 3 and not packed:
         raise ValueError(f"tables must have shape [K, n, h], or be packed by pack_tables, got {shape_of(tables)}")
     if packed and tables.requires_grad:
         raise ValueError("packed tables are for inference: they must not require a gradient")
     if (tables.dtype == torch.int8) != (scales is not None):
-        came = "no scales" if scales is None else f"scales with {_name(tables.dtype)} tables"
+        came = "no scales" if scales is None else f"scales with {name_of(tables.dtype)} tables"
         raise ValueError(f"int8 tables, and only they, need scales of shape [K, n], got {came}")
     if scales is not None:
         k, n, _ = sizes(tables)
-        if scales.shape != (k, n):
-            raise ValueError(f"scales must have shape [K, n] = {[k, n]}, got {shape_of(scales)}")
-        if scales.dtype != torch.float32:
-            raise TypeError(f"scales must be float32, got {_name(scales.dtype)}")
-        _check_device("scales", scales, "tables", tables)
+        check_shape("scales", check_tensor("scales", scales, (torch.float32,)), "[K, n]", (k, n))
+        check_device("scales", scales, "tables", tables)
     return tables
-
-
-def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
 def _check_precision(name: str, x: Tensor, tables: Tensor) -> None:
     """float64 goes with float64: nothing may be rounded to float32 behind the caller's back."""
     if (x.dtype == torch.float64) != (tables.dtype == torch.float64):
         raise TypeError(
-            f"{name} and tables must both be float64 or neither, got {_name(x.dtype)} and {_name(tables.dtype)}"
+            f"{name} and tables must both be float64 or neither, got {name_of(x.dtype)} and {name_of(tables.dtype)}"
         )
 
 
 def _check_codes(codes: object, n: int) -> Tensor:
     """codes as int32; what does not fit stays out of range, so that the kernels refuse it."""
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
+    codes = check_is_tensor("codes", codes)
     if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
-        raise TypeError(f"codes must have an integer dtype, got {_name(codes.dtype)}")
+        raise TypeError(f"codes must have an integer dtype, got {name_of(codes.dtype)}")
     if codes.dtype in (torch.int64, torch.uint32):
         codes = codes.long().clamp(-1, n)
     return codes.to(torch.int32)
@@ -179,11 +160,14 @@ def lookup_linear(
         ValueError: for shapes that do not fit together, int8 tables without scales, or tensors on several devices.
         TypeError: for a dtype that is not listed above.
     """
+    done = ops.lookup_linear_direct(x, tables, scales, bias, weighting, temperature)
+    if done is not None:
+        return done
     _check_float("x", x, 1, "[..., d]")
     _check_tables(tables, scales)
     check_weighting(weighting, temperature)
     _check_precision("x", x, tables)
-    _check_device("tables", tables, "x", x)
+    check_device("tables", tables, "x", x)
     k, n, h = sizes(tables)
     bits = n.bit_length() - 1
     if not 1 <= bits <= MAX_BITS or n != 1 << bits:
@@ -195,9 +179,8 @@ def lookup_linear(
         )
     if bias is not None:
         _check_float("bias", bias, 1, "[h]")
-        if bias.shape != (h,):
-            raise ValueError(f"bias must have shape [h] = [{h}], got {shape_of(bias)}")
-        _check_device("bias", bias, "x", x)
+        check_shape("bias", bias, "[h]", (h,))
+        check_device("bias", bias, "x", x)
     if x.dim() == 2:
         return ops.lookup_linear(x, tables, scales, bias, weighting, temperature, sparse)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -232,8 +215,8 @@ def lookup_sum(
         raise ValueError(f"codes must have shape [..., K] with K = {k}, got {shape_of(codes)}")
     if weights.shape != codes.shape:
         raise ValueError(f"weights must have the shape of codes, {shape_of(codes)}, got {shape_of(weights)}")
-    _check_device("codes", codes, "tables", tables)
-    _check_device("weights", weights, "tables", tables)
+    check_device("codes", codes, "tables", tables)
+    check_device("weights", weights, "tables", tables)
     count = math.prod(codes.shape[:-1])
     flat = weights.to(compute_dtype(weights.dtype)).reshape(count, k)
     out = ops.lookup_sum(codes.reshape(count, k), flat, tables, scales, sparse)
@@ -263,7 +246,7 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be a positive int, got {n!r}")
     codes = _check_codes(codes, n)
-    _check_device("codes", codes, "values", values)
+    check_device("codes", codes, "values", values)
     single = codes.shape == values.shape[:-1]
     if not single and codes.shape[:-1] != values.shape[:-1]:
         raise ValueError(
@@ -276,7 +259,7 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None
     _check_float("weights", weights, 0, "of codes")
     if weights.shape != codes.shape:
         raise ValueError(f"weights must have the shape of codes, {shape_of(codes)}, got {shape_of(weights)}")
-    _check_device("weights", weights, "values", values)
+    check_device("weights", weights, "values", values)
     flat = values.to(dtype).reshape(count, values.shape[-1])
     out = ops.segment_sum(flat, codes.reshape(count, k), weights.to(dtype).reshape(count, k), n)
     return out[0] if single else out

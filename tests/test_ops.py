@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrepr
+from pyrepr.ops import delta_rule as delta_ops
 from pyrepr.ops import gram as ops
 
 ONES = torch.ones(2, dtype=torch.float64)
@@ -168,3 +169,76 @@ def test_autograd_notices_what_an_op_overwrote():
         pyrepr.fused_recurrent_delta_rule(*x, initial_state=state, output_final_state=True, out_state=state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def delta_step(dtype=torch.float32, **change):
+    """A decoding step: o and the state that was written."""
+    x = {"q": (1, 1, 2, 8), "k": (1, 1, 2, 8), "v": (1, 1, 4, 20), "g": (1, 1, 4), "beta": (1, 1, 4)}
+    x = {name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5 for name, shape in x.items()}
+    x = {name: t.to(dtype) if name != "g" else t for name, t in x.items()} | change
+    state = torch.linspace(-1, 1, 4 * 8 * 20).view(1, 4, 8, 20)
+    o, final = pyrepr.fused_recurrent_gated_delta_rule(**x, initial_state=state, output_final_state=True)
+    again, _ = pyrepr.fused_recurrent_gated_delta_rule(**x, initial_state=state, out_state=state)
+    return o, final, again, state
+
+
+def looked_up(dtype=torch.float32, shape=(3, 12), tables=torch.float32):
+    x = torch.linspace(-1, 2, 36).view(shape).to(dtype)
+    rows = (torch.arange(3 * 16 * 5).view(3, 16, 5) % 7 - 3).to(tables)
+    scales = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) if tables == torch.int8 else None
+    return pyrepr.lookup_linear(x, rows, torch.arange(5.0), scales=scales, weighting="l1")
+
+
+def convolved(dtype=torch.float32, D=32, S=4, dims=3):
+    generator = torch.Generator().manual_seed(0)
+    x, state = torch.randn(2, D, generator=generator).to(dtype), torch.randn(2, D, S, generator=generator).to(dtype)
+    weight, bias = torch.randn(D, 4, generator=generator), torch.randn(D, generator=generator)
+    return pyrepr.causal_conv1d_update(x if dims == 2 else x[..., None], state, weight, bias, "silu"), state
+
+
+SHORT = {
+    "step": delta_step,
+    "step in bfloat16": lambda: delta_step(torch.bfloat16),
+    "step of strided": lambda: delta_step(q=torch.full((1, 1, 2, 16), 0.3)[..., :8]),
+    "lookup": looked_up,
+    "lookup of three axes in float16": lambda: looked_up(torch.float16, (3, 1, 12)),
+    "lookup of one row in int8": lambda: looked_up(tables=torch.int8),
+    "convolution": convolved,
+    "convolution of odd width": lambda: convolved(D=33, S=5),
+    "convolution in bfloat16": lambda: convolved(torch.bfloat16, dims=2),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_way_is_the_long_way(name, monkeypatch):
+    """Calls that read their tensors in native code give the bits, shapes and dtypes of those through the dispatcher."""
+    with Watcher() as watcher:
+        expected = SHORT[name]()
+    assert any("pyrepr." in op for op in watcher.seen)
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # PyTorch 2.10; older ones have the long way only
+        monkeypatch.setattr("pyrepr.ops._leaf.choose", None)
+    torch.testing.assert_close(SHORT[name](), expected, rtol=0, atol=0)
+
+
+def test_the_short_way_is_not_taken_where_it_would_be_wrong():
+    x = [torch.rand(1, 1, 2, 8) for _ in range(3)] + [-torch.rand(1, 1, 2), torch.rand(1, 1, 2)]
+    memory = torch.zeros(2 * 128)
+    state = memory[:128].view(1, 2, 8, 8)
+
+    def short(*tensors, initial=state, final=state):
+        return delta_ops.step(*tensors, None, initial, final, False, "HV") is not None
+
+    assert short(*x) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert not short(torch._neg_view(-x[0]), *x[1:])
+    assert not short(x[0].clone().requires_grad_(), *x[1:])
+    assert not short(x[0].to("meta"), *x[1:])
+    assert not short(x[0].double(), *x[1:])
+    assert not short(x[0][..., :4], *x[1:])
+    assert not short(*x[:4], None)
+    assert not short(*x, initial=memory[8:136].view(1, 2, 8, 8)), "a state that overlaps the one to write"
+    with pyrepr.use_backend("reference"):
+        assert not short(*x)
+    with torch.profiler.profile():
+        assert not short(*x)
+    with torch.no_grad():
+        assert short(x[0].clone().requires_grad_(), *x[1:]) == short(*x)

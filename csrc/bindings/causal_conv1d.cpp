@@ -1,5 +1,6 @@
 // Bindings of family `causal_conv1d`.
 #include "bindings/common.h"
+#include "bindings/tensor.h"
 
 namespace pyrepr {
 namespace {
@@ -84,6 +85,49 @@ void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::ve
   if (!a.empty()) check(current_level().causal_conv1d().update(a.problem, step, data));
 }
 
+// One token of each row: x [B, D] or [B, D, 1], conv_state [B, D, S], weight [D, W], bias [D] or None -> out like x, or
+// None: see tensor.h.
+py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weight_, py::handle bias_, bool silu,
+                              bool grad, int threads) {
+  Reader reader(grad);
+  Tensor x, state, weight, bias{}, to;
+  if (!reader.read(x_, x) || !reader.read(state_, state) || !reader.read(weight_, weight) ||
+      !(bias_.is_none() || reader.read(bias_, bias)) || !(x.dims == 2 || (x.dims == 3 && x.shape[2] == 1)))
+    return py::none();
+  const int64_t B = x.shape[0], D = x.shape[1];
+  if (!(x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16)) || state.code() != x.code() || B * D == 0 ||
+      state.dims != 3 || weight.dims != 2)
+    return py::none();
+  const int64_t S = state.shape[2], taps = weight.shape[1];
+  if (!state.has_shape({B, D, S}) || taps < 1 || S < taps - 1 || !weight.has_shape({D, taps}) ||
+      !weight.is(DType::f32) || !weight.dense())
+    return py::none();
+  if (bias.data && !(bias.has_shape({D}) && bias.is(DType::f32) && bias.dense())) return py::none();
+  const py::object out = new_empty(x_, x.shape, x.dims);
+  if (!Reader(false).read(out, to)) return py::none();
+  std::vector<int64_t> bounds(static_cast<size_t>(B) + 1);
+  for (int64_t i = 0; i <= B; i++) bounds[static_cast<size_t>(i)] = i;
+  const cpu::CausalConvProblem problem{x.data,
+                                       x.stride(0),
+                                       0,
+                                       x.stride(1),
+                                       static_cast<const float*>(weight.data),
+                                       static_cast<const float*>(bias.data),
+                                       nullptr,
+                                       bounds.data(),
+                                       B,
+                                       1,
+                                       D,
+                                       taps,
+                                       static_cast<DType>(x.code()),
+                                       silu,
+                                       threads};
+  const cpu::CausalConvStep step{state.data, state.stride(0), state.stride(1), state.stride(2), S};
+  py::gil_scoped_release release;
+  check(current_level().causal_conv1d().update(problem, step, to.data));
+  return out;
+}
+
 }  // namespace
 
 void bind_causal_conv1d(py::module_& m) {
@@ -93,6 +137,7 @@ void bind_causal_conv1d(py::module_& m) {
       .def("forward", &causal_conv1d_forward)
       .def("backward", &causal_conv1d_backward)
       .def("update", &causal_conv1d_update);
+  m.def("causal_conv1d_step", &causal_conv1d_step);
 }
 
 }  // namespace pyrepr

@@ -1,7 +1,10 @@
 // Bindings of family `delta_rule`.
 #include <array>
+#include <cmath>
+#include <cstring>
 
 #include "bindings/common.h"
+#include "bindings/tensor.h"
 #ifdef PYREPR_CUDA
 #include "cuda/delta_rule.h"
 #endif
@@ -105,6 +108,101 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
+bool overlap(const Tensor& a, const Tensor& b, int64_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(a.data), to = reinterpret_cast<uintptr_t>(b.data);
+  return from != to && (from > to ? from - to : to - from) < static_cast<uintptr_t>(bytes);
+}
+
+// The tensors of a step, read and found to be as the kernel takes them.
+struct DeltaRuleStep {
+  Tensor q, k, v, g, beta, initial, final;
+  bool has_gate, has_initial, has_final;
+  std::vector<float> wide_beta;
+  cpu::DeltaRuleProblem problem;
+
+  bool read(py::handle q_, py::handle k_, py::handle v_, py::handle g_, py::handle beta_, py::handle initial_,
+            py::handle final_, bool grad) {
+    Reader reader(grad);
+    has_gate = !g_.is_none();
+    has_initial = !initial_.is_none();
+    has_final = !final_.is_none();
+    return reader.read(q_, q) && reader.read(k_, k) && reader.read(v_, v) && reader.read(beta_, beta) &&
+           (!has_gate || reader.read(g_, g)) && (!has_initial || reader.read(initial_, initial)) &&
+           (!has_final || reader.read(final_, final));
+  }
+
+  // gate: 0 for none, 1 for one per value head, 2 for one per key.
+  bool fits(int gate) {
+    if (q.dims != 4 || v.dims != 4) return false;
+    const int64_t B = q.shape[0], T = q.shape[1], H = q.shape[2], K = q.shape[3], HV = v.shape[2], V = v.shape[3];
+    const int code = v.code();
+    if (H < 1 || HV % H || K < 1 || V < 1 || q.code() != code || k.code() != code) return false;
+    if (!(v.is(DType::f32) || v.is(DType::bf16) || v.is(DType::f16))) return false;
+    if (!k.has_shape({B, T, H, K}) || v.shape[0] != B || v.shape[1] != T || !beta.has_shape({B, T, HV})) return false;
+    if (!q.rows_dense() || !k.rows_dense() || !v.rows_dense() || has_gate != (gate > 0)) return false;
+    if (has_gate && !(gate == 1 ? g.has_shape({B, T, HV}) : g.has_shape({B, T, HV, K}))) return false;
+    if (has_gate && !(g.is(DType::f32) && g.dense())) return false;
+    for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
+      if (state && !(state->has_shape({B, HV, K, V}) && state->is(DType::f32) && state->dense())) return false;
+    if (has_initial && has_final && overlap(initial, final, 4 * B * HV * K * V)) return false;
+    return widen_beta() && B * T * HV > 0;
+  }
+
+  // Models in bfloat16 have beta in it too.
+  bool widen_beta() {
+    if (!beta.dense()) return false;
+    if (!beta.is(DType::bf16)) return beta.is(DType::f32);
+    wide_beta.resize(static_cast<size_t>(beta.shape[0] * beta.shape[1] * beta.shape[2]));
+    for (size_t i = 0; i < wide_beta.size(); i++) {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(beta.data)[i]) << 16;
+      std::memcpy(&wide_beta[i], &bits, sizeof bits);
+    }
+    beta.data = wide_beta.data();
+    return true;
+  }
+
+  void run(double scale, bool l2norm, int threads, void* o, void* state) {
+    const auto tokens = [](const Tensor& x) { return cpu::Tokens{x.data, x.stride(0), x.stride(1), x.stride(2)}; };
+    problem.q = tokens(q);
+    problem.k = tokens(k);
+    problem.v = tokens(v);
+    problem.g = has_gate ? static_cast<const float*>(g.data) : nullptr;
+    problem.beta = static_cast<const float*>(beta.data);
+    problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
+    problem.batch = problem.sequences = q.shape[0];
+    problem.total = q.shape[1];
+    problem.heads = q.shape[2];
+    problem.width = q.shape[3];
+    problem.value_heads = v.shape[2];
+    problem.value_width = v.shape[3];
+    problem.bounds = nullptr;
+    problem.dtype = static_cast<DType>(v.code());
+    problem.gate_per_key = has_gate && g.dims == 4;
+    problem.l2norm = l2norm;
+    problem.scale = static_cast<float>(scale);
+    problem.threads = threads;
+    py::gil_scoped_release release;
+    check(current_level().delta_rule().forward(problem, o, static_cast<float*>(state), {nullptr, 0, 1}));
+  }
+};
+
+// (o, final state), the latter in `final` if that is given; or None, and nothing written: see tensor.h.
+py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle g, py::handle beta, py::handle scale,
+                           py::handle initial, py::handle final, bool l2norm, int gate, bool grad, int threads) {
+  DeltaRuleStep step;
+  if (!step.read(q, k, v, g, beta, initial, final, grad) || !step.fits(gate)) return py::none();
+  if (!scale.is_none() && !PyFloat_Check(scale.ptr())) return py::none();
+  const double factor =
+      scale.is_none() ? 1 / std::sqrt(static_cast<double>(step.q.shape[3])) : PyFloat_AS_DOUBLE(scale.ptr());
+  Tensor to;
+  const py::object o = new_empty(v, step.v.shape, 4);
+  const int64_t sizes[] = {step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
+  const py::object state = final.is_none() ? new_empty(v, sizes, 4, true) : py::reinterpret_borrow<py::object>(final);
+  if (!Reader(false).read(o, to) || !(step.has_final || Reader(false).read(state, step.final))) return py::none();
+  step.run(factor, l2norm, threads, to.data, step.final.data);
+  return py::make_tuple(o, state);
+}
+
 #ifdef PYREPR_CUDA
 // addresses: q, k, v, g, beta, initial state, final state, o, cu_seqlens; strides and sizes as DeltaRule takes them.
 void cuda_delta_rule_step(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
@@ -158,6 +256,7 @@ void bind_delta_rule(py::module_& m) {
                     bool, std::vector<int64_t>, double, bool, int>())
       .def("forward", &delta_rule_forward)
       .def("backward", &delta_rule_backward);
+  m.def("delta_rule_step", &delta_rule_step);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);
 #endif

@@ -1,6 +1,9 @@
 // Bindings of family `lookup`.
+#include <cmath>
+
 #include "bindings/blocks.h"
 #include "bindings/common.h"
+#include "bindings/tensor.h"
 #ifdef PYREPR_CUDA
 #include "cuda/lookup.h"
 #endif
@@ -87,6 +90,63 @@ void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_
   if (!empty) check(current_level().lookup().linear(tables, hash, added, way, to));
 }
 
+// The tensors of lookup_linear as users give them: x [..., d], tables [K, n, h] or packed, scales [K, n] or None, bias
+// [h] or None.
+struct LookupLinear {
+  Tensor x, tables, scales{}, bias{};
+  bool has_scales, has_bias, packed;
+  int64_t K, n, h, bits = 0, rows = 1, sizes[kMostDims];  // sizes of out
+
+  bool read(py::handle x_, py::handle tables_, py::handle scales_, py::handle bias_, bool grad) {
+    Reader reader(grad);
+    has_scales = !scales_.is_none();
+    has_bias = !bias_.is_none();
+    return reader.read(x_, x) && reader.read(tables_, tables) && (!has_scales || reader.read(scales_, scales)) &&
+           (!has_bias || reader.read(bias_, bias));
+  }
+  DType sums() const { return x.is(DType::f64) ? DType::f64 : DType::f32; }
+  bool fits() { return layout_fits() && dtypes_fit(); }
+
+ private:
+  bool layout_fits() {
+    packed = tables.dims == 4 && tables.shape[3] == cpu::kLookupTile;
+    if (!(packed || tables.dims == 3) || !tables.dense() || !x.rows_dense() || x.dims > kMostDims) return false;
+    if (x.dims != 2 && !x.dense()) return false;
+    K = tables.shape[packed];
+    n = tables.shape[packed + 1];
+    h = packed ? tables.shape[0] * cpu::kLookupTile : tables.shape[2];
+    while (bits < 16 && int64_t(1) << bits < n) bits++;
+    for (int i = 0; i + 1 < x.dims; i++) rows *= sizes[i] = x.shape[i];
+    sizes[x.dims - 1] = h;
+    const int64_t d = x.shape[x.dims - 1];
+    return bits > 0 && n == int64_t(1) << bits && d == K * bits && rows * h * d > 0 &&
+           (!has_bias || bias.has_shape({h})) && (!has_scales || scales.has_shape({K, n}));
+  }
+  bool dtypes_fit() const {
+    const int dtype = x.code(), type = tables.code();
+    return dtype >= 0 && dtype <= 3 && type >= 0 && same_precision(sums(), static_cast<cpu::TableType>(type)) &&
+           (!has_bias || (bias.is(sums()) && bias.dense())) && has_scales == (type == 4) &&
+           (!has_scales || (scales.is(DType::f32) && scales.dense()));
+  }
+};
+
+// [..., h] in float32 (float64 for float64), or None: see tensor.h.
+py::object lookup_linear_direct(py::handle x, py::handle tables, py::handle scales, py::handle bias, int weighting,
+                                py::handle temperature, bool grad, int threads) {
+  LookupLinear a;
+  if (weighting < 0 || !PyFloat_Check(temperature.ptr())) return py::none();
+  const double t = PyFloat_AS_DOUBLE(temperature.ptr());
+  if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, grad) || !a.fits()) return py::none();
+  Tensor to;
+  const py::object out = new_empty(x, a.sizes, a.x.dims, a.sums() == DType::f32 && !a.x.is(DType::f32));
+  if (!Reader(false).read(out, to)) return py::none();
+  const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data); };
+  lookup_linear(address(a.tables), a.tables.code(), address(a.scales), a.K, a.n, a.h, a.packed, address(a.x),
+                a.x.code(), a.rows, a.x.dims == 2 ? a.x.stride(0) : a.K * a.bits, a.bits, weighting, t, address(a.bias),
+                0, address(to), threads);
+  return out;
+}
+
 void lookup_sum(const cpu::LookupTables& tables, uintptr_t codes, uintptr_t weights, int64_t tokens, int route,
                 uintptr_t out) {
   const bool empty = tokens == 0 || tables.h == 0;
@@ -160,6 +220,7 @@ void bind_lookup(py::module_& m) {
   });
 #endif
   m.def("lookup_linear", &lookup_linear);
+  m.def("lookup_linear_direct", &lookup_linear_direct);
   m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
     py::gil_scoped_release release;
     return huge_pages(address, bytes, true);

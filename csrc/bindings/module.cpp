@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "bindings/common.h"
+#include "bindings/tensor.h"
 
 namespace pyrepr {
 
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.def("learn_torch", &learn_torch);
   bind_gram(m);
   bind_delta_rule(m);
   bind_lookup(m);

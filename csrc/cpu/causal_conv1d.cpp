@@ -249,6 +249,8 @@ class CausalConv {
     Element *const out = static_cast<Element*>(out_), *const state = static_cast<Element*>(s.state);
     const Shape shape(p);
     const int64_t blocks = ceil_div(p.channels, shape.channels), kept = s.state_length;
+    if (p.total == 1 && p.taps == 4 && kept == 4 && dense(s) && p.channel == 1 && p.channels % W == 0)
+      return step_in_registers(p, s, out);
     const int threads = p.tokens() * p.channels < kSmall ? 1 : p.threads;
     const int64_t size = Block::size(p, shape.channels);
     const int64_t bytes = round_up((size + (kept + p.total) * shape.channels) * 4, 64);
@@ -291,6 +293,32 @@ class CausalConv {
         for (int64_t lane = 0; lane < smaller<int64_t>(W, block.count - c); lane++)
           own[(c + lane) * s.state_channel + i * s.state_token] = packed[lane];
       }
+  }
+  // One token in the layout that models have, where weights, state and x go from memory to registers and back.
+  static Status step_in_registers(const CausalConvProblem& p, const CausalConvStep& s, Element* out) {
+    const int threads = p.sequences * p.channels < kSmall ? 1 : p.threads;
+    const int64_t blocks = p.channels / W;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < p.sequences * blocks; task++) {
+      const int64_t b = task / blocks, c = task % blocks * W;
+      Element* const own = static_cast<Element*>(s.state) + b * s.state_batch + c * 4;
+      V weight[4], state[4];
+      for (int64_t j = 0; j < 4; j++) {
+        weight[j] = load<float>(p.weight + c * 4 + j * W);
+        state[j] = load_as<S>(own + j * W);
+      }
+      unzip_four<float>(weight);
+      unzip_four<float>(state);
+      for (int64_t j = 0; j < 3; j++) state[j] = state[j + 1];
+      state[3] = load_as<S>(static_cast<const Element*>(p.x) + b * p.batch + c);
+      V y = p.bias ? load<float>(p.bias + c) : V{};
+      for (int64_t j = 0; j < 4; j++) y += weight[j] * state[j];
+      if (p.silu) y *= sigmoid(y);
+      store_as<S>(out + b * p.channels + c, y);
+      zip_four<float>(state);
+      for (int64_t j = 0; j < 4; j++) store_as<S>(own + j * W, state[j]);
+    }
+    return Status::ok;
   }
   static bool dense(const CausalConvStep& s) { return s.state_token == 1 && s.state_channel == s.state_length; }
 

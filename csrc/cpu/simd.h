@@ -258,6 +258,38 @@ inline void transpose_registers(Vec<T> (&v)[Lanes<T>::W]) {
     transpose_registers<T, S * 2>(v);
   }
 }
+// Vectors whose lanes stand in turn in memory, a0 b0 a1 b1 ..., apart from each other; and back.
+template <class T, int... L>
+inline void unzip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  const Vec<T> even = PYREPR_SHUFFLE(T, a, b, (2 * L)...), odd = PYREPR_SHUFFLE(T, a, b, (2 * L + 1)...);
+  a = even;
+  b = odd;
+}
+template <class T, int... L>
+inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int W = Lanes<T>::W;
+  const Vec<T> low = PYREPR_SHUFFLE(T, a, b, (L / 2 + L % 2 * W)...);
+  const Vec<T> high = PYREPR_SHUFFLE(T, a, b, (W / 2 + L / 2 + L % 2 * W)...);
+  a = low;
+  b = high;
+}
+// The same for four: v[j] holds lanes j, j + 4, j + 8 ... of memory.
+template <class T>
+inline void unzip_four(Vec<T> (&v)[4]) {
+  constexpr std::make_integer_sequence<int, Lanes<T>::W> lanes{};
+  unzip<T>(v[0], v[1], lanes);
+  unzip<T>(v[2], v[3], lanes);
+  unzip<T>(v[0], v[2], lanes);
+  unzip<T>(v[1], v[3], lanes);
+}
+template <class T>
+inline void zip_four(Vec<T> (&v)[4]) {
+  constexpr std::make_integer_sequence<int, Lanes<T>::W> lanes{};
+  zip<T>(v[0], v[2], lanes);
+  zip<T>(v[1], v[3], lanes);
+  zip<T>(v[0], v[1], lanes);
+  zip<T>(v[2], v[3], lanes);
+}
 #undef PYREPR_SHUFFLE
 
 }  // namespace

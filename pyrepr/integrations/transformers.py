@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 import pyrepr
+from pyrepr.ops import causal_conv1d as convolution
+from pyrepr.ops import delta_rule as rule
 
 __all__ = ["disable", "enable", "enabled"]
 
@@ -35,6 +37,7 @@ TESTED = "5.23"
 _MODELS = "transformers.models."
 _FACTORY = "use_kernel_func_from_hub_with_fallback"
 _ORIGINAL = "_pyrepr_original"
+_SILU = (None, "silu", "swish")  # activations that the convolution's kernels know
 
 
 def _function(original: Callable) -> Callable:
@@ -60,10 +63,16 @@ def _lengths(options: dict[str, Any], batch: int) -> Tensor | None:
     return torch.cat([starts, starts.new_tensor([seq_idx.shape[1]])])
 
 
-def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
+def _packed(options: dict[str, Any]) -> bool:
+    return any(options.get(name) is not None for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx"))
+
+
+def _rule(function: Callable, gate: str, original: Callable) -> Callable:
     """A delta rule with the arguments that models pass, whatever else they pass along.
 
-    `in_place` ones write the new state over ``initial_state``, which in a model is the cache that takes it anyway.
+    One with a `gate` (as `rule.step` names them) is for decoding: it writes the new state over ``initial_state``, which
+    in a model is the cache that takes it anyway, and first tries the short way. Between two steps a model reads all its
+    weights, so that every function on the way to a kernel has left the caches and costs 10 µs.
     """
     original_on_cpu = inspect.unwrap(original)
 
@@ -80,6 +89,11 @@ def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if gate and output_final_state and not args and not _packed(kwargs):
+            l2norm = bool(use_qk_l2norm_in_kernel)
+            done = rule.step(query, key, value, g, beta, None, initial_state, initial_state, l2norm, gate)
+            if done is not None:
+                return done
         options: dict[str, Any] = {
             "initial_state": initial_state,
             "output_final_state": output_final_state,
@@ -91,7 +105,7 @@ def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
             return original_on_cpu(query, key, value, g, beta, *args, **options, **kwargs)
         if initial_state is not None:
             options["initial_state"] = initial_state.float()
-            if in_place and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
+            if gate and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
                 options["out_state"] = options["initial_state"]
         options["cu_seqlens"] = _lengths(kwargs, query.shape[0])
         o, state = function(query.to(value.dtype), key.to(value.dtype), value, g, beta, **options)
@@ -102,7 +116,7 @@ def _rule(function: Callable, in_place: bool, original: Callable) -> Callable:
 
 def _with_activation(run: Callable[[str | None], Tensor], activation: str | None) -> Tensor:
     """`run`, which knows SiLU, followed by any other activation that transformers knows."""
-    if activation in (None, "silu", "swish"):
+    if activation in _SILU:
         return run(activation)
     from transformers.activations import ACT2FN
 
@@ -146,6 +160,10 @@ def _step(original: Callable) -> Callable:
         bias: Tensor | None = None,  # [D]
         activation: str | None = None,
     ) -> Tensor:  # [B, D, T]
+        if activation in _SILU:
+            done = convolution.step(hidden_states, conv_state, weight, bias, activation is not None)
+            if done is not None:
+                return done
         if hidden_states.device.type != "cpu":
             return original(hidden_states, conv_state, weight, bias, activation)
         if conv_state.dtype != hidden_states.dtype or _needs_gradient(hidden_states, conv_state, weight, bias):
@@ -159,10 +177,10 @@ def _step(original: Callable) -> Callable:
 
 # What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
-    "chunk_gated_delta_rule": functools.partial(_rule, pyrepr.chunk_gated_delta_rule, False),
-    "fused_recurrent_gated_delta_rule": functools.partial(_rule, pyrepr.fused_recurrent_gated_delta_rule, True),
-    "chunk_kda": functools.partial(_rule, pyrepr.chunk_kda, False),
-    "fused_recurrent_kda": functools.partial(_rule, pyrepr.fused_recurrent_kda, True),
+    "chunk_gated_delta_rule": functools.partial(_rule, pyrepr.chunk_gated_delta_rule, ""),
+    "fused_recurrent_gated_delta_rule": functools.partial(_rule, pyrepr.fused_recurrent_gated_delta_rule, "HV"),
+    "chunk_kda": functools.partial(_rule, pyrepr.chunk_kda, ""),
+    "fused_recurrent_kda": functools.partial(_rule, pyrepr.fused_recurrent_kda, "K"),
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
 }

@@ -9,24 +9,39 @@ tracing, transforming or profiling – the implementation is called directly: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from pyrepr.backend import Unsupported, choose
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((bool, int, float, str, type(None)))  # asking whether these are tensors takes longer
 
 LIBRARY = torch.library.Library("pyrepr", "DEF")
 
 
 # Looked up once: at one token, the way to these functions costs as much as they do.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # torch.export without it has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
+
+# Tells autograd that tensors were overwritten, so that it notices if they were kept for a backward.
+written = torch.autograd.graph.increment_version
+
+
+def watched() -> bool:
+    """Whether somebody traces, transforms, intercepts or profiles what is called now."""
+    return (
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _transforms() is not None
+        or _tracing() is not None
+        or _profiler._is_profiler_enabled
+    )
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
@@ -39,20 +54,26 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
     return found
 
 
-def _ordinary(tensors: list[torch.Tensor]) -> bool:
-    """Whether the dispatcher would add nothing: real CPU memory, no lazy negation, nobody watching the call.
+def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
+    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation.
 
     Lazy conjugation is complex numbers' alone, which no op takes.
     """
-    if (
-        _is_compiling()
-        or _dispatch_modes()
-        or _transforms() is not None
-        or _tracing() is not None
-        or _profiler._is_profiler_enabled
-    ):
-        return False
-    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() for t in tensors])
+    found: list[torch.Tensor] = []
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            if not arg.is_cpu or arg.is_neg():
+                return None
+            found.append(arg)
+        elif kind is list or kind is tuple:
+            inner = _ordinary(arg)
+            if inner is None:
+                return None
+            found += inner
+        elif kind not in _NO_TENSORS and isinstance(arg, torch.Tensor):
+            return None
+    return found
 
 
 def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Callable[..., Any]:
@@ -76,8 +97,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
                 f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
                 "which is differentiable"
             )
-        if name.endswith("_"):  # autograd then notices if what is overwritten was kept for a backward
-            torch.autograd.graph.increment_version(args[0])
+        if name.endswith("_"):
+            written(args[0])
         *others, last = choose(name, implementations, tensors[0].device.type)
         for implementation in others:
             try:
@@ -92,8 +113,8 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
     overload = getattr(torch.ops.pyrepr, name).default
 
     def call(*args: Any) -> Any:
-        tensors = _tensors(args)
-        return checked(tensors, args) if _ordinary(tensors) else overload(*args)
+        tensors = None if watched() else _ordinary(args)
+        return overload(*args) if tensors is None else checked(tensors, args)
 
     call.overload = overload  # type: ignore[attr-defined]
     return call

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from pyrepr.backend import native
+from pyrepr.backend import forced_backend, native
+from pyrepr.ops._leaf import watched
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -18,6 +20,23 @@ def module() -> ModuleType:
     if loaded is None:
         raise RuntimeError(f"backend 'cpu' is unavailable: {reason}")
     return loaded
+
+
+@functools.cache
+def _reader() -> ModuleType | None:
+    """The compiled module, if there is one and it can read tensors by itself: with PyTorch 2.10 or newer."""
+    loaded, _ = native()
+    return loaded if loaded is not None and loaded.learn_torch(torch) else None
+
+
+def direct() -> ModuleType | None:
+    """The compiled module, where its functions that take tensors as they are may be tried before anything else.
+
+    Reading, checking and converting a step's tensors in Python takes longer than the step. These functions look at
+    their arguments themselves, and return ``None`` for whatever is not plain CPU tensors exactly as the kernel wants
+    them, without a gradient; the caller then goes the long way, by the checks and the leaf op.
+    """
+    return None if watched() or forced_backend() not in (None, "cpu") else _reader()
 
 
 def matrix(x: Tensor) -> tuple[int, int, int, int, int]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, module
+from pyrepr.ops._leaf import leaf_op, written
+from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import causal_conv1d as reference
 from pyrepr.reference.delta_rule import compute_dtype
 
@@ -114,6 +114,18 @@ update_op_ = leaf_op(
     reference=reference.causal_conv1d_update_,
     cpu=_update_cpu,
 )
+
+
+def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+    """One token of unchecked arguments, x [B, D] or [B, D, 1], in one native call, or ``None``: see `direct`."""
+    native = direct()
+    if native is None:
+        return None
+    grad = torch.is_grad_enabled()
+    out = native.causal_conv1d_step(x, conv_state, weight, bias, silu, grad, torch.get_num_threads())
+    if out is not None:
+        written(conv_state)
+    return out
 
 
 class _CausalConv(torch.autograd.Function):

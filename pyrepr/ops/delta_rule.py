@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, module
+from pyrepr.ops._leaf import leaf_op, written
+from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
 
@@ -263,6 +263,44 @@ class _DeltaRule(torch.autograd.Function):
         *grads, ds = backward_op(*ctx.saved_tensors, grad_o, grad_state, *ctx.options)
         grads = [x if needed else None for x, needed in zip((*grads, ds), ctx.needs_input_grad[:6], strict=True)]
         return (*grads, None, None, None, None)
+
+
+_GATES = {"": 0, "HV": 1, "K": 2}
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    out_state: Tensor | None,
+    use_qk_l2norm: bool,
+    gate: str,
+) -> tuple[Tensor, Tensor] | None:
+    """o and the final state of unchecked arguments in one native call, or ``None``: see `direct`."""
+    native = direct()
+    if native is None:
+        return None
+    done = native.delta_rule_step(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        out_state,
+        use_qk_l2norm,
+        _GATES[gate],
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+    )
+    if done is not None and out_state is not None:
+        written(out_state)
+    return done
 
 
 def delta_rule(

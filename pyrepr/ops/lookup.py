@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, matrix, module
+from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module
 from pyrepr.reference import lookup as reference
 from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype, sizes, unpack
 
@@ -378,6 +378,23 @@ class _SegmentSum(torch.autograd.Function):
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def lookup_linear_direct(
+    x: Tensor,  # [..., d]
+    tables: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    weighting: str,
+    temperature: float,
+) -> Tensor | None:
+    """[..., h] of unchecked arguments in one native call, or ``None``: see `direct`."""
+    native = direct()
+    if native is None or type(weighting) is not str:
+        return None
+    code, grad = WEIGHTING_CODES.get(weighting, -1), torch.is_grad_enabled()
+    out = native.lookup_linear_direct(x, tables, scales, bias, code, temperature, grad, torch.get_num_threads())
+    return out if out is None or out.dtype is x.dtype else out.to(x.dtype)
 
 
 def lookup_linear(

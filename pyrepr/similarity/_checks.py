@@ -7,24 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from pyrepr._checks import check_device, check_shape, check_tensor, shape_of
+
 ESTIMATORS = ("unbiased", "biased")
-
-
-def shape_of(x: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in x.shape) + "]"
 
 
 def check_layer(name: str, x: object) -> Tensor:
     """x as a [n, d] tensor of a dtype the kernels take."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    x = check_tensor(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} must have shape [n, d], got {shape_of(x)}; flatten samples and features first")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
-        )
     return x
 
 
@@ -38,8 +30,7 @@ def check_layers(names: Sequence[str], xs: Sequence[object]) -> list[Tensor]:
     layers = [check_layer(name, x) for name, x in zip(names, xs, strict=True)]
     first = layers[0]
     for name, x in zip(names, layers, strict=True):
-        if x.device != first.device:
-            raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {x.device}")
+        check_device(name, x, names[0], first)
         if x.shape[0] != first.shape[0]:
             raise ValueError(
                 f"{name} must have the n of {names[0]}, {first.shape[0]} samples, got {x.shape[0]}; row i of every "
@@ -60,8 +51,7 @@ def check_mask(mask: object, n: int, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor of shape [n], got {came}")
-    if mask.shape != (n,):
-        raise ValueError(f"mask must have shape [n] = [{n}], got {shape_of(mask)}")
+    check_shape("mask", mask, "[n]", (n,))
     if mask.device != device:
         raise ValueError(f"mask must be on the device of x, {device}, got {mask.device}")
     return mask

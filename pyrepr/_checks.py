@@ -1,0 +1,54 @@
+"""Checks that the functions of all families share. Each failure is one sentence: argument, expectation, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_of(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def check_is_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
+    """x, a tensor of one of the dtypes."""
+    x = check_is_tensor(name, x)
+    if x.dtype not in dtypes:
+        *others, last = map(name_of, dtypes)
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{name} must be {wanted}, got {name_of(x.dtype)}")
+    return x
+
+
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {shape_of(x)}")
+
+
+def check_cu_seqlens(cu_seqlens: object, name: str, x: Tensor) -> int:
+    """The number of sequences packed in x [B, ...]. What the numbers say is checked where they are read, by the op."""
+    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, INTEGERS)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {shape_of(cu_seqlens)}")
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
+    check_device("cu_seqlens", cu_seqlens, name, x)
+    return cu_seqlens.numel() - 1
