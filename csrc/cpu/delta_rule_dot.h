@@ -31,9 +31,9 @@ struct Pairs {
 
 using Integers = Lanes<float>::I;
 
-constexpr float kKeyLength = 23170;  // 2^14.5: unit keys, which are never exactly that, all become 2^14 long
-constexpr float kLargest = 32767;    // an element
-constexpr float kSum = 2e9f;         // a product of lengths: below 2^31 by more than rounding to integers adds
+constexpr float kLargest = 32767;       // an element
+constexpr float kKeyLength = kLargest;  // so that no element can be larger; shorter ones show with repeated keys
+constexpr float kSum = 2e9f;            // a product of lengths: below 2^31 by more than rounding to integers adds
 
 // What takes the elements of vectors to integers, and what takes those back. A length that is no number, or infinite,
 // makes everything it touches NaN.
