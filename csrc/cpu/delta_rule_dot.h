@@ -2,8 +2,8 @@
 // Included by the level unit of avx512_bf16 only (see simd.h); names are those of delta_rule.h.
 //
 // Every product with the state, K S, Q S and K^T V', and the products of keys and queries are taken between vectors of
-// 16-bit integers, which are summed exactly in 32 bits. A factor's vectors along the sum are scaled, keys and queries by
-// powers of two to a length of at most kKeyLength, S and V' to what is left: no sum can overflow, because
+// 16-bit integers, which are summed exactly in 32 bits. A factor's vectors along the sum are scaled, keys and queries
+// by powers of two to a length of at most kKeyLength, S and V' to what is left: no sum can overflow, because
 // |<x, y>| <= |x| |y|, and elements are as large as they may be. The scales come back as one factor per row and per
 // column of the result. The state itself, the substitution and P V' stay in float.
 //
@@ -139,7 +139,8 @@ inline void pair_panel(const float* x, int64_t rows, float other, const Pairs& o
       const V first = load<float>(x + r * NR + j * W), second = load<float>(x + (r + 1) * NR + j * W);
       even[j] += first * first;
       odd[j] += second * second;
-      largest[j] = reinterpret_cast<V>(_mm512_max_ps(largest[j], _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))));
+      largest[j] =
+          reinterpret_cast<V>(_mm512_max_ps(largest[j], _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))));
     }
   for (int j = 0; j < 2; j++) {
     const Scales scales = value_scales(even[j] + odd[j], largest[j], other);

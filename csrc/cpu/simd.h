@@ -72,16 +72,6 @@ template <class T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Lanes<T>::Vu*>(p) = v;
 }
-// A store past the caches, for results that they cannot hold until somebody reads them: the line is not fetched first.
-// Where there is no such instruction, or `p` is not on its boundary, an ordinary one.
-template <class T>
-inline void stream(T* p, Vec<T> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
-#endif
-  store<T>(p, v);
-}
 template <class T>
 inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // x + 0 is not always x: this is one broadcast, that would be an addition
