@@ -302,6 +302,18 @@ def test_repeated_keys_in_bf16(beta):
     assert error(state, expected[1]) < 1e-2
 
 
+def test_one_channel_holds_every_key_in_bf16():
+    """What the tokens of a chunk add to one row of the state is a sum of equal signs, all of it in one integer."""
+    x = inputs("plain", 200, dtype=torch.bfloat16)
+    x["k"] = torch.zeros_like(x["k"])
+    x["k"][..., 3] = 1
+    x |= {"v": torch.ones_like(x["v"]), "beta": torch.full_like(x["beta"], 0.1)}
+    o, state = call(pyrepr.chunk_delta_rule, x)
+    expected = truth(x)
+    assert error(o, expected[0]) < FORWARD_TOLERANCE[torch.bfloat16]
+    assert error(state, expected[1]) < STATE_TOLERANCE[torch.bfloat16]
+
+
 def test_long_decays_in_bf16():
     x = inputs("gated", 100, dtype=torch.bfloat16)
     for g in (torch.full_like(x["g"], -50.0), torch.where(torch.rand_like(x["g"]) < 0.3, -50.0, -0.01)):

@@ -95,7 +95,8 @@ inline void request_gates(Requests& requests, const DeltaRuleProblem& p, const S
                  p.width * item);
 }
 
-// One row of q or k in float, zeros up to `padded`; normalised under `l2norm`. Returns what it was multiplied with.
+// One row of q or k in float times `scale`, zeros up to `padded`; normalised under `l2norm`. Returns what that
+// multiplied it with.
 template <class S>
 inline float load_key(const typename S::Memory* in, int64_t width, int64_t padded, bool l2norm, float scale, float* out,
                       int64_t panel_stride) {
@@ -103,14 +104,14 @@ inline float load_key(const typename S::Memory* in, int64_t width, int64_t padde
   for (int64_t c = 0; c < padded; c += W) {
     const V x = load_some<S>(in + c, larger<int64_t>(0, width - c));
     squares += x * x;
-    store<float>(out + c / NR * panel_stride + c % NR, x);
+    store<float>(out + c / NR * panel_stride + c % NR, x * scale);
   }
-  const float inverse = l2norm ? 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f) : 1;
-  if (inverse * scale != 1)
-    for (int64_t c = 0; c < padded; c += W) {
-      float* const at = out + c / NR * panel_stride + c % NR;
-      store<float>(at, load<float>(at) * (inverse * scale));
-    }
+  if (!l2norm) return 1;
+  const float inverse = 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f);
+  for (int64_t c = 0; c < padded; c += W) {
+    float* const at = out + c / NR * panel_stride + c % NR;
+    store<float>(at, load<float>(at) * inverse);
+  }
   return inverse;
 }
 
@@ -131,6 +132,7 @@ struct Gates {
   alignas(64) float beta[C];
   alignas(64) float decay[C];  // e^{G_t}
   alignas(64) float tail[C];   // e^{G_C - G_t}
+  float decayed_beta[C];       // beta_t e^{G_t}
   double sum[C];               // G_t
   float last;                  // e^{G_C}
   bool gated;
@@ -149,6 +151,7 @@ struct Gates {
       store<float>(decay + t, gated ? exponential(difference(sum + t, 0)) : splat<float>(1));
       store<float>(tail + t, gated ? exponential(-difference(sum + t, total)) : splat<float>(1));
     }
+    for (int64_t t = 0; t < C; t++) decayed_beta[t] = beta[t] * decay[t];
     last = decay[C - 1];
   }
 };
@@ -387,7 +390,7 @@ struct Chunk {
       multiply_each(k, key_gates.tail, C, p.width, scaled);
     } else if (gates.gated) {
       if (queries) scale_columns(qt, p.width, gates.decay);
-      scale_columns(kt, p.width, gates.decay);
+      return scale_columns(kt, p.width, gates.decayed_beta, -1);
     }
     scale_columns(kt, p.width, gates.beta, -1);
   }

@@ -2,10 +2,10 @@
 // Included by the level unit of avx512_bf16 only (see simd.h); names are those of delta_rule.h.
 //
 // Every product with the state, K S, Q S and K^T V', and the products of keys and queries are taken between vectors of
-// 16-bit integers: a factor is divided by the length of its vectors along the sum, so that every element is a whole
-// multiple of length / 32767, and summed exactly in 32 bits, which cannot overflow because |<x, y>| <= |x| |y|. The
-// lengths come back as one factor per row and per column of the result. The state itself, the substitution and P V'
-// stay in float.
+// 16-bit integers, which are summed exactly in 32 bits. A factor's vectors along the sum are scaled, keys and queries
+// by powers of two to a length of at most kKeyLength, S and V' to what is left: no sum can overflow, because
+// |<x, y>| <= |x| |y|, and elements are as large as they may be. The scales come back as one factor per row and per
+// column of the result. The state itself, the substitution and P V' stay in float.
 //
 // Why not the bf16 dot product, which is as fast: rounding S and V' to the 8 bits of bf16 costs 15 to 30 times the
 // error (B=1 T=2048 K=V=128, worst relative to the largest output: 1.5e-3 gated, 3e-3 plain, 1e-1 for repeated keys
@@ -31,26 +31,29 @@ struct Pairs {
 
 using Integers = Lanes<float>::I;
 
-constexpr float kWhole = 32767;  // what the length of a vector becomes
+constexpr float kLargest = 32767;       // an element
+constexpr float kKeyLength = kLargest;  // so that no element can be larger; shorter ones show with repeated keys
+constexpr float kSum = 2e9f;            // a product of lengths: below 2^31 by more than rounding to integers adds
 
-// For vectors of squared lengths `squares`: what takes their elements to integers, and what takes those back. A length
-// that is no number, or infinite, makes everything it touches NaN.
-struct Lengths {
+// What takes the elements of vectors to integers, and what takes those back. A length that is no number, or infinite,
+// makes everything it touches NaN.
+struct Scales {
   V to, back;
-  explicit Lengths(V squares) {
-    const V length = square_root<float>(squares);
-    to = length > 0 ? kWhole / length : V{};
-    back = length * (1 / kWhole);
-  }
-  // With powers of two, which leave all but the smallest bf16 numbers of a vector as they are.
-  static Lengths powers_of_two(V squares) {
-    Lengths lengths(squares);
-    const Integers bits = reinterpret_cast<Integers>(lengths.to) & 0x7f800000;
-    lengths.to = reinterpret_cast<V>(bits);
-    lengths.back = lengths.to > 0 ? 1 / lengths.to : lengths.back;
-    return lengths;
-  }
 };
+// For keys and queries of squared lengths `squares`. Powers of two leave all but the smallest bf16 numbers as they are.
+inline Scales key_scales(V squares) {
+  const V length = square_root<float>(squares);
+  const V to = length > 0 ? kKeyLength / length : V{};
+  const V power = reinterpret_cast<V>(reinterpret_cast<Integers>(to) & 0x7f800000);
+  return {power, power > 0 ? 1 / power : length};
+}
+// For vectors of squared lengths `squares` and largest elements `largest`, against others of length `other`. What is so
+// small that its squares vanish counts as zero.
+inline Scales value_scales(V squares, V largest, float other) {
+  const V whole = square_root<float>(squares) * (other / kSum), part = largest * (1 / kLargest);
+  const V back = part > whole ? part : whole;
+  return {squares > 1e-36f ? 1 / back : V{}, back};
+}
 
 // x times `to`, rounded to whole numbers: the low half of each lane, in two's complement.
 inline __m512i whole(V x, V to) {
@@ -83,13 +86,13 @@ void load_whole_keys(const Sequence& s, const Tokens& x, int64_t t0, int64_t row
       squares[i] = low + high;
     }
     const V sums = sum_each(squares);
-    const Lengths lengths = Lengths::powers_of_two(sums);
+    const Scales scales = key_scales(sums);
     const V unit = p.l2norm ? 1 / square_root<float>(sums + 1e-6f) : splat<float>(1);
-    store<float>(factor + first, lengths.back * unit * scale);
+    store<float>(factor + first, scales.back * unit * scale);
     for (int64_t i = 0; i < W; i++)
       for (int64_t c = 0; c < padded; c += W) {
         const bool given = first + i < rows;
-        const __m512i e = whole(given ? part(first + i, c) : V{}, splat<float>(given ? lengths.to[i] : 0));
+        const __m512i e = whole(given ? part(first + i, c) : V{}, splat<float>(given ? scales.to[i] : 0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (first + i) * padded + c), _mm512_cvtepi32_epi16(e));
       }
   }
@@ -108,29 +111,41 @@ inline void pair_columns(const int16_t* in, int64_t padded, const Pairs& out) {
       for (int64_t i = 0; i < W; i++) _mm512_storeu_si512(out.at(c + i, t), reinterpret_cast<__m512i>(v[i]));
     }
 }
-// in [C, padded] as pairs along the rows: out [C / 2, padded].
-inline void pair_rows(const int16_t* in, int64_t padded, const Pairs& out) {
+// in [C, padded] as pairs along the rows: out [C / 2, padded]. Returns the length of the longest column.
+inline float pair_rows(const int16_t* in, int64_t padded, const Pairs& out) {
   const auto part = [&](int64_t t, int64_t c) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + t * padded + c)));
   };
-  for (int64_t c = 0; c < padded; c += W)
-    for (int64_t t = 0; t < C; t += 2) _mm512_storeu_si512(out.at(t / 2, c), pair(part(t, c), part(t + 1, c)));
+  V longest{};
+  for (int64_t c = 0; c < padded; c += W) {
+    V squares{};
+    for (int64_t t = 0; t < C; t += 2) {
+      const __m512i both = pair(part(t, c), part(t + 1, c));
+      squares += __builtin_convertvector(reinterpret_cast<Integers>(_mm512_madd_epi16(both, both)), V);
+      _mm512_storeu_si512(out.at(t / 2, c), both);
+    }
+    longest = squares > longest ? squares : longest;
+  }
+  return __builtin_sqrtf(_mm512_reduce_max_ps(reinterpret_cast<__m512>(longest)));
 }
 
-// A panel x [rows, NR] as pairs along the rows; `back` [NR] takes the integers back. Rows are a multiple of 2.
-inline void pair_panel(const float* x, int64_t rows, const Pairs& out, float* back) {
-  V even[2] = {}, odd[2] = {}, to[2];
+// A panel x [rows, NR] as pairs along the rows, to be multiplied with vectors no longer than `other`; `back` [NR] takes
+// the integers back. Rows are a multiple of 2.
+inline void pair_panel(const float* x, int64_t rows, float other, const Pairs& out, float* back) {
+  V even[2] = {}, odd[2] = {}, largest[2] = {}, to[2];
   for (int64_t r = 0; r < rows; r += 2)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       const V first = load<float>(x + r * NR + j * W), second = load<float>(x + (r + 1) * NR + j * W);
       even[j] += first * first;
       odd[j] += second * second;
+      largest[j] =
+          reinterpret_cast<V>(_mm512_max_ps(largest[j], _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))));
     }
   for (int j = 0; j < 2; j++) {
-    const Lengths lengths(even[j] + odd[j]);
-    to[j] = lengths.to;
-    store<float>(back + j * W, lengths.back);
+    const Scales scales = value_scales(even[j] + odd[j], largest[j], other);
+    to[j] = scales.to;
+    store<float>(back + j * W, scales.back);
   }
   for (int64_t r = 0; r < rows; r += 2)
 #pragma GCC unroll 2
@@ -224,7 +239,7 @@ class DotForward {
     fill_gamma(gates, gamma);
     load_whole_keys<S>(s, p.k, t0, count, p, 1, rows, k_back);
     pair_columns(rows, padded, kt);
-    pair_rows(rows, padded, k);
+    k_longest = pair_rows(rows, padded, k);
     load_whole_keys<S>(s, p.q, t0, count, p, p.scale, rows, q_back);
     pair_columns(rows, padded, qt);
     for (int64_t t = 0; t < C; t += W) {
@@ -246,14 +261,14 @@ class DotForward {
   void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
                Requests& requests) {
     requests.spread((2 * C + p.width) / Panels::MR);
-    pair_panel(state.data, padded, state16, state_back);
+    pair_panel(state.data, padded, kKeyLength, state16, state_back);
     scale_rows(v, n, gates.beta);
     dot_panels<Part::all, Into::add>(kt, C, state16, n, k_reads, state_back, v, 1, &requests);
     multiply_panels<Part::terms_upto, true>(xt, C, v, n, C, values);
     dot_panels<Part::all, Into::fresh>(qt, C, state16, n, q_reads, state_back, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(pt, C, values, n, C, o);
     scale_rows(values, n, writes);
-    pair_panel(values.data, C, values16, values_back);
+    pair_panel(values.data, C, k_longest, values16, values_back);
     dot_panels<Part::all, Into::decay>(k, round_up(p.width, Panels::MR), values16, n, nullptr, values_back, state,
                                        gates.last, &requests);
   }
@@ -266,6 +281,7 @@ class DotForward {
   alignas(64) float k_beta[C], k_reads[C];  // integers to beta K and -beta e^G K
   alignas(64) float q_reads[C], writes[C];  // integers to scale e^G Q and e^{G_C - G} K
   alignas(64) float state_back[NR], values_back[NR];
+  float k_longest;          // the length of the longest column of `k`
   Panels gamma, xt, pt;     // [C, C] as in `Chunk`
   Pairs kt, qt;             // [K / 2, C] pairs along K
   Pairs k;                  // [C / 2, K] pairs along the tokens
