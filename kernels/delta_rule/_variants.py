@@ -97,19 +97,30 @@ _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) f
 SCAN = {
     (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
-    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
     (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
-    (2, 128, True): _table("SCAN 2 128 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("SCAN 2 128 per key", (64, 8, 1), (64, 8, 2), (64, 8, 2), candidates=_SEARCH),
     (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
-    (4, 64, False): _table("SCAN 4 64", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
-    (4, 128, False): _table("SCAN 4 128", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 256, False): _table("SCAN 4 256", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 64, True): _table("SCAN 4 64 per key", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
-    (4, 128, True): _table("SCAN 4 128 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 256, True): _table("SCAN 4 256 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("SCAN 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, False): _table("SCAN 4 128", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, False): _table("SCAN 4 256", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 64, True): _table("SCAN 4 64 per key", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, True): _table("SCAN 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, True): _table("SCAN 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 REVERSE = {
-    key: Table(table.name.replace("SCAN", "REVERSE"), table.rows, table.candidates) for key, table in SCAN.items()
+    (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, False): _table("REVERSE 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, False): _table("REVERSE 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
+    (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("REVERSE 2 128 per key", (64, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, True): _table("REVERSE 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("REVERSE 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, False): _table("REVERSE 4 128", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, False): _table("REVERSE 4 256", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 64, True): _table("REVERSE 4 64 per key", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, True): _table("REVERSE 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, True): _table("REVERSE 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 PREPARE = {
     2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
@@ -142,9 +153,10 @@ NORM = Config({"R": 8}, 4, 1)
 
 
 def narrowed(config: Config, V: int) -> Config:
-    """Half of a scan's value columns and warps where no more are there to be filled."""
-    width = config.blocks["BV"]
-    return Config({"BV": 64}, config.num_warps // 2, config.num_stages) if width == 128 and V <= 64 else config
+    """Half of a scan's value columns where no more are there to be filled."""
+    if config.blocks["BV"] < 128 or V > 64:
+        return config
+    return Config({"BV": 64}, config.num_warps, min(config.num_stages, 2))
 
 
 def index_variant(dtype: torch.dtype) -> Variant:
@@ -158,6 +170,7 @@ def prepare_variant(config: Config, dtype: torch.dtype, gated: bool, with_x: boo
 
 def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, mode: int) -> Variant:
     values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "MODE": mode}
+    values["REUSE"] = mode == OUT.value and gate == 2 and width == 128 and dtype.itemsize == 2
     return _make("scan", scan_kernel, dtype, values, config)
 
 
