@@ -225,8 +225,6 @@ def put_lower(x, diagonal, under, NB: tl.constexpr):
 @triton.jit
 def put_inverse(x, x_beta, diagonal, under, beta, step, rows, NB: tl.constexpr, WITH_X: tl.constexpr):
     """X if it is wanted, and X diag(β)."""
-    if WITH_X:
-        put_lower(x, diagonal, under, NB)
     x0, x1, x2, x3 = diagonal
     x10, x20, x21, x30, x31, x32 = under
     r = tl.arange(0, 16)
@@ -236,8 +234,11 @@ def put_inverse(x, x_beta, diagonal, under, beta, step, rows, NB: tl.constexpr, 
     if NB == 4:
         b2 = tl.load(beta + (32 + r) * step, mask=32 + r < rows, other=0.0)[None, :]
         b3 = tl.load(beta + (48 + r) * step, mask=48 + r < rows, other=0.0)[None, :]
-    diagonal = (x0 * b0, x1 * b1, x2 * b2, x3 * b3)
-    put_lower(x_beta, diagonal, (x10 * b0, x20 * b0, x21 * b1, x30 * b0, x31 * b1, x32 * b2), NB)
+    put_lower(
+        x_beta, (x0 * b0, x1 * b1, x2 * b2, x3 * b3), (x10 * b0, x20 * b0, x21 * b1, x30 * b0, x31 * b1, x32 * b2), NB
+    )
+    if WITH_X:
+        put_lower(x, diagonal, under, NB)
 
 
 @triton.jit
