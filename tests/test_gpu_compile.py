@@ -126,7 +126,7 @@ def test_triton_kernel(case, compilation, record_property):
 
 
 # family → options of launched_process.py. A family whose variants list `aligned` exactly is compared in everything.
-LAUNCHED: dict[str, list[str]] = {"gram": [], "delta_rule": ["--but-alignment"]}
+LAUNCHED: dict[str, list[str]] = {"gram": [], "delta_rule": ["--but-alignment"], "lookup": ["--but-alignment"]}
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: nothing launched")

@@ -112,7 +112,6 @@ def scan_kernel(
     BV: tl.constexpr,
     GATE: tl.constexpr,  # 0: no decay, no normalisation; 1: factors per token; 2: a gate per key
     MODE: tl.constexpr,  # OUT, STATES or MAPS
-    REUSE: tl.constexpr,  # of the rounded state; which takes fewer registers depends on the rest
 ):
     """BV value columns of one head through the chunks of a sequence or segment."""
     value_blocks = tl.cdiv(V, BV) * (1 - only_m)
@@ -180,8 +179,8 @@ def scan_kernel(
             if MODE == STATES:
                 store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
             if MODE == OUT:
-                # Rounded anew, the state need not stay in two sets of registers since the first product.
-                read = -operand if REUSE else s.to(keys_in.dtype)
+                # Rounded anew: the operand of the first product would stay in registers, or spill, until here.
+                read = s.to(keys_in.dtype)
                 if GATE == 2:
                     out = product(read, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
                 else:

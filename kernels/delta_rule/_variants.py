@@ -170,7 +170,6 @@ def prepare_variant(config: Config, dtype: torch.dtype, gated: bool, with_x: boo
 
 def scan_variant(config: Config, dtype: torch.dtype, width: int, gate: int, mode: int) -> Variant:
     values = {"C": CHUNK[dtype], "BK": width, "GATE": gate, "MODE": mode}
-    values["REUSE"] = mode == OUT.value and gate == 2 and width == 128 and dtype.itemsize == 2
     return _make("scan", scan_kernel, dtype, values, config)
 
 
