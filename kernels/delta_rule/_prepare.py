@@ -329,21 +329,25 @@ def prepare_kernel(
     x += at * C * C
     p += at * C * C
     out = factors + at * FACTORS * C
-    (u0, u1, u2, u3), (s0, s1, s2, s3), (t0, t1, t2, t3) = _all_decays(g, HV, rows, NB, GATED)
+    upto, after, totals = _all_decays(g, HV, rows, NB, GATED)
+    u0, u1, u2, u3 = upto
+    s0, s1, s2, s3 = after
+    t0, t1, t2, t3 = totals
     p0, n0 = _factors(q, qt, k, kt, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
     p1, n1 = _factors(q, qt, k, kt, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
     p2, n2, p3, n3 = p1, n1, p1, n1
     if NB == 4:
         p2, n2 = _factors(q, qt, k, kt, rows, K, scale, normalize, u2 + (t0 + t1), s2 + t3, out, 2, C, BLOCK)
         p3, n3 = _factors(q, qt, k, kt, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK)
-    upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
+    right = (n0, n1, n2, n3)
     # What is made last is what is needed last: registers decide the order.
     left = (p0, p1, p2, p3)
     diagonal = _weigh_diagonal(_on_diagonal(q, qt, k, kt, rows, K, NB, BLOCK), left, right, g, HV, rows, NB, GATED)
     under = _under_diagonal(q, qt, k, kt, rows, K, NB, BLOCK)
     put_lower(p, diagonal, _weigh_under(under, left, right, upto, after, t1, t2, NB, GATED), NB)
     # Taken again rather than kept: registers.
-    upto, after, (_, t1, t2, _) = _all_decays(g, HV, rows, NB, GATED)
+    upto, after, totals = _all_decays(g, HV, rows, NB, GATED)
+    t0, t1, t2, t3 = totals
     a0, a1 = _rates(beta, HV, rows, 0) * n0, _rates(beta, HV, rows, 1) * n1
     a2, a3 = a1, a1
     if NB == 4:
