@@ -355,7 +355,9 @@ def variants(architecture: int) -> list[Variant]:
     kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
     found += [_finish_variant(f.rows[a], bias, out) for f in (FINISH, FINISH_PARTS) for bias, out in kinds]
     found += backward_kernels.variants(a)
-    odd = [v for v in found if not v.constexprs.get("WHOLE")]
+    # Of rows that start anywhere every element takes an address of its own: no registers for so large a tile.
+    whole_rows = ("stream", "one_hot-", "dots-", "one_hot_dots")
+    odd = [v for v in found if not v.name.startswith(whole_rows)]
     odd += [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
     rows = [replace(v, aligned=(*_pointers(v), *(n for n in ("stride", "h") if n in v.signature))) for v in found]
     return rows + [replace(v, name=v.name + "-odd", aligned=_pointers(v)) for v in odd]
@@ -492,7 +494,8 @@ def linear(
     if x.shape[0] == 0 or h == 0 or chunks == 0:
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
-    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS and route == 0
+    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS
+    hot = hot and route == 0 and h % 16 == 0
     few = _few(x.shape[0], route)
     if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)

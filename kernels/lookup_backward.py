@@ -418,7 +418,8 @@ def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) ->
     (tokens, chunks), (_, n, h), dtype = codes.shape, tables.shape, tables.dtype
     out = torch.empty(tokens, chunks, dtype=F32, device=grad.device)
     hot = n <= ONE_HOT_ROWS and tokens >= ONE_HOT_TOKENS and grad.dtype == dtype and dtype in (BF16, F16)
-    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS else DOTS
+    hot = hot and h % 16 == 0
+    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS or h % 16 else DOTS
     grad = grad if hot else grad.float()
     arguments = {"grad": grad, "codes": codes, "tables": tables, "scales": scales, "out": out}
     arguments.update(stride=grad.stride(0), tokens=tokens, chunks=chunks, n=n, h=h)
