@@ -26,6 +26,7 @@ import pyrepr
 from pyrepr.backend import build_info, native
 
 OURS = "pyrepr"
+L2_BYTES = 512 << 10  # of a thread: more than any L1, less than most L2
 
 
 @dataclass
@@ -39,7 +40,10 @@ class Workload:
         tolerance: largest relative error that pyrepr's own result may have; a worse one is not timed but raises.
         error: relative error of a result against the truth.
         result: takes what an implementation returned to what the truth returns (a part of it, say).
-        flops: arithmetic operations at best, and ``bytes``: memory traffic at best, for the fraction of the bound.
+        flops: arithmetic operations at best, ``bytes``: memory traffic at best, and ``cached_bytes``: what is read out
+            of L2 at best, for the fraction of the bound.
+        calls: calls in a row that are timed together. Several where one is so short that fetching the code again, which
+            the other implementations have driven out of the caches, would be most of its time.
         data: what the inputs are, for the report.
     """
 
@@ -50,6 +54,8 @@ class Workload:
     result: Callable[[Any], Any] = lambda result: result
     flops: float = 0.0
     bytes: float = 0.0
+    cached_bytes: float = 0.0
+    calls: int = 1
     data: str = "random"
 
     def __post_init__(self) -> None:
@@ -124,7 +130,18 @@ def machine() -> dict[str, Any]:
         facts["fma_peak_gflops"] = module.fma_peak(threads, 0.3) / 1e9
         facts["micro_kernel_gflops"] = module.micro_kernel(threads, 0.3) / 1e9
         facts["read_bandwidth_gbs"] = module.read_bandwidth(threads, 256 << 20) / 1e9
+        facts["cache_bandwidth_gbs"] = module.read_bandwidth(threads, threads * L2_BYTES) / 1e9
     return facts
+
+
+def read_bandwidth() -> float:
+    """Bytes per second, now. 0 without the native module.
+
+    It changes within seconds on a virtual machine: 28 or 55 GB/s were seen for two threads, and always 28 for one, as
+    if the two at times shared one path to memory.
+    """
+    module, _ = native()
+    return module.read_bandwidth(torch.get_num_threads(), 256 << 20) if module else 0.0
 
 
 def _processor() -> str:
@@ -159,10 +176,22 @@ def peak_memory(function: Callable[[], Any]) -> tuple[Any, float | None]:
     return result, None if before is None or highest is None else max(0, highest - before) / 1024
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def _timed(function: Callable[[], Any], calls: int) -> float:
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def _bound(work: Workload, bandwidth: float) -> tuple[float, str]:
+    """The seconds that the slowest of the machine's parts needs at least, and its name."""
+    facts = machine()
+    bounds = [
+        (work.flops, facts.get("fma_peak_gflops", 0) * 1e9, "FMA peak"),
+        (work.bytes, bandwidth, "bandwidth"),
+        (work.cached_bytes, facts.get("cache_bandwidth_gbs", 0) * 1e9, "L2 bandwidth"),
+    ]
+    return max(((amount / rate, name) for amount, rate, name in bounds if amount and rate), default=(0.0, ""))
 
 
 def run_case(case: Case, seconds: float) -> list[Row]:
@@ -170,12 +199,7 @@ def run_case(case: Case, seconds: float) -> list[Row]:
     work = case.make()
     truth = work.truth()
     rows, errors = [], {}
-    facts = machine()
-    bounds = [
-        (work.flops, facts.get("fma_peak_gflops", 0) * 1e9, "FMA peak"),
-        (work.bytes, facts.get("read_bandwidth_gbs", 0) * 1e9, "bandwidth"),
-    ]
-    least, bound = max(((amount / rate, name) for amount, rate, name in bounds if amount and rate), default=(0.0, ""))
+    bandwidths = [read_bandwidth()]
     times: dict[str, list[float]] = {}
     for name, function in work.implementations.items():
         note = ""
@@ -193,11 +217,14 @@ def run_case(case: Case, seconds: float) -> list[Row]:
         if not note:
             times[name] = []
     # One round of everything tells how many rounds there is time for.
-    first = {name: _timed(work.implementations[name]) for name in times}
-    rounds = max(3, min(200, int(seconds / max(1e-9, sum(first.values())))))
-    for _ in range(rounds):
+    first = {name: _timed(work.implementations[name], work.calls) for name in times}
+    rounds = max(3, min(200, int(seconds / max(1e-9, work.calls * sum(first.values())))))
+    for i in range(rounds):
         for name, measured in times.items():
-            measured.append(_timed(work.implementations[name]))
+            measured.append(_timed(work.implementations[name], work.calls))
+        if i % max(3, rounds // 8) == 0:
+            bandwidths.append(read_bandwidth())
+    least, bound = _bound(work, statistics.median(bandwidths))
     ours = statistics.median(next(iter(times.values())))
     for name, (error, peak, note) in errors.items():
         measured = times.get(name)

@@ -419,7 +419,8 @@ class _Job:
         if len(rows) < linear.in_features:
             count, d = len(rows), linear.in_features
             warnings.warn(
-                f"calibration_data gives {name} {count} rows for {d} features; the fit leans on the ridge", stacklevel=3
+                f"calibration_data gives layer {name} {count} rows for {d} features; the fit leans on the ridge",
+                stacklevel=3,
             )
         if quantize:
             layer.quantize_(quantize)

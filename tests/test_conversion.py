@@ -311,7 +311,7 @@ def test_tables_larger_than_memory_are_refused_and_nothing_is_changed(monkeypatc
 
 
 def test_few_rows_warn_by_name():
-    with pytest.warns(UserWarning, match="calibration_data gives 3 20 rows for 32 features"):
+    with pytest.warns(UserWarning, match="calibration_data gives layer 3 20 rows for 32 features"):
         convert(network(), torch.randn(20, 20), select="3")
 
 

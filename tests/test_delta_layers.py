@@ -297,7 +297,7 @@ def test_no_rows_or_no_tokens(T):
 def test_real_flash_linear_attention():
     """Its own layer definition makes the state_dict, its naive functions the rule; in a process of its own, since
     importing it changes what transformers does."""
-    pytest.importorskip("fla", minversion="0.6")
+    pytest.importorskip("fla", minversion="0.6")  # has no kernels for other machines than Linux on x86-64
     code = f"""
 import sys
 sys.path.insert(0, {str(__file__).rsplit("/", 1)[0]!r})

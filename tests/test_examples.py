@@ -44,7 +44,10 @@ def test_train_memoryformer(example, tmp_path):
     options = "--steps 3 --batch 2 --context 16 --width 16 --depth 1 --bits 4 --packages torch.optim"
     printed = example("train_memoryformer", tmp_path / "out", *options.split())
     written = json.loads((tmp_path / "out/train_memoryformer.json").read_text())
-    assert set(written["runs"]) == {"MemoryFormer", "dense twin"}
+    same_rate = "MemoryFormer at the twin's rate"
+    assert set(written["runs"]) == {"MemoryFormer", same_rate, "dense twin"}
+    assert written["runs"][same_rate]["lr"] == written["runs"]["dense twin"]["lr"]
+    assert written["runs"][same_rate]["train"][0] == written["runs"]["MemoryFormer"]["train"][0]
     assert written["runs"]["MemoryFormer"]["lr"] == 3 * written["runs"]["dense twin"]["lr"]
     for name, run in written["runs"].items():
         assert len(run["train"]) == 3 and [step for step, _ in run["validation"]] == [1, 2, 3]
@@ -73,10 +76,10 @@ def bert(tmp_path):
 def test_convert_minilm(example, bert, tmp_path):
     out, settings = tmp_path / "out", ["linear, 4 bits, rank 0", "ffn, 8 bits, rank 0", "dense, rank 384"]
     only = [part for setting in settings for part in ("--only", setting)]
-    printed = example(
-        "convert_minilm", out, "--quick", "--model", f"hf-random:{bert}", "--packages", "torch.optim", *only
-    )
-    written = json.loads((out / "convert_minilm.json").read_text())
+    options = ["--quick", "--model", f"hf-random:{bert}", "--packages", "torch.optim"]
+    printed = example("convert_minilm", out, *options, *only)
+    results = out / "convert_minilm.json"
+    written = json.loads(results.read_text())
     assert list(written) == settings
     for name, line in written.items():
         assert f"| {name} |" in printed
@@ -85,3 +88,9 @@ def test_convert_minilm(example, bert, tmp_path):
     assert (out / "convert_minilm.png").stat().st_size > 1000
     again = example("convert_minilm", out, "--only", "none")
     assert again == printed[printed.index("| network becomes") :]
+    example("convert_minilm", out, *options, "--speeds", *only[:2])
+    timed = json.loads(results.read_text())
+    assert timed[settings[0]]["speed"] != written[settings[0]]["speed"]
+    for line in (timed[settings[0]], timed[settings[0]]["int8"], written[settings[0]], written[settings[0]]["int8"]):
+        del line["speed"]
+    assert timed == written

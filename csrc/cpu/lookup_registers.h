@@ -2,7 +2,10 @@
 // in one column are 64 bytes, a register, and one byte permutation looks 16 tokens up in all four. Included by level
 // units only (see simd.h).
 //
-// Per 64 multiply-adds: one permutation and two byte products, instead of the 13 instructions of the streaming kernel.
+// Per 64 multiply-adds: one permutation and two byte products, instead of two and two of the streaming kernel and what
+// it loads. Tables of 32 and 64 rows would take two and four permutations. Measured on Zen 4, 1024 tokens, 2048
+// columns: 25 us a table here and 28 streamed at 16 rows; streamed 32 at 32 rows and 38 at 64, less than two and four
+// would cost by count.
 #pragma once
 
 #include "cpu/lookup_bytes.h"

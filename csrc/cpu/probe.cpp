@@ -67,11 +67,14 @@ double micro_kernel(int threads, double seconds) {
   return calls * 2 * repeats * blocks * B::MR * B::NR * kDepth * threads;
 }
 
+constexpr int64_t kLeastRead = int64_t(64) << 20;  // less is read several times, or waking threads would count
+
 double read_bandwidth(int threads, int64_t bytes) {
   const Memory memory(bytes);
   if (!memory.ok()) return 0;
   const int64_t count = bytes / static_cast<int64_t>(sizeof(float)) / 64 * 64;
   float* const data = memory.as<float>();
+  const int64_t passes = larger<int64_t>(1, kLeastRead / bytes);
   double best = 0;
   volatile float sink = 0;
   for (int repeat = 0; repeat < 4; repeat++) {  // the first one also fills the memory, on the threads that read it
@@ -84,14 +87,16 @@ double read_bandwidth(int threads, int64_t bytes) {
       if (repeat == 0) {
         for (int64_t i = from; i < to; i++) data[i] = 1.f;
       } else {
-        for (int64_t i = from; i + 4 * Lanes<float>::W <= to; i += 4 * Lanes<float>::W)
+        for (int64_t pass = 0; pass < passes; pass++)
+          for (int64_t i = from; i + 4 * Lanes<float>::W <= to; i += 4 * Lanes<float>::W)
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; j++) sum[j] += load<float>(data + i + j * Lanes<float>::W);
+            for (int j = 0; j < 4; j++) sum[j] += load<float>(data + i + j * Lanes<float>::W);
       }
 #pragma omp critical
       sink = sink + static_cast<float>(lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3])));
     }
-    if (repeat) best = larger(best, static_cast<double>(count) * sizeof(float) / (omp_get_wtime() - start));
+    const auto read = static_cast<double>(passes * count) * sizeof(float);
+    if (repeat) best = larger(best, read / (omp_get_wtime() - start));
   }
   return best;
 }

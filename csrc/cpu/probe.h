@@ -10,7 +10,7 @@ struct ProbeFunctions {
   double (*fma_peak)(int threads, double seconds);
   // The same for the micro-kernel of gemm.h on packed blocks: what any product here can reach.
   double (*micro_kernel)(int threads, double seconds);
-  // Bytes per second at which `threads` threads read `bytes` of memory.
+  // Bytes per second at which `threads` threads read `bytes` of memory, or of a cache that holds them.
   double (*read_bandwidth)(int threads, int64_t bytes);
 };
 

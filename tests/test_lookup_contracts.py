@@ -1,0 +1,157 @@
+"""Family `lookup`: contracts with torch and with the caller, and every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import pyrepr
+from pyrepr.ops import lookup as ops
+
+BACKENDS = ("reference", "cpu")
+LEVELS = pyrepr.backend.native()[0].simd_levels()
+
+
+OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", ["hash", "linear", "sum", "backward", "hash_backward"])
+def test_opcheck(name):
+    x, tables, bias = torch.randn(6, 12).bfloat16(), torch.randn(3, 16, 5), torch.randn(5)
+    codes, weights = ops.hash_op(x, 4, "scaled", 1.0)
+    quantized, scales = torch.randint(-127, 128, (3, 16, 5), dtype=torch.int8), torch.rand(3, 16)
+    grad, rows = torch.randn(6, 5), (codes.long() + 16 * torch.arange(3)).unique()
+    cases = {
+        "hash": [(x, 4, "scaled", 1.0)],
+        "linear": [(x, tables, None, bias, "l1", 1.0, 0), (x, quantized, scales, None, "l1", 1.0, 0)],
+        "sum": [(codes, weights, tables, None, 0)],
+        "backward": [
+            (grad, codes, weights, tables, None, 16, None, True),
+            (grad, codes, weights, quantized, scales, 16, None, False),
+            (grad, codes, weights, None, None, 16, None, True),
+            (grad, codes, weights, None, None, 16, rows, True),
+        ],
+        "hash_backward": [(x, weights, 4, "scaled", 1.0)],
+    }
+    for arguments in cases[name]:
+        torch.library.opcheck(getattr(torch.ops.pyrepr, f"lookup_{name}").default, arguments, test_utils=OPCHECK)
+
+
+def test_compiles_without_a_graph_break():
+    def loss(x, tables, bias):
+        return pyrepr.lookup_linear(x, tables, bias).square().sum()
+
+    arguments = [torch.randn(9, 12), torch.randn(3, 16, 5), torch.randn(5)]
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [a.clone().requires_grad_() for a in arguments]
+        function(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(eager, compiled)
+
+
+def test_functional_gradient_export_and_autocast():
+    x, tables = torch.randn(9, 12), torch.randn(3, 16, 5)
+    grad = torch.func.grad(lambda t: pyrepr.lookup_linear(x, t).square().sum())(tables)
+    leaf = tables.clone().requires_grad_()
+    pyrepr.lookup_linear(x, leaf).square().sum().backward()
+    assert torch.equal(grad, leaf.grad)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, tables):
+            return pyrepr.lookup_linear(x, tables)
+
+    exported = torch.export.export(Layer(), (x, tables)).module()
+    assert torch.equal(exported(x, tables), pyrepr.lookup_linear(x, tables))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pyrepr.lookup_linear(torch.nn.functional.linear(x, x), tables[:, :8]).dtype == torch.bfloat16
+
+
+def test_second_derivative_and_bare_leaf_op_are_refused():
+    x, tables = torch.randn(4, 12, requires_grad=True), torch.randn(3, 16, 5)
+    (grad,) = torch.autograd.grad(pyrepr.lookup_linear(x, tables).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="leaf op"):
+        ops.linear_op(x, tables, None, None, "l1", 1.0, 0)
+
+
+X, TABLES = torch.zeros(2, 12), torch.zeros(3, 16, 5)
+CODES = torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: pyrepr.hash_codes(X, 5), ValueError, "multiple of bits = 5, got 12"),
+        (lambda: pyrepr.hash_codes(X, 0), ValueError, "from 1 to 16, got 0"),
+        (lambda: pyrepr.hash_codes(X, 17), ValueError, "from 1 to 16, got 17"),
+        (lambda: pyrepr.hash_codes(X.int(), 4), TypeError, "x must be float32"),
+        (lambda: pyrepr.lookup_linear(X, TABLES[:2]), ValueError, r"K · bits = 2 · 4 = 8"),
+        (lambda: pyrepr.lookup_linear(X, TABLES[:, :15]), ValueError, "2\\^bits rows"),
+        (lambda: pyrepr.lookup_linear(X, TABLES[0]), ValueError, r"\[K, n, h\]"),
+        (lambda: pyrepr.lookup_linear(X, TABLES.char()), ValueError, "need scales"),
+        (lambda: pyrepr.lookup_linear(X, TABLES, scales=TABLES[:, :, 0]), ValueError, "only they"),
+        (lambda: pyrepr.lookup_linear(X, TABLES.char(), scales=TABLES[:, :3, 0]), ValueError, r"\[3, 16\]"),
+        (lambda: pyrepr.lookup_linear(X, TABLES, X[0]), ValueError, r"bias must have shape \[h\] = \[5\]"),
+        (lambda: pyrepr.lookup_linear(X, TABLES, weighting="p"), ValueError, "weighting must be one of"),
+        (lambda: pyrepr.lookup_linear(X, TABLES, temperature=0.0), ValueError, "temperature must be positive"),
+        (lambda: pyrepr.lookup_linear(X.double(), TABLES), TypeError, "both be float64"),
+        (lambda: pyrepr.lookup_linear(X, TABLES.to("meta")), ValueError, "device"),
+        (lambda: pyrepr.lookup_sum(CODES, X[:, :2], TABLES), ValueError, "shape of codes"),
+        (lambda: pyrepr.lookup_sum(CODES.float(), X[:, :3], TABLES), TypeError, "integer dtype"),
+        (lambda: pyrepr.lookup_sum(CODES + 16, X[:, :3], TABLES), IndexError, "from 0 to n - 1 = 15"),
+        (lambda: pyrepr.lookup_sum(CODES - 1, X[:, :3], TABLES), IndexError, "from 0 to n - 1 = 15"),
+        (lambda: pyrepr.lookup_sum(CODES + 2**32, X[:, :3], TABLES), IndexError, "from 0 to n - 1 = 15"),
+        (lambda: pyrepr.segment_sum(X, CODES, 0), ValueError, "n must be a positive int"),
+        (lambda: pyrepr.segment_sum(X, CODES[:1], 4), ValueError, "codes must have shape"),
+        (lambda: pyrepr.segment_sum(X, CODES + 4, 4), IndexError, "from 0 to n - 1 = 3"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_is_refused_in_one_sentence(backend, call, error, message):
+    with pyrepr.use_backend(backend), pytest.raises(error, match=message):
+        call()
+
+
+PROBE = """
+import torch, pyrepr
+from pyrepr.ops import lookup as ops
+from pyrepr.reference import lookup as reference
+def relative(a, b): return ((a.double() - b.double()).norm() / b.double().norm()).item()
+torch.manual_seed(0)
+for bits, k, h, count in [(8, 5, 131, 9), (3, 9, 64, 70), (5, 20, 37, 33)]:
+    x, tables, grad = torch.randn(count, k * bits), torch.randn(k, 2**bits, h), torch.randn(count, h)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        xs, stored = x.to(dtype), tables.to(dtype)
+        truth = [t.detach().double().clone().requires_grad_() for t in (xs, stored)]
+        expected = reference.lookup_linear(*truth)
+        expected.backward(grad.double())
+        bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        for route in (1, 2):
+            assert relative(ops.linear_op(xs, stored, None, None, "probability", 1.0, route), expected) < bound
+        leaves = [xs.clone().requires_grad_(), stored.clone().requires_grad_()]
+        pyrepr.lookup_linear(*leaves).backward(grad.to(dtype))
+        for leaf, true in zip(leaves, truth):
+            assert relative(leaf.grad, true.grad) < max(2 * bound, 1e-14), (dtype, bits)
+    small = (tables * 40).clamp(-127, 127).to(torch.int8)
+    expected = reference.lookup_linear(x.double(), small.double())
+    for route in (0, 1, 2, 3):
+        out = ops.linear_op(x, small, torch.ones(k, 2**bits), None, "probability", 1.0, route)
+        assert relative(out, expected) < (1e-6 if route == 1 else 5e-5)
+print(pyrepr.backends()["cpu"].detail.split()[2])
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_of_this_machine(level):
+    environment = {**os.environ, "PYREPR_SIMD": level}
+    run = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == level
