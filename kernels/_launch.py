@@ -84,7 +84,6 @@ class Variant:
         constexprs: compile-time argument → value.
         aligned: the run-time arguments that are divisible by 16, as Triton finds out about an argument at launch
             (pointers in bytes); list what the usual case has, and a second variant where others matter.
-        spills: why this variant may spill registers; empty if it must not.
     """
 
     name: str
@@ -94,7 +93,6 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
-    spills: str = ""
 
     @property
     def key(self) -> tuple:

@@ -69,7 +69,7 @@ from pyrepr.reference.lookup import WEIGHTINGS
 FEW_TOKENS = 256
 
 
-@triton.jit(do_not_specialize=["tokens", "bits", "weighting", "by_chunk"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "weighting", "by_chunk"])
 def _hash_kernel(
     x,  # [T, K bits], rows `stride` apart
     codes,  # [T, K] int32, or [K, T] if by_chunk
@@ -93,7 +93,7 @@ def _hash_kernel(
     tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "bits", "weighting", "part"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "n", "weighting", "part"])
 def _rows_kernel(
     x,  # [T, K bits], rows `stride` apart, or None: codes and weights are given
     codes,  # [T, K] int32 or None
@@ -174,9 +174,7 @@ def _read_rows(tables, scales, k, code, weight, columns, n, h, WHOLE: tl.constex
 
 
 @triton.jit
-def _gather(
-    codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE: tl.constexpr
-):
+def _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, WHOLE: tl.constexpr):
     """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]; of tokens
     that are not there the last one's. WHOLE: all columns are there.
 
@@ -184,7 +182,7 @@ def _gather(
     ptxas would put each read right before its use, one in flight at a time.
     """
     sums = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
-    at = tl.minimum(t, tokens - 1).to(tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_k
+    at = tl.minimum(t, tokens - 1).to(tl.int64) + tl.cast(first, tl.int64) * stride_k
     tile, factor = _read_rows(tables, scales, first, tl.load(codes + at), tl.load(weights + at), columns, n, h, WHOLE)
     at += tl.where(first + 1 < last, stride_k, 0)
     code, weight = tl.load(codes + at), tl.load(weights + at)
@@ -198,14 +196,13 @@ def _gather(
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens", "part"])
+@triton.jit(do_not_specialize=["stride_k", "tokens", "chunks", "n", "part"])
 def _stream_kernel(
-    codes,  # [T, K] int32, of these strides
+    codes,  # [T, K] int32, of strides 1 and stride_k
     weights,  # [T, K] float32, of the same
     tables,  # [K, n, h]
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
-    stride_t,
     stride_k,
     tokens,
     chunks,
@@ -220,19 +217,18 @@ def _stream_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(2) * part
     last = tl.minimum(first + part, chunks)
-    sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, WHOLE)
+    sums = _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, WHOLE)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "part"])
+@triton.jit(do_not_specialize=["stride_k", "tokens", "chunks", "n", "part"])
 def _one_hot_kernel(
-    codes,  # [T, K] int32, of these strides
+    codes,  # [T, K] int32, of strides 1 and stride_k
     weights,  # [T, K] float32, of the same
     tables,  # [K, n, h], n ≤ ROWS
     scales,  # [K, n] float32 for int8 tables, else None
     out,  # [splits, T, h] float32
-    stride_t,
     stride_k,
     tokens,
     chunks,
@@ -253,7 +249,7 @@ def _one_hot_kernel(
     sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for start in range(first, last, BLOCK_K):
         own = start + tl.arange(0, BLOCK_K)
-        a = one_hot(codes, weights, t, own, stride_t, stride_k, tokens, chunks, n, ROWS)
+        a = one_hot(codes, weights, t, own, 1, stride_k, tokens, chunks, n, ROWS)
         k, c = start + lane // ROWS, lane % ROWS
         row = k.to(tl.int64) * n + c
         real = (k < chunks) & (c < n)
@@ -263,7 +259,7 @@ def _one_hot_kernel(
         b = dot_input(tl.load(tables + row[:, None] * h + columns[None, :], mask=mask, other=0.0).to(kind))
         sums = tl.dot(dot_input(a.to(kind)), b, sums)
     if not all_finite(sums):
-        sums = _gather(codes, weights, tables, scales, t, columns, stride_t, stride_k, tokens, n, h, first, last, False)
+        sums = _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, False)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
@@ -347,7 +343,7 @@ def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Vari
 
 
 def variants(architecture: int) -> list[Variant]:
-    """All that can be launched there, aligned as tables with h a multiple of 16 are; some also for other tables."""
+    """All that can be launched there: where rows start at multiples of 16 elements, and where only tensors do."""
     from pyrepr.kernels import lookup_backward as backward_kernels
 
     a, stored = architecture, (*FLOATS, I8)
@@ -359,11 +355,16 @@ def variants(architecture: int) -> list[Variant]:
     kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
     found += [_finish_variant(f.rows[a], bias, out) for f in (FINISH, FINISH_PARTS) for bias, out in kinds]
     found += backward_kernels.variants(a)
-    usual = ("x", "tables", "grad", "out", "codes", "weights", "order", "partial", "stride", "chunks", "n", "h")
-    aligned = [replace(v, aligned=tuple(name for name in usual if name in v.signature)) for v in found]
-    odd = [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
-    odd += [_rows_variant(ROWS.rows[a], BF16, BF16)]
-    return aligned + [replace(v, name=v.name + "-odd") for v in odd]
+    # Of rows that start anywhere every element takes an address of its own: no registers for so large a tile.
+    whole_rows = ("stream", "one_hot-", "dots-", "one_hot_dots")
+    odd = [v for v in found if not v.name.startswith(whole_rows)]
+    odd += [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
+    rows = [replace(v, aligned=(*_pointers(v), *(n for n in ("stride", "h") if n in v.signature))) for v in found]
+    return rows + [replace(v, name=v.name + "-odd", aligned=_pointers(v)) for v in odd]
+
+
+def _pointers(described: Variant) -> tuple[str, ...]:
+    return tuple(name for name, kind in described.signature.items() if kind[0] == "*")
 
 
 def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: bool = False) -> tuple[Tensor, Tensor]:
@@ -465,7 +466,7 @@ def _from_codes(
         configs = (STREAM_FLOAT if dtype == F32 else STREAM) if whole else STREAM_ODD
         describe = functools.partial(_stream_variant, tables=dtype, whole=whole)
     arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
-    arguments.update(stride_t=codes.stride(0), stride_k=codes.stride(1))
+    arguments.update(stride_k=codes.stride(1))
     # The rows kernel's arguments for hashing.
     arguments.update(stride=0, bits=0, slope=0.0, weighting=0)
 
@@ -493,7 +494,8 @@ def linear(
     if x.shape[0] == 0 or h == 0 or chunks == 0:
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
-    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS and route == 0
+    hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS
+    hot = hot and route == 0 and h % 16 == 0
     few = _few(x.shape[0], route)
     if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)

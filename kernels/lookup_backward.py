@@ -37,7 +37,7 @@ from pyrepr.reference.lookup import WEIGHTINGS
 FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["tokens", "bits", "weighting"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "weighting"])
 def _hash_backward_kernel(
     x,  # [T, K bits], rows `stride` apart
     grad_weights,  # [T, K] float32
@@ -67,7 +67,7 @@ def _hash_backward_kernel(
     tl.store(grad + j, result.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "has_rows"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "n", "has_rows"])
 def _segments_kernel(
     grad,  # [T, h], rows `stride` apart
     order,  # [K, T] int64: the tokens of each table by code, then by number
@@ -126,7 +126,7 @@ def _segments_one_by_one(grad, codes, weights, columns, k, c, stride, tokens, ch
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
 def _one_hot_segments_kernel(
     grad,  # [T, h] bfloat16, rows `stride` apart
     codes,  # [T, K] int32
@@ -161,7 +161,7 @@ def _one_hot_segments_kernel(
     tl.store(target, sums, mask=real[:, None] & (columns < h)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
 def _dots_kernel(
     grad,  # [T, h] float32, rows `stride` apart
     codes,  # [T, K] int32
@@ -203,7 +203,7 @@ def _dots_kernel(
     tl.store(out + at[:, None] + k[None, :], sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
 def _dots_few_kernel(
     grad,  # [T, h] float32, rows `stride` apart
     codes,  # [T, K] int32
@@ -236,7 +236,7 @@ def _dots_few_kernel(
     tl.store(out + t * chunks + k, tl.sum(sums, 1) * factor, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
 def _one_hot_dots_kernel(
     grad,  # [T, h] in the dtype of tables, rows `stride` apart
     codes,  # [T, K] int32
@@ -418,7 +418,8 @@ def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) ->
     (tokens, chunks), (_, n, h), dtype = codes.shape, tables.shape, tables.dtype
     out = torch.empty(tokens, chunks, dtype=F32, device=grad.device)
     hot = n <= ONE_HOT_ROWS and tokens >= ONE_HOT_TOKENS and grad.dtype == dtype and dtype in (BF16, F16)
-    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS else DOTS
+    hot = hot and h % 16 == 0
+    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS or h % 16 else DOTS
     grad = grad if hot else grad.float()
     arguments = {"grad": grad, "codes": codes, "tables": tables, "scales": scales, "out": out}
     arguments.update(stride=grad.stride(0), tokens=tokens, chunks=chunks, n=n, h=h)

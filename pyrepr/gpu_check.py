@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from pyrepr.backend import native
@@ -66,6 +67,7 @@ def build(root: Path) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0: everything passed, 1: something failed (it is in the report), 2: it could not run."""
+    started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     import torch
@@ -86,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"gpu_check: the build failed, going on with what is there:\n{problem}")
         # In a fresh process, and not in the clone, whose folder would hide what was installed.
         args.out = args.out.resolve()
+        left = max(1.0, args.seconds - (time.monotonic() - started))  # building counts
         command = [sys.executable, "-m", "pyrepr.gpu_check", *argv, "--built", "--out", str(args.out)]
+        command += ["--seconds", f"{left:.1f}"]
         with tempfile.TemporaryDirectory() as elsewhere:
             return subprocess.run(command, cwd=elsewhere, check=False).returncode
     from pyrepr.benchmarks.gpu import runner

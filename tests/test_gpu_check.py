@@ -119,6 +119,34 @@ def test_time_that_is_over_is_said(fake_family):
     assert [r["failure"] for r in state.records] == ["not run: the section's time was over"] * 5
 
 
+def test_what_is_left_of_a_section_that_hangs_is_counted(fake_family, monkeypatch):
+    """A worker that overstays is ended by the runner: here at once."""
+    monkeypatch.setattr(runner.Run, "_worker", hanging)
+    state = runner.Run([], 60, dry=True)
+    state.section("check", fake_family, -1)
+    assert [r["failure"] for r in state.records] == ["hung", "not run: 4 more, since the section's time was over"]
+
+
+def hanging(self, kind, family, path, options, seconds):
+    path.write_text(json.dumps({"start": True, "of": 6, "number": 1, "op": "good"}) + "\n")
+    return "hung"
+
+
+def test_a_peer_that_does_not_come_to_an_end_is_left(monkeypatch):
+    monkeypatch.setattr(worker, "FIRST_SECONDS", 0.05)
+
+    def endless():
+        while True:
+            pass
+
+    x = torch.ones(3)
+    problem = Problem(lambda: x.clone(), lambda: x.double(), {"endless": endless, "quick": x.clone}, flops=1)
+    case = GpuCase("op", "n=3", lambda *_: problem, {torch.float32: 0.0}, ("cpu",))
+    rows = {r["implementation"]: r for r in worker.time_case((case, torch.float32), torch.device("cpu"), 0.01)}
+    assert rows["endless"]["failure"] == "TimeoutError: its first run took more than 0 s"
+    assert rows["quick"]["milliseconds"] > 0 and rows["pyrepr cpu"]["milliseconds"] > 0
+
+
 def test_two_runs_with_different_bits_fail():
     counter = iter(range(9))
     problem = Problem(lambda: torch.tensor(next(counter) * 1e-9), lambda: torch.tensor(1.0))

@@ -68,9 +68,12 @@ class Run:
             if not any(r["number"] == unfinished["number"] for r in lines if not r.get("start")):
                 kept = {key: value for key, value in unfinished.items() if key not in ("start", "of")}
                 self.records.append({**kept, "failure": end_note})
+            first = unfinished["number"] + 1
+            if (time.monotonic() >= end or not started) and first < count:
+                note = f"not run: {count - first} more, since the section's time was over"
+                self.records.append({"section": kind, "family": family, "number": first, "op": kind, "failure": note})
             if time.monotonic() >= end or not started:
                 return
-            first = unfinished["number"] + 1
 
     def _worker(
         self, kind: str, family: str, path: Path, options: list[str], seconds: float, prefix: tuple[str, ...] = ()

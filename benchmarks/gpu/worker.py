@@ -7,11 +7,13 @@ items of a section from number I on, and appends one line of JSON before (``star
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import importlib
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -27,6 +29,7 @@ from pyrepr.backend import _PROBES
 
 FLUSH_BYTES = 512 << 20  # more than any L2
 SEEDS = 3
+FIRST_SECONDS = 20.0  # what a peer may take for its first run, in which it may compile and tune; what it found is kept
 BROKEN = 3  # exit code: the CUDA context is lost, start again behind this item
 
 
@@ -167,6 +170,22 @@ def _problems(case: GpuCase, device: torch.device, dtype: torch.dtype) -> list[P
     return problems
 
 
+@contextlib.contextmanager
+def _at_most(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError in the block when it has taken that long, between two steps of Python."""
+
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"its first run took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _first_run(function: Callable[[], Any], device: torch.device) -> tuple[Any, float | None]:
     """The result, and by how many MiB device memory rose at its highest; also compiles what needs it."""
     if device.type == "cpu":
@@ -194,7 +213,8 @@ def time_case(item: tuple[GpuCase, torch.dtype], device: torch.device, seconds: 
     for name, function in functions[0].items():
         row = rows[name] = {"dtype": dtype_name(dtype), "implementation": name, "failure": None, "rounds": []}
         try:
-            result, row["peak_mib"] = _first_run(function, device)
+            with _at_most(FIRST_SECONDS if name in problems[0].peers else None):
+                result, row["peak_mib"] = _first_run(function, device)
             row["error"] = None if truth is None else case.error(result, truth)
             row["first"] = clock(function)
         except Exception as failure:

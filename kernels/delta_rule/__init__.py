@@ -399,17 +399,18 @@ def _states(scan: Scan, checkpoints: Tensor, mapped: Tensor | None) -> dict[str,
 
 def _gradients(p: Problem, layout: Layout, chunks: Chunks, grad_o: Tensor, walked: dict[str, Tensor]) -> tuple:
     """dq, dk [B, T, H, K], and dg, dbeta [B, T, HV] float32."""
-    blocks = _ceil(p.K, table.GRADIENT_WIDTH)
     dq, dk = (p.new(p.B, p.T, p.H, p.K) for _ in range(2))
-    dbeta, dg = (p.new(blocks, p.B, p.T, p.HV, dtype=torch.float32) for _ in range(2))
-    outputs = {"grad_q": dq, "grad_k": dk, "grad_beta": dbeta, "grad_g": dg}
+    inputs = {"factors": chunks.factors, "chunks": layout.chunks, "grad_o": grad_o}
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        blocks = _ceil(p.K, config.blocks["BK"])
+        dbeta, dg = (p.new(blocks, p.B, p.T, p.HV, dtype=torch.float32) for _ in range(2))
+        outputs = {"grad_q": dq, "grad_k": dk, "grad_beta": dbeta, "grad_g": dg}
         variant = table.gradient_variant(config, p.dtype, p.gate == 1)
-        inputs = {"factors": chunks.factors, "chunks": layout.chunks, "grad_o": grad_o}
         p.run(variant, p.chunk_slots * p.H * blocks, **inputs, **walked, **outputs)
+        return dbeta, dg
 
-    table.GRADIENT[p.dtype.itemsize].run(p.device, run, (p.gate,))
+    dbeta, dg = table.GRADIENT[p.dtype.itemsize].run(p.device, run, (p.gate,))
     return dq, dk, dg.sum(0), dbeta.sum(0)
 
 

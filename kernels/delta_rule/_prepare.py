@@ -50,13 +50,24 @@ def _decays(g, step, rows, I: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
+def _all_decays(g, step, rows, NB: tl.constexpr, GATED: tl.constexpr):
+    """`_decays` of all blocks; those past NB are zero."""
+    u0, s0, t0 = _decays(g, step, rows, 0, GATED)
+    u1, s1, t1 = _decays(g, step, rows, 1, GATED)
+    u2, s2, t2 = u0, s0, 0.0
+    u3, s3, t3 = u0, s0, 0.0
+    if NB == 4:
+        u2, s2, t2 = _decays(g, step, rows, 2, GATED)
+        u3, s3, t3 = _decays(g, step, rows, 3, GATED)
+    return (u0, u1, u2, u3), (s0, s1, s2, s3), (t0, t1, t2, t3)
+
+
+@triton.jit
 def _factors(
     q,
     qt,
     k,
     kt,
-    beta,
-    step,
     rows,
     K,
     scale,
@@ -68,7 +79,7 @@ def _factors(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the factors of block I; returns what multiplies rows of A, rows of P, and columns of both."""
+    """Writes the factors of block I; returns what multiplies rows of P, and columns of P and A."""
     r = I * 16 + tl.arange(0, 16)
     own_k = tl.full([16], 1.0, tl.float32)
     own_q = own_k
@@ -84,8 +95,14 @@ def _factors(
     tl.store(out + 4 * C + r, decay * own_k)
     tl.store(out + 5 * C + r, tail * own_k)
     tl.store(out + 6 * C + r, scale * decay * own_q)
-    rate = tl.load(beta + r * step, mask=r < rows, other=0.0)
-    return rate * own_k, scale * own_q, own_k
+    return scale * own_q, own_k
+
+
+@triton.jit
+def _rates(beta, step, rows, I: tl.constexpr):
+    """β of block I."""
+    r = I * 16 + tl.arange(0, 16)
+    return tl.load(beta + r * step, mask=r < rows, other=0.0)
 
 
 @triton.jit
@@ -208,8 +225,6 @@ def put_lower(x, diagonal, under, NB: tl.constexpr):
 @triton.jit
 def put_inverse(x, x_beta, diagonal, under, beta, step, rows, NB: tl.constexpr, WITH_X: tl.constexpr):
     """X if it is wanted, and X diag(β)."""
-    if WITH_X:
-        put_lower(x, diagonal, under, NB)
     x0, x1, x2, x3 = diagonal
     x10, x20, x21, x30, x31, x32 = under
     r = tl.arange(0, 16)
@@ -219,8 +234,11 @@ def put_inverse(x, x_beta, diagonal, under, beta, step, rows, NB: tl.constexpr, 
     if NB == 4:
         b2 = tl.load(beta + (32 + r) * step, mask=32 + r < rows, other=0.0)[None, :]
         b3 = tl.load(beta + (48 + r) * step, mask=48 + r < rows, other=0.0)[None, :]
-    diagonal = (x0 * b0, x1 * b1, x2 * b2, x3 * b3)
-    put_lower(x_beta, diagonal, (x10 * b0, x20 * b0, x21 * b1, x30 * b0, x31 * b1, x32 * b2), NB)
+    put_lower(
+        x_beta, (x0 * b0, x1 * b1, x2 * b2, x3 * b3), (x10 * b0, x20 * b0, x21 * b1, x30 * b0, x31 * b1, x32 * b2), NB
+    )
+    if WITH_X:
+        put_lower(x, diagonal, under, NB)
 
 
 @triton.jit
@@ -311,30 +329,29 @@ def prepare_kernel(
     x += at * C * C
     p += at * C * C
     out = factors + at * FACTORS * C
-    u0, s0, t0 = _decays(g, HV, rows, 0, GATED)
-    u1, s1, t1 = _decays(g, HV, rows, 1, GATED)
-    u2, s2, t2 = u0, s0, 0.0
-    u3, s3, t3 = u0, s0, 0.0
+    upto, after, totals = _all_decays(g, HV, rows, NB, GATED)
+    u0, u1, u2, u3 = upto
+    s0, s1, s2, s3 = after
+    t0, t1, t2, t3 = totals
+    p0, n0 = _factors(q, qt, k, kt, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
+    p1, n1 = _factors(q, qt, k, kt, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
+    p2, n2, p3, n3 = p1, n1, p1, n1
     if NB == 4:
-        u2, s2, t2 = _decays(g, HV, rows, 2, GATED)
-        u3, s3, t3 = _decays(g, HV, rows, 3, GATED)
-    a0, p0, n0 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u0, s0 + (t1 + t2 + t3), out, 0, C, BLOCK)
-    a1, p1, n1 = _factors(q, qt, k, kt, beta, HV, rows, K, scale, normalize, u1 + t0, s1 + (t2 + t3), out, 1, C, BLOCK)
-    a2, p2, n2 = a1, p1, n1
-    a3, p3, n3 = a1, p1, n1
-    if NB == 4:
-        a2, p2, n2 = _factors(
-            q, qt, k, kt, beta, HV, rows, K, scale, normalize, u2 + (t0 + t1), s2 + t3, out, 2, C, BLOCK
-        )
-        a3, p3, n3 = _factors(
-            q, qt, k, kt, beta, HV, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK
-        )
-    upto, after, right = (u0, u1, u2, u3), (s0, s1, s2, s3), (n0, n1, n2, n3)
+        p2, n2 = _factors(q, qt, k, kt, rows, K, scale, normalize, u2 + (t0 + t1), s2 + t3, out, 2, C, BLOCK)
+        p3, n3 = _factors(q, qt, k, kt, rows, K, scale, normalize, u3 + (t0 + t1 + t2), s3, out, 3, C, BLOCK)
+    right = (n0, n1, n2, n3)
     # What is made last is what is needed last: registers decide the order.
     left = (p0, p1, p2, p3)
     diagonal = _weigh_diagonal(_on_diagonal(q, qt, k, kt, rows, K, NB, BLOCK), left, right, g, HV, rows, NB, GATED)
     under = _under_diagonal(q, qt, k, kt, rows, K, NB, BLOCK)
     put_lower(p, diagonal, _weigh_under(under, left, right, upto, after, t1, t2, NB, GATED), NB)
+    # Taken again rather than kept: registers.
+    upto, after, totals = _all_decays(g, HV, rows, NB, GATED)
+    t0, t1, t2, t3 = totals
+    a0, a1 = _rates(beta, HV, rows, 0) * n0, _rates(beta, HV, rows, 1) * n1
+    a2, a3 = a1, a1
+    if NB == 4:
+        a2, a3 = _rates(beta, HV, rows, 2) * n2, _rates(beta, HV, rows, 3) * n3
     left = (a0, a1, a2, a3)
     diagonal = _weigh_diagonal(_on_diagonal(k, kt, k, kt, rows, K, NB, BLOCK), left, right, g, HV, rows, NB, GATED)
     diagonal = invert_diagonal(diagonal, NB)

@@ -179,11 +179,13 @@ def scan_kernel(
             if MODE == STATES:
                 store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
             if MODE == OUT:
+                # Rounded anew: the operand of the first product would stay in registers, or spill, until here.
+                read = s.to(keys_in.dtype)
                 if GATE == 2:
-                    out = -product(operand, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
+                    out = product(read, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
                 else:
-                    out = product(operand, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
-                    out *= -tl.load(factor + 6 * C)[None, :] if GATE == 1 else -scale
+                    out = product(read, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
+                    out *= tl.load(factor + 6 * C)[None, :] if GATE == 1 else scale
                 out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
                 store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
             if GATE == 1:

@@ -46,11 +46,6 @@ _DATA = {
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 
-# sm_90, bfloat16, K = V = 128: none in the scans without a gate per key, 8 bytes in the gradient, and 216 in the
-# preparation, written before its loops and read once behind them.
-_SPILLS = "at 255 registers a thread, addresses that do not change in a loop are kept in local memory"
-
-
 def width_of(K: int) -> int:
     return next(width for width in WIDTHS if width >= K)
 
@@ -74,10 +69,7 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     signature = {a: types.get(a, "i32") for a in arguments}
     aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
-    spills = (
-        _SPILLS if kernel in (prepare_kernel, kda_prepare_kernel, gradient_kernel, scan_kernel, reverse_kernel) else ""
-    )
-    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned, spills)
+    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
 
 
 def _table(
@@ -97,29 +89,41 @@ _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) f
 SCAN = {
     (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
-    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
     (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
-    (2, 128, True): _table("SCAN 2 128 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("SCAN 2 128 per key", (64, 8, 1), (64, 8, 2), (64, 8, 2), candidates=_SEARCH),
     (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
-    (4, 64, False): _table("SCAN 4 64", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
-    (4, 128, False): _table("SCAN 4 128", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 256, False): _table("SCAN 4 256", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 64, True): _table("SCAN 4 64 per key", (32, 4, 1), (32, 4, 1), (32, 4, 1), candidates=_SEARCH),
-    (4, 128, True): _table("SCAN 4 128 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
-    (4, 256, True): _table("SCAN 4 256 per key", (16, 8, 1), (16, 8, 1), (16, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("SCAN 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, False): _table("SCAN 4 128", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, False): _table("SCAN 4 256", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 64, True): _table("SCAN 4 64 per key", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, True): _table("SCAN 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, True): _table("SCAN 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 REVERSE = {
-    key: Table(table.name.replace("SCAN", "REVERSE"), table.rows, table.candidates) for key, table in SCAN.items()
+    (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, False): _table("REVERSE 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, False): _table("REVERSE 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
+    (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, True): _table("REVERSE 2 128 per key", (64, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 256, True): _table("REVERSE 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
+    (4, 64, False): _table("REVERSE 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, False): _table("REVERSE 4 128", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, False): _table("REVERSE 4 256", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 64, True): _table("REVERSE 4 64 per key", *[(32, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 128, True): _table("REVERSE 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
+    (4, 256, True): _table("REVERSE 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 PREPARE = {
     2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
     4: _table("PREPARE 4", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
 }
+# BK: key columns of a program. Without wgmma both operands of a product are in registers.
+_gradient = Config({"BV": 64, "BK": 64}, 8, 2)
 GRADIENT = {
-    2: _table("GRADIENT 2", (64, 8, 1), (64, 8, 2), (64, 8, 2)),
-    4: _table("GRADIENT 4", (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+    2: Table("GRADIENT 2", {80: Config({"BV": 32, "BK": 32}, 8, 1), 90: _gradient, 100: _gradient}),
+    4: Table("GRADIENT 4", dict.fromkeys(ARCHITECTURES, Config({"BV": 32, "BK": 64}, 8, 1))),
 }
-GRADIENT_WIDTH = 64  # key columns of a program
 KDA_PREPARE = {
     2: _table("KDA_PREPARE 2", (64, 4, 1), (64, 4, 2), (64, 4, 2), block="BLOCK"),
     4: _table("KDA_PREPARE 4", (32, 4, 1), (32, 4, 1), (32, 4, 1), block="BLOCK"),
@@ -142,9 +146,10 @@ NORM = Config({"R": 8}, 4, 1)
 
 
 def narrowed(config: Config, V: int) -> Config:
-    """Half of a scan's value columns and warps where no more are there to be filled."""
-    width = config.blocks["BV"]
-    return Config({"BV": 64}, config.num_warps // 2, config.num_stages) if width == 128 and V <= 64 else config
+    """Half of a scan's value columns where no more are there to be filled."""
+    if config.blocks["BV"] < 128 or V > 64:
+        return config
+    return Config({"BV": 64}, config.num_warps, min(config.num_stages, 2))
 
 
 def index_variant(dtype: torch.dtype) -> Variant:
@@ -171,8 +176,7 @@ def merge_variant(config: Config, chunk: int, reverse: bool) -> Variant:
 
 
 def gradient_variant(config: Config, dtype: torch.dtype, gated: bool) -> Variant:
-    values = {"C": CHUNK[dtype], "BK": GRADIENT_WIDTH, "GATED": gated}
-    return _make("gradient", gradient_kernel, dtype, values, config)
+    return _make("gradient", gradient_kernel, dtype, {"C": CHUNK[dtype], "GATED": gated}, config)
 
 
 def kda_prepare_variant(config: Config, dtype: torch.dtype) -> Variant:

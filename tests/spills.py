@@ -1,0 +1,67 @@
+"""Registers that Triton kernels spill, and why that stands; tests/test_gpu_compile.py holds them to it."""
+
+from __future__ import annotations
+
+_STATE = "the state, what it is multiplied with and two results take all 255 registers: addresses wait in local memory"
+_BLOCKS = "sixteen blocks of 16 × 16 stay in registers while the inverse is made: factors written before are read after"
+_SUMS = "five sums of a block are carried through the value columns: addresses wait in local memory"
+_FEW = "at most ten words a thread; which they are was not looked into"
+
+# (family, kernel) → why.
+REASONS: dict[tuple[str, str], str] = {
+    ("delta_rule", "scan"): _STATE,
+    ("delta_rule", "reverse"): _STATE,
+    ("delta_rule", "prepare"): _BLOCKS,
+    ("delta_rule", "gradient"): _SUMS,
+    ("delta_rule", "kda prepare"): _FEW,
+    ("lookup", "hash"): _FEW,
+    ("lookup", "hash_backward"): _FEW,
+    ("lookup", "dots_few"): _FEW,
+}
+
+# (family, kernel, dtype, padded K of the scans, else 0) → architecture → bytes a thread of the worst variant.
+ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
+    ("delta_rule", "gradient", "bf16", 0): {80: 64, 90: 8},
+    ("delta_rule", "gradient", "fp16", 0): {80: 32, 90: 8},
+    ("delta_rule", "gradient", "fp32", 0): {80: 16, 90: 72, 100: 64},
+    ("delta_rule", "kda prepare", "bf16", 0): {90: 24},
+    ("delta_rule", "kda prepare", "fp16", 0): {90: 32, 100: 40},
+    ("delta_rule", "kda prepare", "fp32", 0): {100: 8},
+    ("delta_rule", "prepare", "bf16", 0): {80: 8, 90: 64, 100: 112},
+    ("delta_rule", "prepare", "fp16", 0): {80: 8, 90: 64, 100: 104},
+    ("delta_rule", "prepare", "fp32", 0): {90: 8},
+    ("delta_rule", "reverse", "bf16", 128): {80: 120, 100: 168},
+    ("delta_rule", "reverse", "bf16", 256): {80: 24, 90: 24, 100: 32},
+    ("delta_rule", "reverse", "fp16", 128): {80: 120, 100: 168},
+    ("delta_rule", "reverse", "fp16", 256): {80: 24, 90: 24, 100: 32},
+    ("delta_rule", "reverse", "fp32", 64): {90: 16},
+    ("delta_rule", "reverse", "fp32", 256): {80: 488, 90: 472, 100: 472},
+    ("delta_rule", "scan", "bf16", 64): {80: 48},
+    ("delta_rule", "scan", "bf16", 128): {80: 32, 90: 40},
+    ("delta_rule", "scan", "bf16", 256): {80: 48, 90: 56, 100: 40},
+    ("delta_rule", "scan", "fp16", 64): {80: 48},
+    ("delta_rule", "scan", "fp16", 128): {80: 32, 90: 40},
+    ("delta_rule", "scan", "fp16", 256): {80: 48, 90: 56, 100: 40},
+    ("delta_rule", "scan", "fp32", 64): {80: 16, 90: 48, 100: 32},
+    ("delta_rule", "scan", "fp32", 128): {90: 24},
+    ("delta_rule", "scan", "fp32", 256): {80: 504, 90: 504, 100: 496},
+    ("lookup", "dots_few", "fp32", 0): {80: 32, 100: 24},
+    ("lookup", "hash", "bf16", 0): {100: 24},
+    ("lookup", "hash_backward", "bf16", 0): {100: 16},
+}
+
+DTYPES = ("fp32", "bf16", "fp16", "i8", "i64", "odd")
+
+
+def place(name: str) -> tuple[str, str, int]:
+    """The kernel, the dtype and the width that a variant's name gives: "scan bf16 BV=64 BK=128 …", "hash-bf16-odd"."""
+    words = name.split() if " " in name else name.split("-")
+    kernel = " ".join(word for word in words if "=" not in word and word not in DTYPES)
+    dtype = next((word for word in words if word in DTYPES), "")
+    widths = [int(word[3:]) for word in words if word.startswith("BK=")]
+    return kernel, dtype, widths[0] if kernel in ("scan", "reverse") else 0
+
+
+def allowed(family: str, name: str, architecture: int) -> int:
+    """Bytes a thread that a variant may spill."""
+    return ALLOWED.get((family, *place(name)), {}).get(architecture, 0)
