@@ -74,7 +74,8 @@ def _check_codes(codes: object, n: int) -> Tensor:
     if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
         raise TypeError(f"codes must have an integer dtype, got {name_of(codes.dtype)}")
     if codes.dtype in (torch.int64, torch.uint32):
-        codes = codes.long().clamp(-1, n)
+        limits = torch.iinfo(torch.int32)
+        codes = codes.long().clamp(limits.min, max(n, limits.max))
     return codes.to(torch.int32)
 
 
