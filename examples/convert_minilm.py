@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -257,22 +258,22 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     """Accuracy against speed, a panel a batch: hollow as converted, filled after distillation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     colours = {"linear": "#3b528b", "ffn": "#21918c", "dense": "0.55"}
     for i, (axes, (count, length)) in enumerate(zip(figure.subplots(1, 2, sharey=True), SPEEDS, strict=True)):
-        for name, line in lines.items():
+        for (name, line), marker in zip(lines.items(), itertools.cycle("os^Dv<>Ph"), strict=False):
             ratio = line["speed"][i]["original_ms"] / line["speed"][i]["ms"]
             colour, scores = colours[line["kind"]], [line[when]["spearman"] for when in ("before", "after")]
             axes.plot([ratio, ratio], scores, color=colour, linewidth=1, alpha=0.5)
-            axes.plot(ratio, scores[0], "o", color=colour, fillstyle="none")
-            axes.plot(ratio, scores[1], "o", color=colour)
-            axes.annotate(name, (ratio, scores[1]), (5, 3), textcoords="offset points", fontsize=7)
+            axes.plot(ratio, scores[0], marker, color=colour, fillstyle="none")
+            axes.plot(ratio, scores[1], marker, color=colour, linestyle="none", label=name)
         axes.axvline(1, color="0.8", linewidth=1)
         axes.set_xlabel("speed of the whole model, original = 1")
         axes.set_title(f"{count} sentence{'s' * (count > 1)} of {length} tokens", fontsize=10)
         axes.margins(x=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("Spearman, similarities of all pairs")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
         "MiniLM without dense feed-forward networks: hollow as converted, filled after distillation", fontsize=11
     )
