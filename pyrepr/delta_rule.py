@@ -91,6 +91,8 @@ def _run(
             return done if output_final_state or out_state is not None else (done[0], None)
     shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
+    if scale is not None and not hasattr(scale, "__float__"):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     scale = shape[2] ** -0.5 if scale is None else float(scale)
     if out_state is None:
         o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)

@@ -491,14 +491,15 @@ def test_a_training_step_takes_a_quarter_of_the_fallbacks_memory():
         ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens must start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens must end at T = 5, got 4"),
         ({"cu_seqlens": torch.tensor([0, 6, 5])}, ValueError, "cu_seqlens must not decrease"),
+        ({"scale": "large"}, TypeError, "scale must be a number or None, got str"),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"cu_seqlens must have shape \[N \+ 1\]"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(change, kind, words):
     x = inputs("gated", 5, H=2, HV=4, K=6, V=3) | {"initial_state": None}
-    cu = change.pop("cu_seqlens", None)
+    options = {name: change.get(name) for name in ("cu_seqlens", "scale")}
     with pytest.raises(kind, match=words):
-        call(pyrepr.chunk_gated_delta_rule, x | change, cu_seqlens=cu)
+        call(pyrepr.chunk_gated_delta_rule, x | change, **options)
 
 
 def test_a_gate_per_key_has_its_own_shape():
