@@ -82,7 +82,7 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
         rows = slice(None) if mask is None else mask
         x, y = ((a[rows] - a[rows].double().mean(0)).float().contiguous() for a in xs)
         n = x.shape[0]
-        blocks = -(-n // 64)
+        blocks = -(-n // 128)  # edge of the kernel's tiles
         partial = torch.empty(blocks * (blocks + 1) // 2, 3, dtype=torch.float64, device=x.device)
         stream = torch.cuda.current_stream().cuda_stream
         module().cuda_pair_stats(
