@@ -8,19 +8,23 @@ warp, and speed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from pyrepr.ops import gram as gram_ops
 from pyrepr.ops._native import DTYPE_CODES
 from pyrepr.ops.lookup import TABLE_CODES
 from pyrepr.reference import delta_rule as reference
+from pyrepr.reference import gram as gram_reference
 from pyrepr.reference import lookup as lookup_reference
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +179,28 @@ def test_gram_pair_stats(pair_stats, n, p, q, offset):
     k, l = (torch.triu(a.double() @ a.double().T, 1) for a in (x, y))
     expected = torch.stack([(k * k).sum(), (k * l).sum(), (l * l).sum()])
     assert (partial.sum(0) - expected).abs().max() <= 1e-6 * expected.max()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gram_stats_around_the_kernel(pair_stats, masked, monkeypatch):
+    """What backend 'cuda' does before and after the kernel, on the CPU."""
+
+    def cuda_pair_stats(x, y, n, p, q, partial, tiles, stream):
+        sizes = [ctypes.c_int64(size) for size in (n, p, q)]
+        assert pair_stats(ctypes.c_void_p(x), ctypes.c_void_p(y), *sizes, ctypes.c_void_p(partial), tiles) is None
+
+    monkeypatch.setattr(gram_ops, "module", lambda: SimpleNamespace(cuda_pair_stats=cuda_pair_stats))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    xs = [torch.randn(12, 300).T + 1000, torch.randn(300, 40)]
+    mask = torch.rand(300) < 0.5 if masked else None
+    wide = [x.double() for x in xs]
+    if masked:
+        xs[0][~mask] = torch.nan
+    options = (torch.ones(2, dtype=torch.float64), "linear", 1, 0.0, False, 0, False)
+    stats = gram_ops._stats_cuda(xs, mask, *options)
+    for got, expected in zip(stats[:3], gram_reference.gram_stats(wide, mask, *options)[:3], strict=True):
+        assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_a_missing_barrier_of_gram_pair_stats_is_noticed(pair_stats):

@@ -68,7 +68,7 @@ def test_awkward_shapes(n, p, q):
 def test_all_pairs_through_the_slab(kernel, n, at_once, monkeypatch):
     from pyrepr.kernels import gram as kernels
 
-    monkeypatch.setattr(kernels, "SLAB_BYTES", at_once * 4 * 3 * 128 * 128)
+    monkeypatch.setattr(kernels, "SLAB_BYTES", at_once * 4 * 3 * 128 * 128)  # two float16 an entry
     xs = layers(n, (300, 500, 270))
     table = pyrepr.cka_matrix(xs, kernel=spec(kernel))
     for a in range(3):
