@@ -45,24 +45,27 @@ def _square(block: int, bk: int, warps: int, stages: int) -> Config:
 _SEARCH = [_square(b, bk, w, s) for b, w in ((128, 8), (128, 4), (64, 4)) for bk in (32, 64) for s in (2, 3, 4)]
 
 
-def _table(name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH) -> Table:
-    return Table(name, {80: sm80, 90: sm90, 100: sm90}, search)
+def _table(
+    name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH, sm100: Config | None = None
+) -> Table:
+    return Table(name, {80: sm80, 90: sm90, 100: sm100 or sm90}, search)
 
 
 # PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
 PAIR = {
     1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3)),
+    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
 }
 # 96 KB and at most 255 registers of 128 threads let two blocks share an sm_90: one multiplies while the other waits for
-# a product, takes its kernel's values or stores. A power keeps its base, which is more registers than that.
+# a product, takes its kernel's values or stores. A power keeps its base, which is more registers than that. For sm_100
+# some versions of Triton spill with so few threads, and one more stage does not fit.
 TILES = {
-    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 4, 3)),
-    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 32, 4, 3)),
+    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 4, 3), sm100=_square(128, 64, 8, 3)),
+    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 32, 4, 3), sm100=_square(128, 64, 8, 2)),
 }
 POLYNOMIAL_TILES = {
     1: _table("POLYNOMIAL_TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("POLYNOMIAL_TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
+    2: _table("POLYNOMIAL_TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
 }
 FEATURES = {
     1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
@@ -83,8 +86,8 @@ MOMENTS = {
     2: _table("MOMENTS[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
 }
 HISTOGRAM = {
-    1: _table("HISTOGRAM[1]", _square(64, 32, 4, 3), _square(128, 64, 8, 3)),
-    2: _table("HISTOGRAM[2]", _square(64, 32, 4, 3), _square(128, 64, 8, 3)),
+    1: _table("HISTOGRAM[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
+    2: _table("HISTOGRAM[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
 }
 
 
