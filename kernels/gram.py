@@ -77,8 +77,8 @@ MATRIX = {
 }
 # Twice the edge is half the bytes from L2, which bounds 64 × 64 tiles; fewer tiles than LARGE leave processors idle.
 LARGE_MATRIX = {
-    1: _table("LARGE_MATRIX[1]", _square(64, 32, 4, 4), _square(128, 32, 8, 4)),
-    2: _table("LARGE_MATRIX[2]", _square(64, 32, 4, 3), _square(128, 32, 8, 3)),
+    1: _table("LARGE_MATRIX[1]", _square(64, 32, 4, 4), _square(128, 32, 8, 4), sm100=_square(64, 64, 4, 4)),
+    2: _table("LARGE_MATRIX[2]", _square(64, 32, 4, 3), _square(128, 32, 8, 3), sm100=_square(64, 64, 4, 3)),
 }
 LARGE = 1 << 22  # entries of a kernel matrix: 256 tiles
 MOMENTS = {
