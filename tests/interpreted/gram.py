@@ -172,13 +172,13 @@ def test_large_means_cost_no_digits(ratio):
 
 @pytest.mark.parametrize("kernel", ["linear", "polynomial"])
 def test_one_sample_far_from_all_others(kernel):
-    """Its tile holds values 10³ times as large as the others."""
+    """Its tile holds values 100 times as large as the others. Worst seen: 1.3e-7."""
     xs = layers(150, (200, 300, 250))
     for x in xs:
-        x[3] *= 30
+        x[3] *= 10
     table = pyrepr.cka_matrix(xs, kernel=spec(kernel))
     for a, b in ((0, 1), (1, 2), (0, 2)):
-        close(table[a, b], truth(xs[a], xs[b], kernel), 2e-6)
+        close(table[a, b], truth(xs[a], xs[b], kernel), 5e-7)
 
 
 @pytest.mark.parametrize("power", [-60, 0, 40])
