@@ -9,9 +9,11 @@ and a product is three tensor-core products, hi·hi + hi·lo + lo·hi, accumulat
 ``tf32x3`` at twice its rate, since tensor cores multiply float16 twice as fast as tf32; the scaling puts float16's
 smallest step 2³⁹ below the largest entry, so there is no underflow to see. float64 is refused.
 
-Work at best: n² D multiply-adds, D = Σ d (the upper half of 2 n² D), three times that for float32; bytes at best:
-2 n D once for packing. Sums of a tile are taken in float32 over a row of it and in float64 from there on, tile by tile
-in a fixed order: same input, same bits.
+Work at best: n² D flops, D = Σ d (the upper half of 2 n² D), three times that for float32; bytes at best: 2 n D once
+for packing. A tile of 128 × 128 does 64 flops a byte that it reads from L2, 96 for float32. Tiles of more than two
+layers pass once through memory between the two kernels that make and multiply them: 2 bytes an entry and layer, 4 for
+float32. Sums of a tile are taken in float32 over a row of it and in float64 from there on, tile by tile in a fixed
+order: same input, same bits.
 """
 
 from __future__ import annotations
