@@ -225,7 +225,8 @@ def _tiles(
     q,
     valid,
     constants,
-    slab,  # [count, M, BLOCK²] float32
+    slab,  # [count, M, PARTS, BLOCK²] float16
+    units,  # [count, M] float32: what one in the slab is
     sums,  # [M, blocks, n_pad] float32; not of the linear kernel
     first,
     degree,
@@ -261,17 +262,31 @@ def _tiles(
     )
     if KIND != 0:
         _store_row_sums(values, sums, layer, row, column, blocks, n_pad, BLOCK)
-    if PARTS == 1:
-        # Tensor cores cut float32 down to tf32; rounding it before leaves no bias in the sums of squares.
-        values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    # Rounded to float16 like the packed layers, after a power of two that brings the largest value into [2¹⁴, 2¹⁵).
+    largest = tl.max(tl.max(tl.abs(values), 1))
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 14, 1), 253)
+    values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    high = values.to(tl.float16)
     at = tl.arange(0, BLOCK)
-    slot = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + layer) * BLOCK * BLOCK
-    tl.store(slab + slot + at[:, None] * BLOCK + at[None, :], values)
+    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + layer
+    tl.store(units + slot, (exponent << 23).to(tl.float32, bitcast=True))
+    target = slab + slot * (PARTS * BLOCK * BLOCK) + at[:, None] * BLOCK + at[None, :]
+    tl.store(target, high)
+    if PARTS == 2:
+        tl.store(target + BLOCK * BLOCK, (values - high.to(tl.float32)).to(tl.float16))
+
+
+@triton.jit
+def _slab_rows(mine, layers, first, at, PARTS: tl.constexpr, ENTRIES: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):
+    """Entries at... of the tiles of layers first...: where they are, and which exist. -> [BL, BK]"""
+    rows = first + tl.arange(0, BL)
+    return mine + rows[:, None] * (PARTS * ENTRIES) + at + tl.arange(0, BK)[None, :], (rows < layers)[:, None]
 
 
 @triton.jit(do_not_specialize=["first", "layers", "blocks"])
 def _products(
-    slab,  # [tiles, layers, ENTRIES] float32
+    slab,  # [tiles, layers, PARTS, ENTRIES] float16
+    units,  # [tiles, layers] float32
     partial,  # [tiles, SPLIT, padded, padded] float32, padded = layers rounded up to BL
     first,
     layers,
@@ -281,25 +296,44 @@ def _products(
     SPLIT: tl.constexpr,
     BL: tl.constexpr,
     BK: tl.constexpr,
+    ONE: tl.constexpr,
 ):
-    """Inner products of all layers' tiles over one of SPLIT parts of one tile."""
+    """Inner products of all layers' tiles over one of SPLIT parts of one tile. ONE: no more layers than BL."""
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
-    a, b = tl.program_id(1) * BL + tl.arange(0, BL), tl.program_id(2) * BL + tl.arange(0, BL)
+    a, b = tl.program_id(1) * BL, tl.program_id(2) * BL
     row, column = _tile(first + tile)
     total = tl.zeros([BL, BL], tl.float32)
     if (row <= column) & (column < blocks):
-        mine = slab + tile.to(tl.int64) * layers * ENTRIES + part * (ENTRIES // SPLIT)
-        k = tl.arange(0, BK)
+        mine = slab + tile.to(tl.int64) * layers * (PARTS * ENTRIES) + part * (ENTRIES // SPLIT)
         # Sums inside a tensor core are cut off, not rounded; short ones, added up outside, keep that small.
         for chunk in range(0, ENTRIES // SPLIT, 256):
             short = tl.zeros([BL, BL], tl.float32)
             for at in range(chunk, chunk + 256, BK):
-                left = tl.load(mine + a[:, None] * ENTRIES + at + k[None, :], mask=(a < layers)[:, None], other=0.0)
-                right = tl.load(mine + b[None, :] * ENTRIES + at + k[:, None], mask=(b < layers)[None, :], other=0.0)
-                short = tl.dot(left, right, short, input_precision="tf32" if PARTS == 1 else "tf32x3")
+                here, exists = _slab_rows(mine, layers, a, at, PARTS, ENTRIES, BL, BK)
+                left = tl.load(here, mask=exists, other=0.0)
+                if ONE:
+                    right = left
+                    if PARTS == 2:
+                        left_low = tl.load(here + ENTRIES, mask=exists, other=0.0)
+                        right_low = left_low
+                else:
+                    there, exists_too = _slab_rows(mine, layers, b, at, PARTS, ENTRIES, BL, BK)
+                    right = tl.load(there, mask=exists_too, other=0.0)
+                    if PARTS == 2:
+                        left_low = tl.load(here + ENTRIES, mask=exists, other=0.0)
+                        right_low = tl.load(there + ENTRIES, mask=exists_too, other=0.0)
+                if PARTS == 2:
+                    short = tl.dot(left, tl.trans(right_low), short)
+                    short = tl.dot(left_low, tl.trans(right), short)
+                short = tl.dot(left, tl.trans(right), short)
             total += short
     padded = tl.num_programs(1) * BL
     out = partial + tl.program_id(0).to(tl.int64) * padded * padded
+    a, b = a + tl.arange(0, BL), b + tl.arange(0, BL)
+    mine = units + tile.to(tl.int64) * layers
+    unit_a, unit_b = tl.load(mine + a, mask=a < layers, other=0.0), tl.load(mine + b, mask=b < layers, other=0.0)
+    # Nothing was stored of a tile that is not there.
+    total = tl.where((row <= column) & (column < blocks), total * unit_a[:, None] * unit_b[None, :], 0.0)
     tl.store(out + a[:, None] * padded + b[None, :], total)
 
 
@@ -390,13 +424,15 @@ def _matrix(
     inside = (rows < n)[:, None] & (columns < m)[None, :]
     at = tl.arange(0, BLOCK)
     if same:
-        if KIND == 1 or KIND == 2:
-            values = tl.where(rows[:, None] == columns[None, :], 1.0, values)
         # Of a tile on the diagonal the lower half is the mirror image of the upper one, to the bit.
         inside &= rows[:, None] <= columns[None, :]
-        mirror = out + (column * BLOCK).to(tl.int64) * m + row * BLOCK
-        tl.store(mirror + at[:, None] * m + at[None, :], tl.trans(values), mask=tl.trans(inside))
+        if KIND == 1 or KIND == 2:
+            values = tl.where(rows[:, None] == columns[None, :], 1.0, values)
     tl.store(out + (row * BLOCK).to(tl.int64) * m + column * BLOCK + at[:, None] * m + at[None, :], values, mask=inside)
+    if same:
+        mirror = out + (column * BLOCK).to(tl.int64) * m + row * BLOCK
+        inside = (columns < m)[:, None] & (rows[None, :] <= columns[:, None])
+        tl.store(mirror + at[:, None] * m + at[None, :], tl.trans(values), mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks", "shift"])
@@ -479,11 +515,14 @@ def _apply(
     n_pad,
     width,
     PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """weights @ X, the weights split into two float16 like the packed layers."""
+    """weights @ X, the weights split into two float16 like the packed layers. EVEN: n is a multiple of 16."""
+    if EVEN:  # rows of weights start at multiples of 16 bytes, so they are copied 16 bytes at a time, not 4
+        n = tl.multiple_of(n, 16)
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
     w = weights + (tl.program_id(0) * BM).to(tl.int64) * n

@@ -9,9 +9,11 @@ and a product is three tensor-core products, hi·hi + hi·lo + lo·hi, accumulat
 ``tf32x3`` at twice its rate, since tensor cores multiply float16 twice as fast as tf32; the scaling puts float16's
 smallest step 2³⁹ below the largest entry, so there is no underflow to see. float64 is refused.
 
-Work at best: n² D multiply-adds, D = Σ d (the upper half of 2 n² D), three times that for float32; bytes at best:
-2 n D once for packing. Sums of a tile are taken in float32 over a row of it and in float64 from there on, tile by tile
-in a fixed order: same input, same bits.
+Work at best: n² D flops, D = Σ d (the upper half of 2 n² D), three times that for float32; bytes at best: 2 n D once
+for packing. A tile of 128 × 128 does 64 flops a byte that it reads from L2, 96 for float32. Tiles of more than two
+layers pass once through memory between the two kernels that make and multiply them: 2 bytes an entry and layer, 4 for
+float32. Sums of a tile are taken in float32 over a row of it and in float64 from there on, tile by tile in a fixed
+order: same input, same bits.
 """
 
 from __future__ import annotations
@@ -45,19 +47,27 @@ def _square(block: int, bk: int, warps: int, stages: int) -> Config:
 _SEARCH = [_square(b, bk, w, s) for b, w in ((128, 8), (128, 4), (64, 4)) for bk in (32, 64) for s in (2, 3, 4)]
 
 
-def _table(name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH) -> Table:
-    return Table(name, {80: sm80, 90: sm90, 100: sm90}, search)
+def _table(
+    name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH, sm100: Config | None = None
+) -> Table:
+    return Table(name, {80: sm80, 90: sm90, 100: sm100 or sm90}, search)
 
 
 # PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
-# Three stages of TILES[1] and 128 registers let two blocks share a multiprocessor: one multiplies, the other stores.
 PAIR = {
     1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3)),
+    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
 }
+# 96 KB and at most 255 registers of 128 threads let two blocks share an sm_90: one multiplies while the other waits for
+# a product, takes its kernel's values or stores. A power keeps its base, which is more registers than that. For sm_100
+# some versions of Triton spill with so few threads, and one more stage does not fit.
 TILES = {
-    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3)),
+    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 4, 3), sm100=_square(128, 64, 8, 3)),
+    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 32, 4, 3), sm100=_square(128, 64, 8, 2)),
+}
+POLYNOMIAL_TILES = {
+    1: _table("POLYNOMIAL_TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
+    2: _table("POLYNOMIAL_TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
 }
 FEATURES = {
     1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
@@ -67,6 +77,12 @@ MATRIX = {
     1: _table("MATRIX[1]", _square(64, 32, 4, 4), _square(64, 64, 4, 4)),
     2: _table("MATRIX[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
 }
+# Twice the edge is half the bytes from L2, which bounds 64 × 64 tiles; fewer tiles than LARGE leave processors idle.
+LARGE_MATRIX = {
+    1: _table("LARGE_MATRIX[1]", _square(64, 32, 4, 4), _square(128, 32, 8, 4), sm100=_square(64, 64, 4, 4)),
+    2: _table("LARGE_MATRIX[2]", _square(64, 32, 4, 3), _square(128, 32, 8, 3), sm100=_square(64, 64, 4, 3)),
+}
+LARGE = 1 << 22  # entries of a kernel matrix: 256 tiles
 MOMENTS = {
     1: _table("MOMENTS[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
     2: _table("MOMENTS[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
@@ -93,7 +109,7 @@ APPLY = {
 # PARTS → layers at a time → config of `_products`
 PRODUCTS = {
     1: {16: _layers(16, 64, 4), 32: _layers(32, 64, 4), 64: _layers(64, 32, 8)},
-    2: {16: _layers(16, 64, 4), 32: _layers(32, 32, 4), 64: _layers(64, 32, 8)},
+    2: {16: _layers(16, 64, 4), 32: _layers(32, 64, 4), 64: _layers(64, 32, 8)},
 }
 PRODUCTS_SPLIT = 8
 PACK = Config({"BR": 16, "BC": 128}, 4, 1)
@@ -104,7 +120,8 @@ SLAB_BYTES = 128 << 20
 _POINTERS = {
     "packed": "*fp16",
     "starts": "*i32",
-    **dict.fromkeys(("q", "valid", "constants", "sums", "slab"), "*fp32"),
+    "slab": "*fp16",
+    **dict.fromkeys(("q", "valid", "constants", "sums", "units"), "*fp32"),
 }
 _LAYERS = ("packed", "starts", "q", "valid", "constants")
 _ALIGNED = ("n_pad", "width", "x_pad", "y_pad")
@@ -146,19 +163,24 @@ def pair_variant(config: Config, parts: int) -> Variant:
 
 @functools.cache
 def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
-    pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "sums")}
+    pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "units", "sums")}
     integers = ("first", "degree", "blocks", "n_pad", "width")
     return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
 
 
+def _tiles_table(kind: int, parts: int) -> Table:
+    return (POLYNOMIAL_TILES if KERNELS[kind] == "polynomial" else TILES)[parts]
+
+
 @functools.cache
 def products_variant(block: int, parts: int, layers: int) -> Variant:
-    constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT}
+    one = layers < max(PRODUCTS[parts])  # with the largest there may be more layers than that
+    constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT, "ONE": one}
     return _variant(
         tiles._products,
         PRODUCTS[parts][layers],
         constexprs,
-        {"slab": "*fp32", "partial": "*fp32"},
+        {"slab": "*fp16", "units": "*fp32", "partial": "*fp32"},
         ("first", "layers", "blocks"),
     )
 
@@ -190,9 +212,10 @@ def moments_variant(config: Config, parts: int) -> Variant:
 
 
 @functools.cache
-def apply_variant(config: Config, parts: int) -> Variant:
+def apply_variant(config: Config, parts: int, even: bool) -> Variant:
     pointers = {"weights": "*fp32", "factor": "*fp32", "unit": "*fp32", "packed": "*fp16", "out": "*fp32"}
-    return _variant(tiles._apply, config, {"PARTS": parts}, pointers, ("m", "n", "d", "n_pad", "width"))
+    constexprs = {"PARTS": parts, "EVEN": even}
+    return _variant(tiles._apply, config, constexprs, pointers, ("m", "n", "d", "n_pad", "width"))
 
 
 def variants(architecture: int) -> list[Variant]:
@@ -201,12 +224,13 @@ def variants(architecture: int) -> list[Variant]:
     for parts in (1, 2):
         found.append(pair_variant(PAIR[parts].rows[architecture], parts))
         for kind in range(len(KERNELS)):
-            found.append(tiles_variant(TILES[parts].rows[architecture], kind, parts))
-            found.append(matrix_variant(MATRIX[parts].rows[architecture], kind, parts))
+            found.append(tiles_variant(_tiles_table(kind, parts).rows[architecture], kind, parts))
+            configs = dict.fromkeys(table[parts].rows[architecture] for table in (MATRIX, LARGE_MATRIX))
+            found += [matrix_variant(config, kind, parts) for config in configs]
         found.append(features_variant(FEATURES[parts].rows[architecture], parts))
         found.append(moments_variant(MOMENTS[parts].rows[architecture], parts))
         found.append(histogram_variant(HISTOGRAM[parts].rows[architecture], parts))
-        found.append(apply_variant(APPLY[parts].rows[architecture], parts))
+        found += [apply_variant(APPLY[parts].rows[architecture], parts, even) for even in (False, True)]
         block = TILES[parts].rows[architecture].blocks["BLOCK"]
         found += [products_variant(block, parts, layers) for layers in PRODUCTS[parts]]
     return found
@@ -278,9 +302,16 @@ def parts_of(dtype: torch.dtype) -> int:
 
 
 @functools.lru_cache(maxsize=64)
+def _table_on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """A small table on the device, made once: copying it again would synchronise, and not go into a CUDA graph."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+    table = _table_on_device(numbers, device)
+    if table.is_cuda:  # its memory is not used again before this stream is done, whichever stream it was made on
+        table.record_stream(torch.cuda.current_stream(device))
+    return table
 
 
 def _mean_and_scale(x: Tensor, mask: Tensor | None, centre: bool | Tensor) -> tuple[Tensor, Tensor]:
@@ -409,7 +440,7 @@ def _gram_sums(packed: Packed, constants: Tensor, kernel: str, degree: int) -> t
     if kernel == "linear" and m == 2:
         return PAIR[packed.parts].run(packed.device, functools.partial(_pair_sums, packed=packed)), constants
     run = functools.partial(_slab_sums, packed=packed, constants=constants, kind=kind, degree=degree)
-    s, sums = TILES[packed.parts].run(packed.device, run, (kind, m))
+    s, sums = _tiles_table(kind, packed.parts).run(packed.device, run, (kind, m))
     return s, sums.sum(1, dtype=torch.float64)[:, : packed.n]
 
 
@@ -428,29 +459,31 @@ def _pair_sums(config: Config, packed: Packed) -> Tensor:
 
 
 def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, degree: int) -> tuple[Tensor, Tensor]:
-    """Any number of layers: their tiles go through a slab of fixed size, which `_products` reads while it is in L2."""
+    """Any number of layers: their tiles go through a slab of fixed size, written once and read once."""
     m, block = len(packed.widths), config.blocks["BLOCK"]
     blocks = packed.n_pad // block
     tile_count = _grid(blocks)
-    at_once = min(tile_count, max(1, SLAB_BYTES // (4 * m * block * block)))
-    slab = torch.empty(at_once, m, block, block, dtype=torch.float32, device=packed.device)
+    at_once = min(tile_count, max(1, SLAB_BYTES // (2 * packed.parts * m * block * block)))
+    slab = torch.empty(at_once, m, packed.parts, block * block, dtype=torch.float16, device=packed.device)
+    units = torch.empty(at_once, m, dtype=torch.float32, device=packed.device)
     sums = torch.empty(m, blocks if kind else 0, packed.n_pad, dtype=torch.float32, device=packed.device)
-    arguments = {**_layer_arguments(packed, constants, degree), "slab": slab, "sums": sums, "blocks": blocks}
+    arguments = {**_layer_arguments(packed, constants, degree), "slab": slab, "units": units, "sums": sums}
     s = torch.zeros(m, m, dtype=torch.float64, device=packed.device)
     for first in range(0, tile_count, at_once):
         count = min(at_once, tile_count - first)
-        launch(tiles_variant(config, kind, packed.parts), (count, m), {**arguments, "first": first}, packed.device)
-        s += _slab_products(slab, packed.parts, first, count, blocks)
+        window = {"first": first, "blocks": blocks}
+        launch(tiles_variant(config, kind, packed.parts), (count, m), {**arguments, **window}, packed.device)
+        s += _slab_products(slab, units, count, block, window)
     return 2 * s, sums
 
 
-def _slab_products(slab: Tensor, parts: int, first: int, count: int, blocks: int) -> Tensor:
-    m, block = slab.shape[1], slab.shape[2]
+def _slab_products(slab: Tensor, units: Tensor, count: int, block: int, window: dict[str, int]) -> Tensor:
+    m, parts = slab.shape[1], slab.shape[2]
     layers = 16 if m <= 16 else 32 if m <= 32 else 64
     padded = triton.cdiv(m, layers)
     shape = (count * PRODUCTS_SPLIT, padded * layers, padded * layers)
     partial = torch.empty(shape, dtype=torch.float32, device=slab.device)
-    arguments = {"slab": slab, "partial": partial, "first": first, "layers": m, "blocks": blocks}
+    arguments = {"slab": slab, "units": units, "partial": partial, "layers": m, **window}
     launch(products_variant(block, parts, layers), (shape[0], padded, padded), arguments, slab.device)
     return partial.sum(0, dtype=torch.float64)[:m, :m]
 
@@ -499,7 +532,7 @@ def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int,
         launch(matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
         return out
 
-    return MATRIX[left.parts].run(x.device, run)
+    return (LARGE_MATRIX if n * m >= LARGE else MATRIX)[left.parts].run(x.device, run)
 
 
 def median(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -562,7 +595,7 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
 
     def run(config: Config) -> Tensor:
         grid = (triton.cdiv(m, config.blocks["BM"]), triton.cdiv(d, config.blocks["BN"]))
-        launch(apply_variant(config, packed.parts), grid, arguments, x.device)
+        launch(apply_variant(config, packed.parts, n % 16 == 0), grid, arguments, x.device)
         return out
 
     return APPLY[packed.parts].run(x.device, run)

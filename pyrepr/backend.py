@@ -129,6 +129,9 @@ def _cuda() -> tuple[bool, str]:
 
     if not torch.cuda.is_available():
         return False, "compiled for sm_80, sm_90a and sm_100; PyTorch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"compiled for sm_80, sm_90a and sm_100; {torch.cuda.get_device_name()} is sm_{major}{minor}"
     return True, f"compiled for sm_80, sm_90a and sm_100; device {torch.cuda.get_device_name()}"
 
 

@@ -1,24 +1,30 @@
-"""CUDA kernels compiled as C++ and run on the CPU, a thread for every thread: right answers need no GPU.
+"""CUDA kernels compiled as C++ and run on the CPU, a fiber for every thread: right answers need no GPU.
 
-What this cannot show is what only the hardware has: memory ordering between threads that do not meet at a barrier,
-and speed.
+The threads of a block run one after the other as far as the next barrier, in three orders (tests/emulated/cuda.h), and
+give the same bits in all of them; that this notices a missing barrier is tested by leaving out each. Access that is not
+aligned as its type asks ends the run. What this cannot show is what only the hardware has: memory ordering inside a
+warp, and speed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from pyrepr.ops import gram as gram_ops
 from pyrepr.ops._native import DTYPE_CODES
 from pyrepr.ops.lookup import TABLE_CODES
 from pyrepr.reference import delta_rule as reference
+from pyrepr.reference import gram as gram_reference
 from pyrepr.reference import lookup as lookup_reference
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +43,34 @@ def emulated(folder, family, *functions):
     assert headers and launches and "<<<" not in source
     (folder / f"{family}.inc").write_text(source)
     library = folder / "emulated.so"
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += [f"-I{ROOT / 'tests/emulated'}", str(ROOT / f"tests/emulated/{family}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
-    found = [getattr(ctypes.CDLL(str(library)), function) for function in functions]
+    loaded = ctypes.CDLL(str(library))
+    found = [getattr(loaded, function) for function in functions]
     found[0].restype = ctypes.c_char_p
+    found[0].set_order = loaded.set_order
+    found[0].barriers = [line for line, text in enumerate(source.splitlines(), 1) if "__syncthreads()" in text]
     return found if len(found) > 1 else found[0]
+
+
+def in_every_order(kernel, run, skipped=0):
+    """What `run` returns with the threads of a block in each order; `skipped` is the line of a barrier to leave out."""
+    results = []
+    for order in range(3):
+        kernel.set_order(order, skipped)
+        results.append(run())
+    kernel.set_order(0, 0)
+    return results
+
+
+def same_bits(results):
+    """One of these, which are the same; tensors or tuples of them."""
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
+    return results[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +78,10 @@ def step(tmp_path_factory):
     return emulated(tmp_path_factory.mktemp("emulated"), "delta_rule", "step")
 
 
-def run(step, x, state, cu_seqlens, l2norm, scale=0.3):
+def run(step, x, state, cu_seqlens, l2norm, scale=0.3, offset=0):
     q, k, v, g, beta = x
-    o, state = torch.full_like(v, torch.nan), state.clone()
+    o, memory = torch.full_like(v, torch.nan), torch.empty(offset + state.numel())
+    state = memory[offset:].view_as(state).copy_(state)
     tensors = (q, k, v, g, beta, state, state, o, cu_seqlens)
     problem = step(
         (ctypes.c_void_p * 9)(*(None if t is None else t.data_ptr() for t in tensors)),
@@ -85,11 +114,43 @@ def test_delta_rule_step(step, rule, T, K, V, dtype, bounds):
     x = [q.to(dtype), k.to(dtype), v.to(dtype), g, 2 * torch.rand(batch, T, 2)]
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     state = torch.randn(batch if bounds is None else len(bounds) - 1, 2, K, V)
-    got = run(step, x, state, cu_seqlens, rule == "gated")
+    got = same_bits(in_every_order(step, lambda: run(step, x, state, cu_seqlens, rule == "gated")))
     wide = [None if t is None else t.double() for t in (*x, state)]
     expected = reference.delta_rule(*wide[:5], 0.3, wide[5], rule == "gated", cu_seqlens)
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).abs().max() < TOLERANCE[a.dtype] * b.abs().max()
+
+
+def decode_case(T=3, K=130, V=36):
+    q, k, v = torch.randn(1, T, 1, K), normalize(torch.randn(1, T, 1, K), dim=-1), torch.randn(1, T, 1, V)
+    return [q, k, v, -torch.rand(1, T, 1, K), torch.rand(1, T, 1)], torch.randn(1, 1, K, V)
+
+
+def test_delta_rule_step_takes_a_state_that_starts_anywhere(step):
+    x, state = decode_case()
+    for a, b in zip(run(step, x, state, None, False), run(step, x, state, None, False, offset=1), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_delta_rule_step_stays_inside_whatever_the_bounds_are(step):
+    """Bounds are checked on the device, later; until then no token is read that is not there."""
+    x, state = decode_case(T=3)
+    states = state.repeat(4, 1, 1, 1)
+    o, final = run(step, x, states, torch.tensor([-(2**62), 2, 1, 1, 2**62]), False)
+    for n, (first, last) in enumerate([(0, 2), (2, 1), (1, 1), (1, 3)]):
+        part = [a[:, first:last] for a in x]
+        alone = run(step, part, state, None, False)[1] if last > first else state
+        assert torch.equal(final[n : n + 1], alone)
+    assert o.isfinite().all()
+
+
+def test_a_missing_barrier_of_delta_rule_step_is_noticed(step):
+    x, state = decode_case()
+    right = run(step, x, state, None, False)
+    assert len(step.barriers) == 2
+    for line in step.barriers:
+        results = in_every_order(step, lambda: run(step, x, state, None, False), line)
+        assert not all(torch.equal(o, right[0]) for o, _ in results)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +158,58 @@ def pair_stats(tmp_path_factory):
     return emulated(tmp_path_factory.mktemp("emulated"), "gram", "pair_stats")
 
 
-@pytest.mark.parametrize(("n", "p", "q"), [(70, 20, 9), (64, 20, 9), (64, 1, 16), (3, 2, 40)])
-def test_gram_pair_stats(pair_stats, n, p, q):
-    x, y = torch.randn(n, p), torch.randn(n, q)
-    tiles = 3 if n > 64 else 1
-    partial = torch.full((tiles, 3), torch.nan, dtype=torch.float64)
+def run_pair_stats(pair_stats, x, y):
+    blocks = -(-len(x) // 128)
+    partial = torch.full((blocks * (blocks + 1) // 2, 3), torch.nan, dtype=torch.float64)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, partial)]
-    sizes = [ctypes.c_int64(size) for size in (n, p, q, tiles)]
+    sizes = [ctypes.c_int64(size) for size in (len(x), x.shape[1], y.shape[1], len(partial))]
     problem = pair_stats(pointers[0], pointers[1], *sizes[:3], pointers[2], sizes[3])
     assert problem is None, problem
+    return partial
+
+
+# Rows of whole groups of four columns, which are loaded at once, and others; from 1 025 rows on tiles go in bands.
+@pytest.mark.parametrize(
+    ("n", "p", "q"), [(140, 20, 9), (128, 20, 9), (128, 1, 16), (3, 2, 40), (257, 0, 24), (1, 8, 8), (1100, 4, 3)]
+)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gram_pair_stats(pair_stats, n, p, q, offset):
+    x, y = torch.randn(n * p + offset)[offset:].view(n, p), torch.randn(n, q)
+    partial = same_bits(in_every_order(pair_stats, lambda: run_pair_stats(pair_stats, x, y)))
     k, l = (torch.triu(a.double() @ a.double().T, 1) for a in (x, y))
     expected = torch.stack([(k * k).sum(), (k * l).sum(), (l * l).sum()])
-    assert (partial.sum(0) - expected).abs().max() < 1e-6 * expected.max()
+    assert (partial.sum(0) - expected).abs().max() <= 1e-6 * expected.max()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gram_stats_around_the_kernel(pair_stats, masked, monkeypatch):
+    """What backend 'cuda' does before and after the kernel, on the CPU."""
+
+    def cuda_pair_stats(x, y, n, p, q, partial, tiles, stream):
+        sizes = [ctypes.c_int64(size) for size in (n, p, q)]
+        assert pair_stats(ctypes.c_void_p(x), ctypes.c_void_p(y), *sizes, ctypes.c_void_p(partial), tiles) is None
+
+    monkeypatch.setattr(gram_ops, "module", lambda: SimpleNamespace(cuda_pair_stats=cuda_pair_stats))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    xs = [torch.randn(12, 300).T + 1000, torch.randn(300, 40)]
+    mask = torch.rand(300) < 0.5 if masked else None
+    wide = [x.double() for x in xs]
+    if masked:
+        xs[0][~mask] = torch.nan
+    options = (torch.ones(2, dtype=torch.float64), "linear", 1, 0.0, False, 0, False)
+    stats = gram_ops._stats_cuda(xs, mask, *options)
+    for got, expected in zip(stats[:3], gram_reference.gram_stats(wide, mask, *options)[:3], strict=True):
+        assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_a_missing_barrier_of_gram_pair_stats_is_noticed(pair_stats):
+    x, y = torch.randn(140, 20), torch.randn(140, 9)
+    right = run_pair_stats(pair_stats, x, y)
+    assert len(pair_stats.barriers) == 4
+    for line in pair_stats.barriers:
+        results = in_every_order(pair_stats, lambda: run_pair_stats(pair_stats, x, y), line)
+        assert not all(torch.equal(partial, right) for partial in results)
 
 
 @pytest.fixture(scope="module")

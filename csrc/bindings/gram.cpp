@@ -97,9 +97,14 @@ void bind_gram(py::module_& m) {
 #ifdef PYREPR_CUDA
   m.def("cuda_pair_stats", [](uintptr_t x, uintptr_t y, int64_t n, int64_t p, int64_t q, uintptr_t partial,
                               int64_t tiles, uintptr_t stream) {
-    const char* error =
-        cuda::gram_pair_stats(pointer<const float>(x, "x"), pointer<const float>(y, "y"), n, p, q,
-                              pointer<double>(partial, "partial"), tiles, reinterpret_cast<void*>(stream));
+    const auto* const x_data = pointer<const float>(x, "x", n == 0 || p == 0);
+    const auto* const y_data = pointer<const float>(y, "y", n == 0 || q == 0);
+    auto* const sums = pointer<double>(partial, "partial", tiles == 0);
+    const char* error;
+    {
+      py::gil_scoped_release release;
+      error = cuda::gram_pair_stats(x_data, y_data, n, p, q, sums, tiles, reinterpret_cast<void*>(stream));
+    }
     if (error) throw std::runtime_error(std::string("gram_pair_stats (CUDA): ") + error);
   });
 #endif

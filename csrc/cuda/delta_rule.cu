@@ -32,6 +32,45 @@ struct Row {
   float k[kDeltaMaxWidth], decay[kDeltaMaxWidth], decayed_k[kDeltaMaxWidth], decayed_q[kDeltaMaxWidth];
 };
 
+// What a thread needs of a token, as it stands in memory: every COUNT-th part of q and k, every fourth of those of g,
+// and its columns of v. It is fetched a token ahead, so that nothing waits for memory but the first token.
+template <class E, int COUNT>
+struct Token {
+  static constexpr int kOwn = (COUNT + kWarps - 1) / kWarps;
+  E q[COUNT], k[COUNT], v[4];
+  float g[kOwn], beta;
+};
+
+template <class E, int COUNT>
+__device__ void fetch(const DeltaRuleStep& p, int64_t batch, int64_t t, int64_t hv, int64_t c, Token<E, COUNT>& to) {
+  const int64_t h = hv / (p.value_heads / p.heads), token = (batch * p.total + t) * p.value_heads + hv;
+  const E* const q = static_cast<const E*>(p.q.data) + batch * p.q.batch + t * p.q.token + h * p.q.head;
+  const E* const k = static_cast<const E*>(p.k.data) + batch * p.k.batch + t * p.k.token + h * p.k.head;
+  const E* const v = static_cast<const E*>(p.v.data) + batch * p.v.batch + t * p.v.token + hv * p.v.head;
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) {
+    const int i = threadIdx.x % 32 + 32 * j;
+    from_float(0.f, &to.q[j]);
+    from_float(0.f, &to.k[j]);
+    if (i < p.width) {
+      to.q[j] = q[i];
+      to.k[j] = k[i];
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < Token<E, COUNT>::kOwn; m++) {
+    const int i = threadIdx.x + kThreads * m;
+    to.g[m] = 0;
+    if (p.g && i < p.width) to.g[m] = p.gate_per_key ? p.g[token * p.width + i] : p.g[token];
+  }
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    from_float(0.f, &to.v[j]);
+    if (c + j < p.value_width) to.v[j] = v[c + j];
+  }
+  to.beta = p.beta[token];
+}
+
 // Sums of k^2, q^2 and k q over all lanes of a warp, the same in every lane.
 __device__ float warp_sum(float x) {
 #pragma unroll
@@ -39,14 +78,14 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// Fills `row` with token t; returns <k, q> of the normalised rows, the same in every thread. Every warp takes all the
-// sums itself, which saves a barrier.
-template <class E>
-__device__ float load_row(const DeltaRuleStep& p, const E* q, const E* k, const float* g, Row& row) {
-  const int lane = threadIdx.x % 32;
+// Fills `row` with a token; returns <k, q> of the normalised rows, the same in every thread. Every warp holds whole
+// rows and takes all the sums itself, which saves a barrier; of the entries it writes every fourth 32.
+template <class E, int COUNT>
+__device__ float fill_row(const DeltaRuleStep& p, const Token<E, COUNT>& token, Row& row) {
   float kk = 0, qq = 0, kq = 0;
-  for (int i = lane; i < p.width; i += 32) {
-    const float key = to_float(k[i]), query = to_float(q[i]);
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) {
+    const float key = to_float(token.k[j]), query = to_float(token.q[j]);
     kk += key * key;
     qq += query * query;
     kq += key * query;
@@ -57,13 +96,15 @@ __device__ float load_row(const DeltaRuleStep& p, const E* q, const E* k, const 
     k_scale = rsqrtf(warp_sum(kk) + 1e-6f);
     q_scale = rsqrtf(warp_sum(qq) + 1e-6f);
   }
-  for (int i = threadIdx.x; i < p.width; i += kThreads) {
-    const float key = to_float(k[i]) * k_scale;
-    const float decay = g ? expf(g[p.gate_per_key ? i : 0]) : 1.f;
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) {
+    const int i = threadIdx.x % 32 + 32 * j;
+    if (j % kWarps != threadIdx.x / 32 || i >= p.width) continue;
+    const float key = to_float(token.k[j]) * k_scale, decay = expf(token.g[j / kWarps]);
     row.k[i] = key;
     row.decay[i] = decay;
     row.decayed_k[i] = decay * key;
-    row.decayed_q[i] = decay * (to_float(q[i]) * q_scale);
+    row.decayed_q[i] = decay * (to_float(token.q[j]) * q_scale);
   }
   return kq * k_scale * q_scale;
 }
@@ -119,14 +160,14 @@ __global__ void __launch_bounds__(kThreads) delta_rule_step_kernel(const __grid_
   __shared__ float4 erased_parts[kWarps][kLanes], read_parts[kWarps][kLanes];
   const int64_t blocks = (p.value_width + kColumns - 1) / kColumns;
   const int64_t state = blockIdx.x / blocks, hv = state % p.value_heads, sequence = state / p.value_heads;
-  const int64_t h = hv / (p.value_heads / p.heads);
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, warp = threadIdx.x / 32;
   const int64_t c = blockIdx.x % blocks * kColumns + lane * 4;
   const int64_t batch = p.bounds ? 0 : sequence;
   const int64_t first = p.bounds ? max(p.bounds[sequence], int64_t(0)) : 0;
   const int64_t last = p.bounds ? min(p.bounds[sequence + 1], p.total) : p.total;
 
-  const bool vector = p.value_width % 4 == 0;
+  const bool vector = p.value_width % 4 == 0 &&
+                      (reinterpret_cast<uintptr_t>(p.initial) | reinterpret_cast<uintptr_t>(p.final)) % 16 == 0;
   const int64_t offset = state * p.width * p.value_width;
   float4 s[ROWS];
 #pragma unroll
@@ -135,15 +176,14 @@ __global__ void __launch_bounds__(kThreads) delta_rule_step_kernel(const __grid_
     s[i] = {0, 0, 0, 0};
     if (p.initial && r < p.width) s[i] = load_columns(p.initial + offset + r * p.value_width, c, p.value_width, vector);
   }
+  Token<E, ROWS / 2> token;
+  if (first < last) fetch(p, batch, first, hv, c, token);
   for (int64_t t = first; t < last; t++) {
     Row& row = rows[(t - first) % 2];
-    const int64_t token = (batch * p.total + t) * p.value_heads + hv;
-    const E* const q = static_cast<const E*>(p.q.data) + batch * p.q.batch + t * p.q.token + h * p.q.head;
-    const E* const k = static_cast<const E*>(p.k.data) + batch * p.k.batch + t * p.k.token + h * p.k.head;
-    const E* const v = static_cast<const E*>(p.v.data) + batch * p.v.batch + t * p.v.token + hv * p.v.head;
-    const float* const g = p.g ? p.g + (p.gate_per_key ? token * p.width : token) : nullptr;
-    const float beta = p.beta[token];
-    const float kq = load_row(p, q, k, g, row);
+    const float kq = fill_row(p, token, row);
+    const float value[4] = {to_float(token.v[0]), to_float(token.v[1]), to_float(token.v[2]), to_float(token.v[3])};
+    const float beta = token.beta;
+    if (t + 1 < last) fetch(p, batch, t + 1, hv, c, token);
     __syncthreads();
     float4 erased = {0, 0, 0, 0}, read = {0, 0, 0, 0};
 #pragma unroll
@@ -161,15 +201,12 @@ __global__ void __launch_bounds__(kThreads) delta_rule_step_kernel(const __grid_
     }
     __syncthreads();
     erased = sum_of_warps(erased_parts, lane);
-    const float value[4] = {c < p.value_width ? to_float(v[c]) : 0.f, c + 1 < p.value_width ? to_float(v[c + 1]) : 0.f,
-                            c + 2 < p.value_width ? to_float(v[c + 2]) : 0.f,
-                            c + 3 < p.value_width ? to_float(v[c + 3]) : 0.f};
     const float4 delta = {beta * (value[0] - erased.x), beta * (value[1] - erased.y), beta * (value[2] - erased.z),
                           beta * (value[3] - erased.w)};
     if (group == 0) {
       read = sum_of_warps(read_parts, lane);
       add_product(read, kq, delta);
-      E* const o = static_cast<E*>(p.o) + token * p.value_width;
+      E* const o = static_cast<E*>(p.o) + ((batch * p.total + t) * p.value_heads + hv) * p.value_width;
       const float out[4] = {read.x, read.y, read.z, read.w};
       for (int j = 0; j < 4; j++)
         if (c + j < p.value_width) from_float(p.scale * out[j], o + c + j);

@@ -74,15 +74,25 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
     return s, r, d, shift, dots
 
 
+def _centred_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x minus its mean row, [n, d] float32; rows outside the mask do not count and become zeros. Does not wait."""
+    count: Tensor | int = x.shape[0]
+    if mask is not None:
+        x, count = torch.where(mask[:, None], x, 0), mask.sum()
+    mean = x.sum(0, dtype=torch.float64) / count
+    high = mean.float()
+    x = (x - high).sub_((mean - high).float())
+    return (x if mask is None else torch.where(mask[:, None], x, 0)).contiguous()
+
+
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
         raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):
-        rows = slice(None) if mask is None else mask
-        x, y = ((a[rows] - a[rows].double().mean(0)).float().contiguous() for a in xs)
+        x, y = (_centred_rows(a, mask) for a in xs)
         n = x.shape[0]
-        blocks = -(-n // 64)
+        blocks = -(-n // 128)  # edge of the kernel's tiles
         partial = torch.empty(blocks * (blocks + 1) // 2, 3, dtype=torch.float64, device=x.device)
         stream = torch.cuda.current_stream().cuda_stream
         module().cuda_pair_stats(
@@ -91,8 +101,6 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
         kk, kl, ll = (2 * partial.sum(0)).unbind()
         d = torch.stack([a.double().square().sum(1) for a in (x, y)])
     s = torch.stack([torch.stack([kk, kl]), torch.stack([kl, ll])])
-    if mask is not None:
-        d = d.new_zeros(2, mask.numel()).index_copy_(1, mask.nonzero()[:, 0], d)
     return s, -d, d, s.new_zeros(2), x.new_empty(0)
 
 

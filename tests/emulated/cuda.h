@@ -1,14 +1,21 @@
-// Enough of CUDA to run a kernel's blocks, one after the other, with a thread of the CPU for every thread of a block.
-// Warp shuffles and barriers meet where the hardware's do: a thread that misses one hangs, and the test times out.
+// Enough of CUDA to run a kernel's blocks, one after the other, on the CPU. The threads of a block are fibers that run
+// one at a time, each as far as the next barrier or shuffle: in rising order, in falling order, or in a new random
+// order every time. A kernel that lacks a barrier gives other bits in some of them. A thread that misses a barrier, or
+// the shuffle of its warp, ends the run with a message.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
-#include <barrier>
 #include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <thread>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __device__
@@ -24,45 +31,106 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline dim3 blockIdx;
-inline thread_local dim3 threadIdx;
+inline dim3 threadIdx;
 
-struct Warp {
-  std::barrier<> meet{32};
-  float lanes[32];
+enum class Order { rising, falling, random };
+inline Order order = Order::rising;
+inline int skipped_line = 0;  // a barrier that is left out, to see whether its lack is noticed
+extern "C" void set_order(int number, int line) {
+  order = static_cast<Order>(number);
+  skipped_line = line;
+}
+
+enum class At { start, running, shuffle, barrier, end };
+struct Fiber {
+  static constexpr size_t kStack = 256 << 10;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  At at;
 };
 struct Block {
-  explicit Block(unsigned threads) : meet(threads), warps(new Warp[threads / 32]) {}
-  std::barrier<> meet;
-  std::unique_ptr<Warp[]> warps;
+  std::vector<Fiber> fibers;
+  std::vector<float> lanes;
+  std::function<void()> kernel;
+  ucontext_t scheduler;
+  std::mt19937 random{1};
+
+  // Runs one thread until it has to wait for others.
+  void resume(unsigned t) {
+    threadIdx.x = t;
+    fibers[t].at = At::running;
+    swapcontext(&scheduler, &fibers[t].context);
+  }
+  void wait(At where) {
+    Fiber& fiber = fibers[threadIdx.x];
+    fiber.at = where;
+    swapcontext(&fiber.context, &scheduler);
+  }
+  bool all(At where, size_t first, size_t count) const {
+    return std::all_of(fibers.begin() + first, fibers.begin() + first + count,
+                       [&](const Fiber& f) { return f.at == where; });
+  }
+  void run();
 };
 inline Block* block;
 
-inline void __syncthreads() { block->meet.arrive_and_wait(); }
+inline void fiber_main() {
+  block->kernel();
+  block->wait(At::end);
+}
+
+inline void Block::run() {
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStack;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.at = At::start;
+  }
+  std::vector<unsigned> next(fibers.size());
+  std::iota(next.begin(), next.end(), 0u);
+  while (!next.empty()) {
+    if (order == Order::falling) std::reverse(next.begin(), next.end());
+    if (order == Order::random) std::shuffle(next.begin(), next.end(), random);
+    for (unsigned t : next) resume(t);
+    // Whoever waits and is not alone in waiting goes on.
+    next.clear();
+    const bool meet = all(At::barrier, 0, fibers.size());
+    for (unsigned t = 0; t < fibers.size(); t++)
+      if (meet || (fibers[t].at == At::shuffle && all(At::shuffle, t / 32 * 32, 32))) next.push_back(t);
+  }
+  if (!all(At::end, 0, fibers.size())) {
+    std::fprintf(stderr, "a thread of block %u misses a barrier or a shuffle\n", blockIdx.x);
+    std::abort();
+  }
+}
+
+inline void synchronise(int line) {
+  if (line != skipped_line) block->wait(At::barrier);
+}
+#define __syncthreads() synchronise(__LINE__)
 inline float __shfl_xor_sync(unsigned, float x, unsigned offset) {
-  Warp& warp = block->warps[threadIdx.x / 32];
-  warp.lanes[threadIdx.x % 32] = x;
-  warp.meet.arrive_and_wait();
-  const float other = warp.lanes[threadIdx.x % 32 ^ offset];
-  warp.meet.arrive_and_wait();
+  const unsigned t = threadIdx.x;
+  block->lanes[t] = x;
+  block->wait(At::shuffle);
+  const float other = block->lanes[t ^ offset];
+  block->wait(At::shuffle);
   return other;
 }
 template <class Kernel, class... Arguments>
 void launch_on_cpu(Kernel kernel, dim3 grid, unsigned threads, Arguments... arguments) {
+  Block own;
+  own.fibers = std::vector<Fiber>(threads);
+  own.lanes.resize(threads);
+  own.kernel = [&] { kernel(arguments...); };
+  block = &own;
   for (unsigned number = 0; number < grid.x * grid.y * grid.z; number++) {
     blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
-    Block own(threads);
-    block = &own;
-    std::vector<std::thread> running;
-    for (unsigned t = 0; t < threads; t++)
-      running.emplace_back([=] {
-        threadIdx.x = t;
-        kernel(arguments...);
-      });
-    for (std::thread& thread : running) thread.join();
+    own.run();
   }
 }
 

@@ -68,7 +68,7 @@ def test_awkward_shapes(n, p, q):
 def test_all_pairs_through_the_slab(kernel, n, at_once, monkeypatch):
     from pyrepr.kernels import gram as kernels
 
-    monkeypatch.setattr(kernels, "SLAB_BYTES", at_once * 4 * 3 * 128 * 128)
+    monkeypatch.setattr(kernels, "SLAB_BYTES", at_once * 4 * 3 * 128 * 128)  # two float16 an entry
     xs = layers(n, (300, 500, 270))
     table = pyrepr.cka_matrix(xs, kernel=spec(kernel))
     for a in range(3):
@@ -96,7 +96,9 @@ def test_features_route_and_split():
 
 @pytest.mark.parametrize(
     ("kernel", "n", "p", "q"),
-    [("linear", 140, 9, 20), ("linear", 40, 90, 70), ("rbf", 140, 9, 20), *((k, 40, 90, 70) for k in KERNELS[1:])],
+    # Rows of weights as long as a multiple of 16, and others.
+    [("linear", 140, 9, 20), ("linear", 40, 90, 70), ("rbf", 140, 9, 20), *((k, 40, 90, 70) for k in KERNELS[1:])]
+    + [(k, 48, 90, 70) for k in ("linear", "rbf")],
 )
 def test_gradient(kernel, n, p, q):
     x, y = layers(n, (p, q))
@@ -124,7 +126,11 @@ def test_mask_is_selection_whatever_the_other_rows_hold(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gram_matrix(kernel):
+@pytest.mark.parametrize("large", [False, True])
+def test_gram_matrix(kernel, large, monkeypatch):
+    from pyrepr.kernels import gram as kernels
+
+    monkeypatch.setattr(kernels, "LARGE", 0 if large else 1 << 40)
     x, y = torch.randn(150, 20), 100 * torch.randn(33, 20)
     scale = 0.02 if kernel == "polynomial" else 6.0
     for other in (None, y, y[:0]):
@@ -162,6 +168,17 @@ def test_large_means_cost_no_digits(ratio):
     x, y = (a + ratio * a.std() for a in layers(100, (60, 90)))
     close(pyrepr.cka(x, y), truth(x, y), 2e-6)
     close(pyrepr.cka_matrix([x, y, x])[0, 1], truth(x, y), 2e-6)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "polynomial"])
+def test_one_sample_far_from_all_others(kernel):
+    """Its tile holds values 100 times as large as the others. Worst seen: 1.3e-7."""
+    xs = layers(150, (200, 300, 250))
+    for x in xs:
+        x[3] *= 10
+    table = pyrepr.cka_matrix(xs, kernel=spec(kernel))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        close(table[a, b], truth(xs[a], xs[b], kernel), 5e-7)
 
 
 @pytest.mark.parametrize("power", [-60, 0, 40])
