@@ -42,7 +42,7 @@ _DATA = {
     *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
-# Divisible by 16 in the usual case; Triton looks at every launch.
+# Divisible by 16, as all addresses are (see ``_layout``). What Triton must not look at, the kernels name.
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 
@@ -67,7 +67,7 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     }
     arguments = [a for a in kernel.arg_names if a not in dict(values)]
     signature = {a: types.get(a, "i32") for a in arguments}
-    aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
+    aligned = tuple(a for a in arguments if a in _ALIGNED or signature[a][0] == "*")
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
     return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
 
