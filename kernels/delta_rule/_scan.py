@@ -24,7 +24,15 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
+from pyrepr.kernels.delta_rule._tiles import (
+    load_square,
+    load_state,
+    load_tile,
+    product,
+    program_place,
+    store_state,
+    store_tile,
+)
 
 OUT, STATES, MAPS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -64,13 +72,6 @@ def first_segment(sequence, sequences, packed, NT, L):
     if packed:
         segment = tl.load(sequences + sequence * 4 + 3)
     return segment
-
-
-@triton.jit
-def unit_program(blocks, HV):
-    """(block of columns, value head, unit of work) of a program."""
-    pid = tl.program_id(0).to(tl.int64)
-    return (pid % blocks).to(tl.int32), pid // blocks % HV, pid // blocks // HV
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def scan_kernel(
     blocks = value_blocks
     if MODE == MAPS:
         blocks += tl.cdiv(K, BV)
-    block, hv, unit = unit_program(blocks, HV)
+    block, hv, unit = program_place(blocks, HV)
     sequence, batch, first, length, slot = unit_place(unit, split, sequences, segments, packed, T, NT, L, C)
     if sequence < 0:
         return
@@ -265,7 +266,7 @@ def merge_kernel(
     The state passes from a segment to the next through `starts`: the program reads back what it wrote, with a barrier
     between. That takes the products in pieces of BK keys, which registers have room for.
     """
-    block, hv, sequence = unit_program(tl.cdiv(V, BV), HV)
+    block, hv, sequence = program_place(tl.cdiv(V, BV), HV)
     v0 = block * BV
     unit = first_segment(sequence, sequences, packed, NT, L)
     length = unit * 0 + T
@@ -344,7 +345,7 @@ def reverse_kernel(
     OFFSETS: tl.constexpr,
 ):
     """The gradient of the state, from the last chunk to the first, for BV value columns of one head."""
-    block, hv, unit = unit_program(tl.cdiv(V, BV), HV)
+    block, hv, unit = program_place(tl.cdiv(V, BV), HV)
     v0 = block * BV
     sequence, batch, first, length, slot = unit_place(unit, split, sequences, segments, packed, T, NT, L, C)
     if sequence < 0:
