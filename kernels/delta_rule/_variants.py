@@ -115,9 +115,10 @@ REVERSE = {
     (4, 128, True): _table("REVERSE 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
     (4, 256, True): _table("REVERSE 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
+# One warp: substitution works on 16 × 16, and each of more warps would do all of it.
 PREPARE = {
-    2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
-    4: _table("PREPARE 4", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
+    2: _table("PREPARE 2", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
+    4: _table("PREPARE 4", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
 }
 # BK: key columns of a program. Without wgmma both operands of a product are in registers.
 _gradient = Config({"BV": 64, "BK": 64}, 8, 2)
@@ -134,7 +135,7 @@ KDA_GRADIENT = {
     4: _table("KDA_GRADIENT 4", (32, 4, 1), (32, 4, 1), (32, 4, 1)),
 }
 KDA_WIDTH = 32  # key columns of a program of the gradients
-INVERT = Config({}, 4, 1)
+INVERT = Config({}, 1, 1)
 # One stage: the kernel reads back what it wrote.
 _merge = Config({"BV": 16, "BK": 128}, 8, 1)
 MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 64}, 4, 1)])
