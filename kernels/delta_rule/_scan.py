@@ -210,21 +210,20 @@ def scan_kernel(
             if GATE == 2:
                 keys_out = load_rows(k_tail, 0, token, at, rows, K, C, BK, GATE)
             factor = factors + at * FACTORS * C + t
-            operand = s.to(keys_in.dtype)
-            erased = product(operand, tl.trans(keys_in))
-            if MODE == OUT:
-                out = product(operand, tl.trans(load_rows(q, qt, token, at, rows, K, C, BK, GATE)))
-                if GATE < 2:
-                    out *= tl.load(factor + 6 * C)[None, :] if GATE == 1 else scale
+            # R is never made: X diag(β) takes the two parts of it by themselves, V straight from where it was loaded.
+            erased = product((-s).to(keys_in.dtype), tl.trans(keys_in))
             if GATE == 1:
                 erased *= tl.load(factor + 4 * C)[None, :]
-            # R is never made: X diag(β) takes the two parts of it by themselves, V straight from where it was loaded.
             solve = tl.trans(load_square(x_beta + at * C * C, C))
             new = product(load_values(v + token * vt, vt, rows, width, v0, C, BV), solve)
-            new += product((-erased).to(keys_in.dtype), solve)
+            new += product(erased.to(keys_in.dtype), solve)
             if MODE == STATES:
                 store_values(values + token * HV * V, HV * V, rows, V, v0, C, BV, new)
             if MODE == OUT:
+                # Rounded anew: the operand of the first product would stay in registers, or spill, until here.
+                out = product(s.to(keys_in.dtype), tl.trans(load_rows(q, qt, token, at, rows, K, C, BK, GATE)))
+                if GATE < 2:
+                    out *= tl.load(factor + 6 * C)[None, :] if GATE == 1 else scale
                 out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
                 store_values(o + token * HV * V, HV * V, rows, V, v0, C, BV, out)
             if GATE == 1:

@@ -103,7 +103,7 @@ SCAN = {
 }
 REVERSE = {
     (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
-    (2, 128, False): _table("REVERSE 2 128", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("REVERSE 2 128", (64, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 256, False): _table("REVERSE 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
     (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, True): _table("REVERSE 2 128 per key", (64, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
