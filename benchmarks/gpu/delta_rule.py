@@ -134,6 +134,32 @@ def packed(rule: str, gradient: bool) -> Callable:
     return make
 
 
+def views(rule: str, B: int, T: int, H: int, K: int, V: int) -> Callable:
+    """Both ways, with q, k and v views of one tensor, past its first column: addresses and strides as they come."""
+
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+        q, k, v, *rest = _inputs(device, dtype, seed, rule, B, T, H, H, K, V)
+        fused = torch.cat([x.flatten(2) for x in (q[..., :1, :1], q, k, v)], 2)
+        grad = torch.randn(B, T, H, V, generator=torch.Generator(device).manual_seed(seed + 100), device=device)
+        ours = getattr(pyrepr, f"chunk_{RULES[rule]}")
+
+        def of_views(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(x: Tensor, *rest: Tensor) -> Tensor:
+                parts = x[..., 1:].split([H * K, H * K, H * V], 2)
+                return function(*(part.unflatten(2, (H, -1)) for part in parts), *rest)
+
+            return call
+
+        tensors = [fused, *rest]
+        wide = [x.double() for x in tensors]
+        return Problem(
+            _with_gradient(of_views(lambda *x: ours(*x)[0]), tensors, grad),
+            _with_gradient(of_views(_float64(rule)), wide, grad.double()),
+        )
+
+    return make
+
+
 def decode(rule: str, B: int, H: int, HV: int, D: int, tokens: int = 1) -> Callable:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
         inputs = _inputs(device, dtype, seed, rule, B, tokens, H, HV, D, D)
@@ -180,6 +206,10 @@ def cases() -> list[GpuCase]:
                 make = chunked(rule, *shape, gradient=gradient)
                 name = "B={} T={} H={} K=V=128".format(*shape)
                 found.append(GpuCase(op, name, make, {torch.bfloat16: tolerance[torch.bfloat16]}, timed=True))
+        short = 1 if rule == "plain" else 2  # from no state, the first token's decay has no gradient to compare
+        for shape in ((1, short, 1, 100, 24), (2, 200, 3, 64, 64), (1, 200, 2, 128, 128), (1, 70, 1, 200, 144)):
+            name = "views B={} T={} H={} K={} V={}".format(*shape)
+            found.append(GpuCase(f"{rule} forward + backward", name, views(rule, *shape), GRADIENT))
         both = ("triton", "cuda")
         small, large = decode(rule, 2, 1, 2, 44, 3), decode(rule, 64, 16, 16, 128)
         found.append(GpuCase(f"{rule} decode", "B=2 T=3", small, FORWARD, both, sanitize=True))

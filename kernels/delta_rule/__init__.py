@@ -14,12 +14,13 @@ T and N allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyrepr.kernels._launch import Config, Variant, architecture, launch
 from pyrepr.kernels.delta_rule import _variants as table
+from pyrepr.kernels.delta_rule._layout import ALIGNMENT, cut, dense, filled, rows, strides_of
 from pyrepr.kernels.delta_rule._prepare import FACTORS
 from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, representative_variants, variants
 from torch import Tensor
@@ -38,17 +39,8 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its last axis dense; every other stride is the kernel's business."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _aligned(x: Tensor | int) -> bool:
-    return (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0
-
-
 class Problem:
-    """The inputs as the kernels take them, and what the sizes alone say about the work."""
+    """The inputs as the kernels take them (see ``_layout``), and what the sizes alone say about the work."""
 
     def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots=0):
         self.dtype, self.device = v.dtype, v.device
@@ -58,14 +50,15 @@ class Problem:
             )
         if k.shape[3] > WIDTHS[-1]:
             raise Unsupported(f"backend 'triton' takes K up to {WIDTHS[-1]}, got {k.shape[3]}")
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        self.beta = beta.to(torch.float32).contiguous()
-        self.g = None if g is None else g.to(torch.float32).contiguous()
-        self.initial = None if initial_state is None else initial_state.contiguous()
+        self.B, self.T, self.H = k.shape[:3]
+        self.HV, self.gate = v.shape[2], 0 if g is None else g.dim() - 2
+        self.asked = k.shape[3], v.shape[3]
+        self.K, self.V = (_ceil(width, ALIGNMENT) * ALIGNMENT for width in self.asked)
+        self.q, self.k, self.v = rows(filled(q, self.K)), rows(filled(k, self.K)), rows(filled(v, self.V))
+        self.beta = dense(beta.to(torch.float32))
+        self.g = None if g is None else dense(filled(g.to(torch.float32), *[self.K] * (self.gate == 2)))
+        self.initial = None if initial_state is None else self.state(initial_state)
         self.scale, self.normalize = scale, int(use_qk_l2norm)
-        self.B, self.T, self.H, self.K = k.shape
-        self.HV, self.V = v.shape[2:]
-        self.gate = 0 if g is None else g.dim() - 2
         self.C = CHUNK[self.dtype]
         self.width = table.width_of(self.K)
         self.NT = _ceil(self.T, self.C)
@@ -77,7 +70,7 @@ class Problem:
             self.chunk_slots = self.B * self.NT
             self.segment_slots = self.B * _ceil(self.NT, self.L)
         else:
-            self.cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+            self.cu_seqlens = dense(cu_seqlens.to(torch.int64))
             self.N = cu_seqlens.numel() - 1
             self.chunk_slots = self.T // self.C + self.N
             self.segment_slots = self.chunk_slots // self.L + self.N
@@ -90,11 +83,20 @@ class Problem:
     def new_states(self, count: int) -> Tensor:
         return self.new(count, self.HV, self.K, self.V, dtype=torch.float32)
 
-    @property
-    def strides(self) -> dict[str, int]:
-        """Batch, token and head strides of q, k and v."""
-        tensors = {"q": self.q, "k": self.k, "v": self.v}
-        return {n + axis: s for n, x in tensors.items() for axis, s in zip("bth", x.stride()[:3], strict=True)}
+    def state(self, x: Tensor) -> Tensor:
+        """States [*, HV, K, V] from a caller."""
+        return dense(filled(x, self.K, self.V))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """States that an earlier forward returned as kept, [*, HV, V, K] but for their shape."""
+        K, V = self.asked
+        return dense(filled(x.view(-1, self.HV, V, K), self.V, self.K)).view(-1, self.HV, self.K, self.V)
+
+    def returned(self, o: Tensor, final: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A forward's results as the caller asked for them."""
+        K, V = self.asked
+        kept = cut(kept.view(-1, self.HV, self.V, self.K), V, K).view(-1, self.HV, K, V)
+        return cut(o, V), cut(final, K, V), kept
 
     def run(self, variant: Variant, programs: int, **arguments: Any) -> None:
         """Launches; what the kernel takes of the problem's own is filled in, flags become integers."""
@@ -102,13 +104,10 @@ class Problem:
             **dict(q=self.q, k=self.k, v=self.v, beta=self.beta, g=self.beta if self.g is None else self.g),
             **dict(B=self.B, T=self.T, NT=self.NT, L=self.L, H=self.H, HV=self.HV, K=self.K, V=self.V, N=self.N),
             **dict(scale=self.scale, normalize=self.normalize, gate=self.gate, packed=int(self.packed)),
-            **self.strides,
+            **strides_of(q=self.q, k=self.k, v=self.v),
         }
         own |= arguments
-        taken = {name: own[name] for name in variant.signature}
-        if triton_interprets():  # which checks what a variant says about alignment; shapes need not have it
-            variant = replace(variant, aligned=tuple(name for name in variant.aligned if _aligned(taken[name])))
-        launch(variant, (programs,), taken, self.device)
+        launch(variant, (programs,), {name: own[name] for name in variant.signature}, self.device)
 
 
 @dataclass
@@ -244,9 +243,9 @@ class Scan:
 
 
 def _fills(p: Problem) -> int:
-    """Multiprocessors there are to fill; the interpreter has one."""
+    """Multiprocessors there are to fill; the interpreter has one. Launches without a GPU (tests) count an H100's."""
     if p.device.type == "cpu":
-        return 1
+        return 1 if triton_interprets() else 132
     return torch.cuda.get_device_properties(p.device).multi_processor_count
 
 
@@ -277,7 +276,7 @@ def forward(
     o, final, kept = p.new(p.B, p.T, p.HV, p.V), p.new_states(p.N), p.new_states(slots)
     if not slots and p.T * p.B <= SHORT * p.N:
         _recur(p, o, final)
-        return o, final, kept
+        return p.returned(o, final, kept)
     layout = Layout(p)
     scan = Scan(p, layout, Chunks(p, layout))
     if _worth_splitting(p) if split is None else split:
@@ -289,7 +288,7 @@ def forward(
             kept = starts
     else:
         scan.forward(OUT, kept if slots else final, final, o=o, keep=int(slots > 0))
-    return o, final, kept
+    return p.returned(o, final, kept)
 
 
 def _recur(p: Problem, o: Tensor, final: Tensor) -> None:
@@ -322,15 +321,15 @@ def update_(
     segment: int,
 ) -> Tensor:  # [B, T, HV, V]
     """o; `state` is the initial state before and the final state after."""
-    dense = state.contiguous()
-    p = Problem(q, k, v, g, beta, dense, cu_seqlens, scale, use_qk_l2norm, segment)
+    p = Problem(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, segment)
     if p.T * p.B <= SHORT * p.N:
-        o = p.new(p.B, p.T, p.HV, p.V)
-        _recur(p, o, dense)
+        o, final = p.new(p.B, p.T, p.HV, p.V), p.initial
+        _recur(p, o, final)
+        o, final, _ = p.returned(o, final, p.new_states(0))
     else:
-        o, dense, _ = forward(q, k, v, g, beta, dense, cu_seqlens, scale, use_qk_l2norm, 0, segment)
-    if dense is not state:
-        state.copy_(dense)
+        o, final, _ = forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, 0, segment)
+    if final is not state:
+        state.copy_(final)
     return o
 
 
@@ -356,10 +355,10 @@ def backward(
     split = _worth_splitting(p) if split is None else split
     layout = Layout(p)
     scan = Scan(p, layout, Chunks(p, layout, with_x=True))
-    grad_o = grad_o.to(p.dtype).contiguous()
-    grad_final = grad_state.to(torch.float32).contiguous()
+    grad_o = dense(filled(grad_o.to(p.dtype), p.V))
+    grad_final = p.state(grad_state.to(torch.float32))
     mapped = scan.new_maps() if split else None
-    walked = _states(scan, checkpoints, mapped)
+    walked = _states(scan, p.kept(checkpoints), mapped)
     walked["grad_states"] = torch.empty_like(walked["states"])
     walked["residuals"], dv, ds = torch.empty_like(grad_o), torch.empty_like(grad_o), p.new_states(p.N)
     written = {"grad_states": walked["grad_states"], "residuals": walked["residuals"], "grad_v": dv}
@@ -375,8 +374,9 @@ def backward(
     if p.normalize:
         _through_norm(p, p.q, dq)
         _through_norm(p, p.k, dk)
-    dg = p.new(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
-    return dq, dk, dv, dg, dbeta.to(beta.dtype), ds
+    K, V = p.asked
+    dg = p.new(0, dtype=torch.float32) if g is None else cut(dg, *[K] * (p.gate == 2)).to(g.dtype)
+    return cut(dq, K), cut(dk, K), cut(dv, V), dg, dbeta.to(beta.dtype), cut(ds, K, V)
 
 
 def _states(scan: Scan, checkpoints: Tensor, mapped: Tensor | None) -> dict[str, Tensor]:
@@ -438,6 +438,5 @@ def _gradients_per_key(p: Problem, layout: Layout, chunks: Chunks, grad_o: Tenso
 
 def _through_norm(p: Problem, x: Tensor, grad: Tensor) -> None:
     count = p.B * p.T * p.H
-    strides = dict(zip(("xb", "xt", "xh"), x.stride()[:3], strict=True))
     programs = _ceil(count, table.NORM.blocks["R"])
-    p.run(table.norm_gradient_variant(p.dtype, p.width), programs, x=x, grad=grad, count=count, **strides)
+    p.run(table.norm_gradient_variant(p.dtype, p.width), programs, x=x, grad=grad, count=count, **strides_of(x=x))

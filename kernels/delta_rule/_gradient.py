@@ -18,7 +18,61 @@ Work per chunk and value head: 3 C K V + 2 C² V ⌈K / BK⌉ + 4 C² K multiply
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile
+from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, program_place, store_tile
+
+
+@triton.jit
+def _through_values(
+    grad_o,  # this and the others at the chunk's first token, or its state
+    values,
+    residuals,
+    v,
+    states,
+    grad_states,
+    step,  # from a token to the next, but for v
+    vt,
+    rows,
+    K,
+    k0,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Over the value columns: dO V'ᵀ, dR V'ᵀ, dO Sᵀ, dR Sᵀ, V' dS'ᵀ, the column sums of S ∘ dS', rowsum(dR ∘ V)."""
+    d = tl.zeros([C, C], tl.float32)
+    m = tl.zeros([C, C], tl.float32)
+    own_q = tl.zeros([C, BK], tl.float32)
+    z = tl.zeros([C, BK], tl.float32)
+    y = tl.zeros([C, BK], tl.float32)
+    inner = tl.zeros([BK], tl.float32)
+    d_rate = tl.zeros([C], tl.float32)
+    for v0 in tl.range(0, V, BV, disable_licm=True):
+        do = load_tile(grad_o + v0, step, rows, V - v0, 0, C, 0, BV)
+        new = load_tile(values + v0, step, rows, V - v0, 0, C, 0, BV)
+        dr = load_tile(residuals + v0, step, rows, V - v0, 0, C, 0, BV)
+        s = load_tile(states + v0 * K + k0, K, V - v0, K - k0, 0, BV, 0, BK)
+        ds = load_tile(grad_states + v0 * K + k0, K, V - v0, K - k0, 0, BV, 0, BK)
+        d += product(do, tl.trans(new))
+        m += product(dr, tl.trans(new))
+        own_q += product(do, s)
+        z += product(dr, s)
+        y += product(new, ds)
+        if GATED:
+            inner += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 0)
+        if k0 == 0:
+            value = load_tile(v + v0, vt, rows, V - v0, 0, C, 0, BV).to(tl.float32)
+            d_rate += tl.sum(dr.to(tl.float32) * value, 1)
+    return d, m, own_q, z, y, inner, d_rate
+
+
+@triton.jit
+def _decayed(d, m, own_q, z, y, g, factor, rows, HV, C: tl.constexpr):
+    """D, M, and the first parts of dQ, Z and Y with their decays."""
+    gamma = tl.exp(log_decays(g, HV, rows, C))
+    decay = tl.load(factor)
+    return d * gamma, m * gamma, own_q * decay[:, None], z * decay[:, None], y * tl.load(factor + C)[:, None]
 
 
 @triton.jit(do_not_specialize=["packed", "B", "T", "NT", "H", "HV"])
@@ -65,71 +119,59 @@ def gradient_kernel(
     """BK key columns of one chunk of one query and key head."""
     group = HV // H
     blocks = tl.cdiv(K, BK)
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % blocks).to(tl.int32)
-    h = pid // blocks % H
-    slot = pid // blocks // H
+    block, h, slot = program_place(blocks, H)
     batch, first, rows = chunk_place(slot, chunks, packed, T, NT, C)
     if rows <= 0:
         return
     k0 = block * BK
     t = tl.arange(0, C)
     live = t < rows
-    at_or_before = t[:, None] >= t[None, :]
-    row = (batch * T + first) * HV + h * group
+    tokens = batch * T + first
+    v += batch * vb + first * vt
+    partial = block.to(tl.int64) * B * T * HV
     dq = tl.zeros([C, BK], tl.float32)
     dk = tl.zeros([C, BK], tl.float32)
     for j in tl.range(0, group, disable_licm=True):
-        at = slot * HV + h * group + j
-        token = row + j
-        d = tl.zeros([C, C], tl.float32)
-        m = tl.zeros([C, C], tl.float32)
-        own_q = tl.zeros([C, BK], tl.float32)
-        z = tl.zeros([C, BK], tl.float32)
-        y = tl.zeros([C, BK], tl.float32)
-        inner = tl.zeros([BK], tl.float32)
-        d_rate = tl.zeros([C], tl.float32)
-        for v0 in tl.range(0, V, BV, disable_licm=True):
-            where = token * V + v0
-            do = load_tile(grad_o + where, HV * V, rows, V - v0, 0, C, 0, BV)
-            new = load_tile(values + where, HV * V, rows, V - v0, 0, C, 0, BV)
-            dr = load_tile(residuals + where, HV * V, rows, V - v0, 0, C, 0, BV)
-            s = load_tile(states + (at * V + v0) * K + k0, K, V - v0, K - k0, 0, BV, 0, BK)
-            ds = load_tile(grad_states + (at * V + v0) * K + k0, K, V - v0, K - k0, 0, BV, 0, BK)
-            d += product(do, tl.trans(new))
-            m += product(dr, tl.trans(new))
-            own_q += product(do, s)
-            z += product(dr, s)
-            y += product(new, ds)
-            if GATED:
-                inner += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 0)
-            if block == 0:
-                column = v + batch * vb + first * vt + (h * group + j) * vh + v0
-                value = load_tile(column, vt, rows, V - v0, 0, C, 0, BV).to(tl.float32)
-                d_rate += tl.sum(dr.to(tl.float32) * value, 1)
+        hv = h * group + j
+        token = tokens * HV + hv
+        at = slot * HV + hv
+        where = token * V
+        state = at * V * K
+        d, m, own_q, z, y, inner, d_rate = _through_values(
+            grad_o + where,
+            values + where,
+            residuals + where,
+            v + hv * vh,
+            states + state,
+            grad_states + state,
+            HV * V,
+            vt,
+            rows,
+            K,
+            k0,
+            V,
+            C,
+            BK,
+            BV,
+            GATED,
+        )
         q_rows = load_tile(q + batch * qb + first * qt + h * qh + k0, qt, rows, K - k0, 0, C, 0, BK)
         k_rows = load_tile(k + batch * kb + first * kt + h * kh + k0, kt, rows, K - k0, 0, C, 0, BK)
         rate = tl.load(beta + token + t * HV, mask=live, other=0.0)
         factor = factors + at * FACTORS * C + t
-        d = tl.where(at_or_before, d * scale, 0.0)
+        d = tl.where(t[:, None] >= t[None, :], d * scale, 0.0)
         m = tl.where(t[:, None] > t[None, :], -m, 0.0)
         own_q *= scale
         z = -z
         if GATED:
-            gamma = tl.exp(log_decays(g + token, HV, rows, C))
-            d *= gamma
-            m *= gamma
-            decay = tl.load(factor)
-            own_q *= decay[:, None]
-            z *= decay[:, None]
-            y *= tl.load(factor + C)[:, None]
+            d, m, own_q, z, y = _decayed(d, m, own_q, z, y, g + token, factor, rows, HV, C)
         norm_k = tl.load(factor + 2 * C)
         norm_q = tl.load(factor + 3 * C)
         unit_k = k_rows.to(tl.float32) * norm_k[:, None]
         own_q += product((d * norm_k[None, :]).to(k_rows.dtype), k_rows)
         z += product((m * norm_k[None, :]).to(k_rows.dtype), k_rows)
         d_rate += tl.sum(z * unit_k, 1)
-        tl.store(grad_beta + (pid % blocks) * B * T * HV + token + t * HV, d_rate, mask=live)
+        tl.store(grad_beta + partial + token + t * HV, d_rate, mask=live)
         z *= rate[:, None]
         if GATED:
             end = tl.sum(inner, 0) * tl.load(factors + at * FACTORS * C + C - 1) + tl.sum(tl.sum(y * unit_k, 1), 0)
@@ -138,10 +180,10 @@ def gradient_kernel(
         if GATED:
             sums = tl.sum(own_q * q_rows.to(tl.float32) * norm_q[:, None] + (z - y) * unit_k, 1)
             dg = tl.cumsum(sums, 0, reverse=True) + end
-            tl.store(grad_g + (pid % blocks) * B * T * HV + token + t * HV, dg, mask=live)
+            tl.store(grad_g + partial + token + t * HV, dg, mask=live)
         dq += own_q
         dk += z + y
-    out = ((batch * T + first) * H + h) * K + k0
+    out = (tokens * H + h) * K + k0
     store_tile(grad_q + out, H * K, rows, K - k0, 0, C, 0, BK, dq)
     store_tile(grad_k + out, H * K, rows, K - k0, 0, C, 0, BK, dk)
 

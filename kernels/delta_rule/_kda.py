@@ -17,7 +17,7 @@ Backward, D and M as in ``_gradient`` but without Γ:
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS, invert_diagonal, invert_under, norms, put_inverse
-from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, store_tile
+from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, program_place, store_tile
 
 
 @triton.jit
@@ -44,6 +44,82 @@ def _row(x, row, rows, step, K, c, BLOCK: tl.constexpr):
     """One token's columns from c on, float32; zero past `rows`."""
     columns = c + tl.arange(0, BLOCK)
     return tl.load(x + row * step + columns, mask=columns < K * (row < rows).to(tl.int32), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pairs_before(q, qt, k, kt, g, step, rows, r0, j0, K, C: tl.constexpr, BLOCK: tl.constexpr):
+    """[16, 16] of A and of P, but for β, scale and norms: tokens from r0 on with those from j0 on, an earlier block."""
+    of_a = tl.zeros([16, 16], tl.float32)
+    of_p = tl.zeros([16, 16], tl.float32)
+    for c in range(0, K, BLOCK):
+        grown = tl.exp(_upto(g, step, rows, K, r0, c, BLOCK))
+        between = _total(g, step, rows, K, j0 + 16, r0, c, C, BLOCK)
+        keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK)
+        queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * grown
+        earlier = load_tile(k + j0 * kt, kt, rows - j0, K, 0, 16, c, BLOCK).to(tl.float32)
+        earlier *= tl.exp(_after(g, step, rows, K, j0, c, BLOCK) + between[None, :])
+        turned = tl.trans(earlier.to(keys.dtype))
+        of_a += product((keys.to(tl.float32) * grown).to(keys.dtype), turned)
+        of_p += product(queries.to(keys.dtype), turned)
+    return of_a, of_p
+
+
+@triton.jit
+def _pairs_within(q, qt, k, kt, g, step, rows, r0, K, BLOCK: tl.constexpr):
+    """The same for a block with itself, lower triangles."""
+    i = tl.arange(0, 16)
+    of_a = tl.zeros([16, 16], tl.float32)
+    of_p = tl.zeros([16, 16], tl.float32)
+    for c in range(0, K, BLOCK):
+        keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32)
+        queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32)
+        decay = tl.full([16, BLOCK], 1.0, tl.float32)
+        for n in range(0, 16):
+            j = 15 - n
+            gate = _row(g, r0 + j + 1, rows, step, K, c, BLOCK)
+            decay = tl.where(i[:, None] > j, decay * tl.exp(gate)[None, :], 1.0)
+            weights = decay * _row(k, r0 + j, rows, kt, K, c, BLOCK)[None, :]
+            here = i[None, :] == j
+            of_a = tl.where(here, of_a + tl.sum(keys * weights, 1)[:, None], of_a)
+            of_p = tl.where(here, of_p + tl.sum(queries * weights, 1)[:, None], of_p)
+    return tl.where(i[:, None] > i[None, :], of_a, 0.0), tl.where(i[:, None] >= i[None, :], of_p, 0.0)
+
+
+@triton.jit
+def _put_decayed(
+    q,
+    qt,
+    k,
+    kt,
+    g,
+    step,
+    rows,
+    r0,
+    K,
+    norm_q,
+    norm_k,
+    scale,
+    q_decayed,
+    k_decayed,
+    k_tail,
+    last,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of 16 tokens from r0: scale · q e^G, k e^G, k e^{G_C − G}; and e^{G_C} if they are the first."""
+    for c in range(0, K, BLOCK):
+        upto = _upto(g, step, rows, K, r0, c, BLOCK) + _total(g, step, rows, K, 0, r0, c, C, BLOCK)[None, :]
+        rest = _total(g, step, rows, K, r0 + 16, C, c, C, BLOCK)
+        after = _after(g, step, rows, K, r0, c, BLOCK) + rest[None, :]
+        keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * norm_k[:, None]
+        queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * norm_q[:, None]
+        store_tile(q_decayed, K, 16, K, 0, 16, c, BLOCK, queries * tl.exp(upto) * scale)
+        store_tile(k_decayed, K, 16, K, 0, 16, c, BLOCK, keys * tl.exp(upto))
+        store_tile(k_tail, K, 16, K, 0, 16, c, BLOCK, keys * tl.exp(after))
+        if r0 == 0:
+            columns = c + tl.arange(0, BLOCK)
+            total = _total(g, step, rows, K, 0, C, c, C, BLOCK)
+            tl.store(last + columns, tl.exp(total), mask=columns < K)
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "H", "HV", "normalize"])
@@ -79,10 +155,7 @@ def kda_prepare_kernel(
 ):
     """16 rows of A and P, and of the decayed operands, of one chunk of one value head."""
     NB: tl.constexpr = C // 16
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % NB).to(tl.int32)
-    hv = pid // NB % HV
-    slot = pid // NB // HV
+    block, hv, slot = program_place(NB, HV)
     batch, first, rows = chunk_place(slot, chunks, packed, T, NT, C)
     if rows <= 0:
         return
@@ -103,20 +176,27 @@ def kda_prepare_kernel(
     tl.store(factors + (at * FACTORS + 2) * C + r0 + i, norm_k)
     tl.store(factors + (at * FACTORS + 3) * C + r0 + i, norm_q)
     rate = tl.load(beta + token + (r0 + i) * HV, mask=r0 + i < rows, other=0.0)
-    for c in range(0, K, BLOCK):
-        upto = _upto(g, step, rows, K, r0, c, BLOCK) + _total(g, step, rows, K, 0, r0, c, C, BLOCK)[None, :]
-        rest = _total(g, step, rows, K, r0 + 16, C, c, C, BLOCK)
-        after = _after(g, step, rows, K, r0, c, BLOCK) + rest[None, :]
-        keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * norm_k[:, None]
-        queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * norm_q[:, None]
-        out = (at * C + r0) * K
-        store_tile(q_decayed + out, K, 16, K, 0, 16, c, BLOCK, queries * tl.exp(upto) * scale)
-        store_tile(k_decayed + out, K, 16, K, 0, 16, c, BLOCK, keys * tl.exp(upto))
-        store_tile(k_tail + out, K, 16, K, 0, 16, c, BLOCK, keys * tl.exp(after))
-        if block == 0:
-            columns = c + tl.arange(0, BLOCK)
-            total = _total(g, step, rows, K, 0, C, c, C, BLOCK)
-            tl.store(last + at * K + columns, tl.exp(total), mask=columns < K)
+    out = (at * C + r0) * K
+    _put_decayed(
+        q,
+        qt,
+        k,
+        kt,
+        g,
+        step,
+        rows,
+        r0,
+        K,
+        norm_q,
+        norm_k,
+        scale,
+        q_decayed + out,
+        k_decayed + out,
+        k_tail + out,
+        last + at * K,
+        C,
+        BLOCK,
+    )
     a += at * C * C + r0 * C
     p += at * C * C + r0 * C
     for other in range(0, NB):
@@ -127,31 +207,9 @@ def kda_prepare_kernel(
         if (normalize != 0) & (other <= block):
             right = norms(k + j0 * kt, kt, rows - j0, K, 0, BLOCK)
         if other < block:
-            for c in range(0, K, BLOCK):
-                grown = tl.exp(_upto(g, step, rows, K, r0, c, BLOCK))
-                between = _total(g, step, rows, K, j0 + 16, r0, c, C, BLOCK)
-                keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK)
-                queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32) * grown
-                earlier = load_tile(k + j0 * kt, kt, rows - j0, K, 0, 16, c, BLOCK).to(tl.float32)
-                earlier *= tl.exp(_after(g, step, rows, K, j0, c, BLOCK) + between[None, :])
-                turned = tl.trans(earlier.to(keys.dtype))
-                of_a += product((keys.to(tl.float32) * grown).to(keys.dtype), turned)
-                of_p += product(queries.to(keys.dtype), turned)
+            of_a, of_p = _pairs_before(q, qt, k, kt, g, step, rows, r0, j0, K, C, BLOCK)
         if other == block:
-            for c in range(0, K, BLOCK):
-                keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32)
-                queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, c, BLOCK).to(tl.float32)
-                decay = tl.full([16, BLOCK], 1.0, tl.float32)
-                for n in range(0, 16):
-                    j = 15 - n
-                    gate = _row(g, r0 + j + 1, rows, step, K, c, BLOCK)
-                    decay = tl.where(i[:, None] > j, decay * tl.exp(gate)[None, :], 1.0)
-                    weights = decay * _row(k, r0 + j, rows, kt, K, c, BLOCK)[None, :]
-                    here = i[None, :] == j
-                    of_a = tl.where(here, of_a + tl.sum(keys * weights, 1)[:, None], of_a)
-                    of_p = tl.where(here, of_p + tl.sum(queries * weights, 1)[:, None], of_p)
-            of_a = tl.where(i[:, None] > i[None, :], of_a, 0.0)
-            of_p = tl.where(i[:, None] >= i[None, :], of_p, 0.0)
+            of_a, of_p = _pairs_within(q, qt, k, kt, g, step, rows, r0, K, BLOCK)
         of_a *= (rate * norm_k)[:, None] * right[None, :]
         of_p *= (scale * norm_q)[:, None] * right[None, :]
         store_tile(a + j0, C, 16, 16, 0, 16, 0, 16, of_a)
@@ -242,6 +300,82 @@ def _through_state(x, s, step, rows, K, V, k0, BV: tl.constexpr, BK: tl.constexp
     return total
 
 
+@triton.jit
+def _from_earlier(k, kt, g, step, norm_k, d, m, rows, block, K, k0, C: tl.constexpr, BK: tl.constexpr):
+    """D and M of a block with the keys of all earlier ones, decayed to its start; the sum of g over those blocks."""
+    i = tl.arange(0, 16)
+    r0 = block * 16
+    dq = tl.zeros([16, BK], tl.float32)
+    z = tl.zeros([16, BK], tl.float32)
+    between = tl.zeros([BK], tl.float32)
+    for n in range(0, block):  # the nearest first, so that the sum of g between grows by one block at a time
+        j0 = r0 - 16 - n * 16
+        loaded = load_tile(k + j0 * kt, kt, rows - j0, K, 0, 16, k0, BK)
+        earlier = loaded.to(tl.float32) * tl.load(norm_k + j0 + i)[:, None]
+        earlier *= tl.exp(_after(g, step, rows, K, j0, k0, BK) + between[None, :])
+        right = earlier.to(loaded.dtype)
+        dq += product(load_tile(d + r0 * C + j0, C, 16, 16, 0, 16, 0, 16), right)
+        z += product(load_tile(m + r0 * C + j0, C, 16, 16, 0, 16, 0, 16), right)
+        between += _total(g, step, rows, K, j0, j0 + 16, k0, 16, BK)
+    return dq, z, between
+
+
+@triton.jit
+def _from_later(
+    q, qt, k, kt, g, step, norm_q, norm_k, beta, HV, d, m, rows, block, K, k0, C: tl.constexpr, BK: tl.constexpr
+):
+    """Dᵀ and Mᵀ of a block with the queries and keys of all later ones, decayed from its end; the sum of g over those
+    blocks."""
+    i = tl.arange(0, 16)
+    r0 = block * 16
+    y = tl.zeros([16, BK], tl.float32)
+    between = tl.zeros([BK], tl.float32)
+    for n in range(block + 1, C // 16):
+        l0 = n * 16
+        grown = tl.exp(_upto(g, step, rows, K, l0, k0, BK) + between[None, :])
+        loaded = load_tile(q + l0 * qt, qt, rows - l0, K, 0, 16, k0, BK)
+        later = loaded.to(tl.float32) * grown * tl.load(norm_q + l0 + i)[:, None]
+        y += product(tl.trans(load_tile(d + l0 * C + r0, C, 16, 16, 0, 16, 0, 16)), later.to(loaded.dtype))
+        later = load_tile(k + l0 * kt, kt, rows - l0, K, 0, 16, k0, BK).to(tl.float32) * grown
+        rate = tl.load(beta + (l0 + i) * HV, mask=l0 + i < rows, other=0.0)
+        later *= (rate * tl.load(norm_k + l0 + i))[:, None]
+        y += product(tl.trans(load_tile(m + l0 * C + r0, C, 16, 16, 0, 16, 0, 16)), later.to(loaded.dtype))
+        between += _total(g, step, rows, K, l0, l0 + 16, k0, 16, BK)
+    return y, between
+
+
+@triton.jit
+def _add_own(
+    dq, z, y, queries, keys, rate, k, kt, g, step, norm_k, d, m, rows, r0, K, k0, C: tl.constexpr, BK: tl.constexpr
+):
+    """What a block does to itself, a column of D and M at a time, the last first."""
+    i = tl.arange(0, 16)
+    decay = tl.full([16, BK], 1.0, tl.float32)
+    for n in range(0, 16):
+        j = 15 - n
+        gate = _row(g, r0 + j + 1, rows, step, K, k0, BK)
+        decay = tl.where(i[:, None] > j, decay * tl.exp(gate)[None, :], 1.0)
+        key = _row(k, r0 + j, rows, kt, K, k0, BK) * tl.load(norm_k + r0 + j)
+        of_d = tl.load(d + (r0 + i) * C + r0 + j).to(tl.float32)
+        of_m = tl.load(m + (r0 + i) * C + r0 + j).to(tl.float32)
+        weights = decay * key[None, :]
+        dq += of_d[:, None] * weights
+        z += of_m[:, None] * weights
+        given = tl.sum(decay * (of_d[:, None] * queries + (of_m * rate)[:, None] * keys), 0)
+        y += tl.where(i[:, None] == j, given[None, :], 0.0)
+    return dq, z, y
+
+
+@triton.jit
+def _with_values(residuals, v, step, vt, rows, V, BV: tl.constexpr):
+    """rowsum(dR ∘ V) of 16 rows."""
+    total = tl.zeros([16], tl.float32)
+    for v0 in range(0, V, BV):
+        value = load_tile(v + v0, vt, rows, V - v0, 0, 16, 0, BV).to(tl.float32)
+        total += tl.sum(load_tile(residuals + v0, step, rows, V - v0, 0, 16, 0, BV) * value, 1)
+    return total
+
+
 @triton.jit(do_not_specialize=["packed", "B", "T", "NT", "H", "HV"])
 def kda_gradient_kernel(
     q,  # [B, T, H, K]
@@ -286,12 +420,10 @@ def kda_gradient_kernel(
 ):
     """16 rows and BK key columns of one chunk of one value head."""
     NB: tl.constexpr = C // 16
-    pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(K, BK)
-    k0 = (pid % blocks).to(tl.int32) * BK
-    block = (pid // blocks % NB).to(tl.int32)
-    hv = pid // blocks // NB % HV
-    slot = pid // blocks // NB // HV
+    part, hv, slot = program_place(blocks * NB, HV)
+    k0 = part % blocks * BK
+    block = part // blocks
     batch, first, rows = chunk_place(slot, chunks, packed, T, NT, C)
     r0 = block * 16
     if r0 >= rows:
@@ -311,23 +443,10 @@ def kda_gradient_kernel(
     i = tl.arange(0, 16)
     live = r0 + i < rows
     rate = tl.load(beta + (r0 + i) * HV, mask=live, other=0.0)
-    own_k = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, k0, BK)
-    keys = own_k.to(tl.float32) * tl.load(norm_k + r0 + i)[:, None]
+    keys = load_tile(k + r0 * kt, kt, rows - r0, K, 0, 16, k0, BK).to(tl.float32) * tl.load(norm_k + r0 + i)[:, None]
     queries = load_tile(q + r0 * qt, qt, rows - r0, K, 0, 16, k0, BK).to(tl.float32) * tl.load(norm_q + r0 + i)[:, None]
 
-    # Earlier blocks, the nearest first, so that the sum of g between grows by one block at a time.
-    dq = tl.zeros([16, BK], tl.float32)
-    z = tl.zeros([16, BK], tl.float32)
-    between = tl.zeros([BK], tl.float32)
-    for n in range(0, block):
-        j0 = r0 - 16 - n * 16
-        earlier = load_tile(k + j0 * kt, kt, rows - j0, K, 0, 16, k0, BK).to(tl.float32)
-        earlier *= tl.load(norm_k + j0 + i)[:, None]
-        earlier *= tl.exp(_after(g, step, rows, K, j0, k0, BK) + between[None, :])
-        right = earlier.to(own_k.dtype)
-        dq += product(load_tile(d + r0 * C + j0, C, 16, 16, 0, 16, 0, 16), right)
-        z += product(load_tile(m + r0 * C + j0, C, 16, 16, 0, 16, 0, 16), right)
-        between += _total(g, step, rows, K, j0, j0 + 16, k0, 16, BK)
+    dq, z, between = _from_earlier(k, kt, g, step, norm_k, d, m, rows, block, K, k0, C, BK)
     upto = _upto(g, step, rows, K, r0, k0, BK)
     grown = tl.exp(upto)
     before = tl.exp(upto + between[None, :])
@@ -336,48 +455,20 @@ def kda_gradient_kernel(
     dq = dq * grown + scale * before * _through_state(grad_o + where, s, HV * V, rows - r0, K, V, k0, BV, BK)
     z = z * grown - before * _through_state(residuals + where, s, HV * V, rows - r0, K, V, k0, BV, BK)
 
-    # Later blocks, the nearest first.
-    y = tl.zeros([16, BK], tl.float32)
-    between = tl.zeros([BK], tl.float32)
-    for n in range(block + 1, NB):
-        l0 = n * 16
-        grown = tl.exp(_upto(g, step, rows, K, l0, k0, BK) + between[None, :])
-        later = load_tile(q + l0 * qt, qt, rows - l0, K, 0, 16, k0, BK).to(tl.float32) * grown
-        later *= tl.load(norm_q + l0 + i)[:, None]
-        y += product(tl.trans(load_tile(d + l0 * C + r0, C, 16, 16, 0, 16, 0, 16)), later.to(own_k.dtype))
-        later = load_tile(k + l0 * kt, kt, rows - l0, K, 0, 16, k0, BK).to(tl.float32) * grown
-        their_rate = tl.load(beta + (l0 + i) * HV, mask=l0 + i < rows, other=0.0)
-        later *= (their_rate * tl.load(norm_k + l0 + i))[:, None]
-        y += product(tl.trans(load_tile(m + l0 * C + r0, C, 16, 16, 0, 16, 0, 16)), later.to(own_k.dtype))
-        between += _total(g, step, rows, K, l0, l0 + 16, k0, 16, BK)
+    y, between = _from_later(q, qt, k, kt, g, step, norm_q, norm_k, beta, HV, d, m, rows, block, K, k0, C, BK)
     after = _after(g, step, rows, K, r0, k0, BK)
     ds = grad_states + at * V * K
     y *= tl.exp(after)
     y += tl.exp(after + between[None, :]) * _through_state(values + where, ds, HV * V, rows - r0, K, V, k0, BV, BK)
 
-    # The block itself, a column of D and M at a time, the last first.
-    decay = tl.full([16, BK], 1.0, tl.float32)
-    for n in range(0, 16):
-        j = 15 - n
-        gate = _row(g, r0 + j + 1, rows, step, K, k0, BK)
-        decay = tl.where(i[:, None] > j, decay * tl.exp(gate)[None, :], 1.0)
-        key = _row(k, r0 + j, rows, kt, K, k0, BK) * tl.load(norm_k + r0 + j)
-        of_d = tl.load(d + (r0 + i) * C + r0 + j).to(tl.float32)
-        of_m = tl.load(m + (r0 + i) * C + r0 + j).to(tl.float32)
-        weights = decay * key[None, :]
-        dq += of_d[:, None] * weights
-        z += of_m[:, None] * weights
-        given = tl.sum(decay * (of_d[:, None] * queries + (of_m * rate)[:, None] * keys), 0)
-        y += tl.where(i[:, None] == j, given[None, :], 0.0)
+    dq, z, y = _add_own(dq, z, y, queries, keys, rate, k, kt, g, step, norm_k, d, m, rows, r0, K, k0, C, BK)
 
     d_rate = tl.sum(z * keys, 1)
     if k0 == 0:
-        for v0 in range(0, V, BV):
-            value = load_tile(
-                v + batch * vb + (first + r0) * vt + hv * vh + v0, vt, rows - r0, V - v0, 0, 16, 0, BV
-            ).to(tl.float32)
-            d_rate += tl.sum(load_tile(residuals + where + v0, HV * V, rows - r0, V - v0, 0, 16, 0, BV) * value, 1)
-    tl.store(grad_beta + (pid % blocks) * B * T * HV + token + (r0 + i) * HV, d_rate, mask=live)
+        own_v = v + batch * vb + (first + r0) * vt + hv * vh
+        d_rate += _with_values(residuals + where, own_v, HV * V, vt, rows - r0, V, BV)
+    partial = (part % blocks).to(tl.int64) * B * T * HV
+    tl.store(grad_beta + partial + token + (r0 + i) * HV, d_rate, mask=live)
     z *= rate[:, None]
     out = (token + r0 * HV) * K
     store_tile(grad_q + out, step, rows - r0, K, 0, 16, k0, BK, dq)
@@ -405,14 +496,13 @@ def kda_gate_kernel(
     BV: tl.constexpr,
 ):
     """dg from dG for BK keys of one chunk of one value head."""
-    blocks = tl.cdiv(K, BK)
-    pid = tl.program_id(0).to(tl.int64)
-    k0 = (pid % blocks).to(tl.int32) * BK
-    at = pid // blocks
-    batch, first, rows = chunk_place(at // HV, chunks, packed, T, NT, C)
+    block, hv, slot = program_place(tl.cdiv(K, BK), HV)
+    k0 = block * BK
+    batch, first, rows = chunk_place(slot, chunks, packed, T, NT, C)
     if rows <= 0:
         return
-    token = (batch * T + first) * HV + at % HV
+    at = slot * HV + hv
+    token = (batch * T + first) * HV + hv
     inner = tl.zeros([BK], tl.float32)
     y = tl.zeros([C, BK], tl.float32)
     for v0 in range(0, V, BV):

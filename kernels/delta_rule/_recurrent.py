@@ -7,6 +7,7 @@ so that one pass over S serves both products. Bytes at best: the state once each
 
 import triton
 import triton.language as tl
+from pyrepr.kernels.delta_rule._tiles import program_place
 
 
 @triton.jit(do_not_specialize=["has_initial", "packed", "T", "H", "HV", "gate", "normalize"])
@@ -43,10 +44,7 @@ def recurrent_kernel(
     BV: tl.constexpr,
 ):
     """BV value columns of one head of one sequence."""
-    blocks = tl.cdiv(V, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    hv = pid // blocks % HV
-    sequence = pid // blocks // HV
+    block, hv, sequence = program_place(tl.cdiv(V, BV), HV)
     h = hv // (HV // H)
     batch = sequence
     first = sequence * 0
@@ -56,7 +54,7 @@ def recurrent_kernel(
         first = tl.load(cu_seqlens + sequence).to(tl.int64)
         length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - first
     keys = tl.arange(0, BK)
-    columns = (pid % blocks).to(tl.int32) * BV + tl.arange(0, BV)
+    columns = block * BV + tl.arange(0, BV)
     in_k = keys < K
     in_v = columns < V
     mask = in_k[:, None] & in_v[None, :]

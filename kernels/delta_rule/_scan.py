@@ -24,7 +24,15 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._tiles import load_square, load_state, load_tile, product, store_state, store_tile
+from pyrepr.kernels.delta_rule._tiles import (
+    load_square,
+    load_state,
+    load_tile,
+    product,
+    program_place,
+    store_state,
+    store_tile,
+)
 
 OUT, STATES, MAPS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -64,6 +72,48 @@ def first_segment(sequence, sequences, packed, NT, L):
     if packed:
         segment = tl.load(sequences + sequence * 4 + 3)
     return segment
+
+
+@triton.jit
+def load_start(starts, at, states, there, split, sequence, HV, hv, K, V, v0, BV: tl.constexpr, BK: tl.constexpr):
+    """What a unit of work begins with: number `at` of `starts` (segments), or a caller's state, zero unless `there`."""
+    if split:
+        s = load_tile(starts + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
+    else:
+        s = load_state(states + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, there)
+    return s
+
+
+@triton.jit
+def load_rows(x, step, token, at, rows, K, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr):
+    """A chunk's rows of q or k; with a gate per key, those that ``_kda`` left in their place."""
+    if GATE == 2:
+        tile = load_tile(x + at * C * K, K, C, K, 0, C, 0, BK)
+    else:
+        tile = load_tile(x + token * step, step, rows, K, 0, C, 0, BK)
+    return tile
+
+
+@triton.jit
+def decayed(s, factors, last, at, K, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr):
+    """A state times the decay of a whole chunk."""
+    if GATE == 1:
+        s *= tl.load(factors + at * FACTORS * C + C - 1)
+    if GATE == 2:
+        keys = tl.arange(0, BK)
+        s *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+    return s
+
+
+@triton.jit
+def load_values(x, step, rows, width, v0, C: tl.constexpr, BV: tl.constexpr):
+    """[BV, C]: value columns of a chunk, transposed as the state is."""
+    return tl.trans(load_tile(x, step, rows, width, 0, C, v0, BV))
+
+
+@triton.jit
+def store_values(x, step, rows, V, v0, C: tl.constexpr, BV: tl.constexpr, tile):
+    store_tile(x, step, rows, V, 0, C, v0, BV, tl.trans(tile))
 
 
 @triton.jit(do_not_specialize=["has_initial", "split", "only_m", "keep", "packed", "T", "NT", "L", "H", "HV"])
@@ -118,33 +168,27 @@ def scan_kernel(
     blocks = value_blocks
     if MODE == MAPS:
         blocks += tl.cdiv(K, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % blocks).to(tl.int32)
-    hv = pid // blocks % HV
-    unit = pid // blocks // HV
-    h = hv // (HV // H)
+    block, hv, unit = program_place(blocks, HV)
     sequence, batch, first, length, slot = unit_place(unit, split, sequences, segments, packed, T, NT, L, C)
     if sequence < 0:
         return
     v0 = block * BV
     width = V
-    keys = tl.arange(0, BK)
+    own = unit * HV + hv
     if MODE == MAPS:
         of_map = block >= value_blocks
         v0 = tl.where(of_map, block - value_blocks, block) * BV
         width = tl.where(of_map, 0, V)
-        s = tl.where(of_map & ((v0 + tl.arange(0, BV))[:, None] == keys[None, :]), 1.0, 0.0)
-    elif split:
-        s = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
+        unity = (v0 + tl.arange(0, BV))[:, None] == tl.arange(0, BK)[None, :]
+        s = tl.where(of_map & unity, 1.0, 0.0)
     else:
-        s = load_state(initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, has_initial)
-    row = batch * T * HV + hv
+        s = load_start(starts, own, initial, has_initial, split, sequence, HV, hv, K, V, v0, BV, BK)
     v += batch * vb + hv * vh
-    o += row * V
-    values += row * V
+    o += (batch * T * HV + hv) * V
+    values += (batch * T * HV + hv) * V
     if GATE < 2:
-        q += batch * qb + h * qh
-        k += batch * kb + h * kh
+        q += batch * qb + hv // (HV // H) * qh
+        k += batch * kb + hv // (HV // H) * kh
     t = tl.arange(0, C)
     count = tl.cdiv(length, C).to(tl.int32)
     period = tl.maximum(count, 1)
@@ -161,44 +205,36 @@ def scan_kernel(
             token = first + n * C
             if MODE == STATES:
                 store_tile(states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
+            keys_in = load_rows(k, kt, token, at, rows, K, C, BK, GATE)
+            keys_out = keys_in
             if GATE == 2:
-                keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
-                keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
-            else:
-                keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
-                keys_out = keys_in
+                keys_out = load_rows(k_tail, 0, token, at, rows, K, C, BK, GATE)
             factor = factors + at * FACTORS * C + t
             # R is never made: X diag(β) takes the two parts of it by themselves, V straight from where it was loaded.
-            operand = (-s).to(keys_in.dtype)
-            erased = product(operand, tl.trans(keys_in))
+            erased = product((-s).to(keys_in.dtype), tl.trans(keys_in))
             if GATE == 1:
                 erased *= tl.load(factor + 4 * C)[None, :]
             solve = tl.trans(load_square(x_beta + at * C * C, C))
-            new = product(tl.trans(load_tile(v + token * vt, vt, rows, width, 0, C, v0, BV)), solve)
+            new = product(load_values(v + token * vt, vt, rows, width, v0, C, BV), solve)
             new += product(erased.to(keys_in.dtype), solve)
             if MODE == STATES:
-                store_tile(values + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(new))
+                store_values(values + token * HV * V, HV * V, rows, V, v0, C, BV, new)
             if MODE == OUT:
                 # Rounded anew: the operand of the first product would stay in registers, or spill, until here.
-                read = s.to(keys_in.dtype)
-                if GATE == 2:
-                    out = product(read, tl.trans(load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)))
-                else:
-                    out = product(read, tl.trans(load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)))
+                out = product(s.to(keys_in.dtype), tl.trans(load_rows(q, qt, token, at, rows, K, C, BK, GATE)))
+                if GATE < 2:
                     out *= tl.load(factor + 6 * C)[None, :] if GATE == 1 else scale
                 out += product(new.to(keys_in.dtype), tl.trans(load_square(p + at * C * C, C)))
-                store_tile(o + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(out))
+                store_values(o + token * HV * V, HV * V, rows, V, v0, C, BV, out)
             if GATE == 1:
                 new *= tl.load(factor + 5 * C)[None, :]
-                s *= tl.load(factors + at * FACTORS * C + C - 1)
-            if GATE == 2:
-                s *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+            s = decayed(s, factors, last, at, K, C, BK, GATE)
             s += product(new.to(keys_in.dtype), keys_out)
     if MODE == MAPS:
         if of_map:
-            store_tile(mapped + ((unit * HV + hv) * K + v0) * K, K, K - v0, K, 0, BV, 0, BK, s)
+            store_tile(mapped + (own * K + v0) * K, K, K - v0, K, 0, BV, 0, BK, s)
         else:
-            store_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
+            store_tile(starts + (own * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, s)
     elif split == 0:
         store_state(final + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, s)
 
@@ -229,11 +265,8 @@ def merge_kernel(
     The state passes from a segment to the next through `starts`: the program reads back what it wrote, with a barrier
     between. That takes the products in pieces of BK keys, which registers have room for.
     """
-    blocks = tl.cdiv(V, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    v0 = (pid % blocks).to(tl.int32) * BV
-    hv = pid // blocks % HV
-    sequence = pid // blocks // HV
+    block, hv, sequence = program_place(tl.cdiv(V, BV), HV)
+    v0 = block * BV
     unit = first_segment(sequence, sequences, packed, NT, L)
     length = unit * 0 + T
     if packed:
@@ -311,30 +344,24 @@ def reverse_kernel(
     OFFSETS: tl.constexpr,
 ):
     """The gradient of the state, from the last chunk to the first, for BV value columns of one head."""
-    blocks = tl.cdiv(V, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    v0 = (pid % blocks).to(tl.int32) * BV
-    hv = pid // blocks % HV
-    unit = pid // blocks // HV
-    h = hv // (HV // H)
+    block, hv, unit = program_place(tl.cdiv(V, BV), HV)
+    v0 = block * BV
     sequence, batch, first, length, slot = unit_place(unit, split, sequences, segments, packed, T, NT, L, C)
     if sequence < 0:
         return
-    keys = tl.arange(0, BK)
+    own = unit * HV + hv
     if OFFSETS:
         ds = tl.zeros([BV, BK], tl.float32)
-    elif split:
-        ds = load_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK)
     else:
-        ds = load_state(grad_final + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, 1)
+        ds = load_start(starts, own, grad_final, 1, split, sequence, HV, hv, K, V, v0, BV, BK)
     row = batch * T * HV + hv
     beta += row
     grad_o += row * V
     residuals += row * V
     grad_v += row * V
     if GATE < 2:
-        q += batch * qb + h * qh
-        k += batch * kb + h * kh
+        q += batch * qb + hv // (HV // H) * qh
+        k += batch * kb + hv // (HV // H) * kh
     t = tl.arange(0, C)
     count = tl.cdiv(length, C).to(tl.int32)
     for i in tl.range(0, count, disable_licm=True):
@@ -344,38 +371,34 @@ def reverse_kernel(
         token = first + n * C
         if not OFFSETS:
             store_tile(grad_states + (at * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
+        queries = load_rows(q, qt, token, at, rows, K, C, BK, GATE)
+        keys_in = load_rows(k, kt, token, at, rows, K, C, BK, GATE)
+        keys_out = keys_in
         if GATE == 2:
-            queries = load_tile(q + at * C * K, K, C, K, 0, C, 0, BK)
-            keys_in = load_tile(k + at * C * K, K, C, K, 0, C, 0, BK)
-            keys_out = load_tile(k_tail + at * C * K, K, C, K, 0, C, 0, BK)
-        else:
-            queries = load_tile(q + token * qt, qt, rows, K, 0, C, 0, BK)
-            keys_in = load_tile(k + token * kt, kt, rows, K, 0, C, 0, BK)
-            keys_out = keys_in
+            keys_out = load_rows(k_tail, 0, token, at, rows, K, C, BK, GATE)
         rate = tl.load(beta + (token + t) * HV, mask=t < rows, other=0.0)
         factor = factors + at * FACTORS * C + t
-        grad = tl.trans(load_tile(grad_o + token * HV * V, HV * V, rows, V, 0, C, v0, BV))
+        grad = load_values(grad_o + token * HV * V, HV * V, rows, V, v0, C, BV)
         dr = product(ds.to(keys_in.dtype), tl.trans(keys_out))
         if GATE == 1:
             dr *= tl.load(factor + 5 * C)[None, :]
         dr += product(grad, load_square(p + at * C * C, C))
-        dr = product(dr.to(keys_in.dtype), load_square(x + at * C * C, C))
-        erased = dr * rate[None, :]
-        if not OFFSETS:
-            store_tile(residuals + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(dr))
-            store_tile(grad_v + token * HV * V, HV * V, rows, V, 0, C, v0, BV, tl.trans(erased))
         read = grad.to(tl.float32)
         if GATE == 0:
             read *= scale
         if GATE == 1:
             read *= tl.load(factor + 6 * C)[None, :]
-            erased *= tl.load(factor + 4 * C)[None, :]
-            ds *= tl.load(factors + at * FACTORS * C + C - 1)
-        if GATE == 2:
-            ds *= tl.load(last + at * K + keys, mask=keys < K, other=0.0)[None, :]
+        ds = decayed(ds, factors, last, at, K, C, BK, GATE)
         ds += product(read.to(keys_in.dtype), queries)
-        ds -= product(erased.to(keys_in.dtype), keys_in)
+        dr = product(dr.to(keys_in.dtype), load_square(x + at * C * C, C))
+        erased = dr * rate[None, :]
+        if not OFFSETS:
+            store_values(residuals + token * HV * V, HV * V, rows, V, v0, C, BV, dr)
+            store_values(grad_v + token * HV * V, HV * V, rows, V, v0, C, BV, erased)
+        if GATE == 1:
+            erased *= tl.load(factor + 4 * C)[None, :]
+        ds += product((-erased).to(keys_in.dtype), keys_in)
     if OFFSETS:
-        store_tile(starts + ((unit * HV + hv) * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
+        store_tile(starts + (own * V + v0) * K, K, V - v0, K, 0, BV, 0, BK, ds)
     elif split == 0:
         store_state(grad_initial + (sequence * HV + hv) * K * V, K, V, v0, BV, BK, ds)

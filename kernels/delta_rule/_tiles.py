@@ -16,6 +16,13 @@ def product(a, b):
 
 
 @triton.jit
+def program_place(parts, heads):
+    """(part, head, chunk or sequence) of a program: there are so many parts to a head, so many heads to a chunk."""
+    pid = tl.program_id(0).to(tl.int64)
+    return (pid % parts).to(tl.int32), pid // parts % heads, pid // parts // heads
+
+
+@triton.jit
 def chunk_place(slot, chunks, packed, T, NT, C: tl.constexpr):
     """(row of the batch, first token, tokens) of a chunk; no tokens for a slot that no packed sequence uses."""
     if packed:

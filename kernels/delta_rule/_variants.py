@@ -42,7 +42,7 @@ _DATA = {
     *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
-# Divisible by 16 in the usual case; Triton looks at every launch.
+# Divisible by 16, as all addresses are (see ``_layout``). What Triton must not look at, the kernels name.
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 
@@ -67,7 +67,7 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     }
     arguments = [a for a in kernel.arg_names if a not in dict(values)]
     signature = {a: types.get(a, "i32") for a in arguments}
-    aligned = tuple(a for a in arguments if a in _ALIGNED or (signature[a][0] == "*" and a != "valid"))
+    aligned = tuple(a for a in arguments if a in _ALIGNED or signature[a][0] == "*")
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
     return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
 
@@ -85,12 +85,13 @@ def _table(
 
 _BLOCKS = [(size, warps, stages) for size in (32, 64) for warps in (1, 2, 4) for stages in (1, 2)]
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
+# Three stages or one: with two, Triton asks for the next chunk after the work on this one, and then waits for it.
 # (bytes per element, padded K, whether there is a gate per key, which takes another tile) → table
 SCAN = {
     (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
-    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, True): _table("SCAN 2 128 per key", (64, 8, 1), (64, 8, 2), (64, 8, 2), candidates=_SEARCH),
     (2, 256, True): _table("SCAN 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
     (4, 64, False): _table("SCAN 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
@@ -101,10 +102,10 @@ SCAN = {
     (4, 256, True): _table("SCAN 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 REVERSE = {
-    (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
-    (2, 128, False): _table("REVERSE 2 128", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("REVERSE 2 128", (64, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 256, False): _table("REVERSE 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
-    (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
+    (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, True): _table("REVERSE 2 128 per key", (64, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),
     (2, 256, True): _table("REVERSE 2 256 per key", (32, 8, 1), (32, 8, 1), (32, 8, 1), candidates=_SEARCH),
     (4, 64, False): _table("REVERSE 4 64", *[(32, 8, 1)] * 3, candidates=_SEARCH),
@@ -114,9 +115,10 @@ REVERSE = {
     (4, 128, True): _table("REVERSE 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
     (4, 256, True): _table("REVERSE 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
+# One warp: substitution works on 16 × 16, and each of more warps would do all of it.
 PREPARE = {
-    2: _table("PREPARE 2", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
-    4: _table("PREPARE 4", (32, 2, 1), (32, 2, 1), (32, 2, 1), block="BLOCK", candidates=_BLOCKS),
+    2: _table("PREPARE 2", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
+    4: _table("PREPARE 4", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
 }
 # BK: key columns of a program. Without wgmma both operands of a product are in registers.
 _gradient = Config({"BV": 64, "BK": 64}, 8, 2)
@@ -133,10 +135,10 @@ KDA_GRADIENT = {
     4: _table("KDA_GRADIENT 4", (32, 4, 1), (32, 4, 1), (32, 4, 1)),
 }
 KDA_WIDTH = 32  # key columns of a program of the gradients
-INVERT = Config({}, 4, 1)
+INVERT = Config({}, 1, 1)
 # One stage: the kernel reads back what it wrote.
-_merge = Config({"BV": 16, "BK": 64}, 4, 1)
-MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 128}, 8, 1)])
+_merge = Config({"BV": 16, "BK": 128}, 8, 1)
+MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 64}, 4, 1)])
 RECURRENT = {
     width: _table(f"RECURRENT {width}", *[(32, width // 32, 1)] * 3, candidates=[(8, 1, 1), (16, 2, 1), (32, 8, 1)])
     for width in WIDTHS
@@ -149,7 +151,7 @@ def narrowed(config: Config, V: int) -> Config:
     """Half of a scan's value columns where no more are there to be filled."""
     if config.blocks["BV"] < 128 or V > 64:
         return config
-    return Config({"BV": 64}, config.num_warps, min(config.num_stages, 2))
+    return Config({"BV": 64}, config.num_warps, config.num_stages)
 
 
 def index_variant(dtype: torch.dtype) -> Variant:

@@ -110,6 +110,17 @@ def test_normalisation_batches_strides_and_two_blocks(rule):
     check_backward(x, l2norm=True)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_views_that_start_oddly(rule):
+    """What the kernels are compiled for is aligned: the rest is copied."""
+    x = inputs(rule, 20, HV=1, K=32, V=16)
+    fused = torch.cat([torch.zeros(1, 20, 1, 1), *x[:3]], -1)
+    x[:3] = fused[..., 1:].split([32, 32, 16], -1)
+    for i in (4, 5):
+        x[i] = torch.cat([torch.zeros(1), x[i].flatten()])[1:].view_as(x[i])
+    check_backward(x, slots=2)
+
+
 def test_the_widest_keys_in_segments():
     check_backward(inputs("plain", 70, HV=1, K=200, V=8), split=True)
 
