@@ -1,27 +1,27 @@
 """Family `causal_conv1d` in Triton: the leaf ops of ``pyrepr/ops/causal_conv1d.py`` on the GPU. Maths and names as in
 csrc/cpu/causal_conv1d.h; sums are float32, in one order, without atomics: the same bits every time.
 
-What each kernel moves and computes at best; no time here was measured on a GPU:
+What each kernel moves and computes at best, s being the bytes of an element; no time here was measured on a GPU:
 
-- forward (W = 4): 2 s bytes an element, s being its size: x once, out once. A program owns BLOCK_D channels of a span of
-  tokens and walks down it with the last W − 1 tokens in registers, so an element is loaded once, but for the W − 1 tokens
-  before a span (9 % of a span of 32, from L2). 4 multiply-adds and about 10 instructions of SiLU: in 16 bits an H100's
-  3.3 TB/s are 3.7 elements a cycle and multiprocessor, which are half of the 128 instructions there are; a B200's 8 TB/s
-  nearly all of them. A thread has 16 bytes of neighbouring channels where x is dense in the channels, and ROWS such loads
-  in flight. Where x is dense in the tokens (`turned`) it has one channel and 16 bytes of its tokens: rows of x are used
-  up from L1, and a warp stores 32 neighbouring channels.
-- backward (W = 4): 3 s bytes: x, the gradient and dx; out is computed again. The same walk: dy = grad · silu'(y) is kept
-  for W − 1 tokens, dx follows W − 1 tokens behind, past the end of the span, and the sums of the weights' gradients stay
-  in registers until a span ends: 4 (W + 1) bytes a channel and span, a tenth of the rest for spans of 64. `sums` adds the
-  spans up in their order.
-- wide_* (any other W): every tap reads its own tokens, out of L1: 2 s bytes from memory, W s from L1. Backward keeps dy
-  in float32, 4 s + 12 bytes and more; the weights' gradient reads dy W + 1 times. x is made dense in the channels first.
+- forward (W = 4): 2 s bytes an element, x once and out once. A program owns BLOCK_D channels of a span of tokens and
+  walks down it with the last W − 1 tokens in registers, so an element is loaded once, but for the W − 1 tokens before a
+  span (9 % of a span of 32, from L2). The bound is memory: in 16 bits an H100's 3.3 TB/s are 3.7 elements a cycle and
+  multiprocessor, at about 25 instructions an element 73 % of the 128 there are. A B200's 8 TB/s would take more than
+  there are: there the instructions are the bound. Where x is dense in the channels a thread has 16 bytes of them, and
+  ROWS such loads in flight. Where it is dense in the tokens (`turned`) a thread has one channel and loads 16 bytes of
+  its tokens; lines of x are used up from L1, and a warp stores 32 neighbouring channels.
+- backward (W = 4): 3 s bytes: x, the gradient and dx; out is computed again. The same walk: dy = grad · silu'(y) is
+  kept for W − 1 tokens, dx follows W − 1 tokens behind and past the end of the span, and the sums of the weights'
+  gradients stay in registers until a span ends: 4 (W + 1) bytes a channel and span, 5 % of the rest for 16 bits and a
+  span of 64. `sums` adds the spans up in their order.
+- wide_* (any other W): every tap reads its own tokens, W s bytes an element out of L1 for 2 s from memory. Backward
+  goes through dy in float32; the gradient of each tap reads it again. x is made dense first.
 - index (packed): the number of its sequence and its place in it, for every token: 8 bytes, read D / BLOCK_D times.
 - initial_gradient: the dx that fall before a sequence: W − 1 numbers a channel and sequence, out is computed again.
 - update: one thread a channel, so that the state can move in its place: 2 S s + 2 T s bytes a channel.
 
-x whose dense axis does not start at multiples of 16 bytes is read element by element if it is dense in the channels, and
-copied otherwise. float64 is refused.
+x whose rows do not start at multiples of 16 bytes is read element by element if it is dense in the channels; any other
+x is copied first. float64 is refused.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ FORWARD = {
 }
 # Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers.
 BACKWARD = {
-    ("dense", 2): _walk("backward dense 2", (128, 8, 1), (128, 4, 1), (256, 4, 1), (64, 8, 1)),
+    ("dense", 2): _walk("backward dense 2", (128, 4, 1), (128, 8, 1), (256, 4, 1), (64, 8, 1)),
     ("dense", 4): _walk("backward dense 4", (128, 4, 1), (128, 8, 1), (64, 8, 1)),
     ("odd", 2): _walk("backward odd 2", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
     ("odd", 4): _walk("backward odd 4", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
