@@ -64,7 +64,7 @@ def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tens
     tokens = row[:, (ends - back).clamp_min(0)].transpose(0, 1)  # [N, D, kept]
     inside = (back <= lengths)[:, None]
     if initial is None or kept == 0:
-        return tokens * inside
+        return torch.where(inside, tokens, 0)  # what is not inside may be no number
     place = (lengths + kept - back).clamp_max(kept - 1)[:, None].expand_as(tokens)  # [N, D, kept]
     return torch.where(inside, tokens, initial.to(x.dtype).gather(2, place))
 

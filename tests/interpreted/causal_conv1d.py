@@ -15,8 +15,8 @@ from pyrepr.reference import causal_conv1d as reference
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Worst error seen against float64, relative to the largest value of the result, times two. The interpreter cuts
 # bfloat16 off instead of rounding it.
-TOLERANCE = {F32: 1e-6, BF16: 1.6e-2, F16: 1.5e-3}
-CU = torch.tensor([0, 0, 33, 33, 34, 36, 70, 70])
+TOLERANCE = {F32: 8e-7, BF16: 1.4e-2, F16: 8e-4}
+CU = torch.tensor([0, 0, 33, 33, 34, 36, 48, 48])  # the first edge is right behind a span of tokens
 LAYOUTS = {
     "channels side by side": lambda x: x.contiguous(),
     "tokens side by side": lambda x: x.mT.contiguous().mT,
@@ -63,11 +63,12 @@ def check(tensors, seq_idx=None, cu=None, silu=True, gradient=True):
         assert error(a, b) < TOLERANCE[x.dtype], name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [*((name, F32) for name in LAYOUTS), *itertools.product(list(LAYOUTS)[:3], (BF16, F16))]
+)
 def test_layouts_and_dtypes(layout, dtype, only_listed_variants):
     """More than one span of tokens; whole blocks of channels and parts of them."""
-    x, *rest = inputs(2, 40, 72, dtype=dtype, states=2, weight_dtype=dtype)
+    x, *rest = inputs(2, 40, 40, dtype=dtype, states=2, weight_dtype=dtype)
     check((LAYOUTS[layout](x), *rest))
     walked = {v.name.split()[0]: v for v in only_listed_variants if "TURNED" in v.constexprs}
     turned, dense = layout == "tokens side by side", layout in ("channels side by side", "neither")
@@ -76,36 +77,49 @@ def test_layouts_and_dtypes(layout, dtype, only_listed_variants):
         assert (walked[name].constexprs["UNIT"] > 1) == (turned or dense or layout == "tokens of a slice")
 
 
-@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 33, 70])
-@pytest.mark.parametrize("states", [0, 3])
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 33])
+@pytest.mark.parametrize("states", [0, 2])
 def test_lengths(T, states):
-    check(inputs(3, T, 5, states=states), silu=T % 2 == 1)
-    check((inputs(3, T, 5, states=states)[0].mT.contiguous().mT, *inputs(3, T, 5, states=states)[1:]), gradient=False)
+    check(inputs(2, T, 5, states=states), silu=T % 2 == 1)
 
 
-@pytest.mark.parametrize("W", [1, 2, 3, 5, 6, 7, 8, 21])
+@pytest.mark.parametrize("T", [0, 4, 36])
+def test_lengths_of_tokens_side_by_side(T):
+    x, *rest = inputs(2, T, 33, states=2)
+    check((LAYOUTS["tokens side by side"](x), *rest), silu=T == 4)
+
+
+@pytest.mark.parametrize("W", [1, 2, 3, 5, 6, 7, 8])
 def test_widths(W):
-    check(inputs(2, 35, 9, W, states=2))
-    check(inputs(1, 70, 9, W, states=7), cu=CU)
-    x, *rest = inputs(2, 10, 9, W, BF16)
-    check((LAYOUTS["tokens side by side"](x), *rest), silu=False)
-    check(inputs(2, 9, 8, W, F16, states=2))
+    check(inputs(2, 9, 5, W, states=2))
+    cu = torch.tensor([0, 0, 6, 6, 7, 9, 20, 20])
+    check(inputs(1, 20, 5, W, states=7), cu=cu, silu=False)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("layout", ["channels side by side", "tokens side by side", "channels of a slice"])
+def test_widths_in_more_than_one_tile():
+    x, *rest = inputs(1, 35, 66, 3, BF16)
+    check((LAYOUTS["tokens side by side"](x), *rest))
+    check(inputs(2, 18, 5, 9, F16))
+    check(inputs(1, 24, 5, 21))
+
+
+@pytest.mark.parametrize(("layout", "dtype"), zip(list(LAYOUTS)[:4], (BF16, F16, F32, BF16), strict=True))
 def test_packed_sequences(layout, dtype):
-    """Of no, one, two and many tokens, with an edge right behind a span."""
-    for states, cu in ((7, CU.int()), (0, CU), (3, torch.tensor([0, 32, 70, 72]))):
-        x, *rest = inputs(1, int(cu[-1]), 16, dtype=dtype, states=states)
-        check((LAYOUTS[layout](x), *rest), cu=cu)
+    """Of no, one, two and many tokens."""
+    x, *rest = inputs(1, 48, 16, dtype=dtype, states=7)
+    check((LAYOUTS[layout](x), *rest), cu=CU.int())
 
 
-@pytest.mark.parametrize("W", [3, 4])
-def test_seq_idx_of_a_batch(W):
-    for kind in (torch.int32, torch.int64):
-        seq_idx = torch.randint(0, 4, (3, 41)).cumsum(1).clamp_max(30) % 3
-        check(inputs(3, 41, 6, W), seq_idx=seq_idx.to(kind).mT.contiguous().mT)
+def test_packed_without_states_and_with_an_edge_between_spans():
+    x, *rest = inputs(1, 48, 5)
+    check((x, *rest), cu=CU)
+    check(inputs(1, 36, 5, states=3), cu=torch.tensor([0, 32, 34, 36]))
+
+
+@pytest.mark.parametrize(("W", "kind"), [(3, torch.int32), (4, torch.int64)])
+def test_seq_idx_of_a_batch(W, kind):
+    seq_idx = torch.randint(0, 4, (2, 34)).cumsum(1).clamp_max(30) % 3
+    check(inputs(2, 34, 6, W), seq_idx=seq_idx.to(kind).mT.contiguous().mT)
 
 
 def test_sequences_do_not_see_each_other():
@@ -131,7 +145,7 @@ def test_weights_that_are_not_of_the_inputs_dtype():
 
 
 def test_the_same_bits_every_time_and_in_every_layout():
-    x, *rest = inputs(2, 70, 40, states=2)
+    x, *rest = inputs(1, 36, 33, states=1)
     grad = torch.randn(x.shape)
     first = forward_op(x, *rest, None, None, True), *backward_op(x, *rest, None, None, grad, True)
     for lay_out in LAYOUTS.values():
@@ -166,7 +180,7 @@ def test_update_in_a_ring_and_at_indices():
 
 
 def test_final_states():
-    x, weight, bias, initial = inputs(1, 70, 6, states=7)
+    x, weight, bias, initial = inputs(1, 48, 6, states=7)
     out, last = pyrepr.causal_conv1d_fn(x.mT, weight, bias, None, initial, True, None, "silu", CU)
     assert (
         error(out.mT, reference.causal_conv1d(*(t.double() for t in (x, weight, bias, initial)), None, CU, True)) < 1e-6
