@@ -76,7 +76,8 @@ FORWARD = {
     ("turned", 2): _walk("forward turned 2", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
     ("turned", 4): _walk("forward turned 4", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
 }
-# Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers.
+# Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers. For sm_80 4:
+# with 8 ptxas spills two registers there.
 BACKWARD = {
     ("dense", 2): _walk("backward dense 2", (128, 4, 1), (128, 8, 1), (256, 4, 1), (64, 8, 1)),
     ("dense", 4): _walk("backward dense 4", (128, 4, 1), (128, 8, 1), (64, 8, 1)),
@@ -85,6 +86,7 @@ BACKWARD = {
     ("turned", 2): _walk("backward turned 2", (32, 16, 1), (32, 8, 1)),
     ("turned", 4): _walk("backward turned 4", (32, 16, 1), (32, 8, 1)),
 }
+BACKWARD["dense", 2].rows = {**BACKWARD["dense", 2].rows, 80: Config({"BLOCK_D": 64, "ROWS": 8}, 1, 1)}
 SUMS = _table("sums", Config({"BLOCK": 128, "BLOCK_S": 16}), Config({"BLOCK": 64, "BLOCK_S": 32}))
 INDEX = _table("index", Config({"BLOCK": 256}, 4, 1))
 INITIAL_GRADIENT = _table("initial_gradient", Config({"BLOCK_D": 64}, 2, 1), Config({"BLOCK_D": 128}, 4, 1))
