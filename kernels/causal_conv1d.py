@@ -59,9 +59,15 @@ def _table(name: str, config: Config, *candidates: Config) -> Table:
     return Table(f"causal_conv1d.{name}", dict.fromkeys(ARCHITECTURES, config), candidates)
 
 
-def _walk(name: str, chosen: tuple[int, int, int], *others: tuple[int, int, int]) -> Table:
-    """(BLOCK_D, ROWS, warps); a warp each, where nothing has to pass from warp to warp."""
-    return _table(name, *(Config({"BLOCK_D": d, "ROWS": rows}, warps, 1) for d, rows, warps in (chosen, *others)))
+def _walk(
+    name: str, chosen: tuple[int, int, int], *others: tuple[int, int, int], sm_80: tuple[int, int, int] | None = None
+) -> Table:
+    """(BLOCK_D, ROWS, warps); a warp each, where nothing has to pass from warp to warp. sm_80: another one there."""
+    first, *rest = (Config({"BLOCK_D": d, "ROWS": rows}, warps, 1) for d, rows, warps in (chosen, *others))
+    table = _table(name, first, *rest)
+    if sm_80 is not None:
+        table.rows = {**table.rows, 80: Config({"BLOCK_D": sm_80[0], "ROWS": sm_80[1]}, sm_80[2], 1)}
+    return table
 
 
 # (layout, bytes of an element). Layouts: "dense" and "odd", channels side by side, whose rows start at multiples of 16
@@ -76,17 +82,16 @@ FORWARD = {
     ("turned", 2): _walk("forward turned 2", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
     ("turned", 4): _walk("forward turned 4", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
 }
-# Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers. For sm_80 4:
-# with 8 ptxas spills two registers there.
+# Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers; 4 bytes for
+# sm_80, where ptxas spills two registers of 8.
 BACKWARD = {
-    ("dense", 2): _walk("backward dense 2", (128, 4, 1), (128, 8, 1), (256, 4, 1), (64, 8, 1)),
+    ("dense", 2): _walk("backward dense 2", (128, 4, 1), (128, 8, 1), (256, 4, 1), (64, 8, 1), sm_80=(64, 8, 1)),
     ("dense", 4): _walk("backward dense 4", (128, 4, 1), (128, 8, 1), (64, 8, 1)),
     ("odd", 2): _walk("backward odd 2", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
     ("odd", 4): _walk("backward odd 4", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
     ("turned", 2): _walk("backward turned 2", (32, 16, 1), (32, 8, 1)),
     ("turned", 4): _walk("backward turned 4", (32, 16, 1), (32, 8, 1)),
 }
-BACKWARD["dense", 2].rows = {**BACKWARD["dense", 2].rows, 80: Config({"BLOCK_D": 64, "ROWS": 8}, 1, 1)}
 SUMS = _table("sums", Config({"BLOCK": 128, "BLOCK_S": 16}), Config({"BLOCK": 64, "BLOCK_S": 32}))
 INDEX = _table("index", Config({"BLOCK": 256}, 4, 1))
 INITIAL_GRADIENT = _table("initial_gradient", Config({"BLOCK_D": 64}, 2, 1), Config({"BLOCK_D": 128}, 4, 1))
