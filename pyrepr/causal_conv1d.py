@@ -60,10 +60,11 @@ def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tens
         return torch.cat([before[..., kept - missing :], x[..., x.shape[2] - kept + missing :]], -1)
     ends, lengths = cu_seqlens[1:, None].long(), cu_seqlens.diff()[:, None].long()
     back = torch.arange(kept, 0, -1, device=x.device)  # [kept] how far before the end
-    tokens = torch.nn.functional.pad(x[0], (1, 0))[:, (ends - back + 1).clamp_min(0)].transpose(0, 1)  # [N, D, kept]
+    row = x[0] if x.shape[2] else x.new_zeros(x.shape[1], 1)
+    tokens = row[:, (ends - back).clamp_min(0)].transpose(0, 1)  # [N, D, kept]
     inside = (back <= lengths)[:, None]
     if initial is None or kept == 0:
-        return tokens * inside
+        return torch.where(inside, tokens, 0)  # what is not inside may be no number
     place = (lengths + kept - back).clamp_max(kept - 1)[:, None].expand_as(tokens)  # [N, D, kept]
     return torch.where(inside, tokens, initial.to(x.dtype).gather(2, place))
 

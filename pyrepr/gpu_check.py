@@ -24,7 +24,9 @@ SECONDS = 570.0
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyrepr.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and gpu.md go")
-    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="only these (gram, delta_rule, lookup)")
+    parser.add_argument(
+        "--families", nargs="+", metavar="FAMILY", help="only these (gram, delta_rule, causal_conv1d, lookup)"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS:.0f})")
     parser.add_argument(
         "--dry-run",

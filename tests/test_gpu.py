@@ -111,6 +111,101 @@ def test_decoding_in_a_cuda_graph(backend):
         assert torch.equal(o, expected)
 
 
+def convolution_inputs(T=300, dtype=torch.bfloat16, device="cuda"):
+    """x [B, D, T], weight, bias."""
+    x = torch.randn(1, T, 200, device=device, dtype=dtype).mT
+    return x, torch.randn(200, 4, device=device, dtype=dtype), torch.randn(200, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_convolution_compiles_in_one_graph_forward_and_backward(width):
+    results = []
+    with pyrepr.use_backend("triton"):
+        for function in (pyrepr.causal_conv1d_fn, torch.compile(pyrepr.causal_conv1d_fn, fullgraph=True)):
+            torch.manual_seed(0)
+            x, weight, bias = convolution_inputs()
+            leaves = [t.detach().requires_grad_() for t in (x, weight[:, :width], bias)]
+            out = function(*leaves, activation="silu")
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_packed_convolution_in_a_cuda_graph_follows_the_bounds():
+    x = convolution_inputs()
+    options = {"return_final_states": True, "activation": "silu"}
+    bounds = torch.tensor([0, 100, 300], device="cuda")
+    with pyrepr.use_backend("triton"):
+        pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, last = pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        bounds.copy_(torch.tensor([0, 170, 300]))
+        graph.replay()
+        again = pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        assert torch.equal(out, again[0]) and torch.equal(last, again[1])
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_decoding_a_convolution_in_a_cuda_graph(ring):
+    x, weight, bias = convolution_inputs(1)
+    state = torch.randn(3, 200, 5, device="cuda", dtype=x.dtype)
+    start = state.clone()
+    places = torch.full((1,), 2, device="cuda", dtype=torch.int32) if ring else None
+    index = torch.ones(1, device="cuda", dtype=torch.int32) if ring else None
+    state, start = (state, start) if ring else (state[:1], start[:1])
+
+    def step():
+        return pyrepr.causal_conv1d_update(x[..., 0], state, weight, bias, "silu", places, index)
+
+    with pyrepr.use_backend("triton"), torch.no_grad():
+        expected = step()
+        after = state.clone()
+        state.copy_(start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        state.copy_(start)
+        graph.replay()
+    assert torch.equal(out, expected) and torch.equal(state, after)
+
+
+def test_convolution_on_a_side_stream_without_a_synchronisation():
+    x, weight, bias = convolution_inputs()
+    seq_idx = torch.arange(300, device="cuda")[None] // 70
+    stream = torch.cuda.Stream()
+    with pyrepr.use_backend("triton"):
+        expected = pyrepr.causal_conv1d_fn(x, weight, bias, seq_idx)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                out = pyrepr.causal_conv1d_fn(x, weight, bias, seq_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: no device that is not the current one")
+def test_convolution_on_another_device_than_the_current_one():
+    x, weight, bias = convolution_inputs(device="cuda:1")
+    with pyrepr.use_backend("triton"):
+        out = pyrepr.causal_conv1d_fn(x, weight, bias, activation="silu")
+    expected = pyrepr.causal_conv1d_fn(x.cpu(), weight.cpu(), bias.cpu(), activation="silu")
+    torch.testing.assert_close(out.cpu(), expected, rtol=0.02, atol=0.02)
+
+
+def test_convolution_of_more_than_two_to_the_31_elements():
+    x = torch.zeros(1, 4, (1 << 29) + 64, device="cuda", dtype=torch.bfloat16)
+    x[..., -3:] = torch.randn(4, 3, device="cuda")
+    weight = torch.randn(4, 4, device="cuda")
+    with pyrepr.use_backend("triton"):
+        for rows in (x, x[..., :-1]):  # the second has to be copied
+            out = pyrepr.causal_conv1d_fn(rows, weight)
+            assert torch.equal(out[..., -9:], pyrepr.causal_conv1d_fn(rows[..., -12:].contiguous(), weight)[..., -9:])
+
+
 def lookup_problem(tokens=9, k=16, h=64, device="cuda", dtype=torch.bfloat16):
     return torch.randn(tokens, 8 * k, device=device).to(dtype), torch.randn(k, 256, h, device=device).to(dtype)
 

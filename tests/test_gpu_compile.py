@@ -28,7 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import spills
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = [name for name in ("gram", "delta_rule", "lookup") if importlib.util.find_spec(f"pyrepr.kernels.{name}")]
+FAMILIES = [
+    name
+    for name in ("gram", "delta_rule", "causal_conv1d", "lookup")
+    if importlib.util.find_spec(f"pyrepr.kernels.{name}")
+]
 ARCHITECTURES = (80, 90, 100)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -168,7 +172,7 @@ def test_spills_that_stand_are_no_larger_than_they_are():
 
 
 # family → options of launched_process.py. A family whose variants list `aligned` exactly is compared in everything.
-LAUNCHED: dict[str, list[str]] = {"gram": [], "delta_rule": [], "lookup": ["--but-alignment"]}
+LAUNCHED: dict[str, list[str]] = {"gram": [], "delta_rule": [], "causal_conv1d": [], "lookup": ["--but-alignment"]}
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: nothing launched")

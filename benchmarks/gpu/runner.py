@@ -20,7 +20,7 @@ import pyrepr
 from pyrepr.backend import build_info
 from pyrepr.gpu_check import cuda_tool
 
-FAMILIES = ("gram", "delta_rule", "lookup")
+FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
 # Shares of the time that is left when a section's turn comes. Correctness first: it is worth most.
 SHARES = {"machine": 1.0, "prepare": 4.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
 TOOLS = ("memcheck", "racecheck")

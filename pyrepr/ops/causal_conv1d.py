@@ -6,6 +6,8 @@ channels can be cut into heads without a copy. Maths in ``csrc/cpu/causal_conv1d
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -39,6 +41,15 @@ class _Problem:
         )
 
 
+def _triton(function: str):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module("pyrepr.kernels.causal_conv1d"), function)(*args)
+
+    return run
+
+
 def _forward_fake(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
     return x.new_empty(x.shape)
 
@@ -63,6 +74,7 @@ forward_op = leaf_op(
     fake=_forward_fake,
     reference=_forward_reference,
     cpu=_forward_cpu,
+    triton=_triton("forward"),
 )
 
 
@@ -95,6 +107,7 @@ backward_op = leaf_op(
     fake=_backward_fake,
     reference=reference.causal_conv1d_backward,
     cpu=_backward_cpu,
+    triton=_triton("backward"),
 )
 
 
@@ -116,6 +129,7 @@ update_op_ = leaf_op(
     fake=_update_fake,
     reference=reference.causal_conv1d_update_,
     cpu=_update_cpu,
+    triton=_triton("update_"),
 )
 
 
