@@ -21,8 +21,9 @@ best, s being the bytes of a table element; no time here was measured on a GPU:
   32 T K h flops. The weights are rounded to 16 bits as the result is, so float32 x is gathered. There 0 · ∞ is NaN, so
   a tile whose result is not finite is gathered again: the reference's NaN and ∞ without a test in the loop.
 - segments: the codes of each table are sorted, stably, and a program adds up the rows of grad of one code in the order
-  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot
-  matrix, transposed, times grad, unsorted: 32 T K h flops.
+  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h elements written, in the dtype of the
+  tables. Where most codes have no token the memory is cleared and only the others get a program. For n ≤ 16 the
+  one-hot matrix, transposed, times grad, unsorted: 32 T K h flops.
 - dots: as stream, with columns outside, so that a tile of grad serves BLOCK_K tables. For n ≤ 16 grad times all the
   rows, from which the code picks.
 
@@ -51,6 +52,7 @@ from pyrepr.kernels._lookup import (
     checked,
     chunk_sums,
     chunk_sums_together,
+    divided,
     hash_arguments,
     is_whole,
     kernel,
@@ -85,10 +87,11 @@ def _hash_kernel(
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < tokens.to(tl.int64) * chunks
-    length = tl.where(by_chunk != 0, tokens, chunks)
-    t = tl.where(by_chunk != 0, j % length, j // length)
-    k = tl.where(by_chunk != 0, j // length, j % length)
+    count = tokens.to(tl.int64) * chunks
+    inside = j < count
+    row, column = divided(j, tl.where(by_chunk != 0, tokens, chunks), count)
+    t = tl.where(by_chunk != 0, column, row)
+    k = tl.where(by_chunk != 0, row, column)
     code, size, inverse = chunk_sums(x + t * stride + k * bits, inside, bits, slope)
     tl.store(codes + j, code, mask=inside)
     tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
@@ -265,7 +268,8 @@ def _one_hot_kernel(
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-HASH = table("hash", Config({"BLOCK": 128}), sm_100=Config({"BLOCK": 128}, 2))
+# With 128 threads ptxas aims at fewer registers than a chunk takes on sm_100.
+HASH = table("hash", Config({"BLOCK": 256}, 8))
 FINISH = table("finish", Config({"BLOCK": 512, "BLOCK_S": 1}))
 FINISH_PARTS = table("finish_parts", Config({"BLOCK": 128, "BLOCK_S": 16}))
 ROWS = table(
@@ -290,7 +294,7 @@ STREAM_FLOAT = table(
 )
 # A multiple of every BLOCK_H of the two tables above.
 STREAM_COLUMNS = 64
-# For rows that are not whole: where they do not start at multiples of 16 bytes, an address an element, so few elements a thread.
+# For rows that are not whole: an address an element, so few elements a thread.
 STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 16, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",

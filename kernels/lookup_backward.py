@@ -19,6 +19,7 @@ from pyrepr.kernels._lookup import (
     all_finite,
     checked,
     chunk_sums,
+    divided,
     hash_arguments,
     is_whole,
     kernel,
@@ -53,10 +54,12 @@ def _hash_backward_kernel(
 ):
     """Every element sums up its own chunk: more arithmetic than a chunk a thread, but reads and writes in order."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < tokens.to(tl.int64) * chunks * bits
-    chunk = j // bits
-    z = x + chunk // chunks * stride + chunk % chunks * bits
-    value = tl.load(z + j % bits, mask=inside, other=0.0).to(tl.float32)
+    count = tokens.to(tl.int64) * chunks * bits
+    inside = j < count
+    chunk, i = divided(j, bits, count)
+    t, k = divided(chunk, chunks, count)
+    z = x + t * stride + k * bits
+    value = tl.load(z + i, mask=inside, other=0.0).to(tl.float32)
     outer = tl.load(grad_weights + chunk, mask=inside, other=0.0)
     _, size, inverse = chunk_sums(z, inside, bits, slope)
     decay = tl.exp(-tl.abs(value) * slope)
@@ -291,6 +294,10 @@ SEGMENTS = table(
     Config({"BLOCK_T": 16, "BLOCK_H": 256}, 4),
     Config({"BLOCK_T": 8, "BLOCK_H": 128}, 1),
 )
+# For rows of grad that are not whole, with an address an element.
+SEGMENTS_ODD = table(
+    "segments_odd", Config({"BLOCK_T": 4, "BLOCK_H": 256}, 2), Config({"BLOCK_T": 8, "BLOCK_H": 128}, 2)
+)
 ONE_HOT_SEGMENTS = table(
     "one_hot_segments",
     Config({"BLOCK_T": 64, "BLOCK_H": 128, "BLOCK_K": 8}, 8, 3),
@@ -310,6 +317,10 @@ DOTS_FEW = table(
     Config({"BLOCK_H": 512, "BLOCK_K": 4}, 4),
     Config({"BLOCK_H": 512, "BLOCK_K": 8}, 4),
     Config({"BLOCK_H": 256, "BLOCK_K": 16}, 4),
+)
+# For tables that are not whole, with an address an element.
+DOTS_FEW_ODD = table(
+    "dots_few_odd", Config({"BLOCK_H": 512, "BLOCK_K": 4}, 4), Config({"BLOCK_H": 256, "BLOCK_K": 8}, 4)
 )
 ONE_HOT_DOTS = table(
     "one_hot_dots",
@@ -356,10 +367,12 @@ def variants(architecture: int) -> list[Variant]:
     a, stored = architecture, (*FLOATS, I8)
     found = [_hash_variant(HASH_BACKWARD.rows[a], x) for x in FLOATS]
     for whole in (True, False):
-        for grad in FLOATS:
-            found += [_segments_variant(SEGMENTS.rows[a], grad, out, whole) for out in dict.fromkeys((F32, grad))]
+        sorted_ones = SEGMENTS if whole else SEGMENTS_ODD
+        kinds = [(grad, out) for grad in FLOATS for out in dict.fromkeys((F32, grad))]
+        found += [_segments_variant(sorted_ones.rows[a], *kind, whole) for kind in kinds]
         found += [_one_hot_segments_variant(ONE_HOT_SEGMENTS.rows[a], out, whole) for out in (F32, BF16)]
-        found += [_dots_variant(DOTS_FEW.rows[a], tables, whole) for tables in stored]
+        few = DOTS_FEW if whole else DOTS_FEW_ODD
+        found += [_dots_variant(few.rows[a], tables, whole) for tables in stored]
     # Of rows that start anywhere every element takes an address of its own: no registers for so large tiles.
     found += [_dots_variant(DOTS.rows[a], tables, True) for tables in stored]
     return found + [_one_hot_dots_variant(ONE_HOT_DOTS.rows[a], tables) for tables in (BF16, F16)]
@@ -390,9 +403,7 @@ def _by_code(codes: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(keys, wanted)
 
 
-def _segments(
-    grad: Tensor, codes: Tensor, weights: Tensor, n: int, rows: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[K n, h], or [R, h] for R rows."""
     (tokens, chunks), h = codes.shape, grad.shape[1]
     count = chunks * n if rows is None else rows.shape[0]
@@ -415,7 +426,8 @@ def _segments(
         launch(described, grid, {**arguments, "out": out}, grad.device)
         return out
 
-    return finish(SEGMENTS.run(grad.device, run, (grad.dtype, tokens)), None, dtype)
+    configs = SEGMENTS if h % 16 == 0 else SEGMENTS_ODD
+    return finish(configs.run(grad.device, run, (grad.dtype, tokens)), None, dtype)
 
 
 def _one_hot_segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -437,7 +449,8 @@ def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) ->
     out = torch.empty(tokens, chunks, dtype=F32, device=grad.device)
     whole = is_whole(tables)
     hot = n <= ONE_HOT_ROWS and tokens >= ONE_HOT_TOKENS and grad.dtype == dtype and dtype in (BF16, F16) and whole
-    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS or not whole else DOTS
+    few = DOTS_FEW if whole else DOTS_FEW_ODD
+    configs = ONE_HOT_DOTS if hot else few if tokens <= FEW_TOKENS or not whole else DOTS
     grad = grad if hot else grad.float()
     arguments = {"grad": grad, "codes": codes, "tables": tables, "scales": scales, "out": out}
     arguments.update(stride=grad.stride(0), tokens=tokens, chunks=chunks, n=n, h=h)
