@@ -38,6 +38,7 @@ def emulated(folder, family, *functions):
     (folder / f"{family}.inc").write_text(source)
     library = folder / "emulated.so"
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # as on the GPU, a wrong address ends it
     command += [f"-I{ROOT / 'tests/emulated'}", str(ROOT / f"tests/emulated/{family}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
     found = [getattr(ctypes.CDLL(str(library)), function) for function in functions]
