@@ -320,7 +320,7 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
     return break_even + lines
 
 
-def _break_even(def _break_even(sizes: list[int], ours: dict[int, float], dense: dict[int, float]) -> str:
+def _break_even(sizes: list[int], ours: dict[int, float], dense: dict[int, float]) -> str:
     """Where log(time ratio), straight between the measured sizes in log T, is 0."""
     ratios = [math.log(ours[t] / dense[t]) for t in sizes]
     if ratios[0] >= 0:
