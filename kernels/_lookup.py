@@ -1,14 +1,25 @@
-"""What the forward and the backward kernels of family `lookup` share: hashes, one-hot tiles, descriptions."""
+"""What the forward and the backward kernels of family `lookup` share: hashes, one-hot tiles, descriptions.
+
+Triton compiles a function anew for arguments that are 1 or divisible by 16. Here each is compiled in two ways at most
+(`kernel`): for rows that all start at multiples of 16 bytes, which are read 16 bytes at a time, and for any.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from pyrepr.kernels import _launch
 from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant, architecture
 from torch import Tensor
 
 from pyrepr.backend import Unsupported, triton_interprets
+from pyrepr.reference.lookup import WEIGHTINGS
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 FLOATS = (F32, BF16, F16)
@@ -24,6 +35,42 @@ PROGRAMS = {80: 432, 90: 528, 100: 592}
 PARTIAL_BYTES = 64 << 20
 
 INTERPRETED = tl.constexpr(triton_interprets())
+
+# Programs along the second and the third axis of a grid.
+MOST_PROGRAMS = 65535
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton function in the ways it is compiled."""
+
+    whole: Any  # where the arguments named in `aligned` are divisible by 16, pointers in bytes
+    odd: Any  # where nothing is known about any argument
+    aligned: tuple[str, ...]
+
+    @property
+    def arg_names(self) -> list[str]:
+        return self.whole.arg_names
+
+
+def kernel(*aligned: str) -> Callable[[Callable], Kernel]:
+    """Makes a :class:`Kernel` of a function; with no name given its two ways are the same."""
+
+    def make(function: Callable) -> Kernel:
+        # What is annotated is a constexpr.
+        names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is p.empty]
+        whole = triton.jit(function, do_not_specialize=[name for name in names if name not in aligned])
+        odd = triton.jit(function, do_not_specialize=names) if aligned else whole
+        return Kernel(whole, odd, aligned)
+
+    return make
+
+
+@triton.jit
+def divided(j, by, total):
+    """j // by and j % by of int64 0 ≤ j < total. Dividing 64 bits takes several times the instructions of 32."""
+    quotient = (j.to(tl.int32) // by).to(tl.int64) if total < 2147483648 else j // by
+    return quotient, j - quotient * by
 
 
 @triton.jit
@@ -107,18 +154,34 @@ def table(name: str, config: Config, *candidates: Config, **rows: Config) -> Tab
     return Table(f"lookup.{name}", {a: rows.get(f"sm_{a}", config) for a in PROGRAMS}, candidates)
 
 
-def variant(kernel, name: str, config: Config, pointers: dict[str, torch.dtype | None], **constexprs) -> Variant:
-    """Run-time arguments that are no pointers are 32-bit integers, but `slope`. A pointer of dtype None is left out."""
+def variant(
+    kernel: Kernel,
+    name: str,
+    config: Config,
+    pointers: Mapping[str, torch.dtype | None],
+    whole: bool = True,
+    **constexprs: Any,
+) -> Variant:
+    """Run-time arguments that are no pointers are 32-bit integers, but `slope`. A pointer of dtype None is left out.
+
+    `whole`: the arguments that the kernel wants aligned are. It must be true of every launch, or the variant another.
+    """
     fixed = {**config.blocks, **constexprs, **{p: None for p, dtype in pointers.items() if dtype is None}}
     signature = {a: "fp32" if a == "slope" else "i32" for a in kernel.arg_names if a not in fixed}
     signature.update({p: "*" + DTYPE_NAMES[dtype] for p, dtype in pointers.items() if dtype is not None})
-    kinds = [DTYPE_NAMES[d] for p, d in pointers.items() if d is not None and p not in ("codes", "weights")]
-    return Variant("-".join([name, *kinds]), kernel, signature, fixed, config.num_warps, config.num_stages)
+    unnamed = ("codes", "weights", "order", "starts", "rows")
+    kinds = [DTYPE_NAMES[d] for p, d in pointers.items() if d is not None and p not in unnamed]
+    label = "-".join([name, *kinds] if whole else [name, *kinds, "odd"])
+    function = kernel.whole if whole else kernel.odd
+    aligned = tuple(a for a in kernel.aligned if a in signature) if whole else ()
+    return Variant(label, function, signature, fixed, config.num_warps, config.num_stages, aligned)
 
 
-def arguments_of(described: Variant, possible: dict) -> dict:
-    """Those that the variant takes at run time."""
-    return {name: possible[name] for name in described.signature}
+def launch(described: Variant, grid: tuple[int, ...], possible: Mapping[str, Any], device: torch.device) -> None:
+    """Launches with those of the `possible` arguments that the variant takes at run time."""
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        raise Unsupported(f"backend 'triton' refuses so large a lookup: {described.name} would be a grid of {grid}")
+    _launch.launch(described, grid, {name: possible[name] for name in described.signature}, device)
 
 
 def refuse(*tensors: Tensor | None) -> None:
@@ -128,12 +191,33 @@ def refuse(*tensors: Tensor | None) -> None:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x as it is if its rows are contiguous, whatever lies between them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x as it is if its rows are contiguous and a 32-bit number of elements apart, whatever lies between them."""
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if dense and x.stride(0) < 1 << 31 else x.clone(memory_format=torch.contiguous_format)
 
 
-def slope_of(temperature: float) -> float:
-    return min(2 / temperature, 3e38)
+def is_whole(x: Tensor) -> bool:
+    """Whether the rows of a contiguous tensor all start at multiples of 16 bytes, and of 16 elements of each other."""
+    return x.shape[-1] % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def made_whole(x: Tensor) -> Tensor:
+    """x [..., h] with readable rows, in a new place if only its place or its stride keeps it from being whole.
+
+    For what is read many times, or small.
+    """
+    x = readable(x)
+    if x.shape[-1] % 16 == 0 and (x.data_ptr() % 16 or (x.dim() > 1 and x.stride(0) % 16)):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def hash_arguments(x: Tensor, bits: int, weighting: str, temperature: float) -> dict[str, Any]:
+    """What the kernels that read x [T, K bits] want to know about it."""
+    chunks = x.shape[1] // bits
+    sizes = {"stride": x.stride(0), "tokens": x.shape[0], "chunks": chunks, "bits": bits}
+    slope = min(2 / temperature, 3e38)
+    return {"x": x, **sizes, "slope": slope, "weighting": WEIGHTINGS.index(weighting)}
 
 
 def parts_of(steps: int, programs: int, part_bytes: int, device: torch.device) -> int:

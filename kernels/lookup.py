@@ -21,8 +21,9 @@ best, s being the bytes of a table element; no time here was measured on a GPU:
   32 T K h flops. The weights are rounded to 16 bits as the result is, so float32 x is gathered. There 0 · ∞ is NaN, so
   a tile whose result is not finite is gathered again: the reference's NaN and ∞ without a test in the loop.
 - segments: the codes of each table are sorted, stably, and a program adds up the rows of grad of one code in the order
-  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h floats written. For n ≤ 16 the one-hot
-  matrix, transposed, times grad, unsorted: 32 T K h flops.
+  of the tokens, a long segment shared out: T K h elements of grad from L2, K n h elements written, in the dtype of the
+  tables. Where most codes have no token the memory is cleared and only the others get a program. For n ≤ 16 the
+  one-hot matrix, transposed, times grad, unsorted: 32 T K h flops.
 - dots: as stream, with columns outside, so that a tile of grad serves BLOCK_K tables. For n ≤ 16 grad times all the
   rows, from which the code picks.
 
@@ -33,12 +34,12 @@ synchronisation. float64 is refused.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from pyrepr.kernels._launch import Config, Variant, dot_input, launch
+from pyrepr.kernels._launch import Config, Table, Variant, dot_input
 from pyrepr.kernels._lookup import (
     BF16,
     F16,
@@ -48,28 +49,30 @@ from pyrepr.kernels._lookup import (
     ONE_HOT_ROWS,
     ONE_HOT_TOKENS,
     all_finite,
-    arguments_of,
     checked,
     chunk_sums,
     chunk_sums_together,
+    divided,
+    hash_arguments,
+    is_whole,
+    kernel,
+    launch,
+    made_whole,
     one_hot,
     parts_of,
     readable,
     refuse,
-    slope_of,
     table,
     variant,
     weight_of,
 )
 from torch import Tensor
 
-from pyrepr.reference.lookup import WEIGHTINGS
-
 # Up to this many tokens the rows kernel runs: a row is then read once or twice, and L1 has nothing to give.
 FEW_TOKENS = 256
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "weighting", "by_chunk"])
+@kernel()
 def _hash_kernel(
     x,  # [T, K bits], rows `stride` apart
     codes,  # [T, K] int32, or [K, T] if by_chunk
@@ -84,16 +87,17 @@ def _hash_kernel(
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < tokens.to(tl.int64) * chunks
-    length = tl.where(by_chunk != 0, tokens, chunks)
-    t = tl.where(by_chunk != 0, j % length, j // length)
-    k = tl.where(by_chunk != 0, j // length, j % length)
+    count = tokens.to(tl.int64) * chunks
+    inside = j < count
+    row, column = divided(j, tl.where(by_chunk != 0, tokens, chunks), count)
+    t = tl.where(by_chunk != 0, column, row)
+    k = tl.where(by_chunk != 0, row, column)
     code, size, inverse = chunk_sums(x + t * stride + k * bits, inside, bits, slope)
     tl.store(codes + j, code, mask=inside)
     tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "n", "weighting", "part"])
+@kernel("tables", "out", "h")
 def _rows_kernel(
     x,  # [T, K bits], rows `stride` apart, or None: codes and weights are given
     codes,  # [T, K] int32 or None
@@ -138,7 +142,7 @@ def _rows_kernel(
     tl.store(target, tl.sum(sums, 0), mask=columns < h)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "has_bias"])
+@kernel("partial", "bias", "out", "h")
 def _finish_kernel(
     partial,  # [parts, rows, h] float32
     bias,  # [h], read if has_bias
@@ -162,33 +166,33 @@ def _finish_kernel(
 
 
 @triton.jit
-def _read_rows(tables, scales, k, code, weight, columns, n, h, WHOLE: tl.constexpr):
+def _read_rows(tables, scales, k, code, weight, columns, n, h, FULL: tl.constexpr):
     """The rows of table k that these codes name, as they are stored, and what to multiply them with."""
     code, weight = checked(code, weight, n)
     row = tl.cast(k, tl.int64) * n + code
     if scales is not None:
         weight *= tl.load(scales + row)
     source = tables + row[:, None] * h + columns[None, :]
-    tile = tl.load(source) if WHOLE else tl.load(source, mask=(columns < h)[None, :], other=0.0)
+    tile = tl.load(source) if FULL else tl.load(source, mask=(columns < h)[None, :], other=0.0)
     return tile, weight
 
 
 @triton.jit
-def _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, WHOLE: tl.constexpr):
+def _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, FULL: tl.constexpr):
     """Σ_k w T_k[code] of tables first ≤ k < last, for the tokens t and these columns -> [BLOCK_T, BLOCK_H]; of tokens
-    that are not there the last one's. WHOLE: all columns are there.
+    that are not there the last one's. FULL: all columns are there.
 
     The rows of a table are added up while those of the next are on their way: read and used in one turn of the loop,
     ptxas would put each read right before its use, one in flight at a time.
     """
     sums = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
     at = tl.minimum(t, tokens - 1).to(tl.int64) + tl.cast(first, tl.int64) * stride_k
-    tile, factor = _read_rows(tables, scales, first, tl.load(codes + at), tl.load(weights + at), columns, n, h, WHOLE)
+    tile, factor = _read_rows(tables, scales, first, tl.load(codes + at), tl.load(weights + at), columns, n, h, FULL)
     at += tl.where(first + 1 < last, stride_k, 0)
     code, weight = tl.load(codes + at), tl.load(weights + at)
     for k in range(first, last):
         following = tl.minimum(k + 1, last - 1)
-        next_tile, next_factor = _read_rows(tables, scales, following, code, weight, columns, n, h, WHOLE)
+        next_tile, next_factor = _read_rows(tables, scales, following, code, weight, columns, n, h, FULL)
         at += tl.where(k + 2 < last, stride_k, 0)
         code, weight = tl.load(codes + at), tl.load(weights + at)
         sums += factor[:, None] * tile.to(tl.float32)
@@ -196,7 +200,7 @@ def _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, 
     return sums
 
 
-@triton.jit(do_not_specialize=["stride_k", "tokens", "chunks", "n", "part"])
+@kernel("tables", "out", "h")
 def _stream_kernel(
     codes,  # [T, K] int32, of strides 1 and stride_k
     weights,  # [T, K] float32, of the same
@@ -209,7 +213,7 @@ def _stream_kernel(
     n,
     h,
     part,  # tables in a split
-    WHOLE: tl.constexpr,  # BLOCK_H divides h
+    FULL: tl.constexpr,  # BLOCK_H divides h
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -217,12 +221,12 @@ def _stream_kernel(
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(2) * part
     last = tl.minimum(first + part, chunks)
-    sums = _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, WHOLE)
+    sums = _gather(codes, weights, tables, scales, t, columns, stride_k, tokens, n, h, first, last, FULL)
     target = out + (tl.program_id(2).to(tl.int64) * tokens + t)[:, None] * h + columns[None, :]
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-@triton.jit(do_not_specialize=["stride_k", "tokens", "chunks", "n", "part"])
+@kernel("tables", "out", "h")
 def _one_hot_kernel(
     codes,  # [T, K] int32, of strides 1 and stride_k
     weights,  # [T, K] float32, of the same
@@ -264,7 +268,8 @@ def _one_hot_kernel(
     tl.store(target, sums, mask=(t < tokens)[:, None] & (columns < h)[None, :])
 
 
-HASH = table("hash", Config({"BLOCK": 128}), sm_100=Config({"BLOCK": 128}, 2))
+# With 128 threads ptxas aims at fewer registers than a chunk takes on sm_100.
+HASH = table("hash", Config({"BLOCK": 256}, 8))
 FINISH = table("finish", Config({"BLOCK": 512, "BLOCK_S": 1}))
 FINISH_PARTS = table("finish_parts", Config({"BLOCK": 128, "BLOCK_S": 16}))
 ROWS = table(
@@ -287,9 +292,9 @@ STREAM = table(
 STREAM_FLOAT = table(
     "stream_float", Config({"BLOCK_T": 128, "BLOCK_H": 64}, 8), Config({"BLOCK_T": 256, "BLOCK_H": 32}, 16)
 )
-# No BLOCK_H of the two tables above may be larger.
+# A multiple of every BLOCK_H of the two tables above.
 STREAM_COLUMNS = 64
-# For other rows: where they do not start at multiples of 16 bytes, an address an element, so few elements a thread.
+# For rows that are not whole: an address an element, so few elements a thread.
 STREAM_ODD = table("stream_odd", Config({"BLOCK_T": 16, "BLOCK_H": 64}, 8))
 ONE_HOT = table(
     "one_hot",
@@ -310,61 +315,52 @@ def _hash_variant(config: Config, x: torch.dtype) -> Variant:
     return variant(_hash_kernel, "hash", config, {"x": x, "codes": torch.int32, "weights": F32})
 
 
-def _sum_variant(
-    kernel, name: str, config: Config, x: torch.dtype | None, tables: torch.dtype, **constexprs
-) -> Variant:
+def _sum_pointers(tables: torch.dtype, codes: bool = True) -> dict[str, torch.dtype | None]:
+    """What the kernels that add up rows read and write; without `codes` they hash."""
+    given = {"codes": torch.int32, "weights": F32} if codes else {"codes": None, "weights": None}
+    return {"tables": tables, "scales": F32 if tables == I8 else None, "out": F32, **given}
+
+
+@functools.cache
+def _rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype, whole: bool) -> Variant:
     """x is None where codes and weights are given."""
-    pointers = {"tables": tables, "scales": F32 if tables == I8 else None, "out": F32}
-    pointers["codes"], pointers["weights"] = (torch.int32, F32) if x is None else (None, None)
-    if "x" in kernel.arg_names:
-        pointers = {"x": x, **pointers}
-    return variant(kernel, name, config, pointers, **constexprs)
+    unused = dict.fromkeys(("stride", "bits", "slope", "weighting")) if x is None else {}
+    pointers = {"x": x, **_sum_pointers(tables, codes=x is None)}
+    return variant(_rows_kernel, "rows", config, pointers, whole, **unused)
 
 
 @functools.cache
-def _rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype) -> Variant:
-    return _sum_variant(_rows_kernel, "rows", config, x, tables)
-
-
-@functools.cache
-def _stream_variant(config: Config, tables: torch.dtype, whole: bool) -> Variant:
-    return _sum_variant(_stream_kernel, "stream", config, None, tables, WHOLE=whole)
+def _stream_variant(config: Config, tables: torch.dtype, whole: bool, full: bool) -> Variant:
+    name = "stream_ragged" if whole and not full else "stream"
+    return variant(_stream_kernel, name, config, _sum_pointers(tables), whole, FULL=full)
 
 
 @functools.cache
 def _one_hot_variant(config: Config, tables: torch.dtype) -> Variant:
-    return _sum_variant(_one_hot_kernel, "one_hot", config, None, tables, ROWS=ONE_HOT_ROWS)
+    return variant(_one_hot_kernel, "one_hot", config, _sum_pointers(tables), ROWS=ONE_HOT_ROWS)
 
 
 @functools.cache
-def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype) -> Variant:
+def _finish_variant(config: Config, bias: torch.dtype, out: torch.dtype, whole: bool) -> Variant:
     name = "finish" if config.blocks["BLOCK_S"] == 1 else "finish_parts"
-    return variant(_finish_kernel, name, config, {"partial": F32, "bias": bias, "out": out})
+    return variant(_finish_kernel, name, config, {"partial": F32, "bias": bias, "out": out}, whole)
 
 
 def variants(architecture: int) -> list[Variant]:
-    """All that can be launched there: where rows start at multiples of 16 elements, and where only tensors do."""
+    """All that can be launched there."""
     from pyrepr.kernels import lookup_backward as backward_kernels
 
     a, stored = architecture, (*FLOATS, I8)
     found = [_hash_variant(HASH.rows[a], x) for x in FLOATS]
-    found += [_rows_variant(ROWS.rows[a], x, tables) for x, tables in FUSED]
-    found += [_rows_variant(ROWS.rows[a], None, tables) for tables in stored]
-    found += [_stream_variant((STREAM_FLOAT if t == F32 else STREAM).rows[a], t, True) for t in stored]
+    for whole in (True, False):
+        found += [_rows_variant(ROWS.rows[a], x, tables, whole) for x, tables in FUSED]
+        found += [_rows_variant(ROWS.rows[a], None, tables, whole) for tables in stored]
+        kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
+        found += [_finish_variant(f.rows[a], *kind, whole) for f in (FINISH, FINISH_PARTS) for kind in kinds]
+    for whole, full in ((True, True), (True, False), (False, False)):
+        found += [_stream_variant(_stream_table(t, whole).rows[a], t, whole, full) for t in stored]
     found += [_one_hot_variant(ONE_HOT.rows[a], tables) for tables in (BF16, F16, I8)]
-    kinds = [(bias, out) for out in FLOATS for bias in dict.fromkeys((F32, out))]
-    found += [_finish_variant(f.rows[a], bias, out) for f in (FINISH, FINISH_PARTS) for bias, out in kinds]
-    found += backward_kernels.variants(a)
-    # Of rows that start anywhere every element takes an address of its own: no registers for so large a tile.
-    whole_rows = ("stream", "one_hot-", "dots-", "one_hot_dots")
-    odd = [v for v in found if not v.name.startswith(whole_rows)]
-    odd += [_stream_variant(STREAM_ODD.rows[a], tables, False) for tables in stored]
-    rows = [replace(v, aligned=(*_pointers(v), *(n for n in ("stride", "h") if n in v.signature))) for v in found]
-    return rows + [replace(v, name=v.name + "-odd", aligned=_pointers(v)) for v in odd]
-
-
-def _pointers(described: Variant) -> tuple[str, ...]:
-    return tuple(name for name, kind in described.signature.items() if kind[0] == "*")
+    return found + backward_kernels.variants(a)
 
 
 def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: bool = False) -> tuple[Tensor, Tensor]:
@@ -374,9 +370,8 @@ def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: boo
     tokens, chunks = x.shape[0], x.shape[1] // bits
     shape = (chunks, tokens) if by_chunk else (tokens, chunks)
     codes, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=F32)
-    arguments = {"x": x, "codes": codes, "weights": weights, "stride": x.stride(0), "tokens": tokens, "chunks": chunks}
-    arguments.update(bits=bits, slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
-    arguments["by_chunk"] = int(by_chunk)
+    arguments = hash_arguments(x, bits, weighting, temperature)
+    arguments.update(codes=codes, weights=weights, by_chunk=int(by_chunk))
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(codes.numel(), config.blocks["BLOCK"]),)
@@ -389,33 +384,27 @@ def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: boo
 def finish(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Σ over the first axis of partial [parts, rows, h], plus bias [h], as [rows, h] of `dtype`."""
     parts, rows, h = partial.shape
-    if parts == 1 and bias is None and dtype == F32:
+    if parts == 1 and bias is None and dtype == partial.dtype:
         return partial[0]
     if bias is not None and bias.dtype not in (F32, dtype):
         bias = bias.float()
     out = partial.new_empty(rows, h, dtype=dtype)
-    arguments = {
-        "partial": partial,
-        "out": out,
-        "rows": rows,
-        "h": h,
-        "parts": parts,
-        "has_bias": int(bias is not None),
-    }
-    arguments["bias"] = partial if bias is None else bias.contiguous()
+    arguments = {"partial": partial, "out": out, "rows": rows, "h": h, "parts": parts}
+    arguments.update(bias=partial if bias is None else made_whole(bias), has_bias=int(bias is not None))
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
-        launch(_finish_variant(config, arguments["bias"].dtype, dtype), grid, arguments, out.device)
+        described = _finish_variant(config, arguments["bias"].dtype, dtype, h % 16 == 0)
+        launch(described, grid, arguments, out.device)
 
     (FINISH if parts == 1 else FINISH_PARTS).run(out.device, run)
     return out
 
 
-def _partial_sums(describe, config: Config, tokens: int, arguments: dict) -> Tensor:
+def _partial_sums(describe: Callable[[Config], Variant], config: Config, tokens: int, arguments: dict) -> Tensor:
     """Runs one of the three kernels that make [parts, T, h] from T tokens and K tables."""
     tables = arguments["tables"]
-    chunks, _, h = tables.shape
+    chunks, n, h = tables.shape
     block_t, block_k = config.blocks.get("BLOCK_T", 1), config.blocks.get("BLOCK_K", 1)
     columns = triton.cdiv(h, config.blocks["BLOCK_H"])
     blocks, steps = triton.cdiv(tokens, block_t), triton.cdiv(chunks, block_k)
@@ -423,17 +412,15 @@ def _partial_sums(describe, config: Config, tokens: int, arguments: dict) -> Ten
     part = triton.cdiv(steps, parts) * block_k
     parts = triton.cdiv(chunks, part)
     out = tables.new_empty(parts, tokens, h, dtype=F32)
-    described = describe(config)
-    given = {**arguments, "out": out, "tokens": tokens, "chunks": chunks, "n": tables.shape[1], "h": h, "part": part}
-    launch(described, (blocks, columns, parts), arguments_of(described, given), tables.device)
+    given = {**arguments, "out": out, "tokens": tokens, "chunks": chunks, "n": n, "h": h, "part": part}
+    launch(describe(config), (blocks, columns, parts), given, tables.device)
     return out
 
 
 def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, bits: int, weighting: str, temperature: float) -> Tensor:
     """Few tokens, hash included: [parts, T, h]."""
-    arguments = {"x": x, "tables": tables, "scales": scales, "stride": x.stride(0), "bits": bits}
-    arguments.update(slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
-    describe = functools.partial(_rows_variant, x=x.dtype, tables=tables.dtype)
+    arguments = {**hash_arguments(x, bits, weighting, temperature), "tables": tables, "scales": scales}
+    describe = functools.partial(_rows_variant, x=x.dtype, tables=tables.dtype, whole=is_whole(tables))
 
     def run(config: Config) -> Tensor:
         return _partial_sums(describe, config, x.shape[0], arguments)
@@ -450,25 +437,26 @@ def _by_chunk(x: Tensor) -> Tensor:
     return x.t().contiguous().t()
 
 
+def _stream_table(tables: torch.dtype, whole: bool) -> Table:
+    return STREAM_ODD if not whole else STREAM_FLOAT if tables == F32 else STREAM
+
+
 def _from_codes(
     codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, few: bool, hot: bool = False
 ) -> Tensor:
     """[parts, T, h] by the rows kernel if `few`, on the tensor cores if `hot`."""
-    tokens, dtype = codes.shape[0], tables.dtype
+    tokens, dtype, whole = codes.shape[0], tables.dtype, is_whole(tables)
     if few:
         codes, weights = codes.contiguous(), weights.contiguous()
-        configs, describe = ROWS, functools.partial(_rows_variant, x=None, tables=dtype)
+        configs, describe = ROWS, functools.partial(_rows_variant, x=None, tables=dtype, whole=whole)
     elif hot:
         configs, describe = ONE_HOT, functools.partial(_one_hot_variant, tables=dtype)
     else:
         codes, weights = _by_chunk(codes), _by_chunk(weights)
-        whole = tables.shape[2] % STREAM_COLUMNS == 0 and tables.data_ptr() % 16 == 0
-        configs = (STREAM_FLOAT if dtype == F32 else STREAM) if whole else STREAM_ODD
-        describe = functools.partial(_stream_variant, tables=dtype, whole=whole)
-    arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales}
-    arguments.update(stride_k=codes.stride(1))
-    # The rows kernel's arguments for hashing.
-    arguments.update(stride=0, bits=0, slope=0.0, weighting=0)
+        full = whole and tables.shape[2] % STREAM_COLUMNS == 0
+        configs = _stream_table(dtype, whole)
+        describe = functools.partial(_stream_variant, tables=dtype, whole=whole, full=full)
+    arguments = {"codes": codes, "weights": weights, "tables": tables, "scales": scales, "stride_k": codes.stride(1)}
 
     def run(config: Config) -> Tensor:
         return _partial_sums(describe, config, tokens, arguments)
@@ -495,7 +483,7 @@ def linear(
         out = x.new_zeros(x.shape[0], h)
         return out if bias is None else out + bias.to(x.dtype)
     hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in ONE_HOT_KINDS
-    hot = hot and route == 0 and h % 16 == 0
+    hot = hot and route == 0 and is_whole(tables)
     few = _few(x.shape[0], route)
     if few and not hot and (x.dtype, tables.dtype) in FUSED:
         partial = _from_x(x, tables, scales, bits, weighting, temperature)

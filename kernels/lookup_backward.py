@@ -7,7 +7,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from pyrepr.kernels._launch import Config, Variant, dot_input, launch
+from pyrepr.kernels._launch import Config, Variant, dot_input
 from pyrepr.kernels._lookup import (
     BF16,
     F16,
@@ -17,27 +17,29 @@ from pyrepr.kernels._lookup import (
     ONE_HOT_ROWS,
     ONE_HOT_TOKENS,
     all_finite,
-    arguments_of,
     checked,
     chunk_sums,
+    divided,
+    hash_arguments,
+    is_whole,
+    kernel,
+    launch,
+    made_whole,
     one_hot,
     parts_of,
     readable,
     refuse,
-    slope_of,
     table,
     variant,
 )
 from pyrepr.kernels.lookup import finish
 from torch import Tensor
 
-from pyrepr.reference.lookup import WEIGHTINGS
-
 # Up to this many tokens a program takes one token at a time: blocks of tokens would be too few programs.
 FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "bits", "weighting"])
+@kernel()
 def _hash_backward_kernel(
     x,  # [T, K bits], rows `stride` apart
     grad_weights,  # [T, K] float32
@@ -52,10 +54,12 @@ def _hash_backward_kernel(
 ):
     """Every element sums up its own chunk: more arithmetic than a chunk a thread, but reads and writes in order."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < tokens.to(tl.int64) * chunks * bits
-    chunk = j // bits
-    z = x + chunk // chunks * stride + chunk % chunks * bits
-    value = tl.load(z + j % bits, mask=inside, other=0.0).to(tl.float32)
+    count = tokens.to(tl.int64) * chunks * bits
+    inside = j < count
+    chunk, i = divided(j, bits, count)
+    t, k = divided(chunk, chunks, count)
+    z = x + t * stride + k * bits
+    value = tl.load(z + i, mask=inside, other=0.0).to(tl.float32)
     outer = tl.load(grad_weights + chunk, mask=inside, other=0.0)
     _, size, inverse = chunk_sums(z, inside, bits, slope)
     decay = tl.exp(-tl.abs(value) * slope)
@@ -67,33 +71,39 @@ def _hash_backward_kernel(
     tl.store(grad + j, result.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "n", "has_rows"])
+@kernel("grad", "out", "stride", "h")
 def _segments_kernel(
     grad,  # [T, h], rows `stride` apart
     order,  # [K, T] int64: the tokens of each table by code, then by number
     starts,  # [K, n] int64: where each code's tokens begin in `order`
-    rows,  # [R] int64: numbers k n + c of the rows wanted; all of them unless has_rows
+    rows,  # [R] int64: numbers k n + c of the rows wanted
     codes,  # [T, K] int32
     weights,  # [T, K] float32
-    out,  # [parts, R, h] float32
+    out,  # [parts, R, h]; R = K n but for mode 1
     stride,
     tokens,
     chunks,
     n,
     h,
-    has_rows,
+    mode,  # what a program takes: 0 the row of its number, 1 a row of `rows`, 2 the row that a place in `order` opens
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     r = tl.program_id(0)
-    row = tl.load(rows + r, mask=has_rows != 0, other=r).to(tl.int32)
+    if mode == 2:
+        first_token = tl.load(order + r)
+        code = tl.load(codes + first_token * chunks + r // tokens)
+        row = r // tokens * n + tl.minimum(tl.maximum(code, 0), n - 1)
+    else:
+        row = tl.load(rows + r, mask=mode == 1, other=r).to(tl.int32)
     k, c = (row // n).to(tl.int64), row % n
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     begin = tl.load(starts + row).to(tl.int32)
     end = tl.load(starts + row + 1, mask=c + 1 < n, other=tokens).to(tl.int32)
     part = tl.cdiv(end - begin, tl.num_programs(2))
+    opens = tl.where(mode == 2, begin == r % tokens, True)
     begin += tl.program_id(2) * part
-    end = tl.minimum(begin + part, end)
+    end = tl.where(opens, tl.minimum(begin + part, end), begin)
     # Codes out of range were sorted in with the first code or the last.
     suspects = tl.where((c == 0) | (c == n - 1), end, begin)
     sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -108,8 +118,9 @@ def _segments_kernel(
         mask = inside[:, None] & (columns < h)[None, :]
         tile = tl.load(grad + t[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         sums += weight[:, None] * tile
-    target = out + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + r) * h + columns
-    tl.store(target, tl.sum(sums, 0), mask=columns < h)
+    place = tl.where(mode == 2, row, tl.program_id(2).to(tl.int64) * tl.num_programs(0) + r)
+    total = tl.sum(sums, 0).to(out.dtype.element_ty)
+    tl.store(out + place * h + columns, total, mask=(columns < h) & opens)
 
 
 @triton.jit
@@ -126,12 +137,12 @@ def _segments_one_by_one(grad, codes, weights, columns, k, c, stride, tokens, ch
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
+@kernel("grad", "out", "stride", "h")
 def _one_hot_segments_kernel(
     grad,  # [T, h] bfloat16, rows `stride` apart
     codes,  # [T, K] int32
     weights,  # [T, K] float32
-    out,  # [K, n, h] float32, n ≤ ROWS
+    out,  # [K, n, h], n ≤ ROWS
     stride,
     tokens,
     chunks,
@@ -158,10 +169,10 @@ def _one_hot_segments_kernel(
         sums = _segments_one_by_one(grad, codes, weights, columns, k, c, stride, tokens, chunks, n, h)
     real = (k < chunks) & (c < n)
     target = out + (k.to(tl.int64) * n + c)[:, None] * h + columns[None, :]
-    tl.store(target, sums, mask=real[:, None] & (columns < h)[None, :])
+    tl.store(target, sums.to(out.dtype.element_ty), mask=real[:, None] & (columns < h)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
+@kernel("grad", "tables", "stride", "h")
 def _dots_kernel(
     grad,  # [T, h] float32, rows `stride` apart
     codes,  # [T, K] int32
@@ -203,7 +214,7 @@ def _dots_kernel(
     tl.store(out + at[:, None] + k[None, :], sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
+@kernel("grad", "tables", "stride", "h")
 def _dots_few_kernel(
     grad,  # [T, h] float32, rows `stride` apart
     codes,  # [T, K] int32
@@ -236,7 +247,7 @@ def _dots_few_kernel(
     tl.store(out + t * chunks + k, tl.sum(sums, 1) * factor, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "n"])
+@kernel("grad", "tables", "stride", "h")
 def _one_hot_dots_kernel(
     grad,  # [T, h] in the dtype of tables, rows `stride` apart
     codes,  # [T, K] int32
@@ -283,6 +294,10 @@ SEGMENTS = table(
     Config({"BLOCK_T": 16, "BLOCK_H": 256}, 4),
     Config({"BLOCK_T": 8, "BLOCK_H": 128}, 1),
 )
+# For rows of grad that are not whole, with an address an element.
+SEGMENTS_ODD = table(
+    "segments_odd", Config({"BLOCK_T": 4, "BLOCK_H": 256}, 2), Config({"BLOCK_T": 8, "BLOCK_H": 128}, 2)
+)
 ONE_HOT_SEGMENTS = table(
     "one_hot_segments",
     Config({"BLOCK_T": 64, "BLOCK_H": 128, "BLOCK_K": 8}, 8, 3),
@@ -303,6 +318,10 @@ DOTS_FEW = table(
     Config({"BLOCK_H": 512, "BLOCK_K": 8}, 4),
     Config({"BLOCK_H": 256, "BLOCK_K": 16}, 4),
 )
+# For tables that are not whole, with an address an element.
+DOTS_FEW_ODD = table(
+    "dots_few_odd", Config({"BLOCK_H": 512, "BLOCK_K": 4}, 4), Config({"BLOCK_H": 256, "BLOCK_K": 8}, 4)
+)
 ONE_HOT_DOTS = table(
     "one_hot_dots",
     Config({"BLOCK_T": 128, "BLOCK_H": 64, "BLOCK_K": 8}, 8, 3),
@@ -317,24 +336,24 @@ def _hash_variant(config: Config, x: torch.dtype) -> Variant:
 
 
 @functools.cache
-def _segments_variant(config: Config, grad: torch.dtype) -> Variant:
-    pointers = {"grad": grad, "codes": torch.int32, "weights": F32, "out": F32}
+def _segments_variant(config: Config, grad: torch.dtype, out: torch.dtype, whole: bool) -> Variant:
+    pointers = {"grad": grad, "codes": torch.int32, "weights": F32, "out": out}
     places = dict.fromkeys(("order", "starts", "rows"), torch.int64)
-    return variant(_segments_kernel, "segments", config, {**pointers, **places})
+    return variant(_segments_kernel, "segments", config, {**pointers, **places}, whole)
 
 
 @functools.cache
-def _one_hot_segments_variant(config: Config) -> Variant:
-    pointers = {"grad": BF16, "codes": torch.int32, "weights": F32, "out": F32}
-    return variant(_one_hot_segments_kernel, "one_hot_segments", config, pointers, ROWS=ONE_HOT_ROWS)
+def _one_hot_segments_variant(config: Config, out: torch.dtype, whole: bool) -> Variant:
+    pointers = {"grad": BF16, "codes": torch.int32, "weights": F32, "out": out}
+    return variant(_one_hot_segments_kernel, "one_hot_segments", config, pointers, whole, ROWS=ONE_HOT_ROWS)
 
 
 @functools.cache
-def _dots_variant(config: Config, tables: torch.dtype) -> Variant:
+def _dots_variant(config: Config, tables: torch.dtype, whole: bool) -> Variant:
     scales = F32 if tables == I8 else None
     pointers = {"grad": F32, "codes": torch.int32, "tables": tables, "scales": scales, "out": F32}
     kernel, name = (_dots_kernel, "dots") if "BLOCK_T" in config.blocks else (_dots_few_kernel, "dots_few")
-    return variant(kernel, name, config, pointers)
+    return variant(kernel, name, config, pointers, whole)
 
 
 @functools.cache
@@ -345,11 +364,17 @@ def _one_hot_dots_variant(config: Config, tables: torch.dtype) -> Variant:
 
 def variants(architecture: int) -> list[Variant]:
     """All that can be launched there."""
-    a = architecture
+    a, stored = architecture, (*FLOATS, I8)
     found = [_hash_variant(HASH_BACKWARD.rows[a], x) for x in FLOATS]
-    found += [_segments_variant(SEGMENTS.rows[a], grad) for grad in FLOATS]
-    found += [_one_hot_segments_variant(ONE_HOT_SEGMENTS.rows[a])]
-    found += [_dots_variant(rows.rows[a], tables) for rows in (DOTS, DOTS_FEW) for tables in (*FLOATS, I8)]
+    for whole in (True, False):
+        sorted_ones = SEGMENTS if whole else SEGMENTS_ODD
+        kinds = [(grad, out) for grad in FLOATS for out in dict.fromkeys((F32, grad))]
+        found += [_segments_variant(sorted_ones.rows[a], *kind, whole) for kind in kinds]
+        found += [_one_hot_segments_variant(ONE_HOT_SEGMENTS.rows[a], out, whole) for out in (F32, BF16)]
+        few = DOTS_FEW if whole else DOTS_FEW_ODD
+        found += [_dots_variant(few.rows[a], tables, whole) for tables in stored]
+    # Of rows that start anywhere every element takes an address of its own: no registers for so large tiles.
+    found += [_dots_variant(DOTS.rows[a], tables, True) for tables in stored]
     return found + [_one_hot_dots_variant(ONE_HOT_DOTS.rows[a], tables) for tables in (BF16, F16)]
 
 
@@ -358,9 +383,8 @@ def hash_backward(x: Tensor, grad_weights: Tensor, bits: int, weighting: str, te
     refuse(x)
     x = readable(x)
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    arguments = {"x": x, "grad_weights": grad_weights.contiguous(), "grad": grad, "stride": x.stride(0)}
-    arguments.update(tokens=x.shape[0], chunks=x.shape[1] // bits, bits=bits)
-    arguments.update(slope=slope_of(temperature), weighting=WEIGHTINGS.index(weighting))
+    arguments = hash_arguments(x, bits, weighting, temperature)
+    arguments.update(grad_weights=grad_weights.contiguous(), grad=grad)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(grad.numel(), config.blocks["BLOCK"]),)
@@ -379,56 +403,63 @@ def _by_code(codes: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(keys, wanted)
 
 
-def _segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int, rows: Tensor | None) -> Tensor:
+def _segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[K n, h], or [R, h] for R rows."""
     (tokens, chunks), h = codes.shape, grad.shape[1]
     count = chunks * n if rows is None else rows.shape[0]
     order, starts = _by_code(codes, n)
     arguments = {"grad": grad, "order": order, "starts": starts, "codes": codes, "weights": weights}
     arguments.update(stride=grad.stride(0), tokens=tokens, chunks=chunks, n=n, h=h)
-    arguments.update(rows=starts if rows is None else rows.contiguous(), has_rows=int(rows is not None))
+    # Most rows have no token: they are not worth a program each.
+    scarce = rows is None and 0 < 2 * tokens <= n
+    arguments.update(rows=starts if rows is None else rows.contiguous(), mode=2 if scarce else int(rows is not None))
 
     def run(config: Config) -> Tensor:
         columns = triton.cdiv(h, config.blocks["BLOCK_H"])
         # All tokens of a table may have one code: then that many programs do all the work, unless they share it.
         steps = triton.cdiv(tokens, 4 * config.blocks["BLOCK_T"])
-        parts = parts_of(steps, chunks * columns, 4 * count * h, grad.device)
-        out = torch.empty(parts, count, h, dtype=F32, device=grad.device)
-        launch(_segments_variant(config, grad.dtype), (count, columns, parts), {**arguments, "out": out}, grad.device)
+        parts = 1 if scarce else parts_of(steps, chunks * columns, 4 * count * h, grad.device)
+        stored = dtype if parts == 1 and dtype == grad.dtype else F32
+        out = (torch.zeros if scarce else torch.empty)(parts, count, h, dtype=stored, device=grad.device)
+        described = _segments_variant(config, grad.dtype, stored, h % 16 == 0)
+        grid = (tokens * chunks if scarce else count, columns, parts)
+        launch(described, grid, {**arguments, "out": out}, grad.device)
         return out
 
-    return finish(SEGMENTS.run(grad.device, run, (grad.dtype, tokens)), None, F32)
+    configs = SEGMENTS if h % 16 == 0 else SEGMENTS_ODD
+    return finish(configs.run(grad.device, run, (grad.dtype, tokens)), None, dtype)
 
 
-def _one_hot_segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int) -> Tensor:
+def _one_hot_segments(grad: Tensor, codes: Tensor, weights: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     (tokens, chunks), h = codes.shape, grad.shape[1]
-    out = torch.empty(chunks * n, h, dtype=F32, device=grad.device)
+    out = torch.empty(chunks * n, h, dtype=BF16 if dtype == BF16 else F32, device=grad.device)
     arguments = {"grad": grad, "codes": codes, "weights": weights, "out": out, "stride": grad.stride(0)}
     arguments.update(tokens=tokens, chunks=chunks, n=n, h=h)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(chunks, config.blocks["BLOCK_K"]), triton.cdiv(h, config.blocks["BLOCK_H"]))
-        launch(_one_hot_segments_variant(config), grid, arguments, grad.device)
+        launch(_one_hot_segments_variant(config, out.dtype, h % 16 == 0), grid, arguments, grad.device)
 
     ONE_HOT_SEGMENTS.run(grad.device, run, (tokens,))
-    return out
+    return out.to(dtype)
 
 
 def _dots(grad: Tensor, codes: Tensor, tables: Tensor, scales: Tensor | None) -> Tensor:
     (tokens, chunks), (_, n, h), dtype = codes.shape, tables.shape, tables.dtype
     out = torch.empty(tokens, chunks, dtype=F32, device=grad.device)
-    hot = n <= ONE_HOT_ROWS and tokens >= ONE_HOT_TOKENS and grad.dtype == dtype and dtype in (BF16, F16)
-    hot = hot and h % 16 == 0
-    configs = ONE_HOT_DOTS if hot else DOTS_FEW if tokens <= FEW_TOKENS or h % 16 else DOTS
+    whole = is_whole(tables)
+    hot = n <= ONE_HOT_ROWS and tokens >= ONE_HOT_TOKENS and grad.dtype == dtype and dtype in (BF16, F16) and whole
+    few = DOTS_FEW if whole else DOTS_FEW_ODD
+    configs = ONE_HOT_DOTS if hot else few if tokens <= FEW_TOKENS or not whole else DOTS
     grad = grad if hot else grad.float()
     arguments = {"grad": grad, "codes": codes, "tables": tables, "scales": scales, "out": out}
     arguments.update(stride=grad.stride(0), tokens=tokens, chunks=chunks, n=n, h=h)
 
     def run(config: Config) -> None:
-        described = _one_hot_dots_variant(config, dtype) if hot else _dots_variant(config, dtype)
+        described = _one_hot_dots_variant(config, dtype) if hot else _dots_variant(config, dtype, whole)
         tokens_each, chunks_each = config.blocks.get("BLOCK_T", 1), config.blocks["BLOCK_K"]
         grid = (triton.cdiv(tokens, tokens_each), triton.cdiv(chunks, chunks_each))
-        launch(described, grid, arguments_of(described, arguments), grad.device)
+        launch(described, grid, arguments, grad.device)
 
     configs.run(grad.device, run, (dtype, tokens))
     return out
@@ -443,14 +474,17 @@ def backward(
     n: int,
     rows: Tensor | None,  # [R] int64, sorted
     want_segments: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The leaf op lookup_backward: segments [K n, h] or [R, h], and dots [T, K], each empty if it is not wanted."""
+    """The leaf op lookup_backward: segments [K n, h] or [R, h] in `dtype` (default: that of weights), and dots [T, K],
+    each empty if it is not wanted."""
     refuse(grad, weights, tables)
-    grad, codes, weights = readable(grad), codes.contiguous(), weights.contiguous()
-    segments, dots = weights.new_empty(0, grad.shape[1]), weights.new_empty(0)
-    if want_segments:
-        hot = n <= ONE_HOT_ROWS and codes.shape[0] >= ONE_HOT_TOKENS and grad.dtype == BF16 and rows is None
-        segments = _one_hot_segments(grad, codes, weights, n) if hot else _segments(grad, codes, weights, n, rows)
+    grad, codes, weights, dtype = made_whole(grad), codes.contiguous(), weights.contiguous(), dtype or weights.dtype
+    segments, dots = weights.new_empty(0, grad.shape[1], dtype=dtype), weights.new_empty(0)
+    if want_segments and n <= ONE_HOT_ROWS and codes.shape[0] >= ONE_HOT_TOKENS and grad.dtype == BF16 and rows is None:
+        segments = _one_hot_segments(grad, codes, weights, n, dtype)
+    elif want_segments:
+        segments = _segments(grad, codes, weights, n, rows, dtype)
     if tables is not None:
         dots = _dots(grad, codes, tables.contiguous(), None if scales is None else scales.contiguous())
     return segments, dots

@@ -59,7 +59,8 @@ def main(family, alignment):
     backend._PROBES["triton"] = lambda: (True, "")
     leaf = sys.modules["pyrepr.ops._leaf"]
     leaf.choose = lambda name, implementations, device: [implementations.get("triton", implementations["reference"])]
-    listed = {variant.key for variant in importlib.import_module(f"pyrepr.kernels.{family}").variants(90)}
+    variants = importlib.import_module(f"pyrepr.kernels.{family}").variants(90)
+    listed = {(variant.key, variant.aligned if alignment else ()) for variant in variants}
     with _launch.recorded() as launched:
         for case in importlib.import_module(f"pyrepr.benchmarks.gpu.{family}").cases():
             if case.timed or "triton" not in case.backends:
@@ -74,13 +75,14 @@ def main(family, alignment):
             described(_launch.source(variant), alignment),
             make_backend(TARGET).parse_options(_launch.options(variant)),
         )
-        if variant.key not in listed:
+        if (variant.key, variant.aligned if alignment else ()) not in listed:
             wrong[variant.name] = "not listed"
         elif expected[0] != described(source, alignment):
             wrong[variant.name] = f"launched as {described(source, alignment)}, compiled ahead as {expected[0]}"
         elif expected[1].hash() != options.hash():
             wrong[variant.name] = f"launched with {options}, compiled ahead with {expected[1]}"
-    print(len({variant.key for variant in launched}), "of", len(listed), "variants launched;", len(wrong), "differ")
+    seen = {(variant.key, variant.aligned if alignment else ()) for variant in launched}
+    print(len(seen), "of", len(listed), "variants launched;", len(wrong), "differ")
     print(*(f"{name}: {what}" for name, what in wrong.items()), sep="\n")
     return 1 if wrong or not launched else 0
 

@@ -16,9 +16,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("delta_rule", "prepare"): _BLOCKS,
     ("delta_rule", "gradient"): _SUMS,
     ("delta_rule", "kda prepare"): _FEW,
-    ("lookup", "hash"): _FEW,
-    ("lookup", "hash_backward"): _FEW,
-    ("lookup", "dots_few"): _FEW,
 }
 
 # (family, kernel, dtype, padded K of the scans, else 0) → architecture → bytes a thread of the worst variant.
@@ -47,9 +44,6 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
     ("delta_rule", "scan", "fp32", 64): {80: 16, 90: 48, 100: 32},
     ("delta_rule", "scan", "fp32", 128): {90: 24},
     ("delta_rule", "scan", "fp32", 256): {80: 504, 90: 504, 100: 496},
-    ("lookup", "dots_few", "fp32", 0): {80: 32, 100: 24},
-    ("lookup", "hash", "bf16", 0): {100: 24},
-    ("lookup", "hash_backward", "bf16", 0): {100: 16},
 }
 
 DTYPES = ("fp32", "bf16", "fp16", "i8", "i64", "odd")

@@ -44,7 +44,7 @@ def emulated(folder, family, *functions):
     (folder / f"{family}.inc").write_text(source)
     library = folder / "emulated.so"
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # as on the GPU, a wrong address ends it
     command += [f"-I{ROOT / 'tests/emulated'}", str(ROOT / f"tests/emulated/{family}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
@@ -219,9 +219,31 @@ def lookup_linear(tmp_path_factory):
     return linear, parts
 
 
+def emulated_lookup(lookup_linear, x, tables, scales, bias, weighting, parts):
+    linear, parts_of = lookup_linear
+    (K, n, h), T = tables.shape, len(x)
+    out, partial = torch.full((T, h), torch.nan, dtype=x.dtype), torch.full((parts, T, h), torch.nan)
+    assert parts_of(*(ctypes.c_int64(size) for size in (T, K, h)), TABLE_CODES[tables.dtype]) == parts
+    tensors = (x, tables, scales, bias, out, partial)
+    problem = linear(
+        (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in tensors)),
+        (ctypes.c_int * 3)(TABLE_CODES[x.dtype], TABLE_CODES[tables.dtype], TABLE_CODES[x.dtype]),
+        (ctypes.c_int64 * 5)(x.stride(0), parts, T, K, h),
+        n.bit_length() - 1,
+        lookup_reference.WEIGHTINGS.index(weighting),
+        ctypes.c_float(2 / 0.8),
+    )
+    assert problem is None, problem
+    return out
+
+
 @pytest.mark.parametrize(
     ("T", "K", "bits", "h", "x_dtype", "table_dtype", "weighting", "parts"),
     [
+        (1, 0, 8, 24, torch.float32, torch.float32, "none", 1),
+        (1, 200, 4, 131, torch.float32, torch.float16, "l1", 4),
+        (1, 150, 3, 37, torch.float16, torch.int8, "scaled", 3),
+        (40, 9, 8, 520, torch.bfloat16, torch.bfloat16, "probability", 1),  # rows in whole lines
         (1, 300, 2, 40, torch.float32, torch.float32, "probability", 5),
         (1, 70, 8, 64, torch.float16, torch.float16, "l1", 2),
         (2, 13, 8, 33, torch.bfloat16, torch.bfloat16, "scaled", 1),
@@ -232,23 +254,11 @@ def lookup_linear(tmp_path_factory):
 )
 def test_lookup_linear(lookup_linear, T, K, bits, h, x_dtype, table_dtype, weighting, parts):
     x, bias = torch.randn(T, K * bits).to(x_dtype), torch.randn(h).to(x_dtype) if T != 3 else None
-    x[-1:, 3] = torch.nan if T > 1 else 0.0
+    x[-1:, 3:4] = torch.nan if T > 1 else 0.0
     tables, scales = torch.randn(K, 1 << bits, h).to(table_dtype), None
     if table_dtype == torch.int8:
         tables, scales = torch.randint(-127, 128, tables.shape, dtype=torch.int8), torch.rand(K, 1 << bits)
-    out, partial = torch.full((T, h), torch.nan, dtype=x_dtype), torch.full((parts, T, h), torch.nan)
-    linear, parts_of = lookup_linear
-    assert parts_of(*(ctypes.c_int64(size) for size in (T, K, h)), TABLE_CODES[table_dtype]) == parts
-    tensors = (x, tables, scales, bias, out, partial)
-    problem = linear(
-        (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in tensors)),
-        (ctypes.c_int * 3)(TABLE_CODES[x_dtype], TABLE_CODES[table_dtype], TABLE_CODES[x_dtype]),
-        (ctypes.c_int64 * 5)(x.stride(0), parts, T, K, h),
-        bits,
-        lookup_reference.WEIGHTINGS.index(weighting),
-        ctypes.c_float(2 / 0.8),
-    )
-    assert problem is None, problem
+    out = emulated_lookup(lookup_linear, x, tables, scales, bias, weighting, parts)
     wide = tables.double() if scales is None else tables.double() * scales.double()[..., None]
     added = None if bias is None else bias.double()
     truth = lookup_reference.lookup_linear(x.double(), wide, added, weighting=weighting, temperature=0.8)
@@ -256,3 +266,24 @@ def test_lookup_linear(lookup_linear, T, K, bits, h, x_dtype, table_dtype, weigh
     error = (out.double() - truth).nan_to_num().norm() / truth.nan_to_num().norm()
     # Worst seen: 1.4e-7 in float32; in 16 bits the result's own rounding.
     assert error < {torch.float32: 3e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x_dtype]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_lookup_linear_of_views(lookup_linear, x_dtype, table_dtype):
+    """Tables, x and bias that begin one element behind a multiple of 16 bytes, rows of x an odd number apart: the same
+    bits as of their copies, but for the order in which rows that are not whole are added up."""
+    base = torch.randn(2, 2 * 16 + 5).to(x_dtype)
+    x, bias = base[:, 1:33], torch.randn(33).to(x_dtype)[1:]
+    memory = (
+        torch.randint(-127, 128, (1 + 4 * 256 * 32,), dtype=torch.int8)
+        if table_dtype == torch.int8
+        else torch.randn(1 + 4 * 256 * 32).to(table_dtype)
+    )
+    tables = memory[1:].view(4, 256, 32)
+    scales = torch.rand(4, 256) if table_dtype == torch.int8 else None
+    assert all(t.data_ptr() % 16 for t in (x, tables, bias))
+    out = emulated_lookup(lookup_linear, x, tables, scales, bias, "l1", 1)
+    copies = emulated_lookup(lookup_linear, x.clone(), tables.clone(), scales, bias.clone(), "l1", 1)
+    difference = (out.double() - copies.double()).norm() / copies.double().norm()
+    assert difference < {torch.float32: 3e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x_dtype]

@@ -1,10 +1,10 @@
 // The forward of few tokens in one kernel: hash, weight, gather, sum, bias.
 //
-// A block owns one token, kLanes 16-byte pieces of the rows, and all chunks (or a part of them): its threads first hash
-// up to kChunks chunks, one each, into shared memory, then kThreads / kLanes rows are read at a time, kAhead of them in
-// flight in every thread, and added up in float: by the thread over its rows, by shuffles over a warp, by warps through
-// shared memory, always in the same order. Where that makes too few blocks, K is cut into parts whose sums a second
-// kernel adds up, in their order.
+// A block owns one token, Lanes 16-byte pieces of the rows, and all chunks (or a part of them): its threads first hash
+// up to kChunks chunks, kEach each, into shared memory, then kThreads / Lanes rows are read at a time, kAhead of them
+// in flight in every thread, and added up in float: by the thread over its rows, by shuffles over a warp, by warps
+// through shared memory, always in the same order. Where that makes too few blocks, K is cut into parts whose sums a
+// second kernel adds up, in their order.
 //
 // At best K h (bytes of an element) from memory for a token, each byte once; x is read again by every block (d bytes of
 // 64 K with 16-bit x, 8 bits and the narrow blocks), from L2. A token of 4 MB (d = h = 4096, 16-bit) makes 128 blocks
@@ -22,10 +22,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunks = 512;  // hashed at a time
+constexpr int kEach = 2;  // chunks a thread hashes at a time, all of them read before the first is computed
+constexpr int kChunks = kEach * kThreads;
 constexpr int kMostBits = 16;
 constexpr int kAhead = 8;              // rows a thread has asked for
 constexpr int kNarrow = 4, kWide = 8;  // lanes a row: 64 bytes while blocks are few, else a line of 128
+constexpr int kOdd = 32;               // where a lane takes but one element
 constexpr int64_t kBlocks = 132;       // that a GPU should have to do
 
 __device__ float number(float x) { return x; }
@@ -79,16 +81,20 @@ __device__ void read_chunk(const X* p, int bits, float (&z)[kMostBits]) {
   }
 }
 
-// Code and weight of chunk k of token t; the arithmetic of cpu/lookup_hash.h.
-__device__ void hash(const LookupLinear& call, int64_t t, int64_t k, int& code, float& weight) {
+// Chunk k of token t.
+__device__ void read_any(const LookupLinear& call, int64_t t, int64_t k, float (&z)[kMostBits]) {
   const int64_t first = t * call.x_stride + k * call.bits;
-  float z[kMostBits], size = 0, inverse = 1;
   if (call.x_type == DType::f32)
     read_chunk(static_cast<const float*>(call.x) + first, call.bits, z);
   else if (call.x_type == DType::bf16)
     read_chunk(static_cast<const __nv_bfloat16*>(call.x) + first, call.bits, z);
   else
     read_chunk(static_cast<const __half*>(call.x) + first, call.bits, z);
+}
+
+// Code and weight of the elements z of chunk k; the arithmetic of cpu/lookup_hash.h.
+__device__ void hash(const LookupLinear& call, int64_t k, const float (&z)[kMostBits], int& code, float& weight) {
+  float size = 0, inverse = 1;
   code = 0;
 #pragma unroll
   for (int i = 0; i < kMostBits; i++) {
@@ -102,6 +108,21 @@ __device__ void hash(const LookupLinear& call, int64_t t, int64_t k, int& code, 
   if (call.weighting == 1) weight = size / inverse;
   if (call.weighting == 2) weight = size / call.bits;
   if (call.scales) weight *= call.scales[(k << call.bits) + code];
+}
+
+// Codes and weights of the `count` chunks of token t from `first` on, into shared memory.
+__device__ void hash_chunks(const LookupLinear& call, int64_t t, int64_t first, int count, int* codes, float* weights) {
+  float z[kEach][kMostBits];
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const int j = threadIdx.x + i * kThreads;
+    if (j < count) read_any(call, t, first + j, z[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const int j = threadIdx.x + i * kThreads;
+    if (j < count) hash(call, first + j, z[i], codes[j], weights[j]);
+  }
 }
 
 __device__ void finish(const LookupLinear& call, int64_t t, int64_t column, float sum) {
@@ -132,7 +153,7 @@ __device__ void add_rows(const LookupLinear& call, const int* codes, const float
 }
 
 template <class T, int N, int Lanes>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const LookupLinear call, int64_t part) {
+__global__ void __launch_bounds__(kThreads, 2) rows_kernel(const LookupLinear call, int64_t part) {
   __shared__ int codes[kChunks];
   __shared__ float weights[kChunks];
   __shared__ float sums[kWarps][Lanes * N];
@@ -144,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const LookupLinear call,
   float sum[N] = {};
   for (int64_t first = begin; first < end; first += kChunks) {
     const int count = static_cast<int>(min(int64_t(kChunks), end - first));
-    for (int j = threadIdx.x; j < count; j += kThreads) hash(call, t, first + j, codes[j], weights[j]);
+    hash_chunks(call, t, first, count, codes, weights);
     __syncthreads();
     if (column < call.h) add_rows<T, N, Lanes>(call, codes, weights, first, count, column, sum);
     __syncthreads();
@@ -196,7 +217,7 @@ const char* launch(const LookupLinear& call, cudaStream_t stream) {
 template <class T>
 const char* launch_for(const LookupLinear& call, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(T);
-  if (call.h % N || reinterpret_cast<uintptr_t>(call.tables) % 16) return launch<T, 1, kWide>(call, stream);
+  if (call.h % N || reinterpret_cast<uintptr_t>(call.tables) % 16) return launch<T, 1, kOdd>(call, stream);
   if (narrow(call.T, call.h, call.table_type)) return launch<T, N, kNarrow>(call, stream);
   return launch<T, N, kWide>(call, stream);
 }

@@ -204,9 +204,9 @@ sum_op = leaf_op(
 )
 
 
-def _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments):
+def _backward_fake(grad, codes, weights, tables, scales, n, rows, want_segments, dtype=None):
     count = codes.shape[1] * n if rows is None else rows.shape[0]
-    segments = weights.new_empty(count if want_segments else 0, grad.shape[1])
+    segments = weights.new_empty(count if want_segments else 0, grad.shape[1], dtype=dtype)
     return segments, weights.new_empty((0,) if tables is None else codes.shape)
 
 
@@ -221,7 +221,7 @@ def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype, count=count).view(rows, columns)
 
 
-def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments):
+def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments, dtype=None):
     codes, weights, grad = codes.contiguous(), weights.contiguous(), _rows_contiguous(grad)
     count = codes.shape[1] * n if rows is None else rows.shape[0]
     segments = _uninitialised(count if want_segments else 0, grad.shape[1], weights.dtype)
@@ -245,12 +245,12 @@ def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments):
         segments.data_ptr() if want_segments else 0,
         0 if tables is None else dots.data_ptr(),
     )
-    return segments, dots
+    return segments if dtype is None else segments.to(dtype), dots
 
 
 backward_op = leaf_op(
     "lookup_backward(Tensor grad, Tensor codes, Tensor weights, Tensor? tables, Tensor? scales, int n, Tensor? rows, "
-    "bool want_segments) -> (Tensor, Tensor)",
+    "bool want_segments, ScalarType? dtype=None) -> (Tensor, Tensor)",
     fake=_backward_fake,
     reference=reference.backward_op,
     cpu=_backward_cpu,
@@ -290,10 +290,10 @@ def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, w
     if want_tables and sparse:
         rows = (codes.long() + n * torch.arange(k, device=codes.device)).unique()
     read = tables if want_dots else None
-    segments, dots = backward_op(grad, codes, weights, read, scales if want_dots else None, n, rows, want_tables)
+    scales, dtype = scales if want_dots else None, tables.dtype if want_tables else None
+    segments, dots = backward_op(grad, codes, weights, read, scales, n, rows, want_tables, dtype)
     if not want_tables:
         return None, dots
-    segments = segments.to(tables.dtype)
     if rows is None:
         return segments.view(k, n, h), dots
     indices = torch.stack([rows // n, rows % n])

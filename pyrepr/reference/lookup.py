@@ -156,11 +156,13 @@ def backward_op(
     n: int,
     rows: Tensor | None,
     want_segments: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both derivatives of :func:`sum_op`, each empty where it is not wanted.
 
-    Segments [K n, h], or only those of the sorted row numbers `rows` [R]: Σ weights · grad by code. Dots [T, K], if
-    there are tables: ⟨grad[t], tables[k, codes[t, k]]⟩.
+    Segments [K n, h], or only those of the sorted row numbers `rows` [R]: Σ weights · grad by code, in `dtype`
+    (default: the dtype of weights, in which they are summed up). Dots [T, K], if there are tables:
+    ⟨grad[t], tables[k, codes[t, k]]⟩.
     """
     grad = grad.to(weights.dtype)
     segments, dots = weights.new_empty(0, grad.shape[1]), weights.new_empty(0)
@@ -172,7 +174,7 @@ def backward_op(
         dots = (tables[k, codes.long()].to(grad.dtype) * grad[:, None]).sum(-1)
         if scales is not None:
             dots = dots * scales[k, codes.long()].to(dots.dtype)
-    return segments, dots
+    return segments.to(dtype or segments.dtype), dots
 
 
 def hash_backward_op(x: Tensor, grad_weights: Tensor, bits: int, weighting: str, temperature: float) -> Tensor:
