@@ -262,7 +262,8 @@ def table(rows: list[Row]) -> str:
             lines.append(f"  {row.implementation:<28} {'failed':>12}   {row.note}")
             continue
         shown = f"{row.milliseconds:.3f}" if row.milliseconds < 10 else f"{row.milliseconds:.1f}"
-        line = f"  {row.implementation:<28} {shown:>9} ms {row.speedup:>7.2f}x   error {row.error:.1e}"
+        error = "another result" if math.isnan(row.error) else f"error {row.error:.1e}"
+        line = f"  {row.implementation:<28} {shown:>9} ms {row.speedup:>7.2f}x   {error}"
         if row.peak_mib is not None:
             line += f"   +{row.peak_mib:.0f} MiB"
         if row.fraction_of_bound:

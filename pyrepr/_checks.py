@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = DTYPES)
         *others, last = map(name_of, dtypes)
         wanted = f"{', '.join(others)} or {last}" if others else last
         raise TypeError(f"{name} must be {wanted}, got {name_of(x.dtype)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {str(x.layout).removeprefix('torch.')}")
     return x
 
 
@@ -52,3 +56,11 @@ def check_cu_seqlens(cu_seqlens: object, name: str, x: Tensor) -> int:
         raise ValueError(f"{name} must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
     check_device("cu_seqlens", cu_seqlens, name, x)
     return cu_seqlens.numel() - 1
+
+
+def memory() -> int:
+    """Bytes of this machine's memory; where that is unknown, more than any has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62

@@ -94,10 +94,12 @@ class Unsupported(RuntimeError):
     """
 
 
-@functools.cache
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``): on CPU tensors, slowly, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
 def _triton() -> tuple[bool, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrepr._checks import memory
 from pyrepr.integrations.files import replacing
 from pyrepr.integrations.recording import SAMPLES, Layers, Recorder, choose_names, evaluating, unwrap
 from pyrepr.integrations.reporting import progress_bar, versions
@@ -330,7 +331,7 @@ class _Run:
         need = _exact_bytes(widths, split)
         if self.mode == "auto":
             return "exact" if need <= EXACT_BYTES and self.kernel.name == "linear" else "minibatch"
-        if device.type == "cpu" and need > (have := _memory()):
+        if device.type == "cpu" and need > (have := memory()):
             raise ValueError(
                 f"mode='exact' would keep {need / 2**30:.0f} GiB of moments (layers of up to {max(widths)} features), "
                 f"this machine has {have / 2**30:.0f} GiB; use mode='minibatch', samples='tokens' or fewer layers"
@@ -402,10 +403,3 @@ def _exact_bytes(widths: list[int], split: int) -> int:
     if split:
         return 8 * (own + sum(widths[:split]) * sum(widths[split:]))
     return 8 * (own + sum(widths) ** 2) // 2
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62

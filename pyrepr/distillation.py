@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,15 +41,29 @@ class Distillation:
 
     def __repr__(self) -> str:
         def phase(name: str, losses: tuple[float, ...]) -> str:
-            tenth = max(1, len(losses) // 10)
             if not losses:
                 return f"{name} not trained"
-            first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+            first, last = _ends(losses)
             return f"{name} {first:.3g} → {last:.3g} in {len(losses)} steps"
 
         return (
             f"Distillation({phase('layers', self.layer_losses)}, {phase('output', self.output_losses)}; "
             f"{len(self.trained)} parameters trained, matched at {len(self.layers)} layers)"
+        )
+
+
+def _ends(losses: tuple[float, ...]) -> tuple[float, float]:
+    """Mean loss of the first and of the last tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
+def _warn_if_worse(what: str, losses: tuple[float, ...]) -> None:
+    if losses and (ends := _ends(losses))[1] > ends[0]:
+        warnings.warn(
+            f"the loss of the {what} rose from {ends[0]:.3g} to {ends[1]:.3g} in {len(losses)} steps; "
+            "try a smaller lr, or more data",
+            stacklevel=3,
         )
 
 
@@ -79,7 +94,9 @@ def distill(
         train: ``"lookup"`` (default): tables, biases and low-rank parts of the lookup layers; ``"all"``: every
             parameter; or a function of (name, parameter) that says yes or no.
         epochs: passes over the data for the layers, and for the output.
-        lr: the largest steps' size relative to a parameter's root mean square. Default 0.01.
+        lr: the largest steps' size relative to a parameter's root mean square. Default 0.01, for students with an error
+            of a tenth or more, and some 50 batches. One that is already close to its teacher gets worse at first and
+            needs many steps to come back: take 0.001 or less, and compare the losses.
         loss: of the second phase, a function of (student's output, teacher's output, batch); by default the squared
             error of the first floating-point output over its variance.
         progress: a tqdm bar on stderr, where tqdm is installed.
@@ -90,6 +107,9 @@ def distill(
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
         FloatingPointError: if the loss is not finite; the student keeps what it had learnt before that step.
+
+    Warns:
+        UserWarning: if a phase's loss is higher at its end than at its start.
     """
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
@@ -106,6 +126,7 @@ def distill(
     with evaluating([student, teacher]), _only(student, trained), torch.enable_grad():
         for what, phase, count in zip(("layers", "output"), phases, epochs, strict=True):
             history.append(tuple(_run(phase, trained, data, count, lr, f"distill {what}", progress)))
+            _warn_if_worse(what, history[-1])
     return Distillation(history[0], history[1], tuple(names), tuple(trained), versions())
 
 

@@ -39,7 +39,7 @@ def check_weighting(weighting: str, temperature: float) -> None:
     """Raises ValueError for an unknown weighting, or a temperature that is not positive and finite."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # not math.isfinite, which torch.compile cannot trace for symbolic numbers
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 

@@ -310,7 +310,7 @@ def test_auto_mode_goes_by_the_size_of_the_moments(monkeypatch):
     assert pyrepr.compare(*args).mode == "exact"
     monkeypatch.setattr(comparison_module, "EXACT_BYTES", need - 1)
     assert pyrepr.compare(*args).mode == "minibatch"
-    monkeypatch.setattr(comparison_module, "_memory", lambda: need - 1)
+    monkeypatch.setattr(comparison_module, "memory", lambda: need - 1)
     with pytest.raises(ValueError, match=r"mode='exact' would keep .* use mode='minibatch'"):
         pyrepr.compare(*args, mode="exact")
 

@@ -481,3 +481,9 @@ def test_bad_input_of_distill(change, error, message):
     arguments = {"student": student, "teacher": teacher, "data": batches(), "progress": False, **change()}
     with pytest.raises(error, match=message):
         pyrepr.distill(**arguments)
+
+
+def test_distilling_for_the_worse_warns():
+    student, teacher = pair()
+    with pytest.warns(UserWarning, match=r"the loss of the layers rose from .* try a smaller lr, or more data"):
+        distill(student, teacher, epochs=(1, 0), lr=1.0)

@@ -674,3 +674,16 @@ def test_training_keeps_few_states():
     own = {x[name].untyped_storage().data_ptr() for name in x if x[name] is not None}
     extra = [t for t in saved if t is not None and t.untyped_storage().data_ptr() not in own]
     assert sum(t.numel() for t in extra) <= 8 * 64 * 64
+
+
+def test_trains_compiled_for_any_length():
+    def loss(q, k, v, beta):
+        return pyrepr.chunk_delta_rule(q, k, v, beta.sigmoid(), use_qk_l2norm_in_kernel=True)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (3, 200):
+        inputs = [torch.randn(1, length, 2, *width, requires_grad=True) for width in ((8,), (8,), (4,), ())]
+        for value, expected in zip(
+            torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True
+        ):
+            torch.testing.assert_close(value, expected)

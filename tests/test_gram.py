@@ -396,3 +396,36 @@ X = torch.zeros(5, 2).copy_(torch.arange(10).view(5, 2) % 3)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-12, 1e-6, 1e9, 1e16])
+@pytest.mark.parametrize("n", [20, 300])  # 20: Gram route, 300: feature route
+def test_layers_of_any_magnitude(backend, n, size):
+    x, y = (size * a for a in pair(n, 30, 40, torch.float32))
+    x.requires_grad_()
+    value = pyrepr.cka(x, y)
+    close(value.detach(), truth(x, y).detach(), 2e-6)
+    wide = x.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(value, x)
+    (expected,) = torch.autograd.grad(truth(wide, y), wide)
+    assert float((gradient - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
+
+
+def test_a_median_of_zero_is_named():
+    x = torch.zeros(40, 3)
+    x[0] = 1
+    with pytest.warns(UserWarning, match="layer 0 of 2: most samples have the same features, so the median"):
+        value = pyrepr.cka(x, torch.randn(40, 3), kernel="rbf")
+    assert value.isnan()
+
+
+def test_a_sparse_layer_is_named():
+    with pytest.raises(TypeError, match=r"^x must be a dense tensor, got layout sparse_coo$"):
+        pyrepr.cka(torch.eye(8).to_sparse(), torch.randn(8, 2))
+
+
+def test_compiled_for_any_number_of_samples():
+    compiled = torch.compile(lambda x, y: pyrepr.cka(x, y), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (8, 40):
+        x, y = torch.randn(n, 3), torch.randn(n, 5)
+        assert torch.equal(compiled(x, y), pyrepr.cka(x, y))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -278,3 +280,40 @@ def test_module_refusals():
         pyrepr.nn.LookupLinear(1 << 14, 1 << 12, bits=16)
     with pytest.raises(TypeError, match="table_dtype"):
         pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)
+
+
+def test_int8_layers_of_another_dtype():
+    layer = pyrepr.nn.LookupLinear(16, 8, bits=4).quantize_("int8")
+    x = torch.randn(5, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        moved = copy.deepcopy(layer).to(dtype)
+        assert moved.scales.dtype == torch.float32
+        assert torch.equal(moved(x.to(dtype)), layer(x.to(dtype)))
+
+
+def test_options_that_tables_were_made_for():
+    layer = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(16, 8), torch.randn(99, 16), bits=4, rank=2)
+    with pytest.raises(RuntimeError, match="weighting must be 'l1' for these tables, got 'probability'"):
+        pyrepr.nn.LookupLinear(16, 8, bits=4).load_state_dict(layer.state_dict())
+    same = torch.nn.Sequential(pyrepr.nn.LookupLinear(16, 8, bits=4, weighting="l1"))
+    same.load_state_dict(torch.nn.Sequential(layer).state_dict())
+    x = torch.randn(5, 16)
+    assert torch.equal(same(x), layer(x))
+    bare = dict(layer.state_dict())  # as a safetensors file has it
+    assert all(value.is_contiguous() for value in bare.values())
+    pyrepr.nn.LookupLinear(16, 8, bits=4).load_state_dict(bare)
+
+
+def test_compiled_for_any_number_of_tokens():
+    layer = pyrepr.nn.LookupLinear(16, 8, bits=4)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 16, requires_grad=True)
+        assert torch.equal(compiled(x), layer(x))
+        compiled(x).sum().backward()
+
+
+def test_no_tokens_with_any_strides():
+    x = torch.empty(16, 0).T.requires_grad_()
+    pyrepr.nn.LookupLinear(16, 8, bits=4)(x).sum().backward()
+    assert x.grad.shape == (0, 16)

@@ -161,3 +161,10 @@ def test_bad_input():
         pyrepr.StreamingCKA(kernel="rbf")
     with pytest.raises(ValueError, match="a batch in mode 'minibatch' must have at least 4 samples"):
         pyrepr.StreamingCKA(mode="minibatch").update([x[:3]])
+
+
+def test_exact_moments_larger_than_the_machine():
+    stream = pyrepr.StreamingCKA()
+    with pytest.raises(MemoryError, match=r"mode 'exact' would keep 512.0 GiB of moments"):
+        stream.update([torch.zeros(1, 1).expand(4, 1 << 18)])
+    assert stream.samples == 0

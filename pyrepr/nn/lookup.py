@@ -6,7 +6,6 @@ Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fu
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyrepr import lookup
+from pyrepr._checks import memory
 from pyrepr.integrations.recording import evaluating
 from pyrepr.lookup import check_bits, check_weighting
 from pyrepr.nn import fit
@@ -66,13 +66,10 @@ def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
 
 def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None) -> None:
     size = math.prod(shape) * dtype.itemsize
-    if torch.device(device or "cpu").type != "cpu" or not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
+    if torch.device(device or "cpu").type == "cpu" and size > (have := memory()):
         raise MemoryError(
             f"tables of shape {list(shape)} take {size / 2**30:.1f} GiB, more than this machine's "
-            f"{memory / 2**30:.1f}; use fewer bits or a smaller table_dtype"
+            f"{have / 2**30:.1f}; use fewer bits or a smaller table_dtype"
         )
 
 
@@ -93,7 +90,10 @@ class LookupLinear(nn.Module):
         tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
             scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
             has shift and scale [in_features], for it hashes x · scale + shift, and with a low-rank part down
-            [rank, in_features] and up [out_features, rank].
+            [rank, in_features] and up [out_features, rank]. ``load_state_dict`` makes room for them in a new layer,
+            which needs the same `weighting` ("l1" for converted ones by default) and `temperature`. A state dict, also
+            one that ``torch.save`` wrote, names both, and loading it into a layer with others is an error; a
+            safetensors file holds tensors only and cannot tell.
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
 
@@ -157,7 +157,11 @@ class LookupLinear(nn.Module):
             nn.init.normal_(self.tables, std=1 / (rms * math.sqrt(self.tables.shape[0])))
 
     def _apply(self, fn, recurse: bool = True):
+        scales = self._buffers["scales"]
         super()._apply(fn, recurse)
+        moved = self._buffers["scales"]
+        if scales is not None and moved is not None and moved.dtype != scales.dtype:
+            self.scales = scales.to(moved.device)  # `.to(dtype)` would round what int8 tables are multiplied with
         to_huge_pages(self.tables)
         return self
 
@@ -233,11 +237,18 @@ class LookupLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:  # where torch keeps a module's version
+            metadata[prefix[:-1]].update(weighting=self.weighting, temperature=self.temperature)
         if self.packed:
             destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
+        for option in ("weighting", "temperature"):
+            came = local_metadata.get(option, getattr(self, option))
+            if came != getattr(self, option):
+                errors.append(f"{prefix}{option} must be {came!r} for these tables, got {getattr(self, option)!r}")
         for name in ("shift", "scale", "down", "up"):
             value = state_dict.get(prefix + name)
             if value is not None and getattr(self, name) is None:
@@ -247,7 +258,7 @@ class LookupLinear(nn.Module):
         shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
@@ -380,8 +391,9 @@ class LookupLinear(nn.Module):
         self.bias = nn.Parameter(parts.bias.to(wide))
         self.shift, self.scale = parts.shift.to(wide), parts.scale.to(wide)
         if parts.down is not None and parts.up is not None:
-            self.down = nn.Parameter(parts.down.to(self.tables.dtype))
-            self.up = nn.Parameter(parts.up.to(self.tables.dtype))
+            # Contiguous, since safetensors stores nothing else.
+            self.down = nn.Parameter(parts.down.to(self.tables.dtype).contiguous())
+            self.up = nn.Parameter(parts.up.to(self.tables.dtype).contiguous())
 
     def _report(self, x: Tensor, dense_bytes: int, relative_mse: float, held_out_mse: float | None = None) -> None:
         table_bytes = self.tables.numel() * self.tables.element_size()

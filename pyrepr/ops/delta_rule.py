@@ -24,7 +24,7 @@ CHUNK = 32  # tokens per chunk, as in csrc/cpu/delta_rule.h
 
 def segment_length(total: int) -> int:
     """Chunks between two states that the forward keeps: √ of the chunks in T tokens, so that as many are kept."""
-    return max(1, math.isqrt(-(-total // CHUNK)))
+    return max(1, int(math.sqrt(-(-total // CHUNK))))  # math.isqrt takes no symbolic sizes of torch.compile
 
 
 def kept_states(batch: int, total: int, sequences: int) -> int:

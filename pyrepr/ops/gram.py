@@ -469,8 +469,9 @@ def gram_stats(
     widths = [x.shape[1] for x in xs]
     gram, features = route_costs(n, widths, split)
     by_features = kernel == "linear" and features < gram
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+        return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, False)[:4]
     # The inner products save the backward a recomputation; kept where they are no larger than the inputs.
-    keep_dots = wants_grad and not by_features and mask is None and len(xs) * n <= sum(widths)
+    keep_dots = not by_features and mask is None and len(xs) * n <= sum(widths)
     s, r, d, shift, _ = _GramStats.apply(mask, scale, kernel, degree, coef0, by_features, split, keep_dots, *xs)
     return s, r, d, shift

@@ -60,7 +60,9 @@ def to_huge_pages(tables: Tensor) -> bool:
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     """x as it is if its rows are contiguous, whatever lies between them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)  # an empty tensor is contiguous with any strides
 
 
 def _triton(function: str, file: str = "lookup"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,15 @@ class Kernel:
         """σ or γ of every layer, [M] float64. The median is held constant: no gradient passes through it."""
         if self.name in ("rbf", "laplacian"):
             if self.sigma is None:
-                return self.bandwidth * median_op([x.detach() for x in xs], mask)
+                scale = self.bandwidth * median_op([x.detach() for x in xs], mask)
+                if not torch.compiler.is_compiling() and scale.is_cpu and bool((scale == 0).any()):
+                    layer = (scale == 0).tolist().index(True)
+                    warnings.warn(
+                        f"layer {layer} of {len(xs)}: most samples have the same features, so the median distance is 0 "
+                        f"and the {self.name} kernel undefined; returning NaN; give sigma",
+                        stacklevel=5,
+                    )
+                return scale
             value = [self.sigma] * len(xs)
         elif self.name == "polynomial":
             value = [self.gamma if self.gamma is not None else 1 / max(1, x.shape[1]) for x in xs]

@@ -6,6 +6,7 @@ Everything but :func:`gram` is computed tile by tile (``csrc/cpu/gram.h``): no n
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ from pyrepr.similarity._checks import check_count, check_estimator, check_layer,
 from pyrepr.similarity._kernel import Kernel, as_kernel
 
 log = logging.getLogger("pyrepr")
+
+# Squared norms of centred float32 rows between which products of two inner products, and their derivatives, are safe.
+NORMS = (1e-10, 1e12)
 
 
 class DegenerateInputWarning(UserWarning):
@@ -99,6 +103,29 @@ def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> T
     return count.double()
 
 
+def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: int) -> tuple[Tensor, ...]:
+    """`gram_stats` for layers of any magnitude.
+
+    The linear kernel's float32 entries are multiplied with each other, so that tiny layers (gradients, say) underflow
+    and huge ones overflow. Where the largest squared norm is out of :data:`NORMS`, layers are divided by a power of two
+    first, and the statistics multiplied by it, in float64, afterwards. Seen on the CPU in eager mode only: it needs a
+    look at the numbers.
+    """
+    found = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    d = found[2].detach()
+    wide = compute_dtype(xs[0].dtype) == torch.float64
+    if wide or spec.name != "linear" or not d.is_cpu or torch.compiler.is_compiling():
+        return found
+    norms = d.amax(1).tolist()
+    if all(NORMS[0] <= norm <= NORMS[1] or norm == 0 or not math.isfinite(norm) for norm in norms):
+        return found
+    units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
+    xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
+    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    squares = torch.tensor(units, dtype=torch.float64).square()
+    return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
+
+
 def _hsic_table(
     xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -109,7 +136,7 @@ def _hsic_table(
     unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
     """
     n = _valid_count(xs, mask, estimator)
-    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    s, r, d, shift = _statistics(xs, mask, spec, split)
     if estimator == "biased":
         r = r + d
         total = r.sum(1)
@@ -169,7 +196,8 @@ def _warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Ten
     if not torch.compiler.is_compiling() and own.device.type == "cpu" and degenerate.any():
         which = ", ".join(name for name, bad in zip(names, degenerate.tolist(), strict=True) if bad)
         warnings.warn(
-            f"{which}: all samples have the same features, so CKA is undefined; returning NaN",
+            f"{which}: all samples have the same features, or what sets them apart is no more than rounding errors, so "
+            "CKA is undefined; returning NaN",
             DegenerateInputWarning,
             stacklevel=4,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrepr._checks import memory
 from pyrepr.ops.gram import layer_pairs, moments_op_
 from pyrepr.reference.gram import compute_dtype
 from pyrepr.similarity._checks import check_count, check_estimator, check_layers
@@ -114,9 +115,17 @@ class StreamingCKA:
         if shift is None:
             # First row plus mean difference: exact for constant features.
             shift = [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers]
+            pairs = layer_pairs(m, split)
+            size = 8 * sum(layers[a].shape[1] * layers[b].shape[1] for a, b in pairs)
+            if device.type == "cpu" and size > (have := memory()):
+                raise MemoryError(
+                    f"mode 'exact' would keep {size / 2**30:.1f} GiB of moments (layers of up to "
+                    f"{max(x.shape[1] for x in layers)} features), more than this machine's {have / 2**30:.1f}; "
+                    "use mode='minibatch'"
+                )
             blocks = [
                 torch.zeros(layers[a].shape[1], layers[b].shape[1], dtype=torch.float64, device=device)
-                for a, b in layer_pairs(m, split)
+                for a, b in pairs
             ]
         else:
             blocks = self._state["blocks"]  # added to in place: the one large thing here
