@@ -1,8 +1,8 @@
 """``python -m pyrepr.gpu_check --out DIR``: everything about the GPU kernels that needs a GPU, in under ten minutes.
 
 Builds the CUDA kernels if they are not built, runs the correctness cases of every family against float64, times them,
-runs compute-sanitizer, and writes ``gpu.json`` and ``gpu.md``, kept up to date while it runs. Works in a plain clone: it
-installs that first, or arranges it in a folder of DIR where it cannot be installed. ``--autotune`` searches launch
+runs compute-sanitizer, and writes ``gpu.json`` and ``gpu.md``, kept up to date while it runs. Works in a plain clone:
+it installs that first, or arranges it in a folder of DIR where it cannot be installed. ``--autotune`` searches launch
 configurations instead, and may be repeated: it goes on where it stopped.
 """
 

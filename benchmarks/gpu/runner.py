@@ -30,7 +30,7 @@ from pyrepr.backend import build_info
 from pyrepr.gpu_check import cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "lookup", "causal_conv1d")
-# Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every number of heads.
+# Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every head count.
 SHARES = {"machine": 1.0, "check": 8.0, "prepare": 8.0, "time": 4.0, "last": 9.0, "autotune": 10.0}
 TIME_SHARES = {"gram": 6.0, "delta_rule": 16.0}
 TOOLS = ("memcheck", "racecheck")
@@ -232,7 +232,7 @@ class Run:
             for f in self.families
         ]
         return [
-            ("machine", SHARES["machine"], lambda s: self.section("machine", "all", max(s, 30.0), options=())),
+            ("machine", SHARES["machine"], lambda s: self.section("machine", "all", max(s, 30.0))),
             ("check", SHARES["check"], self.check),
             ("prepare", SHARES["prepare"], self.prepare),
             *timed,

@@ -1,8 +1,8 @@
 """One section of the GPU check, in a process of its own, so that a fault in a kernel ends this process only.
 
 ``python -m pyrepr.benchmarks.gpu.worker SECTION FAMILY RECORDS --first I --step N --seconds S [--dry-run]`` works
-through the items I, I + N, … of a section. It appends lines of JSON: a mark at the start and at the end of each item, so
-that whoever looks after it knows which one ended or stopped it, and the records between them.
+through the items I, I + N, … of a section. It appends lines of JSON: a mark at the start and at the end of each item,
+so that whoever looks after it knows which one ended or stopped it, and the records between them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pyrepr.benchmarks.gpu import (
 
 import pyrepr
 
+PRODUCT = 8192  # rows and columns of the matrices whose product is the bound
 BROKEN = 3  # exit code: the CUDA context is lost, start again behind this item
 
 
@@ -120,7 +121,7 @@ def measure_machine(item: str, device: torch.device, _seconds: float) -> list[di
     if item == "facts":
         return [{"facts": facts(device)}]
     clock = timing.clock_of(device)
-    size = 8192 if device.type == "cuda" else 128
+    size = PRODUCT if device.type == "cuda" else 128
     if item == "copy":
         a = torch.empty(size * size * 4, dtype=torch.float32, device=device)
         b = torch.empty_like(a)
