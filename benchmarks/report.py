@@ -210,7 +210,7 @@ def _gpu_notes(records: list[dict[str, Any]]) -> str:
 
 
 def _gpu_case(record: dict[str, Any]) -> tuple:
-    return record["family"], record["op"], record["shape"], record.get("dtype", "")
+    return record["family"], record["op"], record.get("shape", ""), record.get("dtype", "")
 
 
 CHECKS = {"check": "against float64", "behaviour": "inside torch", "sanitize": "compute-sanitizer"}

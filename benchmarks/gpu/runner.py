@@ -255,10 +255,19 @@ class Run:
             "machine": facts,
             "clocks": _clocks(),
             "build": build_info(),
-            "aims": verdict.aims(records),
-            "order": verdict.order(records),
+            "aims": _concluded(verdict.aims, records, []),
+            "order": _concluded(verdict.order, records, {}),
             "records": records,
         }
+
+
+def _concluded(conclude: Callable[[list], Any], records: list[dict[str, Any]], otherwise: Any) -> Any:
+    """What follows from the records; should that fail, the records are still worth keeping."""
+    try:
+        return conclude(records)
+    except Exception as failure:
+        print(f"gpu_check: {conclude.__name__}: {type(failure).__name__}: {failure}", file=sys.stderr)
+        return otherwise
 
 
 def _failure(section: str, family: str, failure: BaseException) -> dict[str, Any]:
@@ -327,10 +336,13 @@ def _commit() -> str:
 def write(out: Path, report: dict[str, Any], name: str = "gpu") -> None:
     """Both files, each complete or as it was before."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, allow_nan=False)
-    for suffix, content in ((".json", text), (".md", reports.gpu_markdown(report))):
+    forms = {
+        ".json": lambda: json.dumps(report, indent=1, allow_nan=False),
+        ".md": lambda: reports.gpu_markdown(report),
+    }
+    for suffix, made in forms.items():
         temporary = out / f"{name}{suffix}.partial"
-        temporary.write_text(content + "\n")
+        temporary.write_text(made() + "\n")
         temporary.replace(out / f"{name}{suffix}")
 
 
@@ -341,7 +353,8 @@ def _kept_written(out: Path, state: Run) -> Iterator[None]:
 
     def keep() -> None:
         while not over.wait(WRITE_EVERY):
-            write(out, state.report(finished=False))
+            with contextlib.suppress(OSError):  # a disk that is full now may not be so at the end
+                write(out, state.report(finished=False))
 
     thread = threading.Thread(target=keep, daemon=True)
     thread.start()

@@ -45,7 +45,7 @@ def _aims() -> Iterator[Aim]:
 
 
 def _case(record: dict[str, Any]) -> tuple[str, str, str, str]:
-    return record["family"], record["op"], record["shape"], record.get("dtype", "")
+    return record["family"], record["op"], record.get("shape", ""), record.get("dtype", "")
 
 
 def _timed(records: list[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
