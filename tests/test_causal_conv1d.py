@@ -102,6 +102,26 @@ def test_layouts_and_dtypes(layout, dtype):
         assert error(got, want) < GRADIENT_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [37, 64])
+@pytest.mark.parametrize("W", [1, 3, 4, 5])
+def test_a_16_bit_filter_gives_the_bits_of_the_same_numbers_in_float32(W, D, dtype):
+    x, weight, bias, initial = inputs(2, D, 20, W, dtype, states=2)
+    for given in (bias.to(dtype), None):
+        narrow = (weight.to(dtype), given)
+        wide = (weight.to(dtype).float(), None if given is None else given.float())
+        assert torch.equal(fn(x, *narrow, initial), fn(x, *wide, initial))
+        dx = [gradients(fn, (x, *filters, initial), torch.ones(2, D, 20))[0] for filters in (narrow, wide)]
+        assert torch.equal(*dx)
+        for tokens in (x, x[..., :1], x[..., 0]):
+            states = x[..., 5:10].clone(), x[..., 5:10].clone()
+            out = [
+                pyrepr.causal_conv1d_update(tokens, state, *filters, "silu")
+                for state, filters in zip(states, (narrow, wide), strict=True)
+            ]
+            assert torch.equal(*out) and torch.equal(*states)
+
+
 @pytest.mark.parametrize("T", [0, 1, 2, 63, 67, 300])
 def test_gradients(T):
     for states in (None, 3):
@@ -257,6 +277,7 @@ def test_every_instruction_set(level):
         "import test_causal_conv1d as t, torch\n"
         "for layout in t.LAYOUTS: t.test_layouts_and_dtypes(layout, torch.float32)\n"
         "t.test_gradients(67)\n"
+        "t.test_a_16_bit_filter_gives_the_bits_of_the_same_numbers_in_float32(4, 37, torch.bfloat16)\n"
         "print(t.native()[0].simd_level())\n"
     )
     env = {**os.environ, "PYREPR_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
@@ -350,6 +371,8 @@ def test_null_pointers_and_rows_that_run_over_are_refused_by_the_native_code():
     from pyrepr import _C
 
     with pytest.raises(ValueError, match="x has no memory"):
-        _C.CausalConv([0, 64, 0, 0], [1, 1, 1], [1, 2, 3, 4], 0, [0, 2], True, 1)
+        _C.CausalConv([0, 64, 0, 0], [1, 1, 1], [1, 2, 3, 4], 0, 0, [0, 2], True, 1)
     with pytest.raises(ValueError, match="spans two rows"):
-        _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [2, 2, 3, 4], 0, [0, 3, 4], True, 1)
+        _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [2, 2, 3, 4], 0, 0, [0, 3, 4], True, 1)
+    with pytest.raises(ValueError, match="weight and bias must be float32 or of x's dtype"):
+        _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [1, 2, 3, 4], 0, 2, [0, 2], True, 1)

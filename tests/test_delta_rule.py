@@ -118,15 +118,48 @@ def test_reference_passes_gradcheck(rule):
     assert torch.autograd.gradcheck(run, [x[name].requires_grad_() for name in names])
 
 
+CUTS = {"nothing": (0, None), "few": (7, None), "a part": (9, None), "a chunk": (64, None), "chunks": (150, None)}
+CUTS |= {"packed": (150, [0, 0, 3, 90, 150])}
+
+
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("rule", RULES)
-def test_written_derivative_of_the_reference_is_autograds(rule):
-    """The op in float64 takes the derivative that is written out by hand."""
-    x = double(inputs(rule, 7))
+def test_chunks_of_the_reference_and_their_derivative_are_the_recurrences(rule, cut, monkeypatch):
+    """In float64 the op is the chunk form in plain PyTorch, with the derivative written out by hand."""
+    monkeypatch.setattr(reference, "SEGMENT", 70)
+    T, cu = CUTS[cut]
+    x = double(inputs(rule, T, B=1 if cu else 2, N=4 if cu else 2))
+    options = {"cu_seqlens": None if cu is None else torch.tensor(cu), "use_qk_l2norm_in_kernel": True}
+    expected = call(reference_function, x, **options)
+    assert all(error(a, b) < 1e-13 for a, b in zip(call(CHUNKED[rule], x, **options), expected, strict=True))
+    weights = weights_of(*expected)
+    got = gradients(CHUNKED[rule], x, weights, **options)
+    for name, grad in gradients(reference_function, x, weights, **options).items():
+        assert error(got[name], grad) < 1e-13, name
+
+
+@pytest.mark.parametrize("rule", ["gated", "kda"])
+@pytest.mark.parametrize("decay", [-torch.inf, -1e4, 3.0])
+def test_reference_takes_any_decay(rule, decay):
+    """A total decay neither makes NaN nor takes precision from the weak ones around it."""
+    x = inputs(rule, 100)
+    x["g"] = x["g"] / 8
+    x["g"][:, 20] = decay
+    with pyrepr.use_backend("reference"):
+        got = call(CHUNKED[rule], x)
+        grads = gradients(CHUNKED[rule], x, weights_of(*truth(x)))
+    assert all(error(a, b) < FORWARD_TOLERANCE[torch.float32] for a, b in zip(got, truth(x), strict=True))
+    expected = gradients(reference_function, double(x), weights_of(*truth(x)))
+    assert all(error(grads[name], expected[name]) < GRADIENT_TOLERANCE[torch.float32] for name in grads)
+
+
+def test_reference_needs_no_state_a_token():
+    """One state a chunk: a state a token would be 128 MiB."""
+    x = inputs("gated", 2048, H=1, HV=1, K=128, V=128)
     weights = weights_of(*truth(x))
-    got = gradients(CHUNKED[rule], x, weights, use_qk_l2norm_in_kernel=True)
-    expected = gradients(reference_function, x, weights, use_qk_l2norm_in_kernel=True)
-    for name, grad in got.items():
-        assert error(grad, expected[name]) < 1e-13, name
+    with pyrepr.use_backend("reference"):
+        _, rise = peak_memory(lambda: gradients(CHUNKED["gated"], x, weights))
+    assert rise is None or rise < 64
 
 
 def test_reference_is_the_recurrence_of_the_paper():
@@ -607,6 +640,18 @@ def test_autocast_takes_the_dtype_of_v():
     with torch.autocast("cpu", torch.bfloat16):
         o, state = call(pyrepr.chunk_gated_delta_rule, x | {"v": x["v"].bfloat16()})
     assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
+
+
+def test_autocast_does_not_reach_into_the_reference():
+    """Its products would be rounded to bfloat16, silently."""
+    x = inputs("gated", 40)
+    with pyrepr.use_backend("reference"):
+        expected = call(pyrepr.chunk_gated_delta_rule, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = call(pyrepr.chunk_gated_delta_rule, x)
+            alike = pyrepr.cka(x["v"][0].flatten(1), x["q"][0].flatten(1))
+        assert alike == pyrepr.cka(x["v"][0].flatten(1), x["q"][0].flatten(1))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_backends_can_be_forced():

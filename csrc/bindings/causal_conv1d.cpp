@@ -10,9 +10,10 @@ struct CausalConvArguments {
   std::vector<int64_t> bounds;
   cpu::CausalConvProblem problem;
 
-  // addresses: x, weight, bias, initial states; strides: batch, token and channel of x; sizes: B, T, D, W.
+  // addresses: x, weight, bias, initial states; strides: batch, token and channel of x; sizes: B, T, D, W; `filter`:
+  // the dtype of weight and bias.
   CausalConvArguments(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
-                      const std::vector<int64_t>& sizes, int dtype, std::vector<int64_t> bounds_, bool silu,
+                      const std::vector<int64_t>& sizes, int dtype, int filter, std::vector<int64_t> bounds_, bool silu,
                       int threads)
       : bounds(std::move(bounds_)) {
     if (addresses.size() != 4 || strides.size() != 3 || sizes.size() != 4)
@@ -22,6 +23,8 @@ struct CausalConvArguments {
     const int64_t tokens = sizes[0] * sizes[1];
     if (sizes[3] < 1) throw std::invalid_argument("W must be positive");
     if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 runs in the reference");
+    if (dtype_of(filter) != DType::f32 && filter != dtype)
+      throw std::invalid_argument("weight and bias must be float32 or of x's dtype");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
     if (bounds.empty() || bounds.front() != 0 || bounds.back() != tokens)
       throw std::invalid_argument("the sequences must go from 0 to B T");
@@ -34,8 +37,8 @@ struct CausalConvArguments {
     problem.batch = strides[0];
     problem.token = strides[1];
     problem.channel = strides[2];
-    problem.weight = pointer<const float>(addresses[1], "weight", sizes[2] == 0);
-    problem.bias = pointer<const float>(addresses[2], "bias", true);
+    problem.weight = pointer<const void>(addresses[1], "weight", sizes[2] == 0);
+    problem.bias = pointer<const void>(addresses[2], "bias", true);
     problem.initial = pointer<const void>(addresses[3], "initial_states", true);
     problem.bounds = bounds.data();
     problem.sequences = static_cast<int64_t>(bounds.size()) - 1;
@@ -43,6 +46,7 @@ struct CausalConvArguments {
     problem.channels = sizes[2];
     problem.taps = sizes[3];
     problem.dtype = dtype_of(dtype);
+    problem.filter = dtype_of(filter);
     problem.silu = silu;
     problem.threads = threads;
   }
@@ -99,10 +103,10 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
       state.dims != 3 || weight.dims != 2)
     return py::none();
   const int64_t S = state.shape[2], taps = weight.shape[1];
-  if (!state.has_shape({B, D, S}) || taps < 1 || S < taps - 1 || !weight.has_shape({D, taps}) ||
-      !weight.is(DType::f32) || !weight.dense())
+  if (!state.has_shape({B, D, S}) || taps < 1 || S < taps - 1 || !weight.has_shape({D, taps}) || !weight.dense() ||
+      !(weight.is(DType::f32) || weight.code() == x.code()))
     return py::none();
-  if (bias.data && !(bias.has_shape({D}) && bias.is(DType::f32) && bias.dense())) return py::none();
+  if (bias.data && !(bias.has_shape({D}) && bias.code() == weight.code() && bias.dense())) return py::none();
   const py::object out = new_empty(x_, x.shape, x.dims);
   if (!Reader(false).read(out, to)) return py::none();
   std::vector<int64_t> bounds(static_cast<size_t>(B) + 1);
@@ -111,8 +115,8 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
                                        x.stride(0),
                                        0,
                                        x.stride(1),
-                                       static_cast<const float*>(weight.data),
-                                       static_cast<const float*>(bias.data),
+                                       weight.data,
+                                       bias.data,
                                        nullptr,
                                        bounds.data(),
                                        B,
@@ -120,6 +124,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
                                        D,
                                        taps,
                                        static_cast<DType>(x.code()),
+                                       static_cast<DType>(weight.code()),
                                        silu,
                                        threads};
   const cpu::CausalConvStep step{state.data, state.stride(0), state.stride(1), state.stride(2), S};
@@ -132,7 +137,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
 
 void bind_causal_conv1d(py::module_& m) {
   py::class_<CausalConvArguments>(m, "CausalConv")
-      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int,
+      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int, int,
                     std::vector<int64_t>, bool, int>())
       .def("forward", &causal_conv1d_forward)
       .def("backward", &causal_conv1d_backward)

@@ -68,6 +68,13 @@ void join(const float* in, int64_t count, int64_t stride, float* out) {
     for (int64_t j = 0; j < N; j++) out[c * N + j] = in[j * stride + c];
 }
 
+// Four neighbouring elements of each of W channels, one vector an element.
+template <class S>
+inline void load_four(const typename S::Memory* p, V (&v)[4]) {
+  for (int64_t j = 0; j < 4; j++) v[j] = load_as<S>(p + j * W);
+  unzip_four<float>(v);
+}
+
 // Neighbouring channels [first, first + count) with their weights: [W, stride], then the bias. `stride` is the length
 // of every row of channels in scratch.
 struct Block {
@@ -77,15 +84,30 @@ struct Block {
   static int64_t size(const CausalConvProblem& p, int64_t stride) { return (p.taps + 1) * stride; }
   Block(const CausalConvProblem& p, int64_t number, int64_t stride_, float* memory)
       : first(number * stride_), count(smaller(stride_, p.channels - first)), stride(stride_), weights(memory) {
-    const float* const w = p.weight + first * p.taps;
-    if (p.taps == 4)
-      split<4>(w, count, weights, stride);
+    if (p.filter == DType::f32)
+      read<StoreF32>(p);
+    else if (p.filter == DType::bf16)
+      read<StoreBf16>(p);
     else
-      for (int64_t c = 0; c < count; c++)
-        for (int64_t j = 0; j < p.taps; j++) weights[j * stride + c] = w[c * p.taps + j];
-    for (int64_t c = 0; c < count; c++) weights[p.taps * stride + c] = p.bias ? p.bias[first + c] : 0;
+      read<StoreF16>(p);
   }
   V weight(int64_t j, int64_t c) const { return load<float>(weights + j * stride + c); }
+
+ private:
+  template <class S>
+  void read(const CausalConvProblem& p) {
+    const auto* const w = static_cast<const typename S::Memory*>(p.weight) + first * p.taps;
+    int64_t c = 0;
+    for (; p.taps == 4 && c + W <= count; c += W) {
+      V taps[4];
+      load_four<S>(w + c * 4, taps);
+      for (int64_t j = 0; j < 4; j++) store<float>(weights + j * stride + c, taps[j]);
+    }
+    for (; c < count; c++)
+      for (int64_t j = 0; j < p.taps; j++) weights[j * stride + c] = load_one<S>(w + c * p.taps + j);
+    const auto* const bias = static_cast<const typename S::Memory*>(p.bias);
+    for (c = 0; c < count; c++) weights[p.taps * stride + c] = bias ? load_one<S>(bias + first + c) : 0;
+  }
 };
 
 // Tokens [begin, end) of sequence `number`, a part of [start, stop).
@@ -250,7 +272,7 @@ class CausalConv {
     const Shape shape(p);
     const int64_t blocks = ceil_div(p.channels, shape.channels), kept = s.state_length;
     if (p.total == 1 && p.taps == 4 && kept == 4 && dense(s) && p.channel == 1 && p.channels % W == 0)
-      return step_in_registers(p, s, out);
+      return p.filter == p.dtype ? step_in_registers<S>(p, s, out) : step_in_registers<StoreF32>(p, s, out);
     const int threads = p.tokens() * p.channels < kSmall ? 1 : p.threads;
     const int64_t size = Block::size(p, shape.channels);
     const int64_t bytes = round_up((size + (kept + p.total) * shape.channels) * 4, 64);
@@ -294,7 +316,9 @@ class CausalConv {
           own[(c + lane) * s.state_channel + i * s.state_token] = packed[lane];
       }
   }
-  // One token in the layout that models have, where weights, state and x go from memory to registers and back.
+  // One token in the layout that models have, where weights, state and x go from memory to registers and back. F: what
+  // weight and bias are in.
+  template <class F>
   static Status step_in_registers(const CausalConvProblem& p, const CausalConvStep& s, Element* out) {
     const int threads = p.sequences * p.channels < kSmall ? 1 : p.threads;
     const int64_t blocks = p.channels / W;
@@ -303,15 +327,11 @@ class CausalConv {
       const int64_t b = task / blocks, c = task % blocks * W;
       Element* const own = static_cast<Element*>(s.state) + b * s.state_batch + c * 4;
       V weight[4], state[4];
-      for (int64_t j = 0; j < 4; j++) {
-        weight[j] = load<float>(p.weight + c * 4 + j * W);
-        state[j] = load_as<S>(own + j * W);
-      }
-      unzip_four<float>(weight);
-      unzip_four<float>(state);
+      load_four<F>(static_cast<const typename F::Memory*>(p.weight) + c * 4, weight);
+      load_four<S>(own, state);
       for (int64_t j = 0; j < 3; j++) state[j] = state[j + 1];
       state[3] = load_as<S>(static_cast<const Element*>(p.x) + b * p.batch + c);
-      V y = p.bias ? load<float>(p.bias + c) : V{};
+      V y = p.bias ? load_as<F>(static_cast<const typename F::Memory*>(p.bias) + c) : V{};
       for (int64_t j = 0; j < 4; j++) y += weight[j] * state[j];
       if (p.silu) y *= sigmoid(y);
       store_as<S>(out + b * p.channels + c, y);

@@ -18,13 +18,14 @@ namespace pyrepr::cpu {
 struct CausalConvProblem {
   const void* x;                  // [B, T, D], element (b, t, d) at b * batch + t * token + d * channel
   int64_t batch, token, channel;  // strides
-  const float* weight;            // [D, W]
-  const float* bias;              // [D] or null
+  const void* weight;             // [D, W]
+  const void* bias;               // [D] or null
   const void* initial;            // [N, D, W - 1] in x's dtype or null: zero
   const int64_t* bounds;          // [N + 1] where sequences start and end, in tokens b * T + t; none spans two rows
   int64_t sequences, total;       // N, T
   int64_t channels, taps;         // D, W
   DType dtype;                    // of x; not f64
+  DType filter;                   // of weight and bias: f32, or x's
   bool silu;
   int threads;
 

@@ -29,6 +29,9 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
 
+_autocast_exists = torch.amp.is_autocast_available
+_autocast_is_on = torch.is_autocast_enabled
+
 # Tells autograd that tensors were overwritten, so that it notices if they were kept for a backward.
 written = torch.autograd.graph.increment_version
 
@@ -42,6 +45,10 @@ def watched() -> bool:
         or _tracing() is not None
         or _profiler._is_profiler_enabled
     )
+
+
+def _autocasts(device: str) -> bool:
+    return _autocast_exists(device) and _autocast_is_on(device)
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
@@ -99,7 +106,15 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
             )
         if name.endswith("_"):
             written(args[0])
-        *others, last = choose(name, implementations, tensors[0].device.type)
+        device = tensors[0].device.type
+        chosen = choose(name, implementations, device)
+        if not _autocasts(device):
+            return first_that_can(chosen, args)
+        with torch.autocast(device, enabled=False):  # an implementation says itself what it computes in
+            return first_that_can(chosen, args)
+
+    def first_that_can(chosen: list[Callable], args: tuple) -> Any:
+        *others, last = chosen
         for implementation in others:
             try:
                 return implementation(*args)

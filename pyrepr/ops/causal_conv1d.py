@@ -20,8 +20,10 @@ class _Problem:
     """What every native function takes, and the tensors that must live while it runs."""
 
     def __init__(self, x, weight, bias, initial_states, bounds, silu):
-        weight = weight.to(torch.float32).contiguous()
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        narrow = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+        filter_dtype = x.dtype if narrow else torch.float32
+        weight = weight.to(filter_dtype).contiguous()
+        bias = None if bias is None else bias.to(filter_dtype).contiguous()
         if initial_states is not None:
             initial_states = initial_states.to(x.dtype).contiguous()
         self.tensors = (x, weight, bias, initial_states)
@@ -30,6 +32,7 @@ class _Problem:
             x.stride(),
             (*x.shape, weight.shape[1]),
             DTYPE_CODES[x.dtype],
+            DTYPE_CODES[filter_dtype],
             bounds,
             silu,
             torch.get_num_threads(),

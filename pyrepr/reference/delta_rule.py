@@ -4,8 +4,9 @@
 
 Plain rule (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"): g = 0.
 Gated rule (Yang et al. 2025, "Gated Delta Networks"): one g per token and value head. KDA (Kimi Team 2025, "Kimi
-Linear"): e^{g_t} is a vector over K. :func:`delta_rule` is plain PyTorch that autograd can follow; the leaf ops below
-it also have a derivative written out by hand, from the same recurrence run backwards.
+Linear"): e^{g_t} is a vector over K. :func:`delta_rule` is plain PyTorch that autograd can follow. The leaf ops below
+it, backend ``reference``, give the same numbers in chunks (``_delta_chunks.py``), which takes few large operations
+where the recurrence takes many small ones: on devices without a kernel they are what a model runs on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyrepr.reference._delta_chunks import Chunks
 
 L2NORM_EPS = 1e-6
 
@@ -106,6 +109,55 @@ def delta_rule(
 
 # The leaf ops of pyrepr/ops/delta_rule.py, same arguments, same results.
 
+SEGMENT = 4096  # tokens that the chunk form takes at a time: some ten tensors as large as q are alive in between
+FEW = 8  # tokens up to which the recurrence takes fewer operations than the chunk form
+
+
+def _segments(v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
+    """Runs of at most SEGMENT tokens in their order, each with the states [N, ...] that it carries on."""
+    everything = slice(None)
+    bounds, rows = [0, v.shape[1]], [everything]
+    if cu_seqlens is not None:
+        bounds = sequence_bounds(cu_seqlens, v.shape[1])
+        rows = [slice(i, i + 1) for i in range(len(bounds) - 1)]
+    return [
+        (slice(start, min(start + SEGMENT, bounds[i + 1])), row)
+        for i, row in enumerate(rows)
+        for start in range(bounds[i], bounds[i + 1], SEGMENT)
+    ]
+
+
+def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else x[:, tokens] for x in tensors)
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool
+) -> tuple[Any, ...]:
+    """q (scaled), k, v, g and beta as the recurrence takes them."""
+    dtype = compute_dtype(v.dtype)
+    q, k = (_heads(x, v.shape[2] // k.shape[2], normalize, dtype) for x in (q, k))
+    return q * scale, k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,  # [N, HV, K, V]; becomes the final state
+    cu_seqlens: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> Tensor:
+    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+    for tokens, row in _segments(v, cu_seqlens):
+        own = (*_at(tokens, *tensors), state[row])
+        o[:, tokens], state[row] = _recur(*own) if own[0].shape[1] <= FEW else Chunks(*own[:5]).forward(own[5])
+    return o.to(v.dtype)
+
 
 def delta_rule_forward(
     q: Tensor,
@@ -119,8 +171,12 @@ def delta_rule_forward(
     use_qk_l2norm: bool,
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, final state, and the states the backward starts from (empty here: this backward starts from the beginning)."""
-    o, state = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
+    """o, final state, and the states the backward starts from (zero here: this backward starts from the beginning)."""
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    state = v.new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v.dtype))
+    if initial_state is not None:
+        state.copy_(initial_state)
+    o = _forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm)
     return o, state, state.new_zeros(slots, *state.shape[1:])
 
 
@@ -137,51 +193,9 @@ def delta_rule_update_(
     use_qk_l2norm: bool,
 ) -> Tensor:
     """o; `state` becomes the final state. `initial_state` may be `state`; None is zero."""
-    o, last = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
+    o, last, _ = delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0)
     state.copy_(last)
     return o
-
-
-def _recur_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    state: Tensor,
-    grad_o: Tensor,
-    grad_state: Tensor,
-) -> tuple[Any, ...]:
-    """Gradients of :func:`_recur` in q, k, v, g (or None), beta and state. With S̄ = e^{g} S_{t−1} and u = v − S̄ᵀk:
-
-    dS += q doᵀ; du = β dSᵀk; dq = S do; dβ = kᵀ dS u; dk = β dS u − S̄ du; dv = du; dS̄ = dS − k duᵀ;
-    dg = Σ dS̄ ∘ S̄; dS_{t−1} = e^{g} dS̄.
-    """
-    states = [state]
-    for t in range(q.shape[1]):
-        one = slice(t, t + 1)
-        decay_of = None if g is None else g[:, one]
-        states.append(_recur(q[:, one], k[:, one], v[:, one], decay_of, beta[:, one], states[-1])[1])
-    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
-    dg = None if g is None else torch.empty_like(g)
-    ds = grad_state
-    for t in reversed(range(q.shape[1])):
-        decay = _decays(g, t)
-        decayed = states[t] * decay
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", decayed, k[:, t])
-        dq[:, t] = torch.einsum("bhkv,bhv->bhk", states[t + 1], grad_o[:, t])
-        ds = ds + torch.einsum("bhk,bhv->bhkv", q[:, t], grad_o[:, t])
-        step = torch.einsum("bhkv,bhv->bhk", ds, error)
-        dbeta[:, t] = (step * k[:, t]).sum(-1)
-        derror = beta[:, t, :, None] * torch.einsum("bhkv,bhk->bhv", ds, k[:, t])
-        dk[:, t] = beta[:, t, :, None] * step - torch.einsum("bhkv,bhv->bhk", decayed, derror)
-        dv[:, t] = derror
-        ds = ds - torch.einsum("bhk,bhv->bhkv", k[:, t], derror)
-        if g is not None and dg is not None:
-            per_key = (ds * decayed).sum(-1)
-            dg[:, t] = per_key.sum(-1) if g.dim() == 3 else per_key
-        ds = ds * decay
-    return dq, dk, dv, dg, dbeta, ds
 
 
 def _heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
@@ -211,27 +225,21 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta, and the initial state, each in its input's dtype."""
     dtype = compute_dtype(v.dtype)
-    groups = v.shape[2] // k.shape[2]
-    wide_q, wide_k = (_heads(x, groups, use_qk_l2norm, dtype) for x in (q, k))
-    wide: list[Any] = [wide_q * scale, wide_k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)]
-    state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    grad_o, grad_state = grad_o.to(dtype), grad_state.to(dtype)
-    everything: tuple[Any, ...]
-    if cu_seqlens is None:
-        everything = (*wide, state, grad_o, grad_state)
-        dq, dk, dv, dg, dbeta, ds = _recur_backward(*everything)
-    else:
-        bounds = sequence_bounds(cu_seqlens, v.shape[1])
-        parts = []
-        for i in range(len(bounds) - 1):
-            s = slice(bounds[i], bounds[i + 1])
-            own = [None if x is None else x[:, s] for x in wide]
-            everything = (*own, state[i : i + 1], grad_o[:, s], grad_state[i : i + 1])
-            parts.append(_recur_backward(*everything))
-        dq, dk, dv, dg, dbeta, ds = (
-            None if column[0] is None else torch.cat(column, 0 if j == 5 else 1)
-            for j, column in enumerate(zip(*parts, strict=True))
-        )
+    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
+    ds = grad_state.to(dtype, copy=True)
+    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
+    segments, starts = _segments(v, cu_seqlens), []
+    for tokens, row in segments:
+        starts.append(state[row].clone())
+        state[row] = Chunks(*_at(tokens, *tensors)).states(starts[-1])[2]
+    for (tokens, row), start in zip(reversed(segments), reversed(starts), strict=True):
+        *found, first = Chunks(*_at(tokens, *tensors)).backward(start, grad_o[:, tokens].to(dtype), ds[row])
+        for grad, part in zip(_at(tokens, *grads), found, strict=True):
+            if grad is not None:
+                grad.copy_(part)
+        ds[row] = first
+    dq, dk, dv, dg, dbeta = grads
     return (
         _heads_backward(q, dq * scale, use_qk_l2norm),
         _heads_backward(k, dk, use_qk_l2norm),

@@ -1,0 +1,154 @@
+"""The delta rule in chunks of tokens, in plain PyTorch: what runs where no kernel does.
+
+The recurrence of :mod:`pyrepr.reference.delta_rule` takes T steps of a few small operations each; in chunks (Yang et
+al. 2024, section 3) there are T / C steps, and all else is matrix products over all chunks at once. With G the sum of
+g over a chunk up to and including a token, S the state before the chunk, S' after it, and u_t = β_t (v_t − S̄ᵀk_t):
+
+    A_tj = β_t Σ k_t k_j e^{G_t − G_j} for j < t        P_tj = Σ q_t k_j e^{G_t − G_j} for j ≤ t
+    U = (I + A)⁻¹ β (V − (e^G K) S)        O = (e^G Q) S + P U        S' = e^{G_C} S + (e^{G_C − G} K)ᵀ U
+
+G_t − G_j is summed over the tokens between, not subtracted, and never with t < j: decays of any strength, e^{−∞} too,
+neither overflow nor take precision from weaker ones. Gradients are by hand, since a leaf op has no autograd inside:
+with dU = Pᵀ dO + (e^{G_C − G} K) dS' and Z = (I + A)⁻ᵀ dU, everything else follows from the products above; an exponent
+that multiplies x gets the gradient x dx, summed over what it multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _cut(x: Tensor, size: int) -> Tensor:
+    """[B, T, HV, ...] -> [B, HV, n, C, ...], with zeros after the last token."""
+    missing = -x.shape[1] % size
+    x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x
+    return x.unflatten(1, (-1, size)).movedim(3, 1)
+
+
+def _uncut(x: Tensor, total: int) -> Tensor:
+    """The inverse of :func:`_cut`."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :total]
+
+
+class Chunks:
+    """A run of tokens of every sequence, cut into chunks; q is scaled, heads are repeated, everything has one dtype."""
+
+    def __init__(
+        self,
+        q: Tensor,  # [B, T, HV, K]
+        k: Tensor,  # [B, T, HV, K]
+        v: Tensor,  # [B, T, HV, V]
+        g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
+        beta: Tensor,  # [B, T, HV]
+    ) -> None:
+        # A gate per key takes C passes over [T, K] to make the pairs: smaller chunks.
+        size = min(16 if g is not None and g.dim() == 4 else 64, max(1, q.shape[1]))
+        self.total, self.gate = q.shape[1], None if g is None else g.dim()
+        self.q, self.k, self.v = (_cut(x, size) for x in (q, k, v))
+        self.beta = _cut(beta, size)[..., None]
+        g = q.new_zeros(1, q.shape[1], 1, 1) if g is None else g[..., None] if g.dim() == 3 else g
+        self.g = _cut(g, size)  # [B, HV, n, C, 1 or K]
+        self.decay = self.g.cumsum(-2).exp()
+        after = torch.cat([self.g[..., 1:, :], torch.zeros_like(self.g[..., :1, :])], -2)
+        self.tail = after.flip(-2).cumsum(-2).flip(-2).exp()
+        self.end = self.decay[..., -1, :, None]  # [B, HV, n, 1 or K, 1]
+        qk, kk = self._pairs()
+        self.qk, self.kk = qk.tril(), kk.tril(-1)
+        unit = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(self.kk)
+        self.inverse = torch.linalg.solve_triangular(self.beta * self.kk, unit, upper=False, unitriangular=True)
+        self.erase = self.inverse @ (self.beta * self.decay * self.k)
+
+    def _later(self, j: int) -> Tensor:
+        """e^{G_t − G_j} for the tokens t of a chunk, [B, HV, n, C, K]; 1 where t < j, which nobody asks for."""
+        between = self.g.clone()
+        between[..., : j + 1, :] = 0
+        return between.cumsum(-2).exp()
+
+    def _decays(self) -> Tensor:
+        """e^{G_t − G_j} for one gate a token, [B, HV, n, C, C]; 1 where t < j."""
+        size = self.g.shape[-2]
+        return self.g.expand(*self.g.shape[:-1], size).tril(-1).cumsum(-2).exp()
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Σ x_t k_j e^{G_t − G_j} with x = q and x = k, right for j ≤ t."""
+        if self.gate != 4:
+            decays = self._decays()
+            return self.q @ self.k.mT * decays, self.k @ self.k.mT * decays
+        columns = []
+        for j in range(self.k.shape[-2]):
+            later = self._later(j) * self.k[..., j : j + 1, :]
+            columns.append([(x * later).sum(-1) for x in (self.q, self.k)])
+        qk, kk = (torch.stack(column, -1) for column in zip(*columns, strict=True))
+        return qk, kk
+
+    def _pairs_backward(self, d_qk: Tensor, d_kk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of :meth:`_pairs` in q_t, k_t and k_j; those of the pairs are zero for j > t."""
+        if self.gate != 4:
+            decays = self._decays()
+            d_qk, d_kk = d_qk * decays, d_kk * decays
+            return d_qk @ self.k, d_kk @ self.k, d_qk.mT @ self.q + d_kk.mT @ self.k
+        dq, dk, columns = torch.zeros_like(self.q), torch.zeros_like(self.k), []
+        for j in range(self.k.shape[-2]):
+            later, own = self._later(j), self.k[..., j : j + 1, :]
+            of_q, of_k = (d[..., j, None] * later for d in (d_qk, d_kk))  # [B, HV, n, C, K]
+            dq += of_q * own
+            dk += of_k * own
+            columns.append((of_q * self.q + of_k * self.k).sum(-2))
+        return dq, dk, torch.stack(columns, -2)
+
+    def states(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states before each chunk [B, HV, n, K, V], U [B, HV, n, C, V], and the last state [B, HV, K, V]."""
+        values = self.inverse @ (self.beta * self.v)
+        keys = (self.tail * self.k).mT
+        before, updates = [], []
+        for i in range(self.k.shape[2]):
+            before.append(state)
+            updates.append(values[:, :, i] - self.erase[:, :, i] @ state)
+            state = self.end[:, :, i] * state + keys[:, :, i] @ updates[-1]
+        return torch.stack(before, 2), torch.stack(updates, 2), state
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """o [B, T, HV, V] and the last state [B, HV, K, V]."""
+        before, updates, state = self.states(state)
+        return _uncut(self.decay * self.q @ before + self.qk @ updates, self.total), state
+
+    def backward(
+        self, state: Tensor, grad_o: Tensor, grad_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients in q, k, v, g, beta and the state that :meth:`forward` was given."""
+        before, updates, _ = self.states(state)
+        grad_o = _cut(grad_o, self.k.shape[3])
+        d_updates, after, grad_state = self._through_states(grad_o, grad_state)
+        z = self.inverse.mT @ d_updates
+        dv = self.beta * z
+        d_qk = (grad_o @ updates.mT).tril()
+        d_a = -(z @ updates.mT).tril(-1)
+        dq, dk_row, dk_column = self._pairs_backward(d_qk, self.beta * d_a)
+        dq = dq + self.decay * (grad_o @ before.mT)
+        dk_row = dk_row - self.decay * (dv @ before.mT)
+        dk_tail = self.tail * (updates @ after.mT)
+        dk_column = dk_column + dk_tail
+        dbeta = (z * (self.v - self.decay * self.k @ before)).sum(-1) + (d_a * self.kk).sum(-1)
+        dg = None
+        if self.gate is not None:
+            sums = self.q * dq + self.k * (dk_row - dk_column)
+            ends = (self.k * dk_tail).sum(-2) + (self.end * before * after).sum(-1)
+            sums[..., -1, :] += ends
+            sums = sums if self.gate == 4 else sums.sum(-1)
+            along = -2 if self.gate == 4 else -1
+            dg = _uncut(sums.flip(along).cumsum(along).flip(along), self.total)
+        dq, dk, dv, dbeta = (_uncut(x, self.total) for x in (dq, dk_row + dk_column, dv, dbeta))
+        return dq, dk, dv, dg, dbeta, grad_state
+
+    def _through_states(self, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dU, the gradients of the states after each chunk, and of the first state."""
+        updates = self.qk.mT @ grad_o
+        read = (self.decay * self.q).mT @ grad_o
+        keys = self.tail * self.k
+        found, after = [], []
+        for i in reversed(range(self.k.shape[2])):
+            after.append(grad_state)
+            found.append(updates[:, :, i] + keys[:, :, i] @ grad_state)
+            grad_state = read[:, :, i] + self.end[:, :, i] * grad_state - self.erase[:, :, i].mT @ found[-1]
+        return torch.stack(found[::-1], 2), torch.stack(after[::-1], 2), grad_state
