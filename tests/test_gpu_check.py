@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pyrepr.benchmarks import report
-from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, timing, worker
+from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, timing, verdict, worker
 
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
@@ -228,19 +229,29 @@ def test_unknown_family_is_refused():
 
 
 def test_every_gpu_default_has_its_measurement():
-    """The rule of pyrepr/backend.py: no GPU kernel is a default before a recorded run of gpu_check."""
-    from pathlib import Path
-
+    """The rule of pyrepr/backend.py: what a recorded run of gpu_check proves, by its records, not by what it says."""
     from pyrepr.backend import GPU_ORDER
 
     results = Path(__file__).parents[1] / "benchmarks/results"
-    passed = {
-        (r["family"], r["backend"])
-        for path in results.glob("gpu*.json")
-        for run in [json.loads(path.read_text())]
-        for r in run["records"]
-        if not run["dry_run"] and r["section"] == "check" and not r["failure"]
-    }
-    for op, order in GPU_ORDER.items():
-        for backend in order:
-            assert any(op.startswith(family) for family, b in passed if b == backend), (op, backend)
+    assert unproven(GPU_ORDER, results) == []
+
+
+def unproven(order, results):
+    runs = [json.loads(path.read_text()) for path in results.glob("gpu*.json")]
+    proven = [verdict.order(run["records"]) for run in runs if not run["dry_run"]]
+    return [op for op, backends in order.items() if list(backends) not in [run.get(op) for run in proven]]
+
+
+def test_a_default_without_its_measurement_is_found(tmp_path):
+    shared = {"family": "gram", "ops": ["gram_stats"], "failure": None}
+    time = {**shared, "section": "time", "op": "cka", "shape": "n=9", "milliseconds": 1.0}
+    records = [
+        {**shared, "section": "check", "backend": "triton"},
+        {**time, "implementation": "pyrepr triton"},
+        {**time, "implementation": "pyrepr reference", "milliseconds": 2.0, "ops": []},
+    ]
+    (tmp_path / "gpu_h100.json").write_text(json.dumps({"dry_run": False, "records": records}))
+    assert unproven({"gram_stats": ("triton",)}, tmp_path) == []
+    assert unproven({"gram_stats": ("cuda",), "gram_matrix": ("triton",)}, tmp_path) == ["gram_stats", "gram_matrix"]
+    (tmp_path / "gpu_h100.json").write_text(json.dumps({"dry_run": True, "records": records}))
+    assert unproven({"gram_stats": ("triton",)}, tmp_path) == ["gram_stats"]

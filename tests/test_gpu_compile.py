@@ -129,6 +129,17 @@ def test_every_variant_was_compiled():
     assert not names, f"{len(names)} variants are not on record: {names[:9]}"
 
 
+def test_what_is_on_record_for_other_versions_is_complete():
+    """As far as this version can tell: there are as many variants. And what they spill is what tests/spills.py says."""
+    if LEFT_OUT or VERSION != TRITON:
+        pytest.skip(f"the variants are known as those of triton {TRITON}")
+    here = len({fingerprint(case) for case in CASES})
+    assert {version: len(record) for version, record in EVERY_RECORD.items()} == dict.fromkeys(EVERY_RECORD, here)
+    others = {version: record for version, record in EVERY_RECORD.items() if version != TRITON}
+    found = {v: (sum(use[2] > 0 for use in r.values()), max(use[2] for use in r.values())) for v, r in others.items()}
+    assert found == spills.ELSEWHERE
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: no Triton kernel was compiled")
 def test_triton_is_here():
     from pyrepr.kernels import _launch

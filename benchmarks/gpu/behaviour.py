@@ -141,6 +141,100 @@ def decoding_in_a_cuda_graph(backend: str) -> None:
         assert torch.equal(o, expected)
 
 
+def _convolution_inputs(T: int = 300, device: str | None = None) -> tuple[torch.Tensor, ...]:
+    """x [B, D, T], weight, bias."""
+    new = {"device": device or DEVICE, "dtype": torch.bfloat16}
+    return torch.randn(1, T, 200, **new).mT, torch.randn(200, 4, **new), torch.randn(200, **new)
+
+
+def convolution_compiles_fullgraph_forward_and_backward(width: int) -> None:
+    results = []
+    with pyrepr.use_backend("triton"):
+        for function in (pyrepr.causal_conv1d_fn, torch.compile(pyrepr.causal_conv1d_fn, fullgraph=True)):
+            torch.manual_seed(0)
+            x, weight, bias = _convolution_inputs()
+            leaves = [t.detach().requires_grad_() for t in (x, weight[:, :width], bias)]
+            out = function(*leaves, activation="silu")
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def packed_convolution_in_a_cuda_graph_follows_the_bounds() -> None:
+    x = _convolution_inputs()
+    options = {"return_final_states": True, "activation": "silu"}
+    bounds = torch.tensor([0, 100, 300], device=DEVICE)
+    with pyrepr.use_backend("triton"):
+        pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, last = pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        bounds.copy_(torch.tensor([0, 170, 300]))
+        graph.replay()
+        again = pyrepr.causal_conv1d_fn(*x, cu_seqlens=bounds, **options)
+        assert torch.equal(out, again[0]) and torch.equal(last, again[1])
+
+
+def decoding_a_convolution_in_a_cuda_graph(ring: bool) -> None:
+    x, weight, bias = _convolution_inputs(1)
+    state = torch.randn(3, 200, 5, device=DEVICE, dtype=x.dtype)
+    start = state.clone()
+    places = torch.full((1,), 2, device=DEVICE, dtype=torch.int32) if ring else None
+    index = torch.ones(1, device=DEVICE, dtype=torch.int32) if ring else None
+    state, start = (state, start) if ring else (state[:1], start[:1])
+
+    def step():
+        return pyrepr.causal_conv1d_update(x[..., 0], state, weight, bias, "silu", places, index)
+
+    with pyrepr.use_backend("triton"), torch.no_grad():
+        expected = step()
+        after = state.clone()
+        state.copy_(start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        state.copy_(start)
+        graph.replay()
+    assert torch.equal(out, expected) and torch.equal(state, after)
+
+
+def convolution_on_a_side_stream_without_a_synchronisation() -> None:
+    x, weight, bias = _convolution_inputs()
+    seq_idx = torch.arange(300, device=DEVICE)[None] // 70
+    stream = torch.cuda.Stream()
+    with pyrepr.use_backend("triton"):
+        expected = pyrepr.causal_conv1d_fn(x, weight, bias, seq_idx)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                out = pyrepr.causal_conv1d_fn(x, weight, bias, seq_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def convolution_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        raise NotHere("one GPU: no device that is not the current one")
+    x, weight, bias = _convolution_inputs(device="cuda:1")
+    with pyrepr.use_backend("triton"):
+        out = pyrepr.causal_conv1d_fn(x, weight, bias, activation="silu")
+    expected = pyrepr.causal_conv1d_fn(x.cpu(), weight.cpu(), bias.cpu(), activation="silu")
+    torch.testing.assert_close(out.cpu(), expected, rtol=0.02, atol=0.02)
+
+
+def convolution_of_more_than_two_to_the_31_elements() -> None:
+    x = torch.zeros(1, 4, (1 << 29) + 64, device=DEVICE, dtype=torch.bfloat16)
+    x[..., -3:] = torch.randn(4, 3, device=DEVICE)
+    weight = torch.randn(4, 4, device=DEVICE)
+    with pyrepr.use_backend("triton"):
+        for rows in (x, x[..., :-1]):  # the second has to be copied
+            out = pyrepr.causal_conv1d_fn(rows, weight)
+            assert torch.equal(out[..., -9:], pyrepr.causal_conv1d_fn(rows[..., -12:].contiguous(), weight)[..., -9:])
+
+
 def _lookup_problem(
     tokens: int = 9, k: int = 16, h: int = 64, device: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,15 +306,21 @@ def _all() -> dict[str, Callable[[], None]]:
         (codes_out_of_range_give_nan_without_a_synchronisation, [{}]),
         (decoding_in_a_cuda_graph, both),
         (packed_delta_rule_in_a_cuda_graph_follows_the_bounds, [{}]),
+        (packed_convolution_in_a_cuda_graph_follows_the_bounds, [{}]),
+        (decoding_a_convolution_in_a_cuda_graph, [{"ring": False}, {"ring": True}]),
+        (convolution_on_a_side_stream_without_a_synchronisation, [{}]),
         (lookup_of_special_values, special),
         (out_of_memory_is_torchs_own_error, [{}]),
         (cka_compiles_fullgraph_forward_and_backward, [{}]),
         (delta_rule_compiles_fullgraph_forward_and_backward, [{}]),
         (lookup_compiles_fullgraph_forward_and_backward, [{"tokens": 9}, {"tokens": 600}]),
+        (convolution_compiles_fullgraph_forward_and_backward, [{"width": 3}, {"width": 4}]),
         (cka_of_more_than_two_to_the_31_elements, [{}]),
+        (convolution_of_more_than_two_to_the_31_elements, [{}]),
         (lookup_in_more_than_two_to_the_31_table_elements, both),
         (another_device_than_the_current_one, both),
         (lookup_on_another_device_than_the_current_one, both),
+        (convolution_on_another_device_than_the_current_one, [{}]),
     ]
     found = {}
     for function, choices in given:
