@@ -91,6 +91,7 @@ def arrange(root: Path, folder: Path) -> str | None:
     configure += [f"-DPYREPR_CUDA={'ON' if cuda_tool('nvcc') else 'OFF'}"]
     if importlib.util.find_spec("pybind11"):
         configure += [f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}"]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (configure, ["cmake", "--build", str(objects), "--parallel", str(os.cpu_count() or 2)]):
         try:
             result = subprocess.run(command, text=True, capture_output=True, env=_with_nvcc(), check=False)
