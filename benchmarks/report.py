@@ -96,9 +96,48 @@ def markdown(run: dict[str, Any]) -> str:
 def gpu_markdown(run: dict[str, Any]) -> str:
     """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
     records = run["records"]
-    tuned = "\n".join(f"- {line}" for line in run.get("tuned", ()))
-    parts = (_gpu_head(run), _gpu_times(records), _gpu_notes(records), _gpu_checks(records), tuned)
+    aims, order = _gpu_aims(run.get("aims", [])), _gpu_order(run)
+    parts = (_gpu_head(run), aims, _gpu_times(records), _gpu_notes(records), _gpu_checks(records), order)
     return "\n\n".join(part for part in parts if part)
+
+
+def _gpu_aims(aims: list[dict[str, Any]]) -> str:
+    """What was aimed at beside what was measured, bfloat16."""
+    if not aims:
+        return ""
+    words = {
+        "times": "≥ {} × as fast as {}",
+        "product": "≥ {} of the rate of {}",
+        "bandwidth": "≥ {} of the bandwidth of {}",
+        "memory": "≤ {} × the memory of {}",
+        "error": "error ≤ {} × that of {}",
+    }
+    lines = ["| aim | op | shape | measured | pyrepr, ms | peer, ms | error | peer's error | |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|---|")
+    for aim in aims:
+        value = aim.get("value")
+        ms, errors = (
+            ["" if aim.get(key) is None else show(float(aim[key])) for key in keys]
+            for keys, show in (
+                (("milliseconds", "peer_milliseconds"), _milliseconds),
+                (("error", "peer_error"), _error),
+            )
+        )
+        verdict = {True: "met", False: "missed", None: f"unmeasured: {aim.get('why', 'no number')}"}[aim["met"]]
+        cells = [words[aim["kind"]].format(f"{aim['limit']:g}", aim["peer"]), aim["op"], aim["shape"]]
+        cells += ["" if value is None else f"{value:.2f}", *ms, *errors, verdict.replace("\n", " ")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _gpu_order(run: dict[str, Any]) -> str:
+    """What the run proves fit to be a default, as pyrepr/backend.py says it."""
+    if not run.get("order") or run["dry_run"]:
+        return ""
+    from pyrepr.benchmarks.gpu.verdict import order_lines
+
+    lines = ["For pyrepr/backend.py, once this run is in benchmarks/results/:", "", "```python"]
+    return "\n".join([*lines, *order_lines(run["order"]), "```"])
 
 
 def _gpu_head(run: dict[str, Any]) -> str:
@@ -108,6 +147,8 @@ def _gpu_head(run: dict[str, Any]) -> str:
     )
     bounds = ", ".join(f"{r['op']} {r['value']:.0f} {r['unit']}" for r in run["records"] if "bound" in r)
     note = "" if run["finished"] else " The run did not finish."
+    reason = run.get("build", {}).get("cuda_reason") or run.get("build", {}).get("reason")
+    note += f" CUDA C++ was not built: {reason}." if reason and not run["dry_run"] else ""
     return (
         f"{facts.get('device', 'unknown device')}, driver {run['driver']}, {versions}, commit {run['commit']}, "
         f"{run['date']}. Measured in the same run: {bounds or 'nothing'}.{note}"
@@ -130,6 +171,7 @@ def _gpu_times(records: list[dict[str, Any]]) -> str:
         op, shape, dtype = case[1:] if case != last else ("", "", "")
         last = case
         name = r.get("implementation", "")
+        error = "" if r.get("error") is None else f"{float(r['error']):.0e}"
         if not r.get("milliseconds"):
             lines.append(
                 f"| {op} | {shape} | {dtype} | {name} | {r.get('failure') or 'no time'} | | | | |".replace("\n", " ")
@@ -144,7 +186,7 @@ def _gpu_times(records: list[dict[str, Any]]) -> str:
             *(op, shape, dtype, f"**{name}**" if own else name),
             _milliseconds(ms),
             f"{ms / fastest[case]:.2f}" if case in fastest else "",
-            "" if r.get("error") is None else f"{float(r['error']):.0e}",
+            f"{error} ({r['failure']})" if r.get("failure") else error,
             "" if r.get("peak_mib") is None else f"{r['peak_mib']:.0f}",
             f"{100 * share:.0f} %" if own and share else "",
         ]
@@ -168,7 +210,10 @@ def _gpu_notes(records: list[dict[str, Any]]) -> str:
 
 
 def _gpu_case(record: dict[str, Any]) -> tuple:
-    return record["family"], record["op"], record["shape"], record.get("dtype", "")
+    return record["family"], record["op"], record.get("shape", ""), record.get("dtype", "")
+
+
+CHECKS = {"check": "against float64", "behaviour": "inside torch", "sanitize": "compute-sanitizer"}
 
 
 def _gpu_checks(records: list[dict[str, Any]]) -> str:
@@ -176,9 +221,9 @@ def _gpu_checks(records: list[dict[str, Any]]) -> str:
     counts: dict[tuple[str, str], list[int]] = {}
     lines = []
     for r in records:
-        if r["section"] not in ("check", "tests", "sanitize") or str(r.get("failure")).startswith("not run"):
+        what = CHECKS.get(r["section"])
+        if what is None or str(r.get("failure")).startswith("not run"):
             continue
-        what = {"check": "against float64", "tests": "tests", "sanitize": "compute-sanitizer"}[r["section"]]
         passed = counts.setdefault((r["family"], what), [0, 0])
         passed[0] += not r.get("failure")
         passed[1] += 1

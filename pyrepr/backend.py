@@ -156,6 +156,11 @@ def backends() -> BackendTable:
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyrepr_backend", default=None)
 
+# PyTorch runs the backward of CUDA tensors in threads of its own, where the context variable is not set. What is
+# stashed here goes along with a call of backward into these threads.
+_STASH = "pyrepr_backend"
+_stashed = False  # whether anything ever was: looking it up takes time
+
 
 def _check_available(name: str, source: str) -> None:
     if name not in NAMES:
@@ -177,17 +182,33 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: if it is unavailable here, with the reason; also later, if an op called in the block has no
             implementation of that backend for its tensors' device. It never falls back silently.
     """
+    import torch
+
+    global _stashed
     _check_available(name, "use_backend")
     token = _forced.set(name)
+    _stashed = True
+    torch._C._stash_obj_in_tls(_STASH, name)
     try:
         yield
     finally:
         _forced.reset(token)
+        torch._C._stash_obj_in_tls(_STASH, _forced.get())
 
 
 def forced_backend() -> str | None:
-    """The backend forced by :func:`use_backend` or ``PYREPR_BACKEND``, checked; ``None`` if the choice is free."""
-    return _forced.get() or _environment()
+    """The backend forced by :func:`use_backend` or ``PYREPR_BACKEND``, checked; ``None`` if the choice is free.
+
+    A backward takes what was forced where it was called, in whichever thread it runs.
+    """
+    return _forced.get() or (_stashed and _forced_for_backward()) or _environment()
+
+
+def _forced_for_backward() -> str | None:
+    import torch
+
+    running = torch._C._current_graph_task_id() != -1
+    return torch._C._get_obj_in_tls(_STASH) if running and torch._C._is_key_in_tls(_STASH) else None
 
 
 @functools.cache

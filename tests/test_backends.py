@@ -40,6 +40,41 @@ def test_forcing_a_backend_is_scoped_and_nests():
     assert backend.forced_backend() is None
 
 
+def test_a_backward_in_another_thread_takes_what_was_forced():
+    """That of CUDA tensors always runs in another; on the CPU, the innermost of many nested ones does."""
+    code = """
+import os, threading, torch, pyrepr
+from pyrepr import backend
+
+class Nested(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()
+        else:
+            here = threading.get_ident() == threading.main_thread().ident
+            print(here, backend._forced.get(), backend.forced_backend())
+        return grad, None
+
+with pyrepr.use_backend("cpu"):
+    with pyrepr.use_backend("reference"):
+        Nested.apply(torch.ones(1, requires_grad=True), 70).backward()
+    Nested.apply(torch.ones(1, requires_grad=True), 70).backward()
+Nested.apply(torch.ones(1, requires_grad=True), 70).backward()
+print(backend.forced_backend(), flush=True)
+os._exit(0)
+"""
+    status, out, error = run(code)
+    assert status == 0, error
+    assert out.splitlines() == ["False None reference", "False None cpu", "False None None", "None"]
+
+
 def test_forcing_what_is_not_there_is_an_error():
     with (
         pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda, got 'gpu'"),

@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pyrepr.benchmarks import report
-from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, worker
+from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, timing, verdict, worker
 
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
@@ -127,13 +128,12 @@ def test_what_is_left_of_a_section_that_hangs_is_counted(fake_family, monkeypatc
     assert [r["failure"] for r in state.records] == ["hung", "not run: 4 more, since the section's time was over"]
 
 
-def hanging(self, kind, family, path, options, seconds):
-    path.write_text(json.dumps({"start": True, "of": 6, "number": 1, "op": "good"}) + "\n")
-    return "hung"
+def hanging(self, kind, family, options, seconds, shared, tool):
+    return "hung", [{"mark": "start", "of": 6, "number": 1, "op": "good"}]
 
 
 def test_a_peer_that_does_not_come_to_an_end_is_left(monkeypatch):
-    monkeypatch.setattr(worker, "FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(timing, "FIRST_SECONDS", 0.05)
 
     def endless():
         while True:
@@ -142,7 +142,8 @@ def test_a_peer_that_does_not_come_to_an_end_is_left(monkeypatch):
     x = torch.ones(3)
     problem = Problem(lambda: x.clone(), lambda: x.double(), {"endless": endless, "quick": x.clone}, flops=1)
     case = GpuCase("op", "n=3", lambda *_: problem, {torch.float32: 0.0}, ("cpu",))
-    rows = {r["implementation"]: r for r in worker.time_case((case, torch.float32), torch.device("cpu"), 0.01)}
+    found = timing.time_case((case, torch.float32), torch.device("cpu"), 0.01)
+    rows = {r["implementation"]: r for r in found if "mark" not in r}
     assert rows["endless"]["failure"] == "TimeoutError: its first run took more than 0 s"
     assert rows["quick"]["milliseconds"] > 0 and rows["pyrepr cpu"]["milliseconds"] > 0
 
@@ -228,19 +229,29 @@ def test_unknown_family_is_refused():
 
 
 def test_every_gpu_default_has_its_measurement():
-    """The rule of pyrepr/backend.py: no GPU kernel is a default before a recorded run of gpu_check."""
-    from pathlib import Path
-
+    """The rule of pyrepr/backend.py: what a recorded run of gpu_check proves, by its records, not by what it says."""
     from pyrepr.backend import GPU_ORDER
 
     results = Path(__file__).parents[1] / "benchmarks/results"
-    passed = {
-        (r["family"], r["backend"])
-        for path in results.glob("gpu*.json")
-        for run in [json.loads(path.read_text())]
-        for r in run["records"]
-        if not run["dry_run"] and r["section"] == "check" and not r["failure"]
-    }
-    for op, order in GPU_ORDER.items():
-        for backend in order:
-            assert any(op.startswith(family) for family, b in passed if b == backend), (op, backend)
+    assert unproven(GPU_ORDER, results) == []
+
+
+def unproven(order, results):
+    runs = [json.loads(path.read_text()) for path in results.glob("gpu*.json")]
+    proven = [verdict.order(run["records"]) for run in runs if not run["dry_run"]]
+    return [op for op, backends in order.items() if list(backends) not in [run.get(op) for run in proven]]
+
+
+def test_a_default_without_its_measurement_is_found(tmp_path):
+    shared = {"family": "gram", "ops": ["gram_stats"], "failure": None}
+    time = {**shared, "section": "time", "op": "cka", "shape": "n=9", "milliseconds": 1.0}
+    records = [
+        {**shared, "section": "check", "backend": "triton"},
+        {**time, "implementation": "pyrepr triton"},
+        {**time, "implementation": "pyrepr reference", "milliseconds": 2.0, "ops": []},
+    ]
+    (tmp_path / "gpu_h100.json").write_text(json.dumps({"dry_run": False, "records": records}))
+    assert unproven({"gram_stats": ("triton",)}, tmp_path) == []
+    assert unproven({"gram_stats": ("cuda",), "gram_matrix": ("triton",)}, tmp_path) == ["gram_stats", "gram_matrix"]
+    (tmp_path / "gpu_h100.json").write_text(json.dumps({"dry_run": True, "records": records}))
+    assert unproven({"gram_stats": ("triton",)}, tmp_path) == ["gram_stats"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,3 +66,54 @@ class GpuCase:
     @property
     def name(self) -> str:
         return f"{self.op} {self.shape}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget(device: torch.device) -> None:
+    """Gives memory back that nothing holds any more: the next case may need all of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, (list, tuple)):
+        return [t for part in result if part is not None for t in flat(part)]
+    return [torch.as_tensor(result)]
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(flat(a), flat(b), strict=True)
+    return all(torch.equal(x.nan_to_num(0.0), y.nan_to_num(0.0)) for x, y in pairs)
+
+
+@contextlib.contextmanager
+def implementations_taken() -> Iterator[set[tuple[str, str]]]:
+    """The (op, backend) pairs that pyrepr's leaf ops chose inside the ``with`` block, in whichever thread."""
+    leaf = importlib.import_module("pyrepr.ops._leaf")
+    choose, found = leaf.choose, set()
+
+    def noting(op: str, implementations: dict[str, Callable], device: str) -> list[Callable]:
+        chosen = choose(op, implementations, device)
+        found.update((op, name) for name, function in implementations.items() if function is chosen[0])
+        return chosen
+
+    leaf.choose = noting
+    try:
+        yield found
+    finally:
+        leaf.choose = choose
+
+
+def strayed(taken: set[tuple[str, str]], backend: str) -> str | None:
+    """What ran elsewhere than in the forced backend, or ``None``."""
+    others = sorted(f"{op} in {name}" for op, name in taken if name != backend)
+    return f"ran elsewhere than in {backend}: {', '.join(others)}" if others else None

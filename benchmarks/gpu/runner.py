@@ -1,29 +1,45 @@
-"""Runs the sections of the GPU check one after the other, each in its own process, and writes the report."""
+"""Runs the sections of the GPU check, each in processes of its own, and keeps the report written while they run.
+
+Correctness comes first, then compiling what is timed, then the times, alone on the device, and last what takes long:
+the ops' behaviour inside PyTorch and compute-sanitizer.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyrepr.benchmarks.report import gpu_markdown
+from pyrepr.benchmarks import report as reports
+from pyrepr.benchmarks.gpu import verdict
 
 import pyrepr
 from pyrepr.backend import build_info
 from pyrepr.gpu_check import cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
-# Shares of the time that is left when a section's turn comes. Correctness first: it is worth most.
-SHARES = {"machine": 1.0, "prepare": 4.0, "check": 4.0, "time": 5.0, "tests": 2.0, "sanitize": 3.0}
+# Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every head count.
+SHARES = {"machine": 1.0, "check": 8.0, "prepare": 8.0, "time": 4.0, "last": 9.0, "autotune": 10.0}
+TIME_SHARES = {"gram": 6.0, "delta_rule": 16.0}
 TOOLS = ("memcheck", "racecheck")
+# Longest that a worker may give no sign: a kernel that hangs must not take the section's time.
+SILENCE = {"check": 60.0, "prepare": 120.0, "time": 100.0, "behaviour": 120.0, "sanitize": 150.0, "autotune": 200.0}
+GRACE = 5.0  # seconds for a worker to see for itself that its time is over
+WRITE_EVERY = 10.0
+
+Stage = tuple[str, float, Callable[[float], None]]
 
 
 class Run:
@@ -34,122 +50,201 @@ class Run:
         for family in families or []:
             if family not in known:
                 raise ValueError(f"--families must be among {', '.join(known)}, got {family!r}")
+        self.families = families or known
         self.started, self.dry = time.monotonic(), dry
         self.end = self.started + seconds
         self.most = 1 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
         self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
-        self.tuned: list[str] = []
-        self.sections = [("machine", "all"), *(("prepare", f) for f in families or known)]
-        self.sections += [(kind, f) for kind in ("check", "time") for f in families or known]
-        self.sections += [("tests", "all"), *(("sanitize", f) for f in families or known)]
+        self.live: dict[Path, dict[str, Any]] = {}  # files of running workers → what their lines lack
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.processors = 2 if dry else max(1, os.cpu_count() or 1)
         self.commit = _commit()
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def section(self, kind: str, family: str, seconds: float) -> None:
-        """Starts the worker again behind an item that ended it, until the section or its time is over."""
-        end = time.monotonic() + seconds
-        first, count = 0, 1
+    def section(
+        self,
+        kind: str,
+        family: str,
+        seconds: float,
+        place: tuple[int, int] = (0, 1),
+        tool: str | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """Works through every ``place[1]``-th item; starts the worker again behind an item that ended it.
+
+        An implementation that ended it while a case was being timed is left out, and the case begins anew.
+        """
+        end, (first, step), count = time.monotonic() + seconds, place, place[0] + 1
+        shared: dict[str, Any] = {"section": kind, "family": family, **({"tool": tool} if tool else {})}
+        without: list[str] = []
         while first < count:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "records")
-                path.touch()
-                options = ["--first", str(first)]
-                end_note = self._worker(kind, family, path, options, end - time.monotonic())
-                lines = _read(path)
-            started = [line for line in lines if line.get("start")]
-            self.records += [line for line in lines if not line.get("start")]
-            count = started[-1]["of"] if started else count
-            if end_note is None:
+            asked = [f"--first={first}", f"--step={step}", *(f"--without={name}" for name in without), *options]
+            note, lines = self._worker(kind, family, asked, end - time.monotonic(), shared, tool)
+            marks = [line for line in lines if "mark" in line]
+            count = next((line["of"] for line in reversed(marks) if "of" in line), count)
+            if note is None:
                 return
-            unfinished = started[-1] if started else {"section": kind, "family": family, "number": first, "op": kind}
-            if not any(r["number"] == unfinished["number"] for r in lines if not r.get("start")):
-                kept = {key: value for key, value in unfinished.items() if key not in ("start", "of")}
-                self.records.append({**kept, "failure": end_note})
-            first = unfinished["number"] + 1
-            if (time.monotonic() >= end or not started) and first < count:
-                note = f"not run: {count - first} more, since the section's time was over"
-                self.records.append({"section": kind, "family": family, "number": first, "op": kind, "failure": note})
-            if time.monotonic() >= end or not started:
+            last = marks[-1] if marks else {**shared, "number": first, "op": kind, "mark": "start"}
+            unfinished = {key: value for key, value in last.items() if key not in ("mark", "of")}
+            stopped = not marks or time.monotonic() >= end or self.stopped
+            if last["mark"] == "end":
+                if last["number"] + step >= count:
+                    self._add({**shared, "op": "at the end of all", "failure": note})
+                first, without = last["number"] + step, []
+            elif last["mark"] == "implementation" and not stopped:
+                self._add({**unfinished, "failure": note})
+                without = [*(without if last["number"] == first else []), last["implementation"]]
+                first = last["number"]
+            else:
+                self._add({**unfinished, "failure": note})
+                first, without = last["number"] + step, []
+            if stopped:
+                rest = len(range(first, count, step))
+                said = f"not run: {rest} more, since the section's time was over"
+                if rest:
+                    self._add({**shared, "number": first, "op": kind, "failure": said})
                 return
+
+    def _add(self, *records: dict[str, Any]) -> None:
+        with self.lock:
+            self.records += records
 
     def _worker(
-        self, kind: str, family: str, path: Path, options: list[str], seconds: float, prefix: tuple[str, ...] = ()
-    ) -> str | None:
-        """Runs a worker; returns why it ended early, or ``None``."""
-        command = [*prefix, sys.executable, "-m", "pyrepr.benchmarks.gpu.worker", kind, family, str(path), *options]
-        command += ["--seconds", str(seconds), *(["--dry-run"] if self.dry else [])]
-        command += [] if self.most is None else ["--most", str(self.most)]
-        try:
-            # Some time more: the worker sees for itself that its time is over, unless it hangs.
-            result = subprocess.run(
-                command, text=True, capture_output=True, env=self.environment, timeout=max(1, seconds) + 20, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return "it was still running when the section's time was over"
-        sys.stderr.write(result.stderr)
-        sys.stdout.write(result.stdout)
-        # Of PYREPR_AUTOTUNE=1: what the tables in the code should say.
-        self.tuned += [line for line in result.stdout.splitlines() if "best of its table's row" in line]
-        if result.returncode == 0:
-            return None
-        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-        found = [line for line in lines if line.startswith("=========")][:6] or lines[-3:]  # compute-sanitizer's report
-        return f"its process ended with code {result.returncode}: {' | '.join(found)}"[:900]
+        self, kind: str, family: str, options: list[str], seconds: float, shared: dict[str, Any], tool: str | None
+    ) -> tuple[str | None, list[dict[str, Any]]]:
+        """Runs a worker; returns why it ended early, or ``None``, and the lines it wrote. Its records are kept."""
+        command = [*_watched_by(tool), sys.executable, "-m", "pyrepr.benchmarks.gpu.worker", kind, family]
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "w+") as output:
+            path = Path(folder, "records")
+            path.touch()
+            command += [str(path), *options, f"--seconds={seconds}", *(["--dry-run"] if self.dry else [])]
+            command += [] if self.most is None else [f"--most={self.most}"]
+            with self.lock:
+                self.live[path] = shared
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(kind),
+                    start_new_session=True,
+                )
+                note = self._watch(process, path, SILENCE.get(kind, 60.0), time.monotonic() + max(1, seconds) + GRACE)
+                output.seek(0)
+                text = output.read()
+            finally:
+                with self.lock:
+                    self.live.pop(path)
+                    lines = [{**line, **shared} for line in _read(path)]
+                    self.records += [line for line in lines if "mark" not in line]
+        if note is None and process.returncode == 0:
+            return None, lines
+        sys.stderr.write(text[-4000:])
+        return note or _last_words(process.returncode, text, tool), lines
 
-    def prepare(self, family: str, seconds: float) -> None:
-        """Compiles what the cases launch, on all processors; what fails here fails again where it is recorded."""
+    def _environment(self, kind: str) -> dict[str, str]:
+        special = {
+            "sanitize": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else overruns end in memory that is allocated
+            "prepare": {"FLA_CACHE_RESULTS": "0"},  # nothing is timed: there is no result to keep
+            "autotune": {"PYREPR_AUTOTUNE": "1"},
+        }
+        return {**self.environment, **special.get(kind, {})}
+
+    def _watch(self, process: subprocess.Popen, path: Path, silence: float, end: float) -> str | None:
+        """Waits for a worker; one that hangs is ended with all it started, and the reason returned."""
+        size, since = 0, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+                return None
+            now = time.monotonic()
+            if path.stat().st_size != size:
+                size, since = path.stat().st_size, now
+            if now - since <= silence and now <= end and not self.stopped:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in the driver's hands it may stay: go on without it
+                process.wait(10)
+            if now - since > silence:
+                return f"it hung: no sign for {silence:.0f} s"
+            return "it was still running when the section's time was over"
+
+    def together(self, calls: list[Callable[[], None]], count: int) -> None:
+        """Calls that do not disturb each other, as nothing in them is timed; one that fails is recorded."""
+        with concurrent.futures.ThreadPoolExecutor(max(1, count)) as pool:
+            for future in [pool.submit(call) for call in calls]:
+                try:
+                    future.result()
+                except Exception as failure:
+                    self._add(_failure("check", "all", failure))
+
+    def check(self, seconds: float) -> None:
+        """Every family's cases, in as many processes as there are processors: a first launch compiles."""
+        shards = 1 if self.dry else max(1, min(5, self.processors // len(self.families)))
+        calls = [
+            lambda f=f, i=i: self.section("check", f, seconds, (i, shards))
+            for i in range(shards)
+            for f in self.families
+        ]
+        self.together(calls, self.processors)
+
+    def prepare(self, seconds: float) -> None:
+        """Compiles what is timed, and what its peers tune; what fails here fails again where it is recorded."""
         if self.dry:
             return
-        count = min(8, os.cpu_count() or 1)
-        with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(count) as pool:
-            for i in range(count):
-                options = ["--first", str(i), "--step", str(count)]
-                pool.submit(self._worker, "prepare", family, Path(folder, str(i)), options, seconds)
+        count = min(12, self.processors)
+        before = len(self.records)
+        shards = [(f, i) for i in range(count) for f in self.families]
+        calls = [
+            lambda f=f, i=i: self.section("prepare", f, seconds, options=("--shard", str(i), str(count)))
+            for f, i in shards
+            if f == "delta_rule" or i < 3
+        ]
+        self.together(calls, max(count, len(self.families)))
+        with self.lock:
+            self.records[before:] = []
 
-    def sanitize(self, family: str, seconds: float) -> None:
-        """compute-sanitizer on every small case: one process a tool, because starting one takes half a minute."""
+    def last(self, seconds: float) -> None:
+        """compute-sanitizer, a process for each family and tool, and the ops' behaviour: nothing of it is timed."""
+        calls = [lambda: self.section("behaviour", "all", seconds)]
+        calls += [lambda f=f, t=t: self.sanitize(f, t, seconds) for t in TOOLS for f in self.families]
+        self.together(calls, len(calls) if self.processors > 4 else 2)
+
+    def sanitize(self, family: str, tool: str, seconds: float) -> None:
+        if not self.dry and cuda_tool("compute-sanitizer"):
+            self.section("sanitize", family, seconds, tool=tool)
+            return
         from pyrepr.benchmarks.gpu.worker import describe, sanitize_items
 
-        names = [describe(item) for item in sanitize_items(family, self.dry)]
-        shared = {"section": "sanitize", "family": family}
-        path_of_tool = cuda_tool("compute-sanitizer")
-        end = time.monotonic() + seconds
-        for i, tool in enumerate(TOOLS):
-            if self.dry or path_of_tool is None:
-                note = "not run: " + ("dry run" if self.dry else "there is no compute-sanitizer")
-                self.records += [{**shared, **name, "tool": tool, "failure": note} for name in names]
-                continue
-            prefix = (path_of_tool, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "records")
-                path.touch()
-                budget = (end - time.monotonic()) / (len(TOOLS) - i)
-                note = self._worker("sanitize", family, path, [], budget, prefix)
-                lines = [{**line, "tool": tool} for line in _read(path) if not line.get("start")]
-            self.records += lines
-            if note is not None:
-                self.records.append({**shared, "op": "all of the above", "tool": tool, "failure": note})
+        note = "not run: " + ("dry run" if self.dry else "there is no compute-sanitizer")
+        shared = {"section": "sanitize", "family": family, "tool": tool, "failure": note}
+        self._add(*({**shared, **describe(item)} for item in sanitize_items(family, self.dry)))
 
-    def tests(self, family: str, seconds: float) -> None:
-        """The tests marked ``gpu``, where pyrepr was installed from a clone."""
-        folder = _root() / "tests"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(folder)]
-        if self.dry or not folder.is_dir() or importlib.util.find_spec("pytest") is None:
-            note = "not run: " + ("dry run" if self.dry else "there is no clone, or no pytest")
-        else:
-            try:
-                result = subprocess.run(command, text=True, capture_output=True, timeout=max(1, seconds), check=False)
-                failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                note = " | ".join(failed or result.stdout.splitlines()[-3:])[:900] if result.returncode else None
-            except subprocess.TimeoutExpired:
-                note = "it was still running when the section's time was over"
-        self.records.append({"section": "tests", "family": family, "op": "pytest -m gpu", "shape": "", "failure": note})
+    def stages(self) -> list[Stage]:
+        """(name, share of the time, what does it)."""
+        timed = [
+            (f"time {f}", TIME_SHARES.get(f, SHARES["time"]), lambda s, f=f: self.section("time", f, s))
+            for f in self.families
+        ]
+        return [
+            ("machine", SHARES["machine"], lambda s: self.section("machine", "all", max(s, 30.0))),
+            ("check", SHARES["check"], self.check),
+            ("prepare", SHARES["prepare"], self.prepare),
+            *timed,
+            ("last", SHARES["last"], self.last),
+        ]
 
     def report(self, finished: bool) -> dict[str, Any]:
-        facts = next((r["facts"] for r in self.records if "facts" in r), {})
+        with self.lock:
+            running = [{**line, **shared} for path, shared in self.live.items() for line in _read(path)]
+            records = [*self.records, *(line for line in running if "mark" not in line)]
+        facts = next((r["facts"] for r in records if "facts" in r), {})
+        records = [r for r in records if "facts" not in r]
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": self.commit,
@@ -158,19 +253,48 @@ class Run:
             "finished": finished,
             "seconds": round(time.monotonic() - self.started, 1),
             "machine": facts,
-            "tuned": self.tuned,
-            "records": [r for r in self.records if "facts" not in r],
+            "clocks": _clocks(),
+            "build": build_info(),
+            "aims": _concluded(verdict.aims, records, []),
+            "order": _concluded(verdict.order, records, {}),
+            "records": records,
         }
 
 
+def _concluded(conclude: Callable[[list], Any], records: list[dict[str, Any]], otherwise: Any) -> Any:
+    """What follows from the records; should that fail, the records are still worth keeping."""
+    try:
+        return conclude(records)
+    except Exception as failure:
+        print(f"gpu_check: {conclude.__name__}: {type(failure).__name__}: {failure}", file=sys.stderr)
+        return otherwise
+
+
+def _failure(section: str, family: str, failure: BaseException) -> dict[str, Any]:
+    return {"section": section, "family": family, "op": section, "failure": f"{type(failure).__name__}: {failure}"}
+
+
+def _watched_by(tool: str | None) -> list[str]:
+    if tool is None:
+        return []
+    # Only this process: the compilers that Triton starts have nothing to be looked at.
+    options = ["--target-processes", "application-only", "--error-exitcode", "9", "--print-limit", "20"]
+    return [str(cuda_tool("compute-sanitizer")), "--tool", tool, *options]
+
+
+def _last_words(code: int, text: str, tool: str | None) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    found = [line for line in lines if tool and line.startswith("=========") and "COMPUTE-SANITIZER" not in line][:8]
+    return f"its process ended with code {code}: {' | '.join(found or lines[-3:])}"[:900]
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a worker; a last line that its end cut off is dropped."""
+    """The lines of a worker; a last one that its end cut off is dropped."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return found
 
 
@@ -182,9 +306,18 @@ def _output(command: list[str]) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _driver() -> str | None:
-    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+def _smi(fields: str) -> str | None:
+    output = _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
     return output.splitlines()[0] if output else None
+
+
+def _driver() -> str | None:
+    return _smi("driver_version")
+
+
+def _clocks() -> str | None:
+    """Of now, and the most there is: whether the device was free to run at its speed."""
+    return _smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu")
 
 
 def _root() -> Path:
@@ -193,43 +326,105 @@ def _root() -> Path:
 
 def _commit() -> str:
     """The commit of the clone pyrepr was installed from, with + if something was changed; or the environment's word."""
-    git = ["git", "-C", str(_root())]
-    commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    git = ["git", "-c", "safe.directory=*", "-C", str(_root())]  # the clone may be another user's
+    commit = _output([*git, "rev-parse", "--short=12", "HEAD"]) if (_root() / "setup.py").exists() else None
     if not commit:
         return build_info().get("commit") or os.environ.get("PYREPR_COMMIT", "unknown")
     return commit + ("+" if _output([*git, "status", "--porcelain", "-uno"]) else "")
 
 
-def write(out: Path, report: dict[str, Any]) -> None:
+def write(out: Path, report: dict[str, Any], name: str = "gpu") -> None:
     """Both files, each complete or as it was before."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("gpu.json", json.dumps(report, indent=1)), ("gpu.md", gpu_markdown(report))):
-        temporary = out / (name + ".partial")
-        temporary.write_text(text + "\n")
-        temporary.replace(out / name)
+    forms = {
+        ".json": lambda: json.dumps(report, indent=1, allow_nan=False),
+        ".md": lambda: reports.gpu_markdown(report),
+    }
+    for suffix, made in forms.items():
+        temporary = out / f"{name}{suffix}.partial"
+        temporary.write_text(made() + "\n")
+        temporary.replace(out / f"{name}{suffix}")
+
+
+@contextlib.contextmanager
+def _kept_written(out: Path, state: Run) -> Iterator[None]:
+    """Writes the report every few seconds: what a machine that goes away has measured is on its disk."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(WRITE_EVERY):
+            with contextlib.suppress(OSError):  # a disk that is full now may not be so at the end
+                write(out, state.report(finished=False))
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _ended_by_signals(state: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM end the workers, which are sessions of their own, and leave a report."""
+
+    def stop(*_: Any) -> None:
+        state.stopped, state.end = True, time.monotonic()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int:
-    """All sections. The report is written after each, so that a machine that goes away leaves what it measured."""
+    """All stages; 1 if something of pyrepr's failed."""
     state = Run(families, seconds, dry)
-    for i, (kind, family) in enumerate(state.sections):
-        shares = [SHARES[later] for later, _ in state.sections[i:]]
-        budget = max(0.0, state.left() - 5) * shares[0] / sum(shares)
-        before = len(state.records)
-        try:
-            if kind in ("prepare", "sanitize", "tests"):
-                getattr(state, kind)(family, budget)
-            else:
-                state.section(kind, family, budget)
-        except Exception as failure:
-            state.records.append(
-                {"section": kind, "family": family, "op": kind, "failure": f"{type(failure).__name__}: {failure}"}
-            )
-        new = state.records[before:]
-        failed = sum(1 for record in new if record.get("failure"))
-        print(f"{kind} {family}: {len(new)} results, {failed} failed, {state.left():.0f} s left", flush=True)
-        write(out, state.report(finished=i + 1 == len(state.sections)))
+    stages = state.stages()
+    with _ended_by_signals(state), _kept_written(out, state):
+        for i, (name, share, work) in enumerate(stages):
+            if state.stopped:
+                break
+            before = len(state.records)
+            try:
+                work(max(0.0, state.left() - GRACE) * share / sum(later for _, later, _ in stages[i:]))
+            except Exception as failure:
+                state._add(_failure(name.split()[0], "all", failure))
+            new = state.records[before:]
+            failed = sum(1 for record in new if record.get("failure"))
+            print(f"{name}: {len(new)} results, {failed} failed or not run, {state.left():.0f} s left", flush=True)
+    write(out, state.report(finished=not state.stopped))
     print((out / "gpu.md").read_text())
     bad = [r for r in state.records if r.get("failure") and not str(r["failure"]).startswith("not run")]
     ours = (None, "pyrepr triton", "pyrepr cuda")  # a peer that cannot do it is a finding, no failure
-    return 1 if any(r.get("implementation") in ours for r in bad) else 0
+    return 1 if state.stopped or any(r.get("implementation") in ours for r in bad) else 0
+
+
+def autotune(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int:
+    """Searches the tables of launch configurations, goes on where an earlier run with this commit stopped."""
+    state = Run(families, seconds, dry)
+    path = out / "autotune.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("commit") != state.commit:
+        found = {"commit": state.commit, "next": {}, "records": []}
+    with _ended_by_signals(state):
+        for i, family in enumerate(state.families):
+            before = len(state.records)
+            share = max(0.0, state.left() - GRACE) / len(state.families[i:])
+            state.section("autotune", family, share, (found["next"].get(family, 0), 1))
+            new = state.records[before:]
+            found["records"] += [r for r in new if "table" in r]
+            done = [
+                r["number"] for r in new if "table" in r or (r.get("failure") and "time was over" not in r["failure"])
+            ]
+            found["next"][family] = max([found["next"].get(family, 0), *(number + 1 for number in done)])
+            out.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({**found, "rows": verdict.rows(found["records"])}, indent=1) + "\n")
+            partial.replace(path)
+            print(f"autotune {family}: {len(new)} searches, {state.left():.0f} s left", flush=True)
+    print("\n".join(verdict.rows(found["records"])) or "nothing was searched")
+    return 0
