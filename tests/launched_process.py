@@ -38,16 +38,16 @@ class Driver:
         return TARGET
 
 
-def described(source, alignment):
-    """What is compiled; `alignment` includes what Triton finds out about the arguments' values."""
+def described(source):
+    """What is compiled, with what Triton finds out about the arguments' values."""
     types = {
         name: kind.replace("i1", "u1") if kind in ("i1", "*i1") else kind for name, kind in source.signature.items()
     }
-    attributes = {place: found for place, found in source.attrs.items() if found} if alignment else {}
+    attributes = {place: found for place, found in source.attrs.items() if found}
     return source.name, types, source.constants, attributes
 
 
-def main(family, alignment):
+def main(family):
     compiled = []
 
     def do_compile(self, key, signature, device, constexprs, options, attrs, warmup):
@@ -60,7 +60,7 @@ def main(family, alignment):
     leaf = sys.modules["pyrepr.ops._leaf"]
     leaf.choose = lambda name, implementations, device: [implementations.get("triton", implementations["reference"])]
     variants = importlib.import_module(f"pyrepr.kernels.{family}").variants(90)
-    listed = {(variant.key, variant.aligned if alignment else ()) for variant in variants}
+    listed = {(variant.key, variant.aligned) for variant in variants}
     with _launch.recorded() as launched:
         for case in importlib.import_module(f"pyrepr.benchmarks.gpu.{family}").cases():
             if case.timed or "triton" not in case.backends:
@@ -72,16 +72,16 @@ def main(family, alignment):
     wrong = {}
     for variant, (source, options) in zip(launched, compiled, strict=True):
         expected = (
-            described(_launch.source(variant), alignment),
+            described(_launch.source(variant)),
             make_backend(TARGET).parse_options(_launch.options(variant)),
         )
-        if (variant.key, variant.aligned if alignment else ()) not in listed:
+        if (variant.key, variant.aligned) not in listed:
             wrong[variant.name] = "not listed"
-        elif expected[0] != described(source, alignment):
-            wrong[variant.name] = f"launched as {described(source, alignment)}, compiled ahead as {expected[0]}"
+        elif expected[0] != described(source):
+            wrong[variant.name] = f"launched as {described(source)}, compiled ahead as {expected[0]}"
         elif expected[1].hash() != options.hash():
             wrong[variant.name] = f"launched with {options}, compiled ahead with {expected[1]}"
-    seen = {(variant.key, variant.aligned if alignment else ()) for variant in launched}
+    seen = {(variant.key, variant.aligned) for variant in launched}
     print(len(seen), "of", len(listed), "variants launched;", len(wrong), "differ")
     print(*(f"{name}: {what}" for name, what in wrong.items()), sep="\n")
     return 1 if wrong or not launched else 0
@@ -89,4 +89,4 @@ def main(family, alignment):
 
 if __name__ == "__main__":
     pyrepr.backends()
-    sys.exit(main(sys.argv[1], "--but-alignment" not in sys.argv))
+    sys.exit(main(sys.argv[1]))
