@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+import pyrepr  # noqa: E402
 from pyrepr.integrations import transformers as accelerated  # noqa: E402
 
 COMMON = {
@@ -375,6 +376,24 @@ def test_with_the_package_kernels_functions_stay_what_its_mapping_works_on(tmp_p
         "    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 12)\n"
     )
     run_alone(LATER + TINY + code, tmp_path)
+
+
+def test_tensors_elsewhere_stay_with_what_was_there_unless_a_kernel_is_proven_or_asked_for(monkeypatch):
+    calls = []
+
+    def original(q, k, v, g, beta, **options):
+        calls.append(options)
+        return v, None
+
+    run = accelerated._rule(pyrepr.chunk_gated_delta_rule, "", original)
+    q, gates = torch.zeros(1, 3, 2, 4, device="meta"), torch.zeros(1, 3, 2, device="meta")
+    run(q, q, q, gates, gates)
+    assert len(calls) == 1
+    with pyrepr.use_backend("reference"):
+        run(q, q, q, gates, gates)
+    monkeypatch.setitem(accelerated.GPU_ORDER, "delta_rule_forward", ("triton",))
+    run(q, q, q, gates, gates)
+    assert len(calls) == 1
 
 
 def test_an_untested_version_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs the gated-delta and KDA models of transformers on pyrepr's CPU kernels.
+"""Runs the gated-delta and KDA models of transformers on pyrepr's kernels.
 
     import pyrepr.integrations.transformers as accelerated
     accelerated.enable()          # models made before and after this line; `disable()` takes it back
@@ -9,7 +9,9 @@ regardless of the device: flash-linear-attention and causal-conv1d if they are i
 CPU), else a PyTorch fallback. Its official kernel mapping needs the package ``kernels`` and reaches only models made
 with ``use_kernels=True``. So the functions are replaced where the modules look them up, and stay what the mapping can
 work on: a model with ``use_kernels=True`` still gets its hub kernels, where there are any. CPU tensors go to pyrepr,
-all others to what was there before. The convolution serves every model that has it, Mamba's and LFM2's too.
+and those of a GPU where its kernels are the default (``GPU_ORDER`` in :mod:`pyrepr.backend`) or
+:func:`pyrepr.use_backend` asks for them; all others to what was there before. The convolution serves every model that
+has it, Mamba's and LFM2's too.
 
 Supported: transformers 5.23. Other versions warn if they have the same functions and raise if they do not.
 """
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 import pyrepr
+from pyrepr.backend import GPU_ORDER, forced_backend
 from pyrepr.ops import causal_conv1d as convolution
 from pyrepr.ops import delta_rule as rule
 
@@ -47,6 +50,11 @@ def _function(original: Callable) -> Callable:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _is_ours(x: Tensor, op: str) -> bool:
+    """Whether pyrepr takes tensors of that device, or leaves them to what was there before."""
+    return x.is_cpu or op in GPU_ORDER or forced_backend() is not None
 
 
 def _lengths(options: dict[str, Any], batch: int) -> Tensor | None:
@@ -99,7 +107,7 @@ def _rule(function: Callable, gate: str, original: Callable) -> Callable:
             "output_final_state": output_final_state,
             "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         }
-        if query.device.type != "cpu":
+        if not _is_ours(query, "delta_rule_forward"):
             return original(query, key, value, g, beta, *args, **options, **kwargs)
         if args:
             return original_on_cpu(query, key, value, g, beta, *args, **options, **kwargs)
@@ -134,7 +142,7 @@ def _convolution(original: Callable) -> Callable:
         activation: str | None = None,
         **kwargs: Any,
     ) -> Tensor:  # [B, D, T]
-        if hidden_states.device.type != "cpu":
+        if not _is_ours(hidden_states, "causal_conv1d_forward"):
             return original(hidden_states, weight, bias, activation=activation, **kwargs)
         seq_idx = kwargs.get("seq_idx")
         bounds = _lengths(kwargs, hidden_states.shape[0]) if seq_idx is None else None
@@ -164,7 +172,7 @@ def _step(original: Callable) -> Callable:
             done = convolution.step(hidden_states, conv_state, weight, bias, activation is not None)
             if done is not None:
                 return done
-        if hidden_states.device.type != "cpu":
+        if not _is_ours(hidden_states, "causal_conv1d_update_"):
             return original(hidden_states, conv_state, weight, bias, activation)
         if conv_state.dtype != hidden_states.dtype or _needs_gradient(hidden_states, conv_state, weight, bias):
             return original_on_cpu(hidden_states, conv_state, weight, bias, activation)
