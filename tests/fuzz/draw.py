@@ -42,6 +42,10 @@ HELPERS = {
     "gapped(": "gapped = lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]",
     "put(": "put = lambda x, *v: x.flatten().index_put((torch.tensor([i % x.numel() for i, _ in v]),), "
     "torch.tensor([a for _, a in v], dtype=x.dtype)).view(x.shape)",
+    "write(": "import base64, pathlib; Path = pathlib.Path; write = lambda name, text: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_bytes(base64.b64decode(text)))",
+    "run(": "from pyrepr import cli; run = cli.main",
+    "state(": "from models import net, state, unchanged  # with PYTHONPATH=tests/fuzz",
+    "refused(": "refused = lambda call: call()  # has to raise ValueError or TypeError; take it out to see the next line",
     "guarded(": "guarded = lambda x, side: x  # in the fuzzer: beside a page that nobody may touch",
 }
 
@@ -74,6 +78,7 @@ class Case:
     differential: Differential | None = None
     names: tuple[str, ...] = ()  # words one of which a clear message has to hold; default: the call's arguments
     calls: int = 1
+    repeatable: bool = True  # with the same bits on another number of threads
     around: str = ""  # the mode in which it was run, for the script
 
     def script(self) -> str:
@@ -169,19 +174,19 @@ class Draw(random.Random):
             values = self.special(values)
         return self.tensor(values, len(shape), dtype)
 
-    def wrong(self, name: str, wider: bool = True) -> str:
-        """A line that spoils the tensor `name` in one of many ways; `wider`: one more column spoils it too."""
+    def wrong(self, name: str, wider: bool = True, deeper: bool = True) -> str:
+        """A line that spoils the tensor `name` in one of many ways; wider, deeper: one more column, more axes do."""
         return self.choice(
             (
-                f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else {name}[None, None, None]",
+                f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",
             )
             * wider
+            + (f"{name} = {name}[None, None, None]",) * deeper
             + (
                 f"{name} = None",
                 f"{name} = 3.0",
                 f"{name} = 'x'",
                 f"{name} = {name}.numpy(force=True).tolist() if isinstance({name}, torch.Tensor) and {name}.dtype != torch.bfloat16 else [1.0]",
-                f"{name} = {name}[None, None, None]",
                 f"{name} = torch.zeros((), dtype={name}.dtype)",
                 f"{name} = {name}.to(torch.complex64)",
                 f"{name} = {name}.to(torch.bool)",

@@ -99,7 +99,7 @@ def draw_linear(draw: Draw) -> Case:
         bound = (4 * bits + 2 * k + 16) * eps * size
         if kind == "int8" and k:
             largest = np.abs(np.where(np.isfinite(weights), weights, 0)).max(-1, keepdims=True)
-            bound = bound + 2.0**-15 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
+            bound = bound + 2.0**-14 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
         if not np.isfinite(tables).all() or not np.isfinite(weights).all():
             truth = np.where(np.isnan(x).any(-1, keepdims=True), np.nan, truth)
         return compare("out", names["out"], truth + np.zeros((*x.shape[:-1], tables.shape[2])), bound, dtype)
@@ -144,7 +144,7 @@ def spoil(draw: Draw, case: Case, names: list[str]) -> None:
     case.expect, case.differential = "error", None
     name = draw.choice(names)
     wider = {"tables": "bias = " in "".join(case.lines), "values": False, "weights": True, "codes": True}.get(name, True)
-    case.lines.append(draw.wrong(name, wider=wider))
+    case.lines.append(draw.wrong(name, wider=wider, deeper=name != "x"))
     if case.lines[-1] == f"{name} = None" and name in ("bias", "weights"):
         case.expect, case.check = "either", lambda names: None
 
@@ -183,7 +183,7 @@ def draw_sum(draw: Draw) -> Case:
         bound = (2 * k + 16) * EPS[wide] * sums(codes, np.abs(weights), np.abs(tables))
         if kind == "int8" and k:
             largest = np.abs(np.where(np.isfinite(weights), weights, 0)).max(-1, keepdims=True)
-            bound = bound + 2.0**-15 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
+            bound = bound + 2.0**-14 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
         return compare("out", names["out"], sums(codes, weights, tables), bound, wide)
 
     case.check = check
@@ -279,7 +279,7 @@ def draw_hash(draw: Draw) -> Case:
     if draw.chance(0.15):
         case.expect = "error"
         if draw.chance(0.5):
-            lines.append(draw.wrong("x", wider=bits > 1))
+            lines.append(draw.wrong("x", wider=bits > 1, deeper=False))
         else:
             case.call = f"out = pyrepr.hash_codes(x, {draw.choice((0, -1, 17, 2.0, True, None, repr('4')))})"
             case.names = ("bits", "x")

@@ -35,7 +35,7 @@ from draw import Case, Draw, gapped, put, randn  # noqa: E402
 FAMILIES = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "layers", "models", "command")
 BOARD_BYTES = 1 << 16
 MOST_FAILURES = 25
-CLEAR = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
+CLEAR = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, FloatingPointError)
 # What a sentence for users never says.
 JARGON = re.compile(r"INTERNAL ASSERT|incompatible function arguments|std::|pybind|Traceback|object has no attr|'NoneType' object"
                     r"|unsupported operand|size of tensor a|must match the size|Expected all tensors|unpack|subscriptable")
@@ -117,7 +117,13 @@ class Worker:
             "np": np, "torch": torch, "pyrepr": pyrepr, "randn": randn, "gapped": gapped, "put": put,
             "guarded": memory.guarded, **getattr(self.family, "NAMES", {}),
         }  # fmt: skip
-        exec("\n".join(case.lines), names)
+        self.board.write(number, case.script())
+        try:
+            exec("\n".join(case.lines), names)
+        except CLEAR as error:
+            if what := unclear(error, case):
+                raise AssertionError(f"the lines before the call: {what}") from error
+            return
         if case.differential and draw.chance(0.6):
             self.differentiate(number, case, names, draw)
         else:
@@ -144,7 +150,7 @@ class Worker:
                 self.fail(number, case, "accepted what it should refuse")
             elif what := case.check(names):
                 self.fail(number, case, what)
-            elif not case.changed and draw.chance(0.2):
+            elif case.repeatable and not case.changed and draw.chance(0.2):
                 self.again(number, case, names, threads, context)
         for name, x in watched.items():
             if not torch.equal(bytes_of(x), before[name]):
@@ -233,16 +239,18 @@ def main() -> None:
     parser.add_argument("seconds", type=float)
     parser.add_argument("board", type=Path)
     parser.add_argument("--case", type=int, help="only this one, with its script")
+    parser.add_argument("--start", type=int, default=0, help="number of the first case")
+    parser.add_argument("--most", type=int, default=MOST_FAILURES, help="kinds of failures after which to stop")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
     torch.set_num_threads(2)
     worker = Worker(args.family, args.seed, Board(args.board))
-    end, number = time.monotonic() + args.seconds, 0
+    end, number = time.monotonic() + args.seconds, args.start
     if args.case is not None:
         worker.run(args.case)
     else:
-        while time.monotonic() < end and len(worker.failures) < MOST_FAILURES:
+        while time.monotonic() < end and len(worker.failures) < args.most:
             worker.run(number)
             number += 1
     print(json.dumps(worker.report()))
