@@ -20,7 +20,7 @@ import torch
 import pyrepr
 
 if TYPE_CHECKING:
-    from pyrepr.comparison import Comparison
+    from pyrepr.models.comparison import Comparison
 
 OPTIONAL = ("triton", "transformers", "timm", "safetensors", "matplotlib", "tqdm", "pillow")
 # What bad input raises. Anything else is a bug, in pyrepr or in a model, and names its class.
@@ -84,7 +84,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends, instruction set, threads, GPU")
     info.set_defaults(run=_info)
 
-    from pyrepr.integrations import sources
+    from pyrepr.models import sources
 
     compare = commands.add_parser(
         "compare",
@@ -183,7 +183,8 @@ def _results(out: Path) -> Iterator[Path]:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from pyrepr.integrations import PLOT, require, sources
+    from pyrepr._optional import PLOT, require
+    from pyrepr.models import sources
 
     device = _device(args.device)
     if args.data is not None:

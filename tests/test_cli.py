@@ -14,7 +14,7 @@ from torch import nn
 
 import pyrepr
 from pyrepr import cli
-from pyrepr.integrations import sources
+from pyrepr.models import sources
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "small", "dogs", "run", "by"]
 

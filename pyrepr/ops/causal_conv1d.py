@@ -172,7 +172,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None,  # [N + 1]
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    """The convolution, differentiable in every floating input; `pyrepr.causal_conv1d` checks the arguments."""
+    """The convolution, differentiable in every floating input; the public function checks the arguments."""
     inputs = (x, weight, bias, initial_states)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _CausalConv.apply(*inputs, seq_idx, cu_seqlens, silu)

@@ -315,7 +315,7 @@ def delta_rule(
     use_qk_l2norm: bool,
     state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
-    """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
+    """o and the final state, differentiable in every floating input; the public function checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         if not v.is_cpu:
