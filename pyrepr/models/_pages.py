@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
-from pyrepr.integrations import PLOT, require
 
 if TYPE_CHECKING:
     from pyrepr.models.comparison import Comparison
