@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +115,7 @@ def distill(
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-    _check_options(data, epochs, lr)
+    _check_options(data, epochs, lr, loss)
     student, teacher = unwrap(student), unwrap(teacher)
     names = _matched(student, teacher, layers) if epochs[0] else []
     trained = _trained(student, teacher, train)
@@ -131,15 +131,17 @@ def distill(
     return Distillation(history[0], history[1], tuple(names), tuple(trained), versions())
 
 
-def _check_options(data: object, epochs: tuple[int, int], lr: float) -> None:
+def _check_options(data: object, epochs: object, lr: object, loss: object) -> None:
     if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; one batch is [batch]")
-    if len(epochs) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs):
+    if not isinstance(epochs, Sequence) or len(epochs) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs):
         raise ValueError(f"epochs must be two ints of at least 0, for the layers and for the output, got {epochs!r}")
     if sum(epochs) > 1 and isinstance(data, Iterator):
         raise ValueError(f"data must be a list or a DataLoader for {sum(epochs)} passes, got a {type(data).__name__}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be a positive and finite number, got {lr!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of (student's output, teacher's output, batch), got {loss!r}")
 
 
 def _matched(student: nn.Module, teacher: nn.Module, layers: Layers | None) -> list[str]:

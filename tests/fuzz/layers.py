@@ -328,7 +328,7 @@ def draw_former(draw: Draw) -> Case:
         f"x = {draw.array((batch, total, d), 'float32')}",
         f"cut = {draw.randint(0, total)}",
     ]
-    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2)
+    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2, repeatable=False)
     case.call += "\nout = torch.cat(whole, -1) if isinstance(whole, tuple) else whole; part = torch.cat(part, -1) if isinstance(part, tuple) else part"
 
     def check(names: dict[str, Any]) -> str | None:

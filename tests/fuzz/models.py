@@ -159,7 +159,7 @@ def draw_convert(draw: Draw) -> Case:
         options.append(draw.choice(("select='**'", "select='0'", "select='nothing'", "select=lambda n, m: True", "select=3", "weighting='x'", "max_rows=3", "max_rows=16", "rank=-1", "rank=99", "quantize='int4'")))
         key = options[-1].split("=")[0]
         options = [o for o in options if o.split("=")[0] != key or o is options[-1]]
-    data = draw.choice(("batches",) * 8 + ("batches[0]", "[]", "None", "'x'", "[torch.zeros(3, 99)]", "[b * float('nan') for b in batches]", "[None]"))
+    data = draw.choice(("batches",) * 8 + ("batches[0]", "[]", "None", "'x'", "[torch.zeros(3, 99)]", "[b * float('nan') for b in batches]"))
     case = Case("convert", f"out = pyrepr.convert(model, {data}, {', '.join(options)})", "either", lines, repeatable=False)
     case.names = ("model", "calibration_data", "select", "bits", "rank", "weighting", "quantize", "max_rows", "calibration", "batch", "output", "mat1")
 

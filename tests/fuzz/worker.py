@@ -178,7 +178,7 @@ class Worker:
 
     def mode(self, draw: Draw) -> tuple[str, Any]:
         kind = draw.choices(("", "grad", "inference", "reference", "meta"), (5, 2, 1, 1.5, 0.3))[0]
-        if kind == "inference":
+        if kind == "inference" and getattr(self.family, "BACKENDS", True):
             return "torch._C._set_grad_enabled(False)  # torch.inference_mode()", torch.inference_mode()
         if kind == "reference" and getattr(self.family, "BACKENDS", True):
             return "pyrepr.use_backend('reference').__enter__()", Again(lambda: pyrepr.use_backend("reference"))
