@@ -45,27 +45,37 @@ compile() {
   "$compiler" $options "$out"/*.o -o "$out/driver"
 }
 
+# check KIND: the driver finds nothing, and is seen to find what is planted.
+check() {
+  if "$build/$1/driver" plant "$1" >"$build/planted" 2>&1; then
+    echo "$1 does not see a planted mistake" >&2
+    return 1
+  fi
+  grep -q Sanitizer "$build/planted" || { cat "$build/planted" >&2; return 1; }
+  "$build/$1/driver" "$rounds"
+}
+
 for kind in "${kinds[@]}"; do
   started=$SECONDS
   case $kind in
     asan)
       compiler=g++ options="-O1 -g1 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
       compile asan
-      ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 "$build/asan/driver" "$rounds"
+      export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
       ;;
     msan)
       compiler=clang++ options="-O1 -g1 -Itests/sanitized/serial -Wno-unknown-pragmas -Wno-source-uses-openmp -fsanitize=memory -fno-omit-frame-pointer"
       compile msan
-      "$build/msan/driver" "$rounds"
       ;;
     tsan)
       compiler=clang++ options="-O1 -g1 -fopenmp=libomp -fsanitize=thread -fno-omit-frame-pointer"
       compile tsan
       archer=$(find /usr/lib/llvm-* -name 'libarcher.so' 2>/dev/null | sort | tail -1)
       [ -n "$archer" ] || { echo "libarcher.so is missing (apt-get install libomp-dev)" >&2; exit 1; }
-      OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS="ignore_noninstrumented_modules=1" "$build/tsan/driver" "$rounds"
+      export OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS=ignore_noninstrumented_modules=1
       ;;
     *) echo "unknown sanitizer $kind; expected asan, msan or tsan" >&2; exit 2 ;;
   esac
+  check "$kind"
   echo "$kind: clean, $((SECONDS - started)) s"
 done
