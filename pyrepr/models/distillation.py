@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import evaluating
+from pyrepr._modules import evaluating, hooked, restored
 from pyrepr._reporting import progress_bar, versions
 from pyrepr.models._layers import Layers, call, choose_layers, first_tensor, layer_table, unwrap
 from pyrepr.nn.lookup import LookupLinear
@@ -190,21 +191,12 @@ def _trained(
 def _only(student: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
     """Gradients, dense ones, for these parameters and no other; flags are restored and gradients dropped."""
     wanted = {id(p) for p in trained.values()}
-    flags = [(p, p.requires_grad) for p in student.parameters()]
-    sparse = [m for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)
-        for module in sparse:
-            module.sparse = False
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    changes: list[tuple[object, str, object]] = [(p, "requires_grad", id(p) in wanted) for p in student.parameters()]
+    changes += [(m, "sparse", False) for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
+    with restored(changes), ExitStack() as stack:
         for p in trained.values():
-            p.grad = None
-        for module in sparse:
-            module.sparse = True
+            stack.callback(setattr, p, "grad", None)
+        yield
 
 
 def _run(
@@ -271,12 +263,8 @@ class _Watch:
 
             return keep
 
-        handles = [self.table[name].register_forward_hook(hook(name)) for name in self.names]
-        try:
+        with hooked(partial(self.table[name].register_forward_hook, hook(name)) for name in self.names):
             output = call(self.model, batch, self.argument)
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = [name for name in self.names if name not in kept]
         if missing:
             raise ValueError(f"layers: {missing[0]} is not called in {self.argument}, or puts out no tensor")

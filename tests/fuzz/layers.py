@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from causal_conv1d import convolve, cuts, silu
 from delta_rule import recurrence
-from draw import EPS, Case, Draw, compare, f64
+from draw import Case, Draw, compare, f64
 from lookup import codes_of, sums, weights_of
 from measures import KERNELS, cka_of, near
 

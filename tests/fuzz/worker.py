@@ -28,9 +28,9 @@ import pyrepr
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import memory  # noqa: E402
-import modes  # noqa: E402
-from draw import Case, Draw, gapped, put, randn  # noqa: E402
+import memory
+import modes
+from draw import Case, Draw, gapped, put, randn
 
 FAMILIES = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "layers", "models", "command")
 BOARD_BYTES = 1 << 16
