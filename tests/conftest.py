@@ -32,7 +32,9 @@ def pytest_terminal_summary(terminalreporter):
     fuzzed = [found for r in reports if "calls" in (found := dict(getattr(r, "user_properties", ())))]
     if fuzzed:
         sums = {key: sum(one[key] for one in fuzzed) for key in ("cases", "calls", "values", "refused")}
-        terminalreporter.write_line("fuzzed: {cases} cases, {calls} calls, {values} values, {refused} refusals".format(**sums))
+        terminalreporter.write_line(
+            "fuzzed: {cases} cases, {calls} calls, {values} values, {refused} refusals".format(**sums)
+        )
     terminalreporter.write_line("pyrepr backends:")
     terminalreporter.write_line(str(pyrepr.backends()))
 

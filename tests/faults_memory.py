@@ -82,7 +82,9 @@ def main() -> None:
                 found = call()
             except (MemoryError, RuntimeError) as error:
                 found, refused = None, refused + 1
-                if not any(word in str(error).lower() for word in ("memory", "alloc")) and not isinstance(error, MemoryError):
+                if not any(word in str(error).lower() for word in ("memory", "alloc")) and not isinstance(
+                    error, MemoryError
+                ):
                     what = f"{type(error).__name__}: {error}"
             except Exception as error:
                 found, what = None, f"{type(error).__name__}: {error}"

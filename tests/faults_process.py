@@ -26,7 +26,20 @@ import torch
 import pyrepr
 from pyrepr import cli
 
-WRITES = {"write", "writelines", "flush", "close", "open", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "truncate"}
+WRITES = {
+    "write",
+    "writelines",
+    "flush",
+    "close",
+    "open",
+    "replace",
+    "rename",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+    "truncate",
+}
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 LIMITS = (0, 1, 30, 100, 300, 1000, 3000, 10000)  # bytes a file may have
 MOST = 60  # places of an action
@@ -37,7 +50,9 @@ def results(seed: int) -> tuple[pyrepr.Comparison, pyrepr.Conversion]:
     torch.manual_seed(seed)
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     x = torch.randn(32, 4)
-    return pyrepr.compare(net, net, [x], progress=False), pyrepr.convert(net, [x], bits=2, batch_sizes=(), progress=False)
+    return pyrepr.compare(net, net, [x], progress=False), pyrepr.convert(
+        net, [x], bits=2, batch_sizes=(), progress=False
+    )
 
 
 def stored(folder: Path, seed: int) -> list[str]:
@@ -46,7 +61,18 @@ def stored(folder: Path, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     for side in "ab":
         np.savez(folder.parent / f"{side}{seed}.npz", one=rng.standard_normal((9, 3)), two=rng.standard_normal((9, 2)))
-    return ["compare", str(folder.parent / f"a{seed}.npz"), str(folder.parent / f"b{seed}.npz"), "--name-a", "A", "--name-b", "B", "--out", str(folder), "--quiet"]
+    return [
+        "compare",
+        str(folder.parent / f"a{seed}.npz"),
+        str(folder.parent / f"b{seed}.npz"),
+        "--name-a",
+        "A",
+        "--name-b",
+        "B",
+        "--out",
+        str(folder),
+        "--quiet",
+    ]
 
 
 def action(kind: str, folder: Path, seed: int) -> Callable[[], object]:

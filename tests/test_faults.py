@@ -23,7 +23,11 @@ WRITERS = ("npz", "json", "html", "page", "plot", "command")
 
 def injected(script, *arguments):
     result = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
@@ -49,7 +53,9 @@ def test_without_memory_an_error_then_right_again(record_property):
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path, record_property):
     command = [sys.executable, str(HERE / "faults_ranks.py")]
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     out, err = processes[0].communicate(timeout=120)
@@ -99,7 +105,10 @@ def everything(model):
     """What an interrupted call must leave alone: weights, kinds of layers, flags, hooks, gradients."""
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
-        [(name, type(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+        [
+            (name, type(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        ],
         [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
     )
 

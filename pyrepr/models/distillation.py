@@ -135,7 +135,11 @@ def distill(
 def _check_options(data: object, epochs: object, lr: object, loss: object) -> None:
     if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; one batch is [batch]")
-    if not isinstance(epochs, Sequence) or len(epochs) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs):
+    if (
+        not isinstance(epochs, Sequence)
+        or len(epochs) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs)
+    ):
         raise ValueError(f"epochs must be two ints of at least 0, for the layers and for the output, got {epochs!r}")
     if sum(epochs) > 1 and isinstance(data, Iterator):
         raise ValueError(f"data must be a list or a DataLoader for {sum(epochs)} passes, got a {type(data).__name__}")

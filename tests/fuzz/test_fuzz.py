@@ -64,7 +64,8 @@ def test_family(family, level, tmp_path, request, record_property):
     for key in ("cases", "calls", "values", "refused"):
         record_property(key, found[key])  # summed up at the end, by conftest.py
     failures = [
-        f"{failure['what']}  ({failure['count']} times)\n\n{failure['script']}" for failure in found["failures"].values()
+        f"{failure['what']}  ({failure['count']} times)\n\n{failure['script']}"
+        for failure in found["failures"].values()
     ]
     again = f"python {WORKER.name} {family} {seed} 1 BOARD --case N, with PYREPR_SIMD={level}"
     assert not failures, f"{len(failures)} kinds of failure; {again}\n\n" + "\n\n".join(failures)

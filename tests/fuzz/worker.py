@@ -37,8 +37,10 @@ BOARD_BYTES = 1 << 16
 MOST_FAILURES = 25
 CLEAR = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, FloatingPointError)
 # What a sentence for users never says.
-JARGON = re.compile(r"INTERNAL ASSERT|incompatible function arguments|std::|pybind|Traceback|object has no attr|'NoneType' object"
-                    r"|unsupported operand|size of tensor a|must match the size|Expected all tensors|unpack|subscriptable")
+JARGON = re.compile(
+    r"INTERNAL ASSERT|incompatible function arguments|std::|pybind|Traceback|object has no attr|'NoneType' object"
+    r"|unsupported operand|size of tensor a|must match the size|Expected all tensors|unpack|subscriptable"
+)
 
 
 class Board:
