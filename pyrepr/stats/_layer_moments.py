@@ -286,8 +286,8 @@ def _empty(layers: list[Tensor], split: int) -> Sums:
     size = 8 * sum(widths[a] * widths[b] for a, b in layer_pairs(len(layers), split))
     if device.type == "cpu" and size > (have := memory()):
         raise MemoryError(
-            f"exact moments of layers of up to {max(widths)} features would take {size / 2**30:.1f} GiB, more than this "
-            f"machine's {have / 2**30:.1f}; for CKA there is mode='minibatch'"
+            f"exact moments of layers of up to {max(widths)} features would take {size / 2**30:.1f} GiB, more than "
+            f"this machine's {have / 2**30:.1f}; for CKA there is mode='minibatch'"
         )
     return _zeros(widths, split, [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers])
 
