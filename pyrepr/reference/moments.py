@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 
 
 def gram_moments_(blocks: list[Tensor], xs: list[Tensor], pairs: list[int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._layer_moments import whole_block
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrepr._checks import check_layers, layer_list, memory
 from pyrepr.ops._gram_gradient import layer_pairs
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
 
 
