@@ -3,6 +3,7 @@ sentence. Fresh memory holds NaN, so that what nobody wrote shows."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,12 +206,21 @@ def packed(count, q, k, v, beta, g, state):
     return torch.cat([v[:, :0], *(o for o, _ in parts)], 1), torch.cat([state[:0], *(last for _, last in parts)])
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan():
+@contextlib.contextmanager
+def memory_that_holds_nan():
+    """Fresh tensors are filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory():
+    with memory_that_holds_nan():
+        yield
 
 
 def run(function, sizes, tensors, weight):
@@ -230,10 +240,7 @@ def weight(shape):
     return torch.linspace(-1, 2, max(1, shape.numel()), dtype=torch.float64)[: shape.numel()].view(shape)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_zero_sizes(backend, name, dtype):
-    case = CASES[name]
+def check(case, dtype):
     for count in range(1, len(case.sizes) + 1):
         for zero in itertools.combinations(case.sizes, count):
             sizes, tensors = case.inputs(zero)
@@ -247,11 +254,15 @@ def test_zero_sizes(backend, name, dtype):
             with torch.set_grad_enabled(case.differentiable):
                 got, grads = run(case.call, sizes, tensors, weight)
                 want, truth = run(case.truth, sizes, {key: t.double() for key, t in tensors.items()}, weight)
-            tolerance = 0.05 if dtype is torch.bfloat16 else 1e-5
+            near = 0.05 if dtype is torch.bfloat16 else 1e-5
             for a, b in zip((*got, *grads), (*want, *truth), strict=True):
-                torch.testing.assert_close(
-                    a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, z=zero: f"{z}: {m}"
-                )
+                torch.testing.assert_close(a.double(), b, rtol=near, atol=near, msg=lambda m, z=zero: f"{z}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_zero_sizes(backend, name, dtype):
+    check(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "polynomial", "cosine", pyrepr.Kernel("rbf", sigma=1.0)])
