@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,14 @@ def _cuda() -> tuple[bool, str]:
     if major < 8:
         return False, f"compiled for sm_80, sm_90a and sm_100; {torch.cuda.get_device_name()} is sm_{major}{minor}"
     return True, f"compiled for sm_80, sm_90a and sm_100; device {torch.cuda.get_device_name()}"
+
+
+def cuda_tool(name: str) -> str | None:
+    """Where a program of the CUDA toolkit is: on the path, or where the toolkit goes by itself."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    return shutil.which(name) or next(
+        (found for home in homes if home and (found := shutil.which(f"{home}/bin/{name}"))), None
+    )
 
 
 _PROBES: dict[str, Callable[[], tuple[bool, str]]] = {

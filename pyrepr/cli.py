@@ -20,7 +20,7 @@ import torch
 import pyrepr
 
 if TYPE_CHECKING:
-    from pyrepr.comparison import Comparison
+    from pyrepr.models.comparison import Comparison
 
 OPTIONAL = ("triton", "transformers", "timm", "safetensors", "matplotlib", "tqdm", "pillow")
 # What bad input raises. Anything else is a bug, in pyrepr or in a model, and names its class.
@@ -29,9 +29,14 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
+    from_shell = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(argv).parse_args(argv)
+        if from_shell and "bench" in argv[:1]:
+            from pyrepr.benchmarks.harness import restart_pinned
+
+            restart_pinned()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = args.run(args) or 0
@@ -84,7 +89,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends, instruction set, threads, GPU")
     info.set_defaults(run=_info)
 
-    from pyrepr.integrations import sources
+    from pyrepr.models import sources
 
     compare = commands.add_parser(
         "compare",
@@ -183,7 +188,8 @@ def _results(out: Path) -> Iterator[Path]:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from pyrepr.integrations import PLOT, require, sources
+    from pyrepr._optional import PLOT, require
+    from pyrepr.models import sources
 
     device = _device(args.device)
     if args.data is not None:

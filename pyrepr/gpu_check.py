@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pyrepr.backend import native
+from pyrepr.backend import cuda_tool, native
 
 SECONDS = 570.0
 
@@ -38,14 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--built", action="store_true", help=argparse.SUPPRESS)  # set by the command for itself
     return parser
-
-
-def cuda_tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit is: on the path, or where the toolkit goes by itself."""
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    return shutil.which(name) or next(
-        (found for home in homes if home and (found := shutil.which(f"{home}/bin/{name}"))), None
-    )
 
 
 def missing() -> str | None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import memory
-from pyrepr.ops.gram import layer_pairs, moments_op_
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.ops._gram_gradient import layer_pairs
+from pyrepr.ops.gram import moments_op_
+from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count, check_estimator, check_layers
-from pyrepr.similarity._kernel import Kernel, as_kernel
-from pyrepr.similarity.measures import _hsic_table, _layer_list, _normalise, _warn_if_degenerate
+from pyrepr.similarity._hsic import hsic_table, layer_list, normalise, warn_if_degenerate
+from pyrepr.similarity.kernels import Kernel, as_kernel
 
 MODES = ("exact", "minibatch")
 
@@ -80,11 +81,11 @@ class StreamingCKA:
         Raises:
             ValueError, TypeError: also if the number or widths of layers differ from the first call; nothing is added.
         """
-        names, layers = _layer_list("xs", xs)
+        names, layers = layer_list("xs", xs)
         split = 0
         if ys is not None:
             split = len(layers)
-            more_names, more = _layer_list("ys", ys)
+            more_names, more = layer_list("ys", ys)
             names, layers = names + more_names, layers + more
         layers = check_layers(names, layers)
         widths = [x.shape[1] for x in layers]
@@ -105,7 +106,7 @@ class StreamingCKA:
         return self
 
     def _minibatch(self, layers: list[Tensor], split: int) -> dict[str, Any]:
-        table, floor = _hsic_table(layers, self.kernel, self.estimator, split=split)
+        table, floor = hsic_table(layers, self.kernel, self.estimator, split=split)
         return {"n": layers[0].shape[0], "hsic": table, "floor": floor}
 
     def _moments(self, layers: list[Tensor], split: int) -> dict[str, Any]:
@@ -202,9 +203,9 @@ class StreamingCKA:
         names = [f"xs[{i}]" for i in range(self._split or len(self._widths))]
         names += [f"ys[{i}]" for i in range(len(self._widths) - len(names))]
         table, floor = (self._state["hsic"], self._state["floor"]) if self.mode == "minibatch" else self._exact_hsic()
-        own = _warn_if_degenerate(table.diagonal(), floor, names)
+        own = warn_if_degenerate(table.diagonal(), floor, names)
         split = self._split
-        return _normalise(table[:split, split:], own[:split], own[split:]) if split else _normalise(table, own, own)
+        return normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
 
     def _exact_hsic(self) -> tuple[Tensor, Tensor]:
         n, m = self._state["n"], len(self._widths)

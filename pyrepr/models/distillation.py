@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr.integrations.recording import Layers, call, choose_layers, evaluating, first_tensor, layer_table, unwrap
-from pyrepr.integrations.reporting import progress_bar, versions
+from pyrepr._modules import evaluating
+from pyrepr._reporting import progress_bar, versions
+from pyrepr.models._layers import Layers, call, choose_layers, first_tensor, layer_table, unwrap
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["Distillation", "distill"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._checks import memory
-from pyrepr.integrations.files import replacing
-from pyrepr.integrations.recording import SAMPLES, Layers, Recorder, choose_names, evaluating, unwrap
-from pyrepr.integrations.reporting import progress_bar, versions
+from pyrepr._modules import evaluating
+from pyrepr._reporting import progress_bar, replacing, versions
+from pyrepr.models._layers import SAMPLES, Layers, Recorder, choose_names, unwrap
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA
 
 __all__ = ["EXACT_BYTES", "Comparison", "compare"]
@@ -84,13 +84,13 @@ class Comparison:
         Raises:
             ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
         """
-        from pyrepr.plot import save_heatmap
+        from pyrepr.models._pages import save_heatmap
 
         return save_heatmap(self, path, title=title)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer."""
-        from pyrepr.plot import save_page
+        from pyrepr.models._pages import save_page
 
         return save_page(self, path, title=title)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pyrepr.integrations.recording import ROOT, Layers, choose_layers, layer_table, unwrap
+from pyrepr.models._layers import ROOT, Layers, choose_layers, layer_table, unwrap
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

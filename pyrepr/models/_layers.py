@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -180,19 +179,6 @@ def rows_of(output: Tensor, samples: str, mask: Tensor | None) -> Tensor:
             f"puts out {list(output.shape)}, which does not fit the batch's attention_mask {list(mask.shape)} (B, T)"
         )
     return output[mask.to(output.device)]
-
-
-@contextmanager
-def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has the training flag it had."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrepr.integrations import PLOT, require
-from pyrepr.integrations.files import replacing
+from pyrepr._optional import PLOT, require
+from pyrepr._reporting import replacing
 
 if TYPE_CHECKING:
-    from pyrepr.comparison import Comparison
-    from pyrepr.conversion import Conversion
+    from pyrepr.models.comparison import Comparison
+    from pyrepr.models.conversion import Conversion
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN_VALUES = 400  # with more cells than this, numbers in them would be too small to read

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyrepr.lookup import lookup_sum, segment_sum
+from pyrepr.functional.lookup import lookup_sum, segment_sum
 from pyrepr.reference.lookup import hash_codes, weights
 
 # λ in tokens: the number that must read a row for the data to weigh as much as the sign-linear start.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyrepr._version import __version__
 
 
 def progress_bar(
@@ -24,6 +29,16 @@ def progress_bar(
 
 def versions() -> dict[str, str]:
     """Of what made a result."""
-    from pyrepr import __version__
-
     return {"pyrepr": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well and is deleted when it does not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr.integrations import COMPARE, require
+from pyrepr._optional import COMPARE, require
 
 FORMS = "hf:PATH, hf-random:PATH, timm:NAME, timm:NAME?pretrained, py:MODULE:FUNCTION, FILE.npz or FILE.safetensors"
 ARRAYS = (".npy", ".npz", ".safetensors")

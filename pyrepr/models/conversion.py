@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr.integrations.files import replacing
-from pyrepr.integrations.recording import Layers, call, evaluating, first_tensor, layer_table, unwrap
-from pyrepr.integrations.reporting import progress_bar, versions
-from pyrepr.integrations.swapping import Swaps, choose_linears
-from pyrepr.lookup import check_bits, check_weighting
-from pyrepr.nn.fit import hold_out, relative_mse
+from pyrepr._modules import evaluating
+from pyrepr._reporting import progress_bar, replacing, versions
+from pyrepr.functional.lookup import check_bits, check_weighting
+from pyrepr.models._layers import Layers, call, first_tensor, layer_table, unwrap
+from pyrepr.models._swapping import Swaps, choose_linears
+from pyrepr.nn._lookup_fit import hold_out, relative_mse
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["Conversion", "ConvertedLayer", "convert"]
@@ -144,7 +144,7 @@ class Conversion:
         Raises:
             OSError: if the file cannot be written (nothing is left behind).
         """
-        from pyrepr.plot import save_conversion_page
+        from pyrepr.models._pages import save_conversion_page
 
         return save_conversion_page(self, path, title=title)
 
