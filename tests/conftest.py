@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import pyrepr
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 
 def pytest_addoption(parser):
@@ -16,6 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fuzz: random calls for a time; left out unless -m fuzz asks for them")
+    config.addinivalue_line("markers", "levels: run again at every SIMD level that this machine has (test_native.py)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
 
 

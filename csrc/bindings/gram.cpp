@@ -28,10 +28,13 @@ struct GramArguments {
     if (kernel < 0 || kernel > 4) throw std::invalid_argument("kernel code " + std::to_string(kernel) + " is unknown");
     if (scale.size() != layers.size()) throw std::invalid_argument("scale must have one number per layer");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
+    // An empty tensor has no address, and none stands for all rows.
+    static const int64_t no_row = 0;
+    if (!index && n != layers.front().rows && n) throw std::invalid_argument("index is missing");
     problem = {layers.data(),
                static_cast<int64_t>(layers.size()),
                dtype_of(dtype),
-               pointer<const int64_t>(index, "index", true),
+               !index && n != layers.front().rows ? &no_row : pointer<const int64_t>(index, "index", true),
                n,
                static_cast<cpu::GramKernel>(kernel),
                scale.data(),
@@ -70,16 +73,20 @@ void gram_moments(GramArguments& g, const std::vector<int64_t>& pairs, const std
   for (int64_t layer : pairs)
     if (layer < 0 || layer >= g.problem.count) throw std::invalid_argument("pairs names a layer that is not there");
   std::vector<double*> data;
-  for (uintptr_t block : blocks) data.push_back(pointer<double>(block, "a block"));
+  for (size_t i = 0; i < blocks.size(); i++) {
+    const auto width = [&](size_t side) { return g.layers[static_cast<size_t>(pairs[2 * i + side])].cols; };
+    data.push_back(pointer<double>(blocks[i], "a block", width(0) * width(1) == 0));
+  }
   py::gil_scoped_release release;
   check(current_level().gram().moments(g.problem, pairs.data(), static_cast<int64_t>(data.size()), data.data()));
 }
 
 void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, uintptr_t out) {
-  const void* const w = pointer<const void>(weights, "weights");
-  void* const data = pointer<void>(out, "out");
+  const bool empty = rows == 0 || g.layers.front().cols == 0;
+  const void* const w = pointer<const void>(weights, "weights", empty || g.problem.n == 0);
+  void* const data = pointer<void>(out, "out", empty);
   py::gil_scoped_release release;
-  check(current_level().gram().apply(g.problem, centre, w, rows, data));
+  if (!empty) check(current_level().gram().apply(g.problem, centre, w, rows, data));
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ struct Layers {
       views.push_back(matrices.back().view);
       scale.push_back(0.5 + static_cast<double>(random.below(4)));
     }
+    index.reserve(1);  // null would stand for all rows
     if (indexed)
       for (int64_t i = 0; i < rows; i++)
         if (random.chance(70)) index.push_back(i);

@@ -39,7 +39,8 @@ compile() {
     fi
     [ ! -f "tests/sanitized/$family.cpp" ] || jobs+=("tests/sanitized/$family.cpp $out/run_$family.o")
   done
-  jobs+=("tests/sanitized/driver.cpp $out/driver.o" "csrc/cpu/dispatch.cpp $out/dispatch.o")
+  built=$(printf ' -DPYREPR_BUILT_%s' "${levels[@]}" $([ ${#levels[@]} -eq 1 ] || echo avx512_bf16))
+  jobs+=("tests/sanitized/driver.cpp $out/driver.o" "csrc/cpu/dispatch.cpp $out/dispatch.o$built")
   export -f one && export compiler options launcher
   printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -d '\n' -I{} bash -c 'one {}'
   "$compiler" $options "$out"/*.o -o "$out/driver"
