@@ -257,9 +257,8 @@ class _DeltaLayer(nn.Module):
         if type(self.q_proj) is nn.Linear:  # what took its place, tables for one, may take other dtypes
             dtype, device = self.q_proj.weight.dtype, hidden_states.device.type
             if dtype != hidden_states.dtype and not torch.is_autocast_enabled(device):
-                raise TypeError(
-                    f"hidden_states must have the dtype of the layer, {name_of(dtype)}, got {name_of(hidden_states.dtype)}"
-                )
+                came = name_of(hidden_states.dtype)
+                raise TypeError(f"hidden_states must have the dtype of the layer, {name_of(dtype)}, got {came}")
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
             came = list(hidden_states.shape)
             raise ValueError(f"hidden_states must have shape [B, T, {self.hidden_size}], got {came}")
