@@ -82,7 +82,12 @@ def gram(
             "differentiable in every kernel"
         )
     centre = spec.name in ("rbf", "laplacian")
-    k = matrix_op(x, y, spec.scales([x]), spec.name, spec.degree, spec.coef0, centre)
+    scale = spec.scales([x])
+    if centre:
+        scale = torch.where(scale > 0, scale, torch.nan)  # a median of 0 leaves the kernel undefined everywhere
+    k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    if centre and y is None:
+        k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
     if center:
         rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
         k = (k - rows - columns + rows.mean()).to(k.dtype)

@@ -300,7 +300,7 @@ def draw_hash(draw: Draw) -> Case:
     if draw.chance(0.15):
         case.expect = "error"
         if draw.chance(0.5):
-            lines.append(draw.wrong("x", wider=bits > 1, deeper=False))
+            lines.append(draw.wrong("x", wider=bits > 1, deeper=False, moved=False))
         else:
             case.call = f"out = pyrepr.hash_codes(x, {draw.choice((0, -1, 17, 2.0, True, None, repr('4')))})"
             case.names = ("bits", "x")
