@@ -190,7 +190,7 @@ class Draw(random.Random):
         """A line that spoils the tensor `name` in one of many ways; wider, deeper, moved:
         one more column, more axes, another device do."""
         return self.choice(
-            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",) * wider
+            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else 3.0",) * wider
             + (f"{name} = {name}[None, None, None]",) * deeper
             + (f"{name} = torch.zeros({name}.shape, dtype={name}.dtype, device='meta')",) * moved
             + (
