@@ -10,6 +10,7 @@ import pyrepr
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
+    config.addinivalue_line("markers", "build: runs CMake and compilers; left out unless asked for by -m build")
 
 
 def pytest_collection_modifyitems(items):
