@@ -39,7 +39,7 @@ TOOLS = ("cmake ninja-build", "cmake ninja-build", "brew install cmake ninja", "
 MISSING = (
     (r"No CMAKE_CXX_COMPILER could be found", "there is no C++ compiler", COMPILER),
     (
-        r"is not a full path (and was not found|to an existing compiler)",
+        r"is not a full path|Could not find the compiler",
         "the C++ compiler {CXX} is not there",
         COMPILER,
     ),
