@@ -84,7 +84,15 @@ class Case:
     def script(self) -> str:
         text = "\n".join([*self.lines, self.call])
         helpers = [line for name, line in HELPERS.items() if name in text]
-        return "\n".join(["import numpy as np, torch, pyrepr", *helpers, *self.lines, *([self.around] * bool(self.around)), self.call])
+        return "\n".join(
+            [
+                "import numpy as np, torch, pyrepr",
+                *helpers,
+                *self.lines,
+                *([self.around] * bool(self.around)),
+                self.call,
+            ]
+        )
 
 
 class Draw(random.Random):
@@ -165,7 +173,9 @@ class Draw(random.Random):
         wanted = ", ".join(map(str, shape))
         return f"guarded(({self.values(small, scale=scale)}).to(torch.{dtype}), 'end').expand({wanted})"
 
-    def array(self, shape: Sequence[int], dtype: str, *, scale: str = "", wild: float = 0.0, special: float = 0.0) -> str:
+    def array(
+        self, shape: Sequence[int], dtype: str, *, scale: str = "", wild: float = 0.0, special: float = 0.0
+    ) -> str:
         """A tensor of any values and layout."""
         if len(shape) and self.chance(0.08):
             return self.expanded(shape, dtype, scale)
@@ -177,10 +187,7 @@ class Draw(random.Random):
     def wrong(self, name: str, wider: bool = True, deeper: bool = True) -> str:
         """A line that spoils the tensor `name` in one of many ways; wider, deeper: one more column, more axes do."""
         return self.choice(
-            (
-                f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",
-            )
-            * wider
+            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",) * wider
             + (f"{name} = {name}[None, None, None]",) * deeper
             + (
                 f"{name} = None",

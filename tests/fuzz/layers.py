@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from causal_conv1d import convolve, cuts, silu
 from delta_rule import recurrence
-from draw import EPS, Case, Draw, compare, f64
+from draw import Case, Draw, compare, f64
 from lookup import codes_of, sums, weights_of
 from measures import KERNELS, cka_of, near
 
@@ -39,14 +39,25 @@ def delta_layer(layer: Any, x: np.ndarray, options: dict[str, Any], edges: list[
     """Projections, convolutions, rule, gated norm, output; x: [B, T, hidden]."""
     p = {name: array(value) for name, value in layer.state_dict().items()}
     linear = lambda name, y: y @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0.0)  # noqa: E731
-    bounds = [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)] if edges else [(i, 0, x.shape[1]) for i in range(len(x))]
+    bounds = (
+        [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        if edges
+        else [(i, 0, x.shape[1]) for i in range(len(x))]
+    )
     parts = []
     kind, activation = options["kind"], options.get("qk_activation", "silu")
     for i, name in enumerate("qkv"):
         y = linear(f"{name}_proj", x)
         active = i == 2 or activation == "silu"
         if layer.use_short_conv:
-            filtered = convolve(np.swapaxes(y, 1, 2), p[f"{name}_conv1d.weight"][:, 0], p.get(f"{name}_conv1d.bias"), None, bounds, active)
+            filtered = convolve(
+                np.swapaxes(y, 1, 2),
+                p[f"{name}_conv1d.weight"][:, 0],
+                p.get(f"{name}_conv1d.bias"),
+                None,
+                bounds,
+                active,
+            )
             y = np.swapaxes(filtered, 1, 2)
         elif active:
             y = silu(y)
@@ -87,7 +98,10 @@ def draw_delta(draw: Draw) -> Case:
     options: dict[str, Any] = {"hidden_size": hidden, "num_heads": heads}
     if kind == "DeltaNet":
         options |= {"use_gate": draw.chance(0.5), "use_beta": draw.chance(0.8)}
-        options |= {"qk_activation": draw.choice(("silu", "relu", "elu", "identity")), "qk_norm": draw.choice(("l2", "l2", "sum"))}
+        options |= {
+            "qk_activation": draw.choice(("silu", "relu", "elu", "identity")),
+            "qk_norm": draw.choice(("l2", "l2", "sum")),
+        }
         options["expand_v"] = draw.choice((1.0, 2.0))
     else:
         options["hidden_size"] = draw.choice((hidden, 12))
@@ -110,7 +124,9 @@ def draw_delta(draw: Draw) -> Case:
     options["kind"] = kind
     way = draw.choice(("whole", "whole", "pieces", "mask", "packed", "bad"))
     case = Case(f"nn.{kind}", "", "value", lines)
-    return {"whole": whole, "pieces": pieces, "mask": masked, "packed": packed, "bad": bad_delta}[way](draw, case, options, batch, total)
+    return {"whole": whole, "pieces": pieces, "mask": masked, "packed": packed, "bad": bad_delta}[way](
+        draw, case, options, batch, total
+    )
 
 
 def judge(out: torch.Tensor, truth: np.ndarray, dtype: torch.dtype) -> str | None:
@@ -120,7 +136,9 @@ def judge(out: torch.Tensor, truth: np.ndarray, dtype: torch.dtype) -> str | Non
 
 def whole(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: int) -> Case:
     case.call = f"out = layer(x{', use_cache=True' * draw.chance(0.3)})[0]"
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
+    )
     return case
 
 
@@ -136,7 +154,9 @@ def pieces(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
         return whole(draw, case, options, batch, total)
     lines.append(f"out = torch.cat([{', '.join(names)}], 1)")
     case.call, case.calls = "\n".join(lines), len(names)
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
+    )
     return case
 
 
@@ -144,7 +164,9 @@ def masked(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     lengths = [draw.randint(0, total) for _ in range(batch)]
     side = draw.choice(("left", "right"))
     marks = [[int((i < n) if side == "right" else (i >= total - n)) for i in range(total)] for n in lengths]
-    case.lines.append(f"mask = torch.tensor({marks}, dtype=torch.{draw.choice(('int64', 'bool', 'float32'))}).view({batch}, {total})")
+    case.lines.append(
+        f"mask = torch.tensor({marks}, dtype=torch.{draw.choice(('int64', 'bool', 'float32'))}).view({batch}, {total})"
+    )
     case.call = "out = layer(x, attention_mask=mask)[0]"
 
     def check(names: dict[str, Any]) -> str | None:
@@ -165,7 +187,9 @@ def packed(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     edges = cuts(draw, total)
     case.lines.append(f"cu_seqlens = torch.tensor({edges})")
     case.call = "out = layer(x, cu_seqlens=cu_seqlens)[0]"
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options, edges), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options, edges), names["x"].dtype
+    )
     return case
 
 
@@ -177,7 +201,9 @@ def bad_delta(draw: Draw, case: Case, options: dict[str, Any], batch: int, total
     if choice == "wrong":
         case.lines.append(draw.wrong("x"))
     elif choice == "mask":
-        case.lines.append(f"mask = torch.ones({draw.choice(('3', f'{batch}', f'{batch}, {max(0, total - 1)}', f'{batch + 1}, {total}'))})")
+        case.lines.append(
+            f"mask = torch.ones({draw.choice(('3', f'{batch}', f'{batch}, {max(0, total - 1)}', f'{batch + 1}, {total}'))})"
+        )
         case.call = "out = layer(x, attention_mask=mask)[0]"
         if total == 0:
             case.expect = "either"
@@ -189,7 +215,10 @@ def bad_delta(draw: Draw, case: Case, options: dict[str, Any], batch: int, total
             ("layer_idx", ("a",)),
         ))  # fmt: skip
         kind = case.kind.removeprefix("nn.")
-        text = ", ".join(f"{k}={v!r}" for k, v in {**{k: v for k, v in options.items() if k != "kind"}, name: draw.choice(values)}.items())
+        text = ", ".join(
+            f"{k}={v!r}"
+            for k, v in {**{k: v for k, v in options.items() if k != "kind"}, name: draw.choice(values)}.items()
+        )
         case.lines = []
         case.call = f"out = pyrepr.nn.{kind}({text})(torch.zeros(1, 3, {options['hidden_size']}))[0]"
         case.expect = "either"
@@ -209,7 +238,10 @@ def draw_convolution(draw: Draw) -> Case:
     ]
     case = Case("nn.ShortConvolution", "out = layer(x)[0]", "value" if channels else "either", lines)
     if channels == 0:  # torch.nn.Conv1d's own business
-        lines[1:] = [f"x = {draw.array((batch, total, 4), dtype)}", f"layer = pyrepr.nn.ShortConvolution(4, {taps}, activation={activation!r}).to(torch.{dtype})"]
+        lines[1:] = [
+            f"x = {draw.array((batch, total, 4), dtype)}",
+            f"layer = pyrepr.nn.ShortConvolution(4, {taps}, activation={activation!r}).to(torch.{dtype})",
+        ]
         case.expect = "value"
     cut = draw.randint(0, total)
     if draw.chance(0.5):
@@ -242,7 +274,11 @@ def draw_lookup(draw: Draw) -> Case:
         f"x = {draw.array((*shape, chunks * bits), dtype, wild=0.1)}",
     ]
     case = Case("nn.LookupLinear", "out = layer(x)", "value", lines)
-    extra = draw.choice(("", "", "layer.quantize_('int8')", "layer.quantize_('bf16')", "copy")) if table == "float32" else draw.choice(("", "copy"))
+    extra = (
+        draw.choice(("", "", "layer.quantize_('int8')", "layer.quantize_('bf16')", "copy"))
+        if table == "float32"
+        else draw.choice(("", "copy"))
+    )
     if extra == "copy":
         lines.append("import copy; layer = copy.deepcopy(layer); layer.load_state_dict(layer.state_dict())")
     elif extra:
@@ -259,11 +295,20 @@ def draw_lookup(draw: Draw) -> Case:
         weights = weights_of(x, bits, weighting, layer.temperature)
         truth = sums(codes_of(x, bits), weights, tables) + (0 if layer.bias is None else f64(layer.bias))
         size = sums(codes_of(x, bits), np.abs(weights), np.abs(tables)).max(-1, keepdims=True, initial=0)
-        return compare("out", names["out"], truth, (1e-3 if "scales" in state else 1e-4 if dtype != "float64" else 1e-12) * size + 1e-30, names["x"].dtype)
+        return compare(
+            "out",
+            names["out"],
+            truth,
+            (1e-3 if "scales" in state else 1e-4 if dtype != "float64" else 1e-12) * size + 1e-30,
+            names["x"].dtype,
+        )
 
     case.check = check
     if draw.chance(0.15):
-        case.expect, case.names = "error", ("x", "tables", "in_features", "bits", "weighting", "temperature", "kind", "out_features", "table_dtype")
+        case.expect, case.names = (
+            "error",
+            ("x", "tables", "in_features", "bits", "weighting", "temperature", "kind", "out_features", "table_dtype"),
+        )
         if draw.chance(0.5):
             lines.append(draw.wrong("x", wider=True, deeper=False))
         else:
@@ -289,7 +334,12 @@ def draw_fit(draw: Draw) -> Case:
         f"x = {draw.array((rows, width), dtype, wild=0.2)}",
     ]
     function = draw.choice(("from_linear", "from_mlp"))
-    case = Case(f"nn.LookupLinear.{function}", f"out = pyrepr.nn.LookupLinear.{function}(linear, x, bits={bits}, rank={rank})(x)", "value", lines)
+    case = Case(
+        f"nn.LookupLinear.{function}",
+        f"out = pyrepr.nn.LookupLinear.{function}(linear, x, bits={bits}, rank={rank})(x)",
+        "value",
+        lines,
+    )
     case.lines.append("before = linear.weight.clone()")
 
     def check(names: dict[str, Any]) -> str | None:
@@ -304,12 +354,20 @@ def draw_fit(draw: Draw) -> Case:
         if np.ptp(x, 0).max() < 1e-6 * np.abs(x).max() + 1e-30:
             return None
         error, varies = ((array(out) - y) ** 2).sum(), ((y - y.mean(0)) ** 2).sum()
-        return f"the fit's error is {error / varies:.3g} of the variance" if error > 1.2 * varies + 1e-9 * (y**2).sum() else None
+        return (
+            f"the fit's error is {error / varies:.3g} of the variance"
+            if error > 1.2 * varies + 1e-9 * (y**2).sum()
+            else None
+        )
 
     case.check = check
     if draw.chance(0.2):
         case.expect, case.names = "error", ("calibration", "rank", "linear", "bits", "mlp")
-        lines.append(draw.choice(("x = x[:0]", "x = x[..., :0]", "x = x.long()", "x = x * float('nan')", "x = x[..., None]", "x = None")))
+        lines.append(
+            draw.choice(
+                ("x = x[:0]", "x = x[..., :0]", "x = x.long()", "x = x * float('nan')", "x = x[..., None]", "x = None")
+            )
+        )
     return case
 
 
@@ -328,7 +386,7 @@ def draw_former(draw: Draw) -> Case:
         f"x = {draw.array((batch, total, d), 'float32')}",
         f"cut = {draw.randint(0, total)}",
     ]
-    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2)
+    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2, repeatable=False)
     case.call += "\nout = torch.cat(whole, -1) if isinstance(whole, tuple) else whole; part = torch.cat(part, -1) if isinstance(part, tuple) else part"
 
     def check(names: dict[str, Any]) -> str | None:
@@ -338,7 +396,11 @@ def draw_former(draw: Draw) -> Case:
         # Attention's order of summation differs with its length, and a last bit may turn a sign that the next layer hashes.
         apart = (out[:, : names["cut"]] - part).abs() > 1e-4 * (1 + out[:, : names["cut"]].abs())
         share = float(apart.double().mean()) if apart.numel() else 0.0
-        return f"{share:.0%} of what came before depends on what comes later" if share > 0.3 and kind != "MemoryFormerBlock" else None
+        return (
+            f"{share:.0%} of what came before depends on what comes later"
+            if share > 0.3 and kind != "MemoryFormerBlock"
+            else None
+        )
 
     case.check = check
     return case
@@ -355,7 +417,9 @@ def draw_loss(draw: Draw) -> Case:
             lines.append(f"{side}{i} = {draw.array(shape, dtype)}")
             names.append(f"{side}{i}")
     sigma = ", sigma=3.0" * (kernel in ("rbf", "laplacian"))
-    lines.append(f"loss = pyrepr.nn.CKALoss(kernel={kernel!r}{sigma}, estimator={estimator!r}, reduction={reduction!r})")
+    lines.append(
+        f"loss = pyrepr.nn.CKALoss(kernel={kernel!r}{sigma}, estimator={estimator!r}, reduction={reduction!r})"
+    )
     case = Case("nn.CKALoss", f"out = loss([{', '.join(left)}], [{', '.join(right)}])", "value", lines)
 
     def check(names: dict[str, Any]) -> str | None:
@@ -364,7 +428,9 @@ def draw_loss(draw: Draw) -> Case:
 
         def of(*arrays: np.ndarray) -> np.ndarray:
             spec = {"name": kernel, "sigma": 3.0}
-            found = np.array([1 - cka_of(a, b, spec, estimator) for a, b in zip(arrays[:pairs], arrays[pairs:], strict=True)])
+            found = np.array(
+                [1 - cka_of(a, b, spec, estimator) for a, b in zip(arrays[:pairs], arrays[pairs:], strict=True)]
+            )
             return found if reduction == "none" else found.mean() if reduction == "mean" else found.sum()
 
         return near("out", names, of, arrays, 1.0 * pairs)
@@ -372,9 +438,15 @@ def draw_loss(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.15):
         case.expect, case.names = "error", ("student", "guide", "x", "y", "mask", "reduction")
-        lines.append(draw.choice(("s0 = s0[1:]", "s0 = None", "s0 = s0.to(torch.int32)", "s0 = s0.flatten()[0]", "s0 = s0.flatten()")))
+        lines.append(
+            draw.choice(
+                ("s0 = s0[1:]", "s0 = None", "s0 = s0.to(torch.int32)", "s0 = s0.flatten()[0]", "s0 = s0.flatten()")
+            )
+        )
     return case
 
 
 def draw(draw: Draw) -> Case:
-    return draw.choices((draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss), (6, 2, 4, 1, 1, 2))[0](draw)
+    return draw.choices(
+        (draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss), (6, 2, 4, 1, 1, 2)
+    )[0](draw)

@@ -40,7 +40,11 @@ def draw(draw: Draw) -> Case:
     widths = [draw.choice((1, 2, 3, 8, 17, 33)) for _ in range(layers + right)]
     dtype = draw.dtype()
     batches = draw.randint(1, 4)
-    rows = [draw.choice((8, 16, 20))] * batches if mode == "minibatch" else [draw.choice((0, 1, 2, 3, 5, 8, 16, 33)) for _ in range(batches)]
+    rows = (
+        [draw.choice((8, 16, 20))] * batches
+        if mode == "minibatch"
+        else [draw.choice((0, 1, 2, 3, 5, 8, 16, 33)) for _ in range(batches)]
+    )
     wild = 0.15
     lines, wholes = [], []
     total = sum(rows)
@@ -63,7 +67,9 @@ def draw(draw: Draw) -> Case:
             call.append(draw.choice(("saved = stream.state_dict(); stream = pyrepr.StreamingCKA(); stream.load_state_dict(saved)",
                                      "import copy; stream = copy.deepcopy(stream)", "import pickle; stream = pickle.loads(pickle.dumps(stream))")))  # fmt: skip
         if draw.chance(0.3) and seen:
-            bad = draw.choice(BAD).format(layers=layers, other="biased" if estimator == "unbiased" else "unbiased", mode=mode)
+            bad = draw.choice(BAD).format(
+                layers=layers, other="biased" if estimator == "unbiased" else "unbiased", mode=mode
+            )
             call.append(f"refused(lambda: {bad})")
     if any("other =" in line for line in call):
         call.append("stream.merge(other)")
