@@ -68,7 +68,7 @@ def test_protocol(measure):
     xs = layers()
     own, cross = measure.matrix(xs), measure.matrix(xs[:2], xs)
     assert own.shape == (3, 3) and cross.shape == (2, 3) and own.dtype == torch.float64
-    close(cross, own[:2])
+    close(cross, own[:2], atol=1e-7)
     close(measure(xs[0], xs[2]), own[0, 2])
     if measure.symmetric:
         close(own, own.T)
@@ -79,7 +79,7 @@ def test_protocol(measure):
     assert as_measure(measure.key) == measure and measure.describe() and hash(measure)
     low = measure.matrix([x.float() for x in xs])
     assert low.dtype == torch.float32
-    close(low, own, rtol=1e-4, atol=1e-5)
+    close(low, own, rtol=1e-4, atol=1e-3 if measure == Procrustes("angular") else 1e-5)  # arccos near 1
     half = measure.matrix([x.bfloat16() for x in xs])
     assert half.dtype == torch.float32
     if measure.streams:

@@ -130,8 +130,8 @@ class Measure:
         """Standard error of :meth:`matrix`: the delete-a-block jackknife.
 
         Samples are dealt at random into blocks and the matrix is computed without each of them. This is not a bootstrap
-        with replacement, in which a sample that is drawn twice is its own nearest neighbour, at distance 0. On average it
-        errs upwards (Efron & Stein 1981), for sets of neighbours by about a half.
+        with replacement, in which a sample that is drawn twice is its own nearest neighbour, at distance 0. It errs
+        upwards on average (Efron & Stein 1981), for sets of neighbours by about a half.
 
         Args:
             xs, ys: as for :meth:`matrix`.

@@ -74,7 +74,12 @@ class Procrustes(Measure):
 
     def pairs(self, left: Sequence[Tensor], right: Sequence[Tensor] | None) -> Tensor:
         one = left[0].new_ones(())
-        return pair_table(left, right, lambda a, b: of.procrustes_of(of.nuclear_norm(a.T @ b), one, one, self.kind))
+
+        def value(a: Tensor, b: Tensor) -> Tensor:
+            nuclear = a.square().sum() if a is b else of.nuclear_norm(a.T @ b)  # ‖XᵀX‖_* needs no singular values
+            return of.procrustes_of(nuclear, one, one, self.kind)
+
+        return pair_table(left, right, value)
 
     def of_moments(self, moments: LayerMoments) -> Tensor:
         _, blocks, rows, columns = _blocks(moments)
@@ -170,7 +175,7 @@ class CCA(Measure):
         return pair_table(rows, columns if moments.split else None, value, self.symmetric)
 
     def _value(self, cross: Tensor, loadings: Tensor) -> Tensor:
-        """From the inner products of two orthonormal bases [r, s]."""
+        """From the inner products [r, s] of two orthonormal bases."""
         if self.kind != "pwcca":
             return of.nuclear_norm(cross) / min(cross.shape)
         left, correlations, _ = torch.linalg.svd(cross, full_matrices=False)
