@@ -123,6 +123,7 @@ class Problem:
         self.stops = _on_device(tuple(self.x.stops), x.device)
         self.labels = self.new(self.n, dtype=torch.int64).fill_(-1) if labels is None else _dense(labels)
         self.numbers = torch.arange(self.m, device=x.device)
+        self.room = next(room for room in table.COUNTS if room >= self.count)
 
     def new(self, *shape: int, dtype: torch.dtype = F32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -137,20 +138,19 @@ class Problem:
 
     def sweep(self, positive: Tensor, by_column: bool, kept: Tensor | None = None) -> Tensor:
         """log Σ e^s over the columns that are not a row's positive, [P, n]; writes the positives' logits."""
-        config_table = table.LOGSUMEXP[self.dtype.itemsize]
+        config_table = table.LOGSUMEXP[self.dtype.itemsize, self.room]
         arguments = {
             **dict(x=self.x.data, y=self.y.data, stops=self.stops, x_stride=self.x.stride, y_stride=self.y.stride),
             **dict(row_factors=self.row_factors, column_factors=self.column_factors),
             **dict(row_tags=self.labels, column_tags=self.numbers, positive=positive, positives=positive.shape[1]),
             **dict(n=self.n, m=self.m, count=self.count, by_column=int(by_column)),
-            **dict(kept=positive if kept is None else kept, keep=int(kept is not None)),
+            **dict(kept=positive if kept is None else kept),
         }
 
         def run(config: Config) -> Tensor:
             part, splits = _split(self.n, self.m, config, self.device)
             others = self.new(splits, self.count, self.n)
-            room = next(room for room in table.COUNTS if room >= self.count)
-            variant = table.logsumexp_variant(config, self.dtype, room)
+            variant = table.logsumexp_variant(config, self.dtype, self.room, kept is not None)
             grid = (triton.cdiv(self.n, config.blocks["BM"]), splits)
             _launch_with(variant, grid, {**arguments, "others": others, "part": part}, self.device)
             return others[0] if splits == 1 else others.logsumexp(0)
@@ -289,7 +289,7 @@ def _gradients(p: Problem, sums: list[Tensor | None], kept: Tensor | None) -> tu
         **dict(row_sums=none if r is None else r, row_weights=none if r is None else row_weights),
         **dict(column_sums=none if c is None else c, column_weights=none if c is None else column_weights),
         **dict(positive_weights=none if positive_weights is None else positive_weights),
-        **dict(kept=none if kept is None else kept, has_kept=int(kept is not None)),
+        **dict(kept=none if kept is None else kept),
         **dict(has_rows=int(r is not None), has_columns=int(c is not None)),
         **dict(has_positive=int(positive_weights is not None)),
     }
@@ -303,7 +303,7 @@ def _gradients(p: Problem, sums: list[Tensor | None], kept: Tensor | None) -> tu
         width = min(max(most, 128), triton.cdiv(p.m, 128) * 128)
         slab = p.new(p.count, p.n, width, dtype=slab_type)
         outputs = {"slab": slab, "row_terms": row_terms, "column_terms": column_terms, "width": width}
-        variant = table.weights_variant(config, p.dtype)
+        variant = table.weights_variant(config, p.dtype, p.room, kept is not None)
         for first in range(0, p.m, width):
             last = min(p.m, first + width)
             grid = (triton.cdiv(p.n, bm), triton.cdiv(last - first, bn))
@@ -316,7 +316,7 @@ def _gradients(p: Problem, sums: list[Tensor | None], kept: Tensor | None) -> tu
                 )
         return dx, dy, row_terms.sum(0), column_terms.sum(0)
 
-    return table.WEIGHTS[p.dtype.itemsize].run(p.device, run, (p.n, p.m))
+    return table.WEIGHTS[p.dtype.itemsize, p.room].run(p.device, run, (p.n, p.m))
 
 
 def _product(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,30 +24,36 @@ def _tile(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
     return Config({"BM": bm, "BN": bn, "BK": bk}, warps, stages)
 
 
-def _table(name: str, sm80: Config, sm90: Config, *candidates: Config) -> Table:
+def _table(name: str, sm80: Config, sm90: Config, *candidates: Config, sm100: Config | None = None) -> Table:
     """Estimates from registers and shared memory: no GPU has run them yet."""
-    return Table(f"pairs.{name}", {80: sm80, 90: sm90, 100: sm90}, candidates)
+    return Table(f"pairs.{name}", {80: sm80, 90: sm90, 100: sm100 or sm90}, candidates)
 
 
-# By bytes of an element. float32 goes as three products of halves, and holds both halves of its operands.
+# By bytes of an element and room for prefixes. float32 goes as three products of halves, and holds both halves of its
+# operands; more prefixes hold on to a tile's products while its scores are worked on. No row spills.
 LOGSUMEXP = {
-    2: _table("logsumexp 2", _tile(128, 64, 64, 8, 2), _tile(128, 128, 64, 8, 3), _tile(128, 64, 64, 4, 4)),
-    4: _table("logsumexp 4", _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(64, 64, 32, 4, 3)),
+    (2, 1): _table("logsumexp 2", *(_tile(128, 64, 64, 8, s) for s in (2, 3, 4)), sm100=_tile(64, 64, 64, 8, 3)),
+    (2, 8): _table("logsumexp 2 prefixes", *(_tile(64, 64, 64, 8, s) for s in (2, 3, 4))),
+    (4, 1): _table("logsumexp 4", _tile(64, 32, 32, 8, 2), *(_tile(64, 64, 32, 8, s) for s in (3, 4))),
+    (4, 8): _table("logsumexp 4 prefixes", _tile(64, 32, 32, 8, 2), *(_tile(64, 64, 32, 8, s) for s in (3, 4))),
 }
 WEIGHTS = {
-    2: _table("weights 2", _tile(128, 64, 64, 8, 2), _tile(128, 64, 64, 8, 3), _tile(128, 128, 64, 8, 3)),
-    4: _table("weights 4", _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(64, 64, 32, 4, 3)),
+    (2, 1): _table("weights 2", *(_tile(128, 64, 64, 8, s) for s in (2, 3, 4))),
+    (2, 8): _table("weights 2 prefixes", *(_tile(64, 64, 64, 8, s) for s in (2, 3)), sm100=_tile(64, 32, 64, 8, 3)),
+    (4, 1): _table("weights 4", *(_tile(64, 64, 32, 8, s) for s in (2, 3, 4))),
+    (4, 8): _table("weights 4 prefixes", *(_tile(64, 32, 32, 8, s) for s in (2, 3))),
 }
 PRODUCT = {
     2: _table("product 2", _tile(128, 64, 64, 8, 2), _tile(128, 128, 64, 8, 3), _tile(128, 64, 64, 4, 4)),
     4: _table("product 4", _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(64, 64, 32, 4, 3)),
 }
 # The kept keys are 8 bytes each: the more of them, the fewer rows.
+_square = _tile(64, 64, 64, 4, 3)
 SCREEN = {
-    (2, 16): _table("screen 2 16", _tile(64, 64, 64, 4, 2), _tile(64, 128, 64, 4, 3), _tile(128, 128, 64, 8, 3)),
+    (2, 16): _table("screen 2 16", _tile(64, 64, 64, 4, 2), _tile(64, 128, 64, 4, 3), _square, sm100=_square),
     (2, 64): _table("screen 2 64", _tile(32, 64, 64, 4, 2), _tile(32, 128, 64, 4, 3), _tile(64, 128, 64, 8, 3)),
     (2, 256): _table("screen 2 256", _tile(16, 64, 64, 4, 2), _tile(16, 128, 64, 4, 3)),
-    (4, 16): _table("screen 4 16", _tile(64, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(64, 128, 32, 8, 3)),
+    (4, 16): _table("screen 4 16", _tile(32, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(64, 128, 32, 8, 3)),
     (4, 64): _table("screen 4 64", _tile(32, 64, 32, 4, 2), _tile(32, 64, 32, 4, 3)),
     (4, 256): _table("screen 4 256", _tile(16, 64, 32, 4, 2), _tile(16, 64, 32, 4, 3)),
 }
@@ -56,8 +63,8 @@ EXACT = Config({"BN": 32, "BK": 32}, 4, 1)
 
 _INT32, _INT64 = {"stops"}, {"row_tags", "column_tags", "labels", "keys"}
 _ALIGNED = {"x_stride", "y_stride", "weights_stride", "z_stride", "out_stride"}
-_NUMBERS = {"n", "m", "d", "part", "count", "positives", "by_column", "keep", "apart", "first", "last", "width", "add"}
-_NUMBERS |= {"has_rows", "has_columns", "has_positive", "has_kept", "inner", "features", "exclude", "offset", "splits"}
+_NUMBERS = {"n", "m", "d", "part", "count", "positives", "by_column", "apart", "first", "last", "width", "add"}
+_NUMBERS |= {"has_rows", "has_columns", "has_positive", "inner", "features", "exclude", "offset", "splits"}
 _NUMBERS |= {"chunks", "metric"}
 
 
@@ -86,8 +93,9 @@ def _make(kernel: Any, config: Config, kinds: Mapping[str, torch.dtype], **const
 
 
 @functools.cache
-def logsumexp_variant(config: Config, dtype: torch.dtype, count: int) -> Variant:
-    return _make(logsumexp_kernel, config, {"x": dtype, "y": dtype}, COUNT=count, PRECISION=precision(dtype))
+def logsumexp_variant(config: Config, dtype: torch.dtype, count: int, keep: bool) -> Variant:
+    options = {"COUNT": count, "KEEP": keep, "PRECISION": precision(dtype)}
+    return _make(logsumexp_kernel, config, {"x": dtype, "y": dtype}, **options)
 
 
 @functools.cache
@@ -96,9 +104,9 @@ def tags_variant() -> Variant:
 
 
 @functools.cache
-def weights_variant(config: Config, dtype: torch.dtype) -> Variant:
+def weights_variant(config: Config, dtype: torch.dtype, count: int, kept: bool) -> Variant:
     kinds = {"x": dtype, "y": dtype, "slab": slab_dtype(dtype)}
-    return _make(weights_kernel, config, kinds, PRECISION=precision(dtype))
+    return _make(weights_kernel, config, kinds, COUNT=count, KEPT=kept, PRECISION=precision(dtype))
 
 
 @functools.cache
@@ -128,8 +136,9 @@ def variants(architecture: int) -> list[Variant]:
     for dtype in FLOATS:
         size = dtype.itemsize
         slab = slab_dtype(dtype).itemsize
-        found += [logsumexp_variant(LOGSUMEXP[size].rows[a], dtype, count) for count in COUNTS]
-        found.append(weights_variant(WEIGHTS[size].rows[a], dtype))
+        for count, keep in itertools.product(COUNTS, (False, True)):
+            found.append(logsumexp_variant(LOGSUMEXP[size, count].rows[a], dtype, count, keep))
+            found.append(weights_variant(WEIGHTS[size, count].rows[a], dtype, count, keep))
         found += [product_variant(PRODUCT[slab].rows[a], dtype, turned) for turned in (False, True)]
         found += [screen_variant(SCREEN[size, kept].rows[a], dtype, kept) for kept in KEPT]
         found.append(rescore_variant(dtype))
