@@ -28,7 +28,7 @@ from pyrepr.benchmarks.gpu import verdict
 import pyrepr
 from pyrepr.backend import build_info, cuda_tool
 
-FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
+FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
 # Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every head count.
 SHARES = {"machine": 1.0, "check": 8.0, "prepare": 8.0, "time": 4.0, "last": 9.0, "autotune": 10.0}
 TIME_SHARES = {"gram": 6.0, "delta_rule": 16.0}

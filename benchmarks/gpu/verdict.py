@@ -37,6 +37,14 @@ def _aims() -> Iterator[Aim]:
             for op, factor in ((f"{rule} forward", 1.5), (f"{rule} forward + backward", 1.3)):
                 yield "delta_rule", op, f"{shape} K=V=128", "times", factor, FLA
                 yield "delta_rule", op, f"{shape} K=V=128", "error", 1.0, FLA
+    for shape in ("n=8192 d=512", "n=32768 d=1024"):
+        yield "pairs", "info_nce", shape, "times", 1.3, "plain torch"
+        yield "pairs", "info_nce", shape, "product", 0.4, "a plain matrix product"
+    yield "pairs", "info_nce", "n=8192 d=512", "times", 1.5, "open_clip"
+    yield "pairs", "info_nce prefixes", "n=2048 d=768", "times", 2.0, "plain torch"
+    for shape in ("n=20000 m=20000 d=384 k=10", "n=16 m=1000000 d=384 k=10", "n=20000 m=20000 d=384 k=100"):
+        yield "pairs", "top-k", shape, "times", 2.0, "torch mm + topk"
+        yield "pairs", "top-k", shape, "error", 1.0, "torch mm + topk"
     yield "lookup", "lookup forward", LOOKUP[0], "times", 4.0, "F.linear"
     for shape in LOOKUP:
         yield "lookup", "lookup forward", shape, "bandwidth", 0.8, "a copy"

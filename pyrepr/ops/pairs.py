@@ -11,6 +11,8 @@ and :func:`softmax_weights` makes G, H and W of the gradients of what the forwar
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ from pyrepr.reference.pairs import compute_dtype
 def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:
     """Whether the forward should keep the logits for the backward: where they take no more memory than x and y."""
     return prefixes * n * m <= (n + m) * d
+
+
+def _triton(function: str):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module("pyrepr.kernels.pairs"), function)(*args)
+
+    return run
 
 
 def _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
@@ -42,6 +53,7 @@ logsumexp_op = leaf_op(
     "bool columns, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_logsumexp_fake,
     reference=reference.pairs_logsumexp,
+    triton=_triton("logsumexp"),
 )
 
 
@@ -55,6 +67,7 @@ logsumexp_backward_op = leaf_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=_logsumexp_backward_fake,
     reference=reference.pairs_logsumexp_backward,
+    triton=_triton("logsumexp_backward"),
 )
 
 
@@ -102,4 +115,5 @@ topk_op = leaf_op(
     "Tensor? values, Tensor? indices, Tensor? logsumexp) -> (Tensor, Tensor, Tensor)",
     fake=_topk_fake,
     reference=reference.pairs_topk,
+    triton=_triton("topk"),
 )
