@@ -12,8 +12,8 @@ which folds the axis into one that the op has anyway (:class:`Fold`), or else lo
 differentiation reach the functions is the business of ``_leaf.py``.
 
 What a family keeps to: the op's schema takes its tensors first (a list of tensors, if there is one, before all others)
-and then everything else, its `constants`. Below, `args` is the tuple of all of them, as the op takes them; `tensors` are
-the tensors alone, those of a list last. Public functions check their arguments and call the op; they ask
+and then everything else, its `constants`. Below, `args` is the tuple of all of them, as the op takes them; `tensors`
+are the tensors alone, those of a list last. Public functions check their arguments and call the op; they ask
 ``_leaf.derives`` where a result without a derivative is cheaper, and never read a number of a tensor that may be under
 ``vmap``.
 """
@@ -123,12 +123,14 @@ class Derived:
         kinds = [str(a.type) for a in schema.arguments]
         self.rule, self.op, self.name = rule, op, schema.name.split("::")[1]
         self.listed = kinds[0] == "List[Tensor]"
+        self.defaults = tuple(a.default_value for a in schema.arguments)
         self.count = sum("Tensor" in kind for kind in kinds)  # tensor arguments, a list being one
         self.single = [a.name for a in schema.arguments[int(self.listed) : self.count]]  # those that are no list
         self.fixed = [self.single.index(name) for name in rule.fixed]
         self.operation, self.gradient = _operation(self), _gradient(self)
 
     def apply(self, args: tuple) -> Any:
+        args = (*args, *self.defaults[len(args) :])
         tensors = args[: self.count]
         if self.listed:
             tensors = (*tensors[1:], *tensors[0])
@@ -179,8 +181,9 @@ class Derived:
 
 
 def _by_new_vmap(backward: Callable) -> Callable:
-    """``torch.autograd.grad(is_grads_batched=True)`` still calls a backward under the vmap of before ``torch.func``, which
-    knows no functions: the same under the new one."""
+    """``torch.autograd.grad(is_grads_batched=True)`` calls a backward under the vmap of before ``torch.func``, which
+    knows no functions of this kind: the same under the new one.
+    """
 
     def batched(ctx: Any, *grads: Tensor | None) -> tuple:
         places = [i for i, g in enumerate(grads) if g is not None and _old_batched(g)]
