@@ -126,6 +126,7 @@ class Derived:
         self.defaults = tuple(a.default_value for a in schema.arguments)
         self.count = sum("Tensor" in kind for kind in kinds)  # tensor arguments, a list being one
         self.single = [a.name for a in schema.arguments[int(self.listed) : self.count]]  # those that are no list
+        self.several = len(schema.returns) > 1
         self.fixed = [self.single.index(name) for name in rule.fixed]
         self.operation, self.gradient = _operation(self), _gradient(self)
 
@@ -208,7 +209,7 @@ def _by_new_vmap(backward: Callable) -> Callable:
 
 
 def _operation(derived: Derived) -> type[Function]:
-    rule = derived.rule
+    rule, several = derived.rule, derived.several
 
     class Operation(Function):
         """(constants, *inputs) to the op's outputs."""
@@ -221,10 +222,11 @@ def _operation(derived: Derived) -> type[Function]:
         def setup_context(ctx, inputs, output):
             ctx.constants, *saved = inputs
             derived.check_fixed(ctx.needs_input_grad[1:])
-            ctx.size = len(output) if type(output) is tuple else 0
-            if ctx.size:
+            if several:
+                ctx.sizes = [(x.shape, x.dtype) for x in output]
                 ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in rule.outputs))
                 saved += [output[i] for i in rule.kept]
+            ctx.set_materialize_grads(False)  # in forward mode, tangents of zeros would be pushed too
             ctx.save_for_backward(*saved)
             ctx.save_for_forward(*saved)
 
@@ -232,6 +234,10 @@ def _operation(derived: Derived) -> type[Function]:
         @_by_new_vmap
         def backward(ctx, *grads):
             wanted = ctx.needs_input_grad[1:]
+            if several:
+                some = next(g for g in grads if g is not None)
+                sizes = zip(grads, ctx.sizes, strict=True)
+                grads = [some.new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in sizes]
             tensors = (*ctx.saved_tensors, *(grads[i] for i in rule.outputs))
             if not torch.is_grad_enabled() and not transformed():  # nobody differentiates the result
                 return (None, *derived.backward(ctx.constants, wanted, tensors))
@@ -241,12 +247,12 @@ def _operation(derived: Derived) -> type[Function]:
         @staticmethod
         def jvp(ctx, _, *tangents):
             inputs, kept, _ = derived.split(len(tangents), ctx.saved_tensors)
-            places = [i for i, t in enumerate(tangents) if t is not None and t.is_floating_point()]
+            places = [i for i, t in enumerate(tangents) if t is not None]
             derived.check_fixed([i in places for i in range(len(tangents))])
             with _without_autocast(inputs):
                 function = derived.outputs_of(ctx.constants, inputs, kept, places)
                 pushed = _forward_mode_of(function, [inputs[i] for i in places], [tangents[i] for i in places])
-            return tuple(_placed([None] * ctx.size, rule.outputs, pushed)) if ctx.size else pushed[0]
+            return tuple(_placed([None] * len(ctx.sizes), rule.outputs, pushed)) if several else pushed[0]
 
         @staticmethod
         def vmap(info, in_dims, constants, *inputs):

@@ -34,6 +34,10 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_batchedtensor
+_unwrapped = torch._C._functorch.get_unwrapped
+
 _autocast_exists = torch.amp.is_autocast_available
 _autocast_is_on = torch.is_autocast_enabled
 
@@ -96,6 +100,17 @@ def derives(*tensors: torch.Tensor | None) -> bool:
     if _is_compiling() or torch.compiler.is_exporting():
         return torch.is_grad_enabled() or torch.compiler.is_exporting()
     return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or transformed()
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether the numbers of x can be looked at here: no graph is being made, and no axis of x is hidden by ``vmap``."""
+    if torch.compiler.is_compiling():
+        return False
+    while _wrapped(x):
+        if _batched(x):
+            return False
+        x = _unwrapped(x)
+    return True
 
 
 def leaf_op(
