@@ -47,6 +47,19 @@ def watched() -> bool:
     )
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a look at the numbers of x costs no waiting for a GPU and leaves no trace in a graph."""
+    return type(x) in _PLAIN and x.is_cpu and not watched()
+
+
+def require(good: torch.Tensor, message: str) -> None:
+    """Raises ValueError where `good`, a bool scalar, is false; RuntimeError on a GPU or in a graph, when it runs."""
+    if not readable(good):
+        torch._assert_async(good, message)
+    elif not good:
+        raise ValueError(message)
+
+
 def _autocasts(device: str) -> bool:
     return _autocast_exists(device) and _autocast_is_on(device)
 
@@ -62,7 +75,7 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
-    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation.
+    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation or zeros.
 
     Lazy conjugation is complex numbers' alone, which no op takes.
     """
@@ -70,7 +83,7 @@ def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
     for arg in args:
         kind = type(arg)
         if kind in _PLAIN:
-            if not arg.is_cpu or arg.is_neg():
+            if not arg.is_cpu or arg.is_neg() or arg._is_zerotensor():
                 return None
             found.append(arg)
         elif kind is list or kind is tuple:

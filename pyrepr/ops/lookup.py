@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module
+from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module, optional
 from pyrepr.reference import lookup as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.lookup import WEIGHTINGS, sizes, unpack
@@ -37,7 +37,7 @@ CUDA_TOKENS = 64
 
 
 def _tables(tables: Tensor, scales: Tensor | None):
-    scales_address = 0 if scales is None else scales.data_ptr()
+    scales_address = optional("scales", scales)
     code, packed = TABLE_CODES[tables.dtype], tables.dim() == 4
     return module().LookupTables(
         tables.data_ptr(), code, scales_address, *sizes(tables), packed, torch.get_num_threads()
@@ -119,7 +119,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     module().lookup_linear(
         tables.data_ptr(),
         TABLE_CODES[tables.dtype],
-        0 if scales is None else scales.data_ptr(),
+        optional("scales", scales),
         k,
         n,
         h,
@@ -131,7 +131,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
         n.bit_length() - 1,
         WEIGHTING_CODES[weighting],
         temperature,
-        0 if bias is None else bias.data_ptr(),
+        optional("bias", bias),
         route,
         out.data_ptr(),
         torch.get_num_threads(),

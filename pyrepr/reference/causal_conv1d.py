@@ -124,5 +124,5 @@ def causal_conv1d_update_(
     """out; `conv_state` holds the last S tokens before and after."""
     kept = weight.shape[1] - 1
     out = causal_conv1d(x, weight, bias, conv_state[..., conv_state.shape[2] - kept :], silu=silu)
-    conv_state.copy_(torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :])
-    return out
+    after = torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :]
+    return (out, conv_state.copy_(after))[0]
