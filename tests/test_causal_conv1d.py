@@ -470,7 +470,7 @@ def test_tokens_of_no_sequence_yield_zero_and_get_no_gradient(backend):
 @pytest.mark.parametrize("which", ["x", "conv_state", "weight", "bias"])
 @pytest.mark.parametrize("tokens", [(3,), (3, 2)])
 def test_tensors_without_memory(which, tokens):
-    """Zeros that torch keeps without memory are zeros, and a freed storage is refused, on the short way and the long."""
+    """Zeros that torch keeps without memory are zeros, and a freed storage is refused, both the short way and long."""
     given = {
         "x": torch.randn(2, *tokens),
         "conv_state": torch.randn(2, 3, 4),

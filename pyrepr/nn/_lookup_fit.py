@@ -40,7 +40,7 @@ class Parts:
 def hold_out(count: int) -> Tensor:
     """[count] bool: an eighth of the rows in evenly spread runs, since neighbours (tokens of a sentence) are alike."""
     run = max(1, min(64, count // 64))
-    return torch.arange(count) // run % 8 == 7
+    return torch.arange(count, device="cpu") // run % 8 == 7
 
 
 def relative_mse(y: Tensor, truth: Tensor) -> float:

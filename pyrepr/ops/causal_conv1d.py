@@ -101,7 +101,7 @@ def _backward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, si
     problem = _Problem(x, weight, bias, initial_states, bounds, silu)
     grad = grad.to(x.dtype).contiguous()
     sums = [dweight, dbias, dinitial]
-    wide = [torch.zeros(t.shape, dtype=torch.float32) for t in sums]
+    wide = [t.new_zeros(t.shape, dtype=torch.float32) for t in sums]
     addresses = [0 if t.numel() == 0 else t.data_ptr() for t in wide]
     problem.native.backward(grad.data_ptr(), dx.data_ptr(), *addresses)
     return (dx, *(t.to(narrow.dtype) for t, narrow in zip(wide, sums, strict=True)))

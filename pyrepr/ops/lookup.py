@@ -111,7 +111,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     k, n, h = sizes(tables) if packed else tables.shape
     x, tables = _rows_contiguous(x), tables.contiguous()
     rows, stride = x.shape[0], x.stride(0)
-    out = torch.empty(rows, h, dtype=compute)
+    out = x.new_empty(rows, h, dtype=compute)
     if bias is not None and (bias.dtype is not compute or not bias.is_contiguous()):
         bias = bias.to(compute).contiguous()
     if scales is not None:
@@ -220,7 +220,7 @@ REUSED_FROM = 32 << 20
 def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     count = rows * columns
     if count * dtype.itemsize < REUSED_FROM or not hasattr(module(), "Block"):
-        return torch.empty(rows, columns, dtype=dtype)
+        return torch.empty(rows, columns, dtype=dtype, device="cpu")
     return torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype, count=count).view(rows, columns)
 
 
@@ -239,7 +239,7 @@ def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments, 
         native = _tables(tables, scales)
     first = None
     if rows is not None:
-        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1))
+        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1, device=rows.device))
     native.backward(
         matrix(grad),
         codes.data_ptr(),
@@ -266,7 +266,7 @@ def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
 
 
 def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
-    grad = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
+    grad = x.new_empty(x.shape, dtype=compute_dtype(x.dtype))
     x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
     code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
     module().lookup_hash_backward(

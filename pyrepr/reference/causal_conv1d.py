@@ -27,7 +27,7 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
         return sequence_bounds(cu_seqlens, total)
     if seq_idx is None:
         return [row * total for row in range(batch + 1)]
-    starts = torch.ones(batch, total, dtype=torch.bool)
+    starts = torch.ones(batch, total, dtype=torch.bool, device="cpu")
     starts[:, 1:] = (seq_idx[:, 1:] != seq_idx[:, :-1]).cpu()
     return [*starts.flatten().nonzero().flatten().tolist(), batch * total]
 
