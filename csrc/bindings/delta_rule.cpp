@@ -108,14 +108,9 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
-bool overlap(const Tensor& a, const Tensor& b, int64_t bytes) {
-  const auto from = reinterpret_cast<uintptr_t>(a.data), to = reinterpret_cast<uintptr_t>(b.data);
-  return from != to && (from > to ? from - to : to - from) < static_cast<uintptr_t>(bytes);
-}
-
 // The tensors of a step, read and found to be as the kernel takes them.
 struct DeltaRuleStep {
-  Tensor q, k, v, g, beta, initial, final;
+  Tensor q, k, v, g{}, beta, initial, final;
   bool has_gate, has_initial, has_final;
   std::vector<float> wide_beta;
   cpu::DeltaRuleProblem problem;
@@ -144,7 +139,8 @@ struct DeltaRuleStep {
     if (has_gate && !(g.is(DType::f32) && g.dense())) return false;
     for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
       if (state && !(state->has_shape({B, HV, K, V}) && state->is(DType::f32) && state->dense())) return false;
-    if (has_initial && has_final && overlap(initial, final, 4 * B * HV * K * V)) return false;
+    if (has_final && !is_apart(final, {&q, &k, &v, &g, &beta})) return false;
+    if (has_initial && has_final && initial.data != final.data && !is_apart(final, {&initial})) return false;
     return widen_beta() && B * T * HV > 0;
   }
 
@@ -199,6 +195,7 @@ py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle 
   const int64_t sizes[] = {step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
   const py::object state = final.is_none() ? new_empty(v, sizes, 4, true) : py::reinterpret_borrow<py::object>(final);
   if (!Reader(false).read(o, to) || !(step.has_final || Reader(false).read(state, step.final))) return py::none();
+  if (step.has_final) tell_written(final);
   step.run(factor, l2norm, threads, to.data, step.final.data);
   return py::make_tuple(o, state);
 }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyrepr.backend import Unsupported
 from pyrepr.ops._differentiable import ALONE, Derivative, Fold
-from pyrepr.ops._leaf import derives, leaf_op, written
-from pyrepr.ops._native import DTYPE_CODES, direct, module
+from pyrepr.ops._leaf import derives, leaf_op
+from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.delta_rule import sequence_bounds
@@ -68,9 +68,9 @@ def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
-            0 if g is None else g.data_ptr(),
+            optional("g", g),
             beta.data_ptr(),
-            0 if state is None else state.data_ptr(),
+            optional("initial_state", state),
         ),
         (*k.shape, *v.shape[2:]),
         (*q_stride, *k_stride, *v_stride),
@@ -117,16 +117,16 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
         return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
+    q, k, v, g, beta = apart(final, q, k, v, g, beta)
     if initial_state is not None:
         initial_state = _dense(initial_state)
         # The kernel may read the state that it writes, but not one that merely overlaps it.
-        if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
-            initial_state = initial_state.clone()
+        if initial_state.data_ptr() != final.data_ptr():
+            (initial_state,) = apart(final, initial_state)
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
-    problem.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
-    if final is not state:
-        state.copy_(final)
-    return o
+    kept = (o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    # In one line: nothing may go wrong between the state's move and the return.
+    return (o, problem.forward(*kept), None if final is state else state.copy_(final))[0]
 
 
 def _start(state: Tensor, initial_state: Tensor | None) -> None:
@@ -279,7 +279,7 @@ def step(
     native = direct()
     if native is None:
         return None
-    done = native.delta_rule_step(
+    return native.delta_rule_step(
         q,
         k,
         v,
@@ -293,9 +293,6 @@ def step(
         torch.is_grad_enabled(),
         torch.get_num_threads(),
     )
-    if done is not None and out_state is not None:
-        written(out_state)
-    return done
 
 
 def delta_rule(

@@ -195,8 +195,7 @@ def delta_rule_update_(
 ) -> Tensor:
     """o; `state` becomes the final state. `initial_state` may be `state`; None is zero."""
     o, last, _ = delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0)
-    state.copy_(last)
-    return o
+    return (o, state.copy_(last))[0]
 
 
 def _heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
