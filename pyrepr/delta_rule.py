@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrepr._checks import check_cu_seqlens, check_device, check_shape, check_tensor, name_of, shape_of
 from pyrepr.ops.delta_rule import delta_rule, step, update_op_
-from pyrepr.reference.delta_rule import compute_dtype
+from pyrepr.reference.delta_rule import Gate, compute_dtype
 
 __all__ = [
     "chunk_delta_rule",
@@ -26,12 +26,9 @@ __all__ = [
 ]
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int, int, int, int]:
-    """The shape of the state. One sentence per failure: the argument, what is expected, what came.
-
-    gate: "", "HV" or "K".
-    """
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate else beta)):
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: Gate) -> tuple[int, int, int, int]:
+    """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate != Gate.NONE else beta)):
         check_tensor(name, x)
         check_device(name, x, "q", q)
     shape = q.shape
@@ -52,9 +49,9 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
     check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate == "HV":
+    if gate == Gate.PER_HEAD:
         check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-    elif gate:
+    elif gate == Gate.PER_KEY:
         check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
     sequences = batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "q", q)
     state = (sequences, value_heads, width, value_width)
@@ -142,7 +139,9 @@ def chunk_delta_rule(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
         stays in its sequence and head.
     """
-    return _run(q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "")
+    return _run(
+        q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.NONE
+    )
 
 
 def chunk_gated_delta_rule(
@@ -165,7 +164,9 @@ def chunk_gated_delta_rule(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_HEAD
+    )
 
 
 def chunk_kda(
@@ -187,7 +188,9 @@ def chunk_kda(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_KEY
+    )
 
 
 def fused_recurrent_delta_rule(
@@ -220,7 +223,7 @@ def fused_recurrent_delta_rule(
         output_final_state,
         use_qk_l2norm_in_kernel,
         cu_seqlens,
-        "",
+        Gate.NONE,
         out_state,
     )
 
@@ -241,7 +244,18 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_HEAD,
+        out_state,
     )
 
 
@@ -261,5 +275,16 @@ def fused_recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_KEY,
+        out_state,
     )

@@ -11,6 +11,7 @@ where the recurrence takes many small ones: on devices without a kernel they are
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from torch import Tensor
 from pyrepr.reference._delta_chunks import Chunks
 
 L2NORM_EPS = 1e-6
+
+
+class Gate(enum.IntEnum):
+    """What the state decays by: nothing, a number per value head, or one per key channel; as in csrc/common.h."""
+
+    NONE = 0
+    PER_HEAD = 1
+    PER_KEY = 2
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
