@@ -33,9 +33,6 @@ PYBIND11_MODULE(_C, m) {
     return names;
   }, py::arg("supported") = true);
   m.def("learn_torch", &learn_torch);
-  bind_gram(m);
-  bind_delta_rule(m);
-  bind_lookup(m);
-  bind_causal_conv1d(m);
-  bind_probe(m);
+#define PYREPR_FAMILY(family, Functions, best) bind_##family(m);
+#include "families.h"
 }

@@ -43,14 +43,14 @@ struct Tokens {
 struct DeltaRuleProblem {
   Tokens q, k;           // [B, T, H, K]
   Tokens v;              // [B, T, HV, V]
-  const float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
+  const float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]; null without a gate
   const float* beta;     // [B, T, HV]
   const float* initial;  // [N, HV, K, V]; null: zero
   int64_t batch, total, heads, width, value_heads, value_width;
   const int64_t* bounds;  // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
   int64_t sequences;      // N
   DType dtype;            // of q, k and v; not f64
-  bool gate_per_key;
+  Gate gate;
   bool l2norm;
   float scale;
   int threads;
@@ -68,7 +68,7 @@ struct DeltaRuleGradients {
   float* q;        // [B, T, HV, K]
   float* k;        // [B, T, HV, K]
   float* v;        // [B, T, HV, V]
-  float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]
+  float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]
   float* beta;     // [B, T, HV]
   float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
@@ -79,18 +79,5 @@ struct DeltaRuleFunctions {
   // `states` as the forward left them.
   Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
 };
-
-namespace baseline {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx2 {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx512 {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx512_bf16 {
-DeltaRuleFunctions delta_rule_functions();
-}
 
 }  // namespace pyrepr::cpu

@@ -177,16 +177,6 @@ inline void zero(T* p, int64_t count) {
   std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// A vector from memory of which only `count` elements exist; the others are zero.
-template <class S>
-inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) {
-  constexpr int W = Lanes<typename S::T>::W;
-  if (count >= W) return load_as<S>(p);
-  typename S::Memory padded[W] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load_as<S>(padded);
-}
-
 // One panel of a source whose elements neighbour each other along r: out [kc][NR], zero past `rows`.
 template <class S>
 __attribute__((noinline)) void read_panel(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int64_t kc,
