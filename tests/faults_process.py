@@ -2,7 +2,7 @@
 
     faults_process.py ACTION FAULT FOLDER
 
-The child stops itself at its n-th write (any built-in that writes, opens, renames or removes a file, called by anybody),
+The child stops itself at its n-th write (any built-in that writes, opens, renames or removes a file, whoever calls it),
 for every n, or of very many writes for the first, the last and some between; or it cannot write more than n bytes to a
 file.
 """

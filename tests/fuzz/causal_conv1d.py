@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def runs(marks: np.ndarray) -> list[tuple[int, int, int]]:
     found = []
     for row, line in enumerate(marks):
         edges = [0, *(np.nonzero(np.diff(line))[0] + 1), len(line)] if len(line) else []
-        found += [(row, int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]
+        found += [(row, int(a), int(b)) for a, b in itertools.pairwise(edges)]
     return found
 
 
@@ -90,13 +91,12 @@ def draw_fn(draw: Draw) -> Case:
         arguments.append("bias")
     if packing == "cu_seqlens":
         edges = cuts(draw, total)
-        bounds: Any = [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        bounds: Any = [(0, a, b) for a, b in itertools.pairwise(edges)]
         lines.append(f"cu_seqlens = torch.tensor({edges}, dtype=torch.{draw.choice(('int32', 'int64'))})")
         arguments.append("cu_seqlens=cu_seqlens")
     elif packing == "seq_idx":
-        lines.append(
-            f"seq_idx = (randn({draw.seed_()}, {batch}, {total}).abs() * 0.7).cumsum(-1).to(torch.{draw.choice(('int32', 'int64'))})"
-        )
+        marks = f"(randn({draw.seed_()}, {batch}, {total}).abs() * 0.7).cumsum(-1)"
+        lines.append(f"seq_idx = {marks}.to(torch.{draw.choice(('int32', 'int64'))})")
         arguments.append("seq_idx=seq_idx")
         bounds = None
     else:
@@ -232,7 +232,7 @@ def draw_update(draw: Draw) -> Case:
     lines.append("before = conv_state.clone()")
 
     def check(names: dict[str, Any]) -> str | None:
-        x, old, weight, new = (f64(names[n]) for n in ("x", "before", "weight", "conv_state"))
+        x, old, weight = (f64(names[n]) for n in ("x", "before", "weight"))
         bias = f64(names["bias"]) if with_bias else None
         dtype = names["x"].dtype
         eps = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
@@ -260,9 +260,16 @@ def draw_update(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.2):
         case.expect = "error"
-        choices = ["x = x[None, None]", "weight = weight[:, :0]", "conv_state = conv_state[..., 1:]" if length == taps - 1 and length else "weight = weight[0]",
-                   "conv_state = conv_state.to(torch.int32)", "conv_state = conv_state[:, :-1]" if channels else "x = None",
-                   "conv_state = conv_state[:1].expand(2, *conv_state.shape[1:]); x = x[:1].expand(2, *x.shape[1:])" if rows == batch == 1 and channels * length and not indexed and not ring and total != 0 else "weight = 1.0"]  # fmt: skip
+        choices = [
+            "x = x[None, None]",
+            "weight = weight[:, :0]",
+            "conv_state = conv_state[..., 1:]" if length == taps - 1 and length else "weight = weight[0]",
+            "conv_state = conv_state.to(torch.int32)",
+            "conv_state = conv_state[:, :-1]" if channels else "x = None",
+            "conv_state = conv_state[:1].expand(2, *conv_state.shape[1:]); x = x[:1].expand(2, *x.shape[1:])"
+            if rows == batch == 1 and channels * length and not indexed and not ring and total != 0
+            else "weight = 1.0",
+        ]
         if indexed and batch >= 2 and channels * length:
             choices += [
                 f"conv_state_indices[0] = {rows}",

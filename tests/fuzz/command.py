@@ -134,13 +134,28 @@ def damaged(draw: Draw, data: bytes) -> bytes:
 def odd_array(draw: Draw) -> np.ndarray:
     return draw.choice(
         (
-            np.array([{"a": 1}, None], dtype=object), np.array(["text", "more"]), np.zeros((0, 3)), np.zeros((3, 0)), np.float64(3.0),
-            np.zeros((4, 3), dtype=np.complex64), np.arange(12).reshape(4, 3), np.full((8, 3), np.nan), np.zeros((8, 3)), np.ones((2, 3)),
-            np.zeros((8, 2, 2)), np.zeros(8, dtype=[("a", "f4")]), np.zeros((8, 3), dtype=">f8"), np.zeros((8, 3), dtype=bool),
-            np.random.default_rng(0).standard_normal((9, 3)), np.asfortranarray(np.random.default_rng(1).standard_normal((8, 3))),
-            np.full((8, 3), np.inf), np.zeros((8, 3), dtype=np.float16), np.zeros((8, 3), dtype="M8[s]"), np.zeros((8, 3), dtype=np.uint16),
+            np.array([{"a": 1}, None], dtype=object),
+            np.array(["text", "more"]),
+            np.zeros((0, 3)),
+            np.zeros((3, 0)),
+            np.float64(3.0),
+            np.zeros((4, 3), dtype=np.complex64),
+            np.arange(12).reshape(4, 3),
+            np.full((8, 3), np.nan),
+            np.zeros((8, 3)),
+            np.ones((2, 3)),
+            np.zeros((8, 2, 2)),
+            np.zeros(8, dtype=[("a", "f4")]),
+            np.zeros((8, 3), dtype=">f8"),
+            np.zeros((8, 3), dtype=bool),
+            np.random.default_rng(0).standard_normal((9, 3)),
+            np.asfortranarray(np.random.default_rng(1).standard_normal((8, 3))),
+            np.full((8, 3), np.inf),
+            np.zeros((8, 3), dtype=np.float16),
+            np.zeros((8, 3), dtype="M8[s]"),
+            np.zeros((8, 3), dtype=np.uint16),
         )
-    )  # fmt: skip
+    )
 
 
 def arrays_of(draw: Draw, rows: int) -> dict[str, np.ndarray]:
@@ -237,9 +252,23 @@ def draw_stored(draw: Draw) -> Case:
 
     if draw.chance(0.2):
         truth = None
-        argv += draw.choice((["--kernel", "rbf"], ["--mode", "minibatch"], ["--layers-a", "a"], ["--layers-a", "zz*"], ["--samples", "tokens"], ["--device", "cuda:9"],
-                             ["--device", "nowhere"], ["--batch-size", "0"], ["--max-samples", "-1"], ["--data", name_a], ["--kernel", "what"], ["--seed", "x"],
-                             ["--mode", "exact", "--kernel", "rbf"]))  # fmt: skip
+        argv += draw.choice(
+            (
+                ["--kernel", "rbf"],
+                ["--mode", "minibatch"],
+                ["--layers-a", "a"],
+                ["--layers-a", "zz*"],
+                ["--samples", "tokens"],
+                ["--device", "cuda:9"],
+                ["--device", "nowhere"],
+                ["--batch-size", "0"],
+                ["--max-samples", "-1"],
+                ["--data", name_a],
+                ["--kernel", "what"],
+                ["--seed", "x"],
+                ["--mode", "exact", "--kernel", "rbf"],
+            )
+        )
     case = Case("compare FILES", f"out = run({argv!r})", "value", lines)
     case.check = lambda names: check_run(names, truth)
     return case
@@ -348,10 +377,7 @@ def draw_load(draw: Draw) -> Case:
         made = pyrepr.Comparison(values=values, **dict(COMPARISON))
         made.save(FOLDER / "good.npz")
         data = (FOLDER / "good.npz").read_bytes()
-        if draw.chance(0.5):
-            data = rewritten(draw, data)
-        else:
-            data = damaged(draw, data)
+        data = rewritten(draw, data) if draw.chance(0.5) else damaged(draw, data)
         put_file(lines, "bad.npz", data)
         call = "out = pyrepr.Comparison.load('bad.npz'); text = str(out) + repr(out)"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def recurrence(
         runs = [(slice(None), slice(None), 0, v.shape[1])]
         sequences = v.shape[0]
     else:
-        runs = [(slice(i, i + 1), slice(0, 1), a, b) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+        runs = [(slice(i, i + 1), slice(0, 1), a, b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
         sequences = len(runs)
     states = np.zeros((sequences, v.shape[2], k.shape[3], v.shape[3]), dtype=kind)
     if initial is not None:
@@ -94,7 +95,7 @@ def before_nan(arrays: list[np.ndarray | None], options: dict[str, Any]) -> np.n
         good &= np.isfinite(g) if g.ndim == 3 else np.isfinite(g).all(-1)
     edges = options["edges"] or [0, v.shape[1]]
     found = np.zeros(good.shape, dtype=bool)
-    for number, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (a, b) in enumerate(itertools.pairwise(edges)):
         found[:, a:b] = np.logical_and.accumulate(good[:, a:b], 1) if b > a else found[:, a:b]
         if initial is not None:
             own = initial if options["edges"] is None else initial[number : number + 1]
@@ -253,8 +254,15 @@ def spoil(draw: Draw, case: Case, gate: str, with_state: bool, packed: bool, in_
             (f"{name} = {name} + 1", f"{name} = {name}[:0]", f"{name} = {name}.float()", f"{name} = {name}.flip(0) - 3")
         )
     if draw.chance(0.1):
-        line = draw.choice(("q = q.double() if q.dtype != torch.float64 else q.float()", "k = k[..., :0]", "v = v[..., :0]", "beta = beta[:, :, :0]",
-                            "q = q[:, :, :0]; k = k[:, :, :0]"))  # fmt: skip
+        line = draw.choice(
+            (
+                "q = q.double() if q.dtype != torch.float64 else q.float()",
+                "k = k[..., :0]",
+                "v = v[..., :0]",
+                "beta = beta[:, :, :0]",
+                "q = q[:, :, :0]; k = k[:, :, :0]",
+            )
+        )
         name = "q"
     case.lines.append(line)
     if line == f"{name} = None" and name in ("initial_state", "cu_seqlens"):

@@ -5,6 +5,7 @@ Where a layer keeps states between calls, the same tokens cut into pieces have t
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,7 @@ def delta_layer(layer: Any, x: np.ndarray, options: dict[str, Any], edges: list[
     """Projections, convolutions, rule, gated norm, output; x: [B, T, hidden]."""
     p = {name: array(value) for name, value in layer.state_dict().items()}
     linear = lambda name, y: y @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0.0)  # noqa: E731
-    bounds = (
-        [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)]
-        if edges
-        else [(i, 0, x.shape[1]) for i in range(len(x))]
-    )
+    bounds = [(0, a, b) for a, b in itertools.pairwise(edges)] if edges else [(i, 0, x.shape[1]) for i in range(len(x))]
     parts = []
     kind, activation = options["kind"], options.get("qk_activation", "silu")
     for i, name in enumerate("qkv"):
@@ -147,7 +144,7 @@ def pieces(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     edges = sorted({0, total, *(draw.randint(0, total) for _ in range(3))})
     lines = ["cache = pyrepr.nn.DeltaCache()"]
     names = []
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
         lines.append(f"out{i} = layer(x[:, {a}:{b}], past_key_values=cache, use_cache=True)[0]")
         names.append(f"out{i}")
     if not names:
@@ -201,19 +198,23 @@ def bad_delta(draw: Draw, case: Case, options: dict[str, Any], batch: int, total
     if choice == "wrong":
         case.lines.append(draw.wrong("x"))
     elif choice == "mask":
-        case.lines.append(
-            f"mask = torch.ones({draw.choice(('3', f'{batch}', f'{batch}, {max(0, total - 1)}', f'{batch + 1}, {total}'))})"
-        )
+        shape = draw.choice(("3", f"{batch}", f"{batch}, {max(0, total - 1)}", f"{batch + 1}, {total}"))
+        case.lines.append(f"mask = torch.ones({shape})")
         case.call = "out = layer(x, attention_mask=mask)[0]"
         if total == 0:
             case.expect = "either"
     elif choice == "cache":
         case.call = f"out = layer(x, past_key_values={draw.choice(('3', '[]', '{}', 'object()'))})[0]"
     else:
-        name, values = draw.choice((
-            ("hidden_size", (0, -1, 7.5, "4")), ("num_heads", (0, -2, 5, 1.5)), ("expand_v", (0, -1, 0.001)), ("conv_size", (0, -1)),
-            ("layer_idx", ("a",)),
-        ))  # fmt: skip
+        name, values = draw.choice(
+            (
+                ("hidden_size", (0, -1, 7.5, "4")),
+                ("num_heads", (0, -2, 5, 1.5)),
+                ("expand_v", (0, -1, 0.001)),
+                ("conv_size", (0, -1)),
+                ("layer_idx", ("a",)),
+            )
+        )
         kind = case.kind.removeprefix("nn.")
         text = ", ".join(
             f"{k}={v!r}"
@@ -233,7 +234,8 @@ def draw_convolution(draw: Draw) -> Case:
     activation = draw.choice((None, "silu", "swish"))
     lines = [
         f"torch.manual_seed({draw.seed_()})",
-        f"layer = pyrepr.nn.ShortConvolution({channels}, {taps}, bias={draw.chance(0.5)}, activation={activation!r}).to(torch.{dtype})",
+        f"layer = pyrepr.nn.ShortConvolution({channels}, {taps}, bias={draw.chance(0.5)}, activation={activation!r})"
+        f".to(torch.{dtype})",
         f"x = {draw.array((batch, total, channels), dtype)}",
     ]
     case = Case("nn.ShortConvolution", "out = layer(x)[0]", "value" if channels else "either", lines)
@@ -247,7 +249,8 @@ def draw_convolution(draw: Draw) -> Case:
     if draw.chance(0.5):
         case.call = (
             f"first, state = layer(x[:, :{cut}], output_final_state=True)\n"
-            f"second, state = layer(x[:, {cut}:], cache=state, output_final_state=True)\nout = torch.cat([first, second], 1)"
+            f"second, state = layer(x[:, {cut}:], cache=state, output_final_state=True)\n"
+            "out = torch.cat([first, second], 1)"
         )
         case.calls = 2
 
@@ -270,7 +273,8 @@ def draw_lookup(draw: Draw) -> Case:
     shape = draw.choice(((7,), (2, 3), (), (0,), (33,)))
     lines = [
         f"torch.manual_seed({draw.seed_()})",
-        f"layer = pyrepr.nn.LookupLinear({chunks * bits}, {features}, bits={bits}, weighting={weighting!r}, temperature={draw.choice((1.0, 0.5))}, table_dtype=torch.{table}, bias={draw.chance(0.6)})",
+        f"layer = pyrepr.nn.LookupLinear({chunks * bits}, {features}, bits={bits}, weighting={weighting!r}, "
+        f"temperature={draw.choice((1.0, 0.5))}, table_dtype=torch.{table}, bias={draw.chance(0.6)})",
         f"x = {draw.array((*shape, chunks * bits), dtype, wild=0.1)}",
     ]
     case = Case("nn.LookupLinear", "out = layer(x)", "value", lines)
@@ -313,13 +317,24 @@ def draw_lookup(draw: Draw) -> Case:
             lines.append(draw.wrong("x", wider=True, deeper=False))
         else:
             case.lines = []
-            case.call = "out = " + draw.choice((
-                "pyrepr.nn.LookupLinear(8, 4, bits=3)", "pyrepr.nn.LookupLinear(0, 4)", "pyrepr.nn.LookupLinear(8, 4, bits=17)",
-                "pyrepr.nn.LookupLinear(8, 4, bits=2.0)", "pyrepr.nn.LookupLinear(8, 4, weighting='x')", "pyrepr.nn.LookupLinear(8, 4, temperature=0)",
-                "pyrepr.nn.LookupLinear(8, -1)", "pyrepr.nn.LookupLinear(-8, 4)", "pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)",
-                "pyrepr.nn.LookupLinear(8, 5).pack_()", "pyrepr.nn.LookupLinear(8, 4).quantize_('int4')",
-                "pyrepr.nn.LookupLinear(8, 4).quantize_('int8').quantize_('int8')", "pyrepr.nn.LookupLinear(8.0, 4)", "pyrepr.nn.LookupLinear(8, 'a')",
-            ))  # fmt: skip
+            case.call = "out = " + draw.choice(
+                (
+                    "pyrepr.nn.LookupLinear(8, 4, bits=3)",
+                    "pyrepr.nn.LookupLinear(0, 4)",
+                    "pyrepr.nn.LookupLinear(8, 4, bits=17)",
+                    "pyrepr.nn.LookupLinear(8, 4, bits=2.0)",
+                    "pyrepr.nn.LookupLinear(8, 4, weighting='x')",
+                    "pyrepr.nn.LookupLinear(8, 4, temperature=0)",
+                    "pyrepr.nn.LookupLinear(8, -1)",
+                    "pyrepr.nn.LookupLinear(-8, 4)",
+                    "pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)",
+                    "pyrepr.nn.LookupLinear(8, 5).pack_()",
+                    "pyrepr.nn.LookupLinear(8, 4).quantize_('int4')",
+                    "pyrepr.nn.LookupLinear(8, 4).quantize_('int8').quantize_('int8')",
+                    "pyrepr.nn.LookupLinear(8.0, 4)",
+                    "pyrepr.nn.LookupLinear(8, 'a')",
+                )
+            )
     return case
 
 
@@ -386,14 +401,16 @@ def draw_former(draw: Draw) -> Case:
         f"x = {draw.array((batch, total, d), 'float32')}",
         f"cut = {draw.randint(0, total)}",
     ]
-    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2, repeatable=False)
-    case.call += "\nout = torch.cat(whole, -1) if isinstance(whole, tuple) else whole; part = torch.cat(part, -1) if isinstance(part, tuple) else part"
+    call = "out, part = layer(x), layer(x[:, :cut])"
+    if kind == "LookupQKV":
+        call = "out, part = (torch.cat(layer(y), -1) for y in (x, x[:, :cut]))"
+    case = Case(f"nn.{kind}", call, "value", lines, calls=2, repeatable=False)
 
     def check(names: dict[str, Any]) -> str | None:
         out, part = names["out"], names["part"]
         if out.shape[:2] != (batch, total) or not out.isfinite().all():
             return f"out is {list(out.shape)}, finite: {bool(out.isfinite().all())}"
-        # Attention's order of summation differs with its length, and a last bit may turn a sign that the next layer hashes.
+        # Attention sums in another order for another length, and a last bit may turn a sign that the next layer hashes.
         apart = (out[:, : names["cut"]] - part).abs() > 1e-4 * (1 + out[:, : names["cut"]].abs())
         share = float(apart.double().mean()) if apart.numel() else 0.0
         return (

@@ -189,9 +189,10 @@ def draw_gram(draw: Draw) -> Case:
     case.check = check
     if kernel["name"] == "linear" and n and m and d:
         case.differential = Differential(
-            call.removeprefix("out = "), ("x", "y") if both else ("x",),
+            call.removeprefix("out = "),
+            ("x", "y") if both else ("x",),
             lambda x, y=None: np.ravel(_centred_gram(x, x if y is None else y, centre)),
-        )  # fmt: skip
+        )
     if draw.chance(0.12):
         case.expect, case.differential = "error", None
         case.lines.append(draw.wrong(draw.choice(("x", "y")) if both else "x", wider=both))
@@ -277,9 +278,10 @@ def draw_pair(draw: Draw) -> Case:
     case.check = check
     if smooth and case.expect == "value":
         case.differential = Differential(
-            call.removeprefix("out = "), draw.choice((("x", "y"), ("x",))),
+            call.removeprefix("out = "),
+            draw.choice((("x", "y"), ("x",))),
             lambda a, b=None: _derived(of, a, b, lines, kernel, estimator),
-        )  # fmt: skip
+        )
     if draw.chance(0.1):
         case.differential, case.expect = None, "error"
         lines.append(
@@ -350,14 +352,33 @@ def draw_matrix(draw: Draw) -> Case:
 
 def draw_options(draw: Draw) -> Case:
     """Options out of their range."""
-    option = draw.choice((
-        "kernel='rbg'", "kernel=3", "kernel=None", "sigma=0.0", "sigma=-1.0", "sigma=float('nan')", "sigma='1'",
-        "bandwidth=0", "bandwidth=float('inf')", "bandwidth=[1]", "estimator='both'", "estimator=None", "mask=[True]",
-        "mask=torch.ones(3)", "kernel=pyrepr.Kernel('polynomial', degree=0)", "kernel=pyrepr.Kernel('polynomial', degree=1.5)",
-        "kernel=pyrepr.Kernel('polynomial', coef0=float('inf'))", "kernel=pyrepr.Kernel('linear', gamma=-1)",
-        "kernel=pyrepr.Kernel('rbf', sigma=2.0), sigma=1.0", "kernel=pyrepr.Kernel('rbf'), bandwidth=3.0",
-        "kernel=pyrepr.Kernel('polynomial', degree=True)", "sigma=True", "kernel=pyrepr.Kernel('rbf', degree='a')",
-    ))  # fmt: skip
+    option = draw.choice(
+        (
+            "kernel='rbg'",
+            "kernel=3",
+            "kernel=None",
+            "sigma=0.0",
+            "sigma=-1.0",
+            "sigma=float('nan')",
+            "sigma='1'",
+            "bandwidth=0",
+            "bandwidth=float('inf')",
+            "bandwidth=[1]",
+            "estimator='both'",
+            "estimator=None",
+            "mask=[True]",
+            "mask=torch.ones(3)",
+            "kernel=pyrepr.Kernel('polynomial', degree=0)",
+            "kernel=pyrepr.Kernel('polynomial', degree=1.5)",
+            "kernel=pyrepr.Kernel('polynomial', coef0=float('inf'))",
+            "kernel=pyrepr.Kernel('linear', gamma=-1)",
+            "kernel=pyrepr.Kernel('rbf', sigma=2.0), sigma=1.0",
+            "kernel=pyrepr.Kernel('rbf'), bandwidth=3.0",
+            "kernel=pyrepr.Kernel('polynomial', degree=True)",
+            "sigma=True",
+            "kernel=pyrepr.Kernel('rbf', degree='a')",
+        )
+    )
     names = ("kernel", "sigma", "bandwidth", "estimator", "mask", "degree", "coef0", "gamma")
     return Case("options", f"out = pyrepr.cka(x, x, {option})", "error", ["x = randn(1, 6, 3)"], names=names)
 

@@ -1,6 +1,7 @@
 """Whole models: compare, convert and distill on small networks of any make.
 
-Truth: CKA of the activations that hooks saw, in NumPy; a converted layer's own report; a model that failed is as before.
+Truth: CKA of the activations that hooks saw, in NumPy; a converted layer's own report; after an error, the model as
+it was.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def draw_compare(draw: Draw) -> Case:
     )
     if extra:
         options.append(extra)
-    call = f"out = pyrepr.compare(a, {draw.choice(('b', 'b', 'a'))}, {draw.choice(('batches',) * 6 + ('[]', 'None', '3', 'batches[0]'))}, {', '.join(options)})"
+    data = draw.choice(("batches",) * 6 + ("[]", "None", "3", "batches[0]"))
+    call = f"out = pyrepr.compare(a, {draw.choice(('b', 'b', 'a'))}, {data}, {', '.join(options)})"
     case = Case("compare", call, "either", lines, repeatable=False)
     case.names = (
         "data",
@@ -291,8 +293,10 @@ def draw_convert(draw: Draw) -> Case:
 
 def restored(case: Case, name: str) -> Case:
     """A call that fails has to leave the model as it was: that is checked in the call itself."""
-    inner = case.call
-    case.call = f"before_call = state({name})\ntry:\n    {inner}\nexcept Exception:\n    unchanged(before_call, state({name}))\n    raise"
+    case.call = (
+        f"before_call = state({name})\ntry:\n    {case.call}\n"
+        f"except Exception:\n    unchanged(before_call, state({name}))\n    raise"
+    )
     return case
 
 

@@ -51,7 +51,6 @@ def draw(draw: Draw) -> Case:
     for i, width in enumerate(widths):
         lines.append(f"x{i} = {draw.array((total, width), dtype, wild=wild)}")
         wholes.append(f"x{i}")
-    xs, ys = ", ".join(wholes[:layers]), ", ".join(wholes[layers:])
     call = [f"stream = pyrepr.StreamingCKA(mode={mode!r}, estimator={estimator!r})"]
     if draw.chance(0.3):
         call.append(f"other = pyrepr.StreamingCKA(mode={mode!r}, estimator={estimator!r})")
@@ -64,8 +63,15 @@ def draw(draw: Draw) -> Case:
         call.append(f"{target}.update([{left}]{f', [{more}]' * bool(right)})")
         start, seen = start + count, seen + count * (target == "stream")
         if draw.chance(0.2):
-            call.append(draw.choice(("saved = stream.state_dict(); stream = pyrepr.StreamingCKA(); stream.load_state_dict(saved)",
-                                     "import copy; stream = copy.deepcopy(stream)", "import pickle; stream = pickle.loads(pickle.dumps(stream))")))  # fmt: skip
+            call.append(
+                draw.choice(
+                    (
+                        "saved = stream.state_dict()\nstream = pyrepr.StreamingCKA()\nstream.load_state_dict(saved)",
+                        "import copy; stream = copy.deepcopy(stream)",
+                        "import pickle; stream = pickle.loads(pickle.dumps(stream))",
+                    )
+                )
+            )
         if draw.chance(0.3) and seen:
             bad = draw.choice(BAD).format(
                 layers=layers, other="biased" if estimator == "unbiased" else "unbiased", mode=mode
@@ -109,7 +115,8 @@ def minibatch(a: np.ndarray, b: np.ndarray, estimator: str, rows: list[int] = ()
     """A ratio of sums over batches (Nguyen et al. 2020); batches of one size, so that weights do not matter."""
     sums, start = np.zeros(3, dtype=a.dtype), 0
     for count in rows:
-        k, l = (kernel_matrix(x[start : start + count] - x[start : start + count].mean(0), x[start : start + count] - x[start : start + count].mean(0), {"name": "linear"}) for x in (a, b))  # fmt: skip
+        parts = [x[start : start + count] for x in (a, b)]
+        k, l = (kernel_matrix(x - x.mean(0), x - x.mean(0), {"name": "linear"}) for x in parts)
         sums += [hsic_of(k, l, estimator), hsic_of(k, k, estimator), hsic_of(l, l, estimator)]
         start += count
     return sums[0] / np.sqrt(sums[1] * sums[2])

@@ -116,9 +116,15 @@ class Worker:
         self.cases += 1
         memory.reset()
         names: dict[str, Any] = {
-            "np": np, "torch": torch, "pyrepr": pyrepr, "randn": randn, "gapped": gapped, "put": put,
-            "guarded": memory.guarded, **getattr(self.family, "NAMES", {}),
-        }  # fmt: skip
+            "np": np,
+            "torch": torch,
+            "pyrepr": pyrepr,
+            "randn": randn,
+            "gapped": gapped,
+            "put": put,
+            "guarded": memory.guarded,
+            **getattr(self.family, "NAMES", {}),
+        }
         self.board.write(number, case.script())
         try:
             exec("\n".join(case.lines), names)
@@ -215,9 +221,13 @@ class Worker:
 
     def report(self) -> dict[str, Any]:
         return {
-            "cases": self.cases, "calls": self.calls, "values": self.values, "refused": self.refused,
-            "modes": self.modes, "failures": self.failures,
-        }  # fmt: skip
+            "cases": self.cases,
+            "calls": self.calls,
+            "values": self.values,
+            "refused": self.refused,
+            "modes": self.modes,
+            "failures": self.failures,
+        }
 
 
 class Again:
