@@ -138,7 +138,7 @@ class Problem:
 
     def sweep(self, positive: Tensor, by_column: bool, kept: Tensor | None = None) -> Tensor:
         """log Σ e^s over the columns that are not a row's positive, [P, n]; writes the positives' logits."""
-        config_table = table.LOGSUMEXP[self.dtype.itemsize, self.room]
+        config_table = table.logsumexp_table(self.dtype, self.room, kept is not None)
         arguments = {
             **dict(x=self.x.data, y=self.y.data, stops=self.stops, x_stride=self.x.stride, y_stride=self.y.stride),
             **dict(row_factors=self.row_factors, column_factors=self.column_factors),
@@ -316,7 +316,7 @@ def _gradients(p: Problem, sums: list[Tensor | None], kept: Tensor | None) -> tu
                 )
         return dx, dy, row_terms.sum(0), column_terms.sum(0)
 
-    return table.WEIGHTS[p.dtype.itemsize, p.room].run(p.device, run, (p.n, p.m))
+    return table.weights_table(p.dtype, p.room, kept is not None).run(p.device, run, (p.n, p.m))
 
 
 def _product(

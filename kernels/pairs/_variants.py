@@ -43,6 +43,11 @@ WEIGHTS = {
     (4, 1): _table("weights 4", *(_tile(64, 64, 32, 8, s) for s in (2, 3, 4))),
     (4, 8): _table("weights 4 prefixes", *(_tile(64, 32, 32, 8, s) for s in (2, 3))),
 }
+# Where logits are kept there are few of them.
+KEEPING = {
+    2: _table("keeping 2", *[_tile(32, 32, 64, 4, 2)] * 2),
+    4: _table("keeping 4", *[_tile(32, 32, 32, 4, 2)] * 2),
+}
 PRODUCT = {
     2: _table("product 2", _tile(128, 64, 64, 8, 2), _tile(128, 128, 64, 8, 3), _tile(128, 64, 64, 4, 4)),
     4: _table("product 4", _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(64, 64, 32, 4, 3)),
@@ -92,6 +97,14 @@ def _make(kernel: Any, config: Config, kinds: Mapping[str, torch.dtype], **const
     return Variant(label, kernel, signature, fixed, config.num_warps, config.num_stages, aligned)
 
 
+def logsumexp_table(dtype: torch.dtype, count: int, keep: bool) -> Table:
+    return KEEPING[dtype.itemsize] if keep else LOGSUMEXP[dtype.itemsize, count]
+
+
+def weights_table(dtype: torch.dtype, count: int, kept: bool) -> Table:
+    return KEEPING[dtype.itemsize] if kept else WEIGHTS[dtype.itemsize, count]
+
+
 @functools.cache
 def logsumexp_variant(config: Config, dtype: torch.dtype, count: int, keep: bool) -> Variant:
     options = {"COUNT": count, "KEEP": keep, "PRECISION": precision(dtype)}
@@ -137,8 +150,8 @@ def variants(architecture: int) -> list[Variant]:
         size = dtype.itemsize
         slab = slab_dtype(dtype).itemsize
         for count, keep in itertools.product(COUNTS, (False, True)):
-            found.append(logsumexp_variant(LOGSUMEXP[size, count].rows[a], dtype, count, keep))
-            found.append(weights_variant(WEIGHTS[size, count].rows[a], dtype, count, keep))
+            found.append(logsumexp_variant(logsumexp_table(dtype, count, keep).rows[a], dtype, count, keep))
+            found.append(weights_variant(weights_table(dtype, count, keep).rows[a], dtype, count, keep))
         found += [product_variant(PRODUCT[slab].rows[a], dtype, turned) for turned in (False, True)]
         found += [screen_variant(SCREEN[size, kept].rows[a], dtype, kept) for kept in KEPT]
         found.append(rescore_variant(dtype))
