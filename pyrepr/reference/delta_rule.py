@@ -127,7 +127,7 @@ def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else x[:, tokens] for x in tensors)
 
 
-def _prepared(
+def prepared(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool
 ) -> tuple[Any, ...]:
     """q (scaled), k, v, g and beta as the recurrence takes them."""
@@ -147,7 +147,7 @@ def _forward(
     scale: float,
     use_qk_l2norm: bool,
 ) -> Tensor:
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
     for tokens, row in _segments(v, cu_seqlens):
         own = (*_at(tokens, *tensors), state[row])
@@ -193,7 +193,7 @@ def delta_rule_update_(
     return (o, state.copy_(last))[0]
 
 
-def _heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
+def heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
     """The gradient of :func:`_heads`. x: [B, T, H, K], grad: [B, T, HV, K] -> [B, T, H, K] in x's dtype."""
     grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
     if normalize:
@@ -220,7 +220,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta, and the initial state, each in its input's dtype."""
     dtype = compute_dtype(v.dtype)
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
     ds = grad_state.to(dtype, copy=True)
     grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
@@ -236,8 +236,8 @@ def delta_rule_backward(
         ds[row] = first
     dq, dk, dv, dg, dbeta = grads
     return (
-        _heads_backward(q, dq * scale, use_qk_l2norm),
-        _heads_backward(k, dk, use_qk_l2norm),
+        heads_backward(q, dq * scale, use_qk_l2norm),
+        heads_backward(k, dk, use_qk_l2norm),
         dv.to(v.dtype),
         v.new_empty(0, dtype=dtype) if g is None else dg.to(g.dtype),
         dbeta.to(beta.dtype),
