@@ -10,7 +10,7 @@ import torch
 
 import pyrepr
 from pyrepr.ops import gram as ops
-from pyrepr.ops._gram_gradient import gram_stats
+from pyrepr.ops.gram import gram_stats
 from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS

@@ -10,8 +10,8 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pyrepr.ops._differentiable import SHARED, Derivative, Fold
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import causal_conv1d as reference
@@ -72,11 +72,21 @@ def _forward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
     return out
 
 
+def _backward(args, kept, grads, wanted):
+    found = backward_op(*args[:-1], *grads, args[-1])
+    return (*(x if want else None for x, want in zip(found, wanted, strict=False)), None, None)
+
+
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
 
 forward_op = leaf_op(
     f"causal_conv1d_forward({_INPUTS}bool silu) -> Tensor",
     fake=_forward_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (_forward_reference(*args),),
+        backward=_backward,
+        fold=Fold((-1, 0, 0, 1, SHARED, SHARED), (-1,)),
+    ),
     reference=_forward_reference,
     cpu=_forward_cpu,
     triton=_triton("forward"),
@@ -149,24 +159,6 @@ def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, sil
     )
 
 
-class _CausalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
-        return forward_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.silu = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grads = backward_op(*ctx.saved_tensors, grad, ctx.silu)
-        grads = [x if needed else None for x, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]
-        return (*grads, None, None, None)
-
-
 def causal_conv1d(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [D, W]
@@ -177,7 +169,4 @@ def causal_conv1d(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     """The convolution, differentiable in every floating input; the public function checks the arguments."""
-    inputs = (x, weight, bias, initial_states)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _CausalConv.apply(*inputs, seq_idx, cu_seqlens, silu)
-    return forward_op(*inputs, seq_idx, cu_seqlens, silu)
+    return forward_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)

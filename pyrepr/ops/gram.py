@@ -1,4 +1,4 @@
-"""Family `gram`: the leaf ops and their implementations; ``_gram_gradient.py`` is the differentiable function on top.
+"""Family `gram`: the leaf ops, their implementations, and the differentiable function on top, :func:`gram_stats`.
 
 Every measure of the family is a function of four statistics, in float64 (maths in ``csrc/cpu/gram.h``):
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._differentiable import Derivative
+from pyrepr.ops._gram_gradient import Products, matrix_backward, route_costs, stats_backward
+from pyrepr.ops._leaf import derives, leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
 from pyrepr.reference._dtypes import compute_dtype
@@ -122,10 +124,25 @@ def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return flat @ flat.T, -d, d, d.new_zeros(len(d))
 
 
+def _dots(x: Tensor, y: Tensor | None, centre: bool) -> Tensor:
+    return matrix_op(x, y, torch.ones(1, dtype=torch.float64, device=x.device), "linear", 1, 0.0, centre)
+
+
+def _products() -> Products:
+    return Products(_dots, apply_op)
+
+
 stats_op = leaf_op(
     "gram_stats(Tensor[] xs, Tensor? mask, Tensor scale, str kernel, int degree, float coef0, bool by_features, "
     "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_stats_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.statistics(*args[:-1], shift=kept[1]),
+        backward=lambda *given: stats_backward(_products(), *given),
+        outputs=(0, 1, 2),
+        kept=(2, 3, 4),
+        fixed=("scale",),
+    ),
     reference=reference.gram_stats,
     cpu=_stats_cpu,
     triton=_stats_triton,
@@ -153,6 +170,11 @@ def _matrix_triton(x, y, scale, kernel, degree, coef0, centre):
 matrix_op = leaf_op(
     "gram_matrix(Tensor x, Tensor? y, Tensor scale, str kernel, int degree, float coef0, bool centre) -> Tensor",
     fake=_matrix_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.gram_matrix(*args),),
+        backward=lambda *given: matrix_backward(_products(), *given),
+        fixed=("scale",),
+    ),
     reference=reference.gram_matrix,
     cpu=_matrix_cpu,
     triton=_matrix_triton,
@@ -209,3 +231,30 @@ apply_op = leaf_op(
     cpu=_apply_cpu,
     triton=_apply_triton,
 )
+
+
+def gram_stats(
+    xs: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    kernel: str,
+    degree: int = 1,
+    coef0: float = 0.0,
+    split: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S, R, D and shift (see ``gram.py``), differentiable in every layer by S, R and D.
+
+    Args:
+        xs: M layers, [n, d_l] each, of one floating dtype and device.
+        mask: [n] bool, the rows that count; R and D are 0 elsewhere. ``None`` counts all.
+        scale: [M] float64; σ of rbf and laplacian, γ of polynomial, unused otherwise.
+        kernel: one of :data:`KERNELS`; ``degree`` and ``coef0`` belong to ``"polynomial"``.
+        split: if positive, only S of (a < split, b ≥ split) and (a, a) is wanted; others may be NaN.
+    """
+    n = xs[0].shape[0]
+    widths = [x.shape[1] for x in xs]
+    gram, features = route_costs(n, widths, split)
+    by_features = kernel == "linear" and features < gram
+    # The inner products save the backward a recomputation; kept where they are no larger than the inputs.
+    keep_dots = not by_features and mask is None and n * len(xs) <= sum(widths) and derives(*xs)
+    return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, keep_dots)[:4]

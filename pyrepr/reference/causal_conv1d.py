@@ -51,7 +51,9 @@ def _seen(
         inside = (position >= back)[:, None]
         moved = torch.cat([rows.new_zeros(min(back, len(rows)), rows.shape[1]), rows[: max(0, len(rows) - back)]])
         place = (number, (position + j).clamp_max(max(0, taps - 2)))
-        before = torch.zeros_like(moved) if initial is None or not back else initial.mT[place]
+        before = torch.zeros_like(moved)
+        if initial is not None and back:
+            before = initial.mT.flatten(0, 1).index_select(0, place[0] * initial.shape[2] + place[1])
         yield j, torch.where(inside, moved, before), inside, place
 
 
@@ -72,7 +74,7 @@ def causal_conv1d(
         y = y + bias.to(dtype)
     for j, seen, _, _ in _seen(x.to(dtype), weight.shape[1], initial, bounds_of(x, seq_idx, cu_seqlens)):
         y = y + weight[:, j].to(dtype) * seen
-    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).view(x.shape)
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).reshape(x.shape)
 
 
 # The leaf ops of pyrepr/ops/causal_conv1d.py, same arguments, same results.
