@@ -13,7 +13,7 @@ from torch import nn
 
 import pyrepr
 from pyrepr.nn import LookupLinear
-from pyrepr.nn.fit import hold_out
+from pyrepr.nn._lookup_fit import hold_out
 
 
 class Residual(nn.Module):

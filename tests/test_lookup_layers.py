@@ -255,7 +255,7 @@ def test_memoryformer_block_trains_and_is_causal():
 
 def test_rotary_attention_sees_distances():
     """Products of rotated vectors depend on the distance of their places, and the block on the order of its input."""
-    from pyrepr.nn.lookup import rotated
+    from pyrepr.nn.memoryformer import rotated
 
     q, k = (torch.randn(8, dtype=torch.float64).expand(20, 8) for _ in range(2))
     products = rotated(q) @ rotated(k).T

@@ -26,8 +26,7 @@ from pyrepr.benchmarks import report as reports
 from pyrepr.benchmarks.gpu import verdict
 
 import pyrepr
-from pyrepr.backend import build_info
-from pyrepr.gpu_check import cuda_tool
+from pyrepr.backend import build_info, cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
 # Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every head count.

@@ -28,10 +28,11 @@ void gram_median(GramArguments& g, uintptr_t out) {
 }
 
 void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, uintptr_t out) {
-  const void* const w = pointer<const void>(weights, "weights");
-  void* const data = pointer<void>(out, "out");
+  const bool empty = rows == 0 || g.layers.front().cols == 0;
+  const void* const w = pointer<const void>(weights, "weights", empty || g.problem.n == 0);
+  void* const data = pointer<void>(out, "out", empty);
   py::gil_scoped_release release;
-  check(current_level().gram().apply(g.problem, centre, w, rows, data));
+  if (!empty) check(current_level().gram().apply(g.problem, centre, w, rows, data));
 }
 
 }  // namespace

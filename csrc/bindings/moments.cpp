@@ -15,7 +15,10 @@ void moments(GramArguments& g, const std::vector<int64_t>& pairs, const std::vec
   for (int64_t layer : pairs)
     if (layer < 0 || layer >= g.problem.count) throw std::invalid_argument("pairs names a layer that is not there");
   std::vector<double*> data;
-  for (uintptr_t block : blocks) data.push_back(pointer<double>(block, "a block"));
+  for (size_t i = 0; i < blocks.size(); i++) {
+    const auto width = [&](size_t side) { return g.layers[static_cast<size_t>(pairs[2 * i + side])].cols; };
+    data.push_back(pointer<double>(blocks[i], "a block", width(0) * width(1) == 0));
+  }
   py::gil_scoped_release release;
   check(current_level().moments().moments(g.problem, pairs.data(), static_cast<int64_t>(data.size()), data.data()));
 }

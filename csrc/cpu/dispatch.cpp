@@ -1,15 +1,19 @@
 #include "cpu/dispatch.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if defined(PYREPR_BUILT_avx2)
 #include <cpuid.h>
 #endif
 
 namespace pyrepr::cpu {
 namespace {
 
-#if defined(__x86_64__)
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+#if defined(PYREPR_BUILT_avx2)
 // The processor must have the instructions and the operating system must save the registers (XCR0).
 struct Processor {
   bool avx2 = false, avx512 = false, bf16 = false;
@@ -42,7 +46,7 @@ const std::vector<Level>& levels() {
         true,
 #include "families.h"
     });
-#if defined(__x86_64__)
+#if defined(PYREPR_BUILT_avx2)
     const Processor cpu;
 #define PYREPR_FAMILY(family, Functions, best) avx2::family##_functions,
     found.push_back({
@@ -50,12 +54,16 @@ const std::vector<Level>& levels() {
         cpu.avx2,
 #include "families.h"
     });
+#endif
+#if defined(PYREPR_BUILT_avx512)
 #define PYREPR_FAMILY(family, Functions, best) avx512::family##_functions,
     found.push_back({
         "avx512",
         cpu.avx512,
 #include "families.h"
     });
+#endif
+#if defined(PYREPR_BUILT_avx512_bf16)
     // 16-bit products are worth a level of their own in some families only; the rest is the code of the level below.
 #define PYREPR_FAMILY(family, Functions, best) best::family##_functions,
     found.push_back({
@@ -70,16 +78,22 @@ const std::vector<Level>& levels() {
 }
 
 const Level& choose_level(const std::string& name) {
-  std::string possible;
+  std::string known, possible, built;
+  for (const char* level : kLevelNames) known += (known.empty() ? "" : ", ") + std::string(level);
   const Level* best = nullptr;
   for (const Level& level : levels()) {
+    if (level.name == name) built = name;
     if (!level.supported) continue;
     if (level.name == name) return level;
-    possible += std::string(possible.empty() ? "" : ", ") + level.name;
+    possible += (possible.empty() ? "" : ", ") + std::string(level.name);
     best = &level;
   }
   if (name.empty()) return *best;
-  throw std::runtime_error("PYREPR_SIMD must be one of " + possible + " on this machine, got " + name);
+  if (std::find(std::begin(kLevelNames), std::end(kLevelNames), name) == std::end(kLevelNames))
+    throw std::invalid_argument("PYREPR_SIMD must be one of " + known + ", got '" + name + "'");
+  throw std::runtime_error("PYREPR_SIMD asks for " + name + ", which " +
+                           (built.empty() ? "this build does not hold" : "this processor does not have") +
+                           "; it must be one of " + possible + " here");
 }
 
 }  // namespace pyrepr::cpu

@@ -2,7 +2,8 @@
 
 from pyrepr.nn.delta_rule import DeltaCache, DeltaNet, GatedDeltaNet, KimiDeltaAttention, ShortConvolution
 from pyrepr.nn.gram import CKALoss
-from pyrepr.nn.lookup import LookupLinear, LookupQKV, MemoryFormerBlock, MemoryFormerMLP
+from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 
 __all__ = [
     "CKALoss",

@@ -1,8 +1,8 @@
 """Layers of linear attention with the delta rule, in place of flash-linear-attention's and with their checkpoints.
 
 Same constructor arguments, same parameters (names and shapes, so ``load_state_dict(strict=True)`` works both ways),
-same call and result. What a layer computes between its projections is in :mod:`pyrepr.delta_rule` and
-:mod:`pyrepr.causal_conv1d`.
+same call and result. What a layer computes between its projections is in :mod:`pyrepr.functional.delta_rule` and
+:mod:`pyrepr.functional.causal_conv1d`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr import delta_rule as rules
-from pyrepr.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from pyrepr.functional import delta_rule as rules
+from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 _MODES = ("chunk", "fused_recurrent")
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import causal_conv1d as reference
-from pyrepr.reference.delta_rule import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 
 
 class _Problem:
@@ -172,7 +172,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None,  # [N + 1]
     silu: bool,
 ) -> Tensor:  # [B, T, D]
-    """The convolution, differentiable in every floating input; `pyrepr.causal_conv1d` checks the arguments."""
+    """The convolution, differentiable in every floating input; the public function checks the arguments."""
     inputs = (x, weight, bias, initial_states)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _CausalConv.apply(*inputs, seq_idx, cu_seqlens, silu)

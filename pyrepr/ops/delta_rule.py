@@ -17,7 +17,8 @@ from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import delta_rule as reference
-from pyrepr.reference.delta_rule import Gate, compute_dtype, sequence_bounds
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import Gate, sequence_bounds
 
 CHUNK = 32  # tokens per chunk, as in csrc/cpu/delta_rule.h
 
@@ -316,7 +317,7 @@ def delta_rule(
     use_qk_l2norm: bool,
     state_shape: tuple[int, int, int, int],  # N, HV, K, V
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
-    """o and the final state, differentiable in every floating input; `pyrepr.delta_rule` checks the arguments."""
+    """o and the final state, differentiable in every floating input; the public function checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         if not v.is_cpu:

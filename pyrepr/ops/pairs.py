@@ -19,7 +19,8 @@ from torch import Tensor
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import pairs as reference
-from pyrepr.reference.pairs import METRICS, compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.pairs import METRICS
 
 
 def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:

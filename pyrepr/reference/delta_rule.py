@@ -5,7 +5,7 @@
 Plain rule (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"): g = 0.
 Gated rule (Yang et al. 2025, "Gated Delta Networks"): one g per token and value head. KDA (Kimi Team 2025, "Kimi
 Linear"): e^{g_t} is a vector over K. :func:`delta_rule` is plain PyTorch that autograd can follow. The leaf ops below
-it, backend ``reference``, give the same numbers in chunks (``_delta_chunks.py``), which takes few large operations
+it, backend ``reference``, give the same numbers in chunks (``_delta_rule_chunks.py``), which takes few large operations
 where the recurrence takes many small ones: on devices without a kernel they are what a model runs on.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr.reference._delta_chunks import Chunks
+from pyrepr.reference._delta_rule_chunks import Chunks
+from pyrepr.reference._dtypes import compute_dtype
 
 L2NORM_EPS = 1e-6
 
@@ -28,11 +29,6 @@ class Gate(enum.IntEnum):
     NONE = 0
     PER_HEAD = 1
     PER_KEY = 2
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the recurrence is computed in, and the dtype of the state: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def l2norm(x: Tensor) -> Tensor:

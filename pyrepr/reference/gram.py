@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrepr.reference._dtypes import compute_dtype
+
 KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
 SHIFT_INVARIANT = ("linear", "rbf", "laplacian")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype products are accumulated in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -141,15 +138,6 @@ def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:
     """Median off-diagonal distance of each layer, [M] float64."""
     rows = slice(None) if mask is None else mask
     return torch.stack([median_distance(x[rows].to(compute_dtype(x.dtype))).double() for x in xs])
-
-
-def gram_moments_(blocks: list[Tensor], xs: list[Tensor], pairs: list[int]) -> None:
-    """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
-    for p, block in enumerate(blocks):
-        a, b = pairs[2 * p], pairs[2 * p + 1]
-        dtype = compute_dtype(xs[a].dtype)
-        product = (xs[a].to(dtype).T @ xs[b].to(dtype)).double()
-        block += product.triu() if a == b else product
 
 
 def gram_apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:

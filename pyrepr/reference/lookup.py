@@ -10,8 +10,12 @@ The second half are the reference implementations of the leaf ops in pyrepr/ops/
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from pyrepr.reference._dtypes import compute_dtype
 
 WEIGHTINGS = ("probability", "scaled", "l1", "none")
 
@@ -36,11 +40,6 @@ def sizes(tables: Tensor) -> tuple[int, int, int]:
     """(K, n, h) of plain tables [K, n, h] or packed ones."""
     shape = tables.shape
     return (shape[1], shape[2], shape[0] * TILE) if len(shape) == 4 else (shape[0], shape[1], shape[2])
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are accumulated in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunks(x: Tensor, bits: int) -> Tensor:
@@ -94,11 +93,11 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, weights: Tensor | None = 
     values: [..., h], codes, weights: [..., K] -> [K, n, h].
     """
     _check_codes(codes, n)
-    count = codes.shape[-1]
-    values = values.to(compute_dtype(values.dtype)).reshape(-1, 1, values.shape[-1])  # [T, 1, h]
+    tokens, count = math.prod(values.shape[:-1]), codes.shape[-1]
+    values = values.to(compute_dtype(values.dtype)).reshape(tokens, 1, values.shape[-1])
     rows = (codes.long() + n * torch.arange(count, device=codes.device)).reshape(-1)  # [T K]
     if weights is not None:
-        values = values * weights.to(values.dtype).reshape(-1, count, 1)
+        values = values * weights.to(values.dtype).reshape(tokens, count, 1)
     values = values.expand(-1, count, -1)
     flat = values.new_zeros(count * n, values.shape[-1]).index_add(0, rows, values.flatten(0, 1))
     return flat.unflatten(0, (count, n))

@@ -1,6 +1,6 @@
 """Measures of similarity between representations."""
 
-from pyrepr.similarity._kernel import Kernel
+from pyrepr.similarity.kernels import Kernel
 from pyrepr.similarity.measures import DegenerateInputWarning, choose_route, cka, cka_matrix, gram, hsic
 from pyrepr.similarity.streaming import StreamingCKA
 
