@@ -43,11 +43,11 @@ struct Token {
     load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
     load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
     beta = p.beta[row];
-    const V same = p.g && !p.gate_per_key ? exponential(splat<float>(p.g[row])) : splat<float>(1);
+    const V same = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row])) : splat<float>(1);
     V products{};
     for (int64_t c = 0; c < padded; c += W) {
       const V key = pyrepr::load<float>(k + c), query = pyrepr::load<float>(decayed_q + c);
-      const V e = p.gate_per_key
+      const V e = p.gate == Gate::per_key
                       ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
                       : same;
       products += key * query;
@@ -205,7 +205,7 @@ class DeltaRule {
   static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
     if (at.s.length <= kShort && !states.data)
       walk_in_place(at, scratch);
-    else if (at.p.gate_per_key)
+    else if (at.p.gate == Gate::per_key)
       walk_chunks<FloatForward>(at, states, scratch);
     else
       walk_chunks<Forward>(at, states, scratch);
@@ -288,22 +288,12 @@ class DeltaRule {
   }
 };
 
-#define PYREPR_BY_DTYPE(call)            \
-  switch (p.dtype) {                     \
-    case DType::bf16:                    \
-      return DeltaRule<StoreBf16>::call; \
-    case DType::f16:                     \
-      return DeltaRule<StoreF16>::call;  \
-    default:                             \
-      return DeltaRule<StoreF32>::call;  \
-  }
 Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRuleStates& states) {
-  PYREPR_BY_DTYPE(forward(p, o, final, states));
+  return by_narrow_dtype(p.dtype, [&](auto s) { return DeltaRule<decltype(s)>::forward(p, o, final, states); });
 }
 Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
-  PYREPR_BY_DTYPE(backward(p, states, grads));
+  return by_narrow_dtype(p.dtype, [&](auto s) { return DeltaRule<decltype(s)>::backward(p, states, grads); });
 }
-#undef PYREPR_BY_DTYPE
 
 }  // namespace
 

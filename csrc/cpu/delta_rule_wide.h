@@ -63,7 +63,7 @@ class WideRule {
   int64_t row(int64_t t) const { return t * p_.heads + head_; }
   const double* key(int64_t t) const { return p_.k + row(t) * p_.width; }
   double decay_of(int64_t t, int64_t i) const {
-    return p_.g ? __builtin_exp(p_.gate_per_key ? p_.g[row(t) * p_.width + i] : p_.g[row(t)]) : 1;
+    return p_.g ? __builtin_exp(p_.gate == Gate::per_key ? p_.g[row(t) * p_.width + i] : p_.g[row(t)]) : 1;
   }
 
   static void add(int64_t n, double a, const double* x, double* y) {
@@ -166,13 +166,13 @@ class WideRule {
       add(V, -k[i], dv, own);
       if (!p_.g) continue;
       const double here = dot(V, own, before), decayed = decay_of(t, i);
-      if (p_.gate_per_key)
+      if (p_.gate == Gate::per_key)
         grads.g[at * K + i] = here;
       else
         of_gate += here;
       for (int64_t j = 0; j < V; j++) own[j] *= decayed;
     }
-    if (p_.g && !p_.gate_per_key) grads.g[at] = of_gate;
+    if (p_.gate == Gate::per_head) grads.g[at] = of_gate;
   }
 
   const DeltaRuleWide& p_;

@@ -23,6 +23,7 @@ from pyrepr._checks import (
 )
 from pyrepr.ops.delta_rule import delta_rule, step, update_op_
 from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import Gate
 
 __all__ = [
     "chunk_delta_rule",
@@ -34,12 +35,9 @@ __all__ = [
 ]
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int, int, int, int]:
-    """The shape of the state. One sentence per failure: the argument, what is expected, what came.
-
-    gate: "", "HV" or "K".
-    """
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate else beta)):
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: Gate) -> tuple[int, int, int, int]:
+    """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate != Gate.NONE else beta)):
         check_tensor(name, x)
         check_device(name, x, "q", q)
     shape = q.shape
@@ -60,9 +58,9 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
     check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate == "HV":
+    if gate == Gate.PER_HEAD:
         check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-    elif gate:
+    elif gate == Gate.PER_KEY:
         check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
     sequences = batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "q", q)
     state = (sequences, value_heads, width, value_width)
@@ -163,7 +161,9 @@ def chunk_delta_rule(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
         stays in its sequence and head.
     """
-    return _run(q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "")
+    return _run(
+        q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.NONE
+    )
 
 
 def chunk_gated_delta_rule(
@@ -186,7 +186,9 @@ def chunk_gated_delta_rule(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_HEAD
+    )
 
 
 def chunk_kda(
@@ -208,7 +210,9 @@ def chunk_kda(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_KEY
+    )
 
 
 def fused_recurrent_delta_rule(
@@ -241,7 +245,7 @@ def fused_recurrent_delta_rule(
         output_final_state,
         use_qk_l2norm_in_kernel,
         cu_seqlens,
-        "",
+        Gate.NONE,
         out_state,
     )
 
@@ -262,7 +266,18 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_HEAD,
+        out_state,
     )
 
 
@@ -282,5 +297,16 @@ def fused_recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_KEY,
+        out_state,
     )

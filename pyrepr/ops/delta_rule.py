@@ -18,7 +18,7 @@ from pyrepr.ops._leaf import derives, leaf_op
 from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
-from pyrepr.reference.delta_rule import sequence_bounds
+from pyrepr.reference.delta_rule import Gate, sequence_bounds
 
 CHUNK = 32  # tokens per chunk, as in csrc/cpu/delta_rule.h
 
@@ -48,6 +48,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
+def _gate(g: Tensor | None) -> Gate:
+    return Gate.NONE if g is None else Gate.PER_KEY if g.dim() == 4 else Gate.PER_HEAD
+
+
 def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """x with its last axis dense, and its strides: every other one is the kernel's business."""
     stride = x.stride()
@@ -75,7 +79,7 @@ def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
         (*k.shape, *v.shape[2:]),
         (*q_stride, *k_stride, *v_stride),
         DTYPE_CODES[v.dtype],
-        g is not None and g.dim() == 4,
+        _gate(g),
         () if cu_seqlens is None else sequence_bounds(cu_seqlens, v.shape[1]),
         scale,
         use_qk_l2norm,
@@ -94,7 +98,7 @@ def _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
         [optional(name, x) for name, x in zip(("q", "k", "v", "g", "beta", "initial_state"), tensors, strict=True)],
         (v.shape[2], k.shape[3], v.shape[3]),
         list(bounds) if total else [0] * (v.shape[0] + 1),
-        g is not None and g.dim() == 4,
+        _gate(g),
         torch.get_num_threads(),
     )
     return problem, tensors
@@ -186,7 +190,7 @@ def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_
             (*k.shape, v.shape[2], v.shape[3]),
             dense.shape[0],
             DTYPE_CODES[v.dtype],
-            g is not None and g.dim() == 4,
+            _gate(g),
             scale,
             use_qk_l2norm,
             torch.cuda.current_stream().cuda_stream,
@@ -293,9 +297,6 @@ forward_op = leaf_op(
 )
 
 
-_GATES = {"": 0, "HV": 1, "K": 2}
-
-
 def step(
     q: Tensor,
     k: Tensor,
@@ -306,7 +307,7 @@ def step(
     initial_state: Tensor | None,
     out_state: Tensor | None,
     use_qk_l2norm: bool,
-    gate: str,
+    gate: Gate,
 ) -> tuple[Tensor, Tensor] | None:
     """o and the final state of unchecked arguments in one native call, or ``None``: see `direct`."""
     native = direct()
@@ -322,7 +323,7 @@ def step(
         initial_state,
         out_state,
         use_qk_l2norm,
-        _GATES[gate],
+        gate,
         torch.is_grad_enabled(),
         torch.get_num_threads(),
     )

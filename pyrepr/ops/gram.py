@@ -66,8 +66,11 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
     s, r, d, shift = new((m, m)), new((m, n)), new((m, n)), new(m)
     dots = xs[0].new_empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
     problem = native_problem(xs, index, kernel, scale.tolist(), degree, coef0)
-    pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr(), dots.data_ptr())
-    problem.stats(split, by_features, *pointers)
+    pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr())
+    if by_features:
+        problem.stats_by_features(split, *pointers)
+    else:
+        problem.stats(*pointers, dots.data_ptr() if keep_dots else 0)
     if index is not None:
         r, d = (a.new_zeros(m, total).index_copy_(1, index, a) for a in (r, d))
     return s, r, d, shift, dots

@@ -11,6 +11,7 @@ where the recurrence takes many small ones: on devices without a kernel they are
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from pyrepr.reference._delta_rule_chunks import Chunks
 from pyrepr.reference._dtypes import compute_dtype
 
 L2NORM_EPS = 1e-6
+
+
+class Gate(enum.IntEnum):
+    """What the state decays by: nothing, a number per value head, or one per key channel; as in csrc/common.h."""
+
+    NONE = 0
+    PER_HEAD = 1
+    PER_KEY = 2
 
 
 def l2norm(x: Tensor) -> Tensor:
