@@ -9,6 +9,7 @@
 #include "cpu/gram.h"
 #include "cpu/lookup.h"
 #include "cpu/moments.h"
+#include "cpu/pairs_functions.h"
 #include "cpu/probe.h"
 
 namespace pyrepr::cpu {

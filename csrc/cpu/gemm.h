@@ -49,8 +49,9 @@ struct Ahead {
   }
 };
 
-// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
-template <class T>
+// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T. With `transposed`, A is [kc,
+// MR] with rows of kPanelStride.
+template <class T, bool transposed = false>
 __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c,
                                               int64_t ldc, bool add, const Ahead& ahead = {}) {
   using B = Block<T>;
@@ -77,7 +78,8 @@ __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a,
 #pragma GCC unroll 16
       for (int i = 0; i < B::MR; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < B::NV; j++) sum[i][j] += a[i * kPanelStride + k] * row[j];
+        for (int j = 0; j < B::NV; j++)
+          sum[i][j] += a[transposed ? k * kPanelStride + i : i * kPanelStride + k] * row[j];
     }
   }
 #pragma GCC unroll 16

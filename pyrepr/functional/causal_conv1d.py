@@ -20,7 +20,7 @@ from pyrepr._checks import (
     check_written,
     shape_of,
 )
-from pyrepr.ops._leaf import readable, require
+from pyrepr.ops._leaf import at_hand, require
 from pyrepr.ops.causal_conv1d import causal_conv1d, step, update_op_
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
@@ -64,7 +64,7 @@ def _check_packing(x: Tensor, seq_idx: object, cu_seqlens: object, has_states: b
 
 def _padding(seq_idx: Tensor | None) -> Tensor | None:
     """[B, 1, T] where seq_idx is negative: tokens of no sequence. ``None`` where there are none to be seen."""
-    if seq_idx is None or (seq_idx.is_cpu and readable(seq_idx) and not bool((seq_idx < 0).any())):
+    if seq_idx is None or (at_hand(seq_idx) and not bool((seq_idx < 0).any())):
         return None
     return (seq_idx < 0)[:, None]
 

@@ -67,9 +67,14 @@ def readable(x: torch.Tensor) -> bool:
     return type(x) in _PLAIN
 
 
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether a look at the numbers of x costs no waiting for a GPU and leaves no trace in a graph."""
+    return type(x) in _PLAIN and x.is_cpu and not watched()
+
+
 def require(good: torch.Tensor, message: str) -> None:
     """Raises ValueError where `good`, a bool scalar, is false; RuntimeError on a GPU or in a graph, when it runs."""
-    if not (good.is_cpu and readable(good)):
+    if not at_hand(good):
         torch._assert_async(good, message)
     elif not good:
         raise ValueError(message)

@@ -88,10 +88,28 @@ def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     return problem, (q, k, v, g, beta, state)
 
 
+def _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+    """The float64 rule, and the tensors that must live while it runs."""
+    prepared = reference.prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = [None if x is None else x.contiguous() for x in (*prepared, initial_state)]
+    total = v.shape[1]
+    bounds = sequence_bounds(cu_seqlens, total) if cu_seqlens is not None else range(0, total * v.shape[0] + 1, total)
+    problem = module().DeltaRuleWide(
+        [optional(name, x) for name, x in zip(("q", "k", "v", "g", "beta", "initial_state"), tensors, strict=True)],
+        (v.shape[2], k.shape[3], v.shape[3]),
+        list(bounds) if total else [0] * (v.shape[0] + 1),
+        _gate(g),
+        torch.get_num_threads(),
+    )
+    return problem, tensors
+
+
 def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
-    if v.dtype == torch.float64:
-        return reference.delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
     o, state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
+    if v.dtype == torch.float64:  # keeps no states
+        problem, _alive = _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+        problem.forward(o.data_ptr(), state.data_ptr())
+        return o, state, checkpoints.zero_()
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     kept = checkpoints.data_ptr() if slots else 0
     problem.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
@@ -118,7 +136,9 @@ def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_
 
 def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+        rest = (cu_seqlens, scale, use_qk_l2norm, 0)
+        o, last, _ = _forward_cpu(q, k, v, g, beta, initial_state, *rest)
+        return (o, state.copy_(last))[0]
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
     q, k, v, g, beta = apart(final, q, k, v, g, beta)
@@ -198,9 +218,7 @@ def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, gra
 
 def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_backward(
-            q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
-        )
+        return _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_state, scale, use_qk_l2norm)
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     batch, total, heads, width = k.shape
     grad_o = grad_o.to(torch.float32).contiguous()
@@ -217,6 +235,21 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
     dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
+
+
+def _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_state, scale, use_qk_l2norm):
+    problem, tensors = _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    grad_o, ds = grad_o.to(v.dtype).contiguous(), grad_state.to(v.dtype).clone(memory_format=torch.contiguous_format)
+    dq, dk, dv, dg, dbeta = (None if x is None else torch.empty_like(x) for x in tensors[:5])
+    problem.backward([0 if x is None else x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds)])
+    return (
+        reference.heads_backward(q, dq * scale, use_qk_l2norm),
+        reference.heads_backward(k, dk, use_qk_l2norm),
+        dv,
+        v.new_empty(0) if g is None else dg.to(g.dtype),
+        dbeta.to(beta.dtype),
+        ds,
+    )
 
 
 def _backward_triton(q, k, v, *rest):
