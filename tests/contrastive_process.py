@@ -27,8 +27,8 @@ def main(rank, world, folder):
             assert torch.allclose(total / world, expected, rtol=1e-5), (local, grad)
             if not local:
                 assert torch.allclose(loss, expected, rtol=1e-5)
-            for part, all_rows in zip(parts, whole):
-                # With gradients gathered, every process's loss reaches the own rows: their sum is `world` times the mean's.
+            for part, all_rows in zip(parts, whole, strict=True):
+                # Gathered gradients come from every process: `world` times what the whole's loss gives.
                 times = world if grad else 1
                 if grad or not local:
                     assert torch.allclose(part.grad, times * all_rows.grad[own], rtol=1e-4, atol=1e-6), (local, grad)

@@ -63,5 +63,5 @@ def test_several_processes_compute_the_loss_of_the_whole(world, tmp_path):
 
 
 def test_several_processes_need_a_process_group():
-    with pytest.raises(RuntimeError, match="needs an initialised torch.distributed process group"):
+    with pytest.raises(RuntimeError, match="needs an initialised"):
         pyrepr.nn.ClipLoss(world_size=2)(torch.randn(3, 4), torch.randn(3, 4), 1.0)

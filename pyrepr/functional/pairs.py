@@ -23,8 +23,8 @@ __all__ = ["info_nce", "pairwise_logsumexp", "pairwise_topk"]
 KERNELS = ("dot", "cosine")
 DIRECTIONS = ("rows", "columns")
 
-# A database that is not a tensor is read in blocks of this many bytes: large enough that packing x again for every block
-# costs nothing, small beside any model.
+# A database that is not a tensor is read in blocks of this many bytes: large enough that packing x again for every
+# block costs nothing, small beside any model.
 BLOCK_BYTES = 64 << 20
 
 
@@ -156,7 +156,7 @@ def info_nce(
     prefixes: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Tensor:  # []
-    """The contrastive loss InfoNCE in O((n + m)·d) memory (van den Oord et al. 2018, eq. 4; CLIP's, Radford et al. 2021).
+    """The contrastive loss InfoNCE (van den Oord et al. 2018, eq. 4; CLIP, Radford et al. 2021) in O((n + m)·d) memory.
 
     With logits s_ij = scale · ⟨x_i, y_j⟩ and l_i the column of row i's positive, the mean over i of
 
@@ -180,9 +180,9 @@ def info_nce(
         weights: of the prefixes, by default 1 each.
 
     Returns:
-        Scalar, float64 for float64 inputs, else float32 (logits are float32 whatever the inputs). Differentiable in x, y
-        and scale with the same bits for any number of threads. Logits are kept for the backward only where they take
-        no more memory than x and y. Second derivatives run on the reference, with n × m memory.
+        Scalar, float64 for float64 inputs, else float32 (so are the logits of 16-bit inputs). Differentiable in x, y and
+        scale with the same bits for any number of threads. Logits are kept for the backward only where they take no more
+        memory than x and y. Second derivatives run on the reference, with n × m memory.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came; also for n = 0.
@@ -254,9 +254,9 @@ def pairwise_topk(
 ) -> tuple[Tensor, ...]:  # [n, k], [n, k], and [n]
     """The k nearest rows of y for every row of x, exactly, without the n × m matrix.
 
-    Exact means: ranked by the exact score rounded once to float32, whatever the data (on a CPU with 16-bit dot products,
-    those screen the candidates under a proven bound, and the few that could win are scored again). Equal scores go by the
-    smaller index. The same bits for any number of threads, and however y is cut into blocks.
+    Exact means: ranked by the exact score rounded once to float32, whatever the data. On a CPU with 16-bit dot products
+    these screen the candidates under a proven bound, and the few that could win are scored again. Equal scores go by
+    the smaller index. The same bits for any number of threads, and however y is cut into blocks.
 
     Args:
         x: [n, d], float32, float64, bfloat16 or float16, any strides.
@@ -272,8 +272,8 @@ def pairwise_topk(
 
     Returns:
         values [n, k], float64 for float64 inputs, else float32, and indices [n, k] int64; with `return_logsumexp` also
-        [n]. NaN scores sort last; where fewer than k scores are finite or infinite numbers, index −1 and value −inf (inf
-        for ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they are computed again from the k
+        [n]. NaN scores sort last; where fewer than k scores are numbers, index −1 and value −inf (inf for
+        ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they are computed again from the k
         rows, in n·k·d memory; indices and the log-sum-exp have none (:func:`pairwise_logsumexp` has).
 
     Raises:

@@ -5,9 +5,9 @@
     accelerated.enable()  # and accelerated.disable() to undo it
 
 Afterwards ``MultipleNegativesRankingLoss`` (and losses that inherit from it) hold no matrix of scores, and
-``MatryoshkaLoss`` around it runs the model once and shares one product among all dimensions; ``Matryoshka2dLoss`` is made
-of the two. That covers cosine and dot product, gathering across devices, and the directions "query_to_doc" alone or with
-"doc_to_query" per direction. What else these losses can be told (hardness weighting, joint partitions over more
+``MatryoshkaLoss`` around it runs the model once and shares one product among all dimensions; ``Matryoshka2dLoss`` is
+made of the two. That covers cosine and dot product, gathering across devices, and the directions "query_to_doc" alone
+or with "doc_to_query" per direction. What else these losses can be told (hardness weighting, joint partitions over more
 directions, another similarity) runs as before, and a warning says so once.
 """
 

@@ -135,8 +135,8 @@ class MatryoshkaLoss(nn.Module):
         directions, label_smoothing: see :func:`pyrepr.functional.info_nce`; by default rows alone and none.
 
     Shape:
-        x: [n, d], y: [m, d] with m ≥ n, row i of both a pair, what follows hard negatives. labels: [n], if the pairs are
-        others. Output: scalar.
+        x: [n, d], y: [m, d] with m ≥ n, row i of both a pair, what follows hard negatives. labels: [n], if the pairs
+        are others. Output: scalar.
 
     Example:
         >>> import torch, pyrepr
