@@ -180,8 +180,8 @@ def info_nce(
         weights: of the prefixes, by default 1 each.
 
     Returns:
-        Scalar, float64 for float64 inputs, else float32 (so are the logits of 16-bit inputs). Differentiable in x, y and
-        scale with the same bits for any number of threads. Logits are kept for the backward only where they take no more
+        Scalar, float64 for float64 inputs, else float32; so are the logits of 16-bit inputs. Differentiable in x, y and
+        scale, same bits for any number of threads. Logits are kept for the backward only where they take no more
         memory than x and y. Second derivatives run on the reference, with n × m memory.
 
     Raises:
