@@ -11,10 +11,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op, written
+from pyrepr.ops._differentiable import ALONE, Derivative, Fold
+from pyrepr.ops._leaf import derives, leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
@@ -106,15 +106,6 @@ def _forward_triton(q, k, v, *rest):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
-
-forward_op = leaf_op(
-    f"delta_rule_forward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, "
-    "SymInt slots) -> (Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    reference=reference.delta_rule_forward,
-    cpu=_forward_cpu,
-    triton=_forward_triton,
-)
 
 
 def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
@@ -242,28 +233,31 @@ backward_op = leaf_op(
 )
 
 
-class _DeltaRule(torch.autograd.Function):
-    """(o, final state); the kept states come out too and count as constants."""
+def _backward(args, kept, grads, wanted):
+    *tensors, scale, use_qk_l2norm, slots = args
+    v, cu_seqlens = tensors[2], tensors[6]
+    if slots == 0 and v.dtype != torch.float64:  # a graph made for inference, say
+        sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        kept = forward_op(*args[:-1], kept_states(v.shape[0], v.shape[1], sequences))[2:]
+    *found, ds = backward_op(*tensors, *kept, *grads, scale, use_qk_l2norm)
+    return (*(x if want else None for x, want in zip((*found, ds), wanted, strict=False)), None)
 
-    @staticmethod
-    def forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
-        return forward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, scale, use_qk_l2norm, _ = inputs
-        checkpoints = output[2]
-        ctx.options = (scale, use_qk_l2norm)
-        ctx.mark_non_differentiable(checkpoints)
-        ctx.set_materialize_grads(True)
-        ctx.save_for_backward(*tensors, checkpoints)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_o, grad_state, _):
-        *grads, ds = backward_op(*ctx.saved_tensors, grad_o, grad_state, *ctx.options)
-        grads = [x if needed else None for x, needed in zip((*grads, ds), ctx.needs_input_grad[:6], strict=True)]
-        return (*grads, None, None, None, None)
+forward_op = leaf_op(
+    f"delta_rule_forward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, "
+    "SymInt slots) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.delta_rule_chunks(*args[:-1]),
+        backward=_backward,
+        outputs=(0, 1),
+        kept=(2,),
+        fold=Fold((0, 0, 0, 0, 0, 0, ALONE), (0, 0, 0), lambda size, options: (*options[:-1], size * options[-1])),
+    ),
+    reference=reference.delta_rule_forward,
+    cpu=_forward_cpu,
+    triton=_forward_triton,
+)
 
 
 _GATES = {"": 0, "HV": 1, "K": 2}
@@ -318,13 +312,11 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; the public function checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        if not v.is_cpu:
-            o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
-            return o, state
+    if not derives(*inputs) and v.is_cpu:
         # Without the kept states the update is the same, and has one tensor less to allocate.
         state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
-    o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
+    keeps = v.dtype != torch.float64 and any(x is not None and x.requires_grad for x in inputs)
+    slots = kept_states(v.shape[0], v.shape[1], state_shape[0]) if keeps else 0
+    o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state

@@ -136,23 +136,32 @@ def _prepared(
     return q * scale, k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)
 
 
-def _forward(
+def delta_rule_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    state: Tensor,  # [N, HV, K, V]; becomes the final state
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """:func:`delta_rule` in chunks, as differentiable as that: what second derivatives go through."""
     tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
-    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is None:
+        state = tensors[2].new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
+    else:
+        state = initial_state.to(tensors[2].dtype)
+    states = [state] if cu_seqlens is None else list(state.split(1))
+    outputs = []
     for tokens, row in _segments(v, cu_seqlens):
-        own = (*_at(tokens, *tensors), state[row])
-        o[:, tokens], state[row] = _recur(*own) if own[0].shape[1] <= FEW else Chunks(*own[:5]).forward(own[5])
-    return o.to(v.dtype)
+        *own, i = *_at(tokens, *tensors), row.start or 0
+        o, states[i] = _recur(*own, states[i]) if own[0].shape[1] <= FEW else Chunks(*own).forward(states[i])
+        outputs.append(o)
+    o = torch.cat(outputs, 1) if outputs else torch.zeros_like(tensors[2])
+    return o.to(v.dtype), torch.cat(states) if states else state
 
 
 def delta_rule_forward(
@@ -168,12 +177,8 @@ def delta_rule_forward(
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, final state, and the states the backward starts from (zero here: this backward starts from the beginning)."""
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    state = v.new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v.dtype))
-    if initial_state is not None:
-        state.copy_(initial_state)
-    o = _forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm)
-    return o, state, state.new_zeros(slots, *state.shape[1:])
+    o, state = delta_rule_chunks(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    return o.contiguous(), state, state.new_zeros(slots, *state.shape[1:])
 
 
 def delta_rule_update_(
