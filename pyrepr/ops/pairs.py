@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyrepr.ops._differentiable import Derivative
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import pairs as reference
@@ -85,10 +86,24 @@ def _logsumexp_cpu(x, y, scale, labels, normalize, prefixes, rows, columns, keep
     return out
 
 
+def _backward(args, kept, grads, wanted):
+    x, y, scale, labels, normalize, prefixes, *_ = args
+    r, c, row_gaps, column_gaps, logits = kept
+    weights = softmax_weights(labels, r, c, row_gaps, column_gaps, *grads)
+    dx, dy, dscale = logsumexp_backward_op(x, y, scale, labels, normalize, prefixes, r, c, logits, *weights)
+    return dx, dy, dscale, None
+
+
 logsumexp_op = leaf_op(
     "pairs_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? labels, bool normalize, int[] prefixes, bool rows, "
     "bool columns, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_logsumexp_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.pairs_logsumexp(*args[:-1], False)[:4],
+        backward=_backward,
+        outputs=(0, 1, 2, 3),
+        kept=(0, 1, 2, 3, 4),
+    ),
     reference=reference.pairs_logsumexp,
     triton=_triton("logsumexp"),
     cpu=_logsumexp_cpu,
