@@ -66,7 +66,7 @@ def test_topk_is_that_of_the_whole_matrix(backend, metric, dtype, n, m, d, k):
 
 def test_ties_go_by_index_and_duplicates_are_at_distance_zero():
     y = rows(100, 16)
-    y[[50, 70, 90]] = y[5]
+    y[[50, 70, 90]] = y[5].clone()
     values, indices = pairwise_topk(y[5:6], y, 4, metric="sqeuclidean")
     assert indices.tolist() == [[5, 50, 70, 90]] and values.tolist() == [[0.0] * 4]
     assert pairwise_topk(y, k=3, metric="sqeuclidean", exclude_self=True)[1][50].tolist()[:3] == [5, 70, 90]
@@ -175,7 +175,7 @@ def test_info_nce_is_torchs_cross_entropy_with_gradients(backend, case, dtype, n
     assert abs(loss.item() - truth.item()) <= DTYPES[dtype] * 10 * max(1.0, abs(truth.item()))
     largest = max(g.norm() for g in gradients(cross_entropy(*truths, labels, **named), *truths)[:2])
     for ours, true in zip(gradients(loss, *leaves), gradients(truth, *truths), strict=True):
-        rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4}.get(ours.dtype, 0)
+        rounding = {torch.bfloat16: 6e-3, torch.float16: 8e-4}.get(ours.dtype, 0)
         assert (ours.double() - true).norm() <= (10 * DTYPES[dtype] + rounding) * max(true.norm(), largest)
 
 
