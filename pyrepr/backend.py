@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from pyrepr import _ptxas
+
 __all__ = ["Backend", "backends", "use_backend"]
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -118,7 +120,9 @@ def _triton() -> tuple[bool, str]:
     name = torch.cuda.get_device_name()
     if major < 8:
         return False, f"{version} is installed; the kernels need sm_80 or newer, {name} is sm_{major}{minor}"
-    return True, f"{version}; device {name} (sm_{major}{minor})"
+    doubt = _ptxas.doubted(major)
+    off = f"; without the delta rule's backward: {doubt}" if doubt else ""
+    return True, f"{version}; device {name} (sm_{major}{minor}){off}"
 
 
 def _cuda() -> tuple[bool, str]:

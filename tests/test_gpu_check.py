@@ -17,6 +17,8 @@ import torch
 from pyrepr.benchmarks import report
 from pyrepr.benchmarks.gpu import GpuCase, Problem, plan, runner, timing, verdict, worker
 
+from pyrepr import _ptxas
+
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
 )
@@ -338,6 +340,15 @@ def test_every_gpu_default_has_its_measurement():
 
     results = Path(__file__).parents[1] / "benchmarks/results"
     assert unproven(GPU_ORDER, results) == []
+
+
+def test_every_trusted_assembler_has_its_run():
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    runs = [json.loads(path.read_text()) for path in results.glob("gpu*.json")]
+    tried = [r for run in runs for r in run["records"] if r["section"] == "right"]
+    right = {r["assembler"].split()[-1] for r in tried if verdict.state(r) == "right"}
+    right -= {r["assembler"].split()[-1] for r in tried if verdict.state(r) == "failed"}
+    assert [version for version in _ptxas.PROVEN if ".".join(map(str, version)) not in right] == []
 
 
 def unproven(order, results):
