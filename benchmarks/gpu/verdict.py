@@ -156,7 +156,7 @@ def ops(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """GPU_ORDER as this run proves it: op → the backends that were right, and failed in no check in which the op took part
+    """GPU_ORDER as this run proves it: op → the backends that were right, failed in no check in which the op took part
     (times are checked too), and were faster than the reference in the cases timed with it (in the geometric mean), the
     fastest first.
     """
