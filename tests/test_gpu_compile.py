@@ -1,10 +1,10 @@
 """Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU.
 
 Compiling all Triton variants takes many minutes. So what came out of it is kept in tests/compiled.json, by version of
-Triton and architecture, and under a fingerprint of source, options, architecture and compiler: a variant that is on record is not
-compiled again. PYREPR_COMPILE_ALL=1 compiles everything that is not, and adds each as it is done, so that a run that is
-cut short is gone on with by the next. With a version of Triton that has no complete record, the variants that a family
-names to stand for the rest are compiled, and what is left out is counted and shown as skipped.
+Triton and architecture, and under a fingerprint of source, options, architecture and compiler: a variant that is on
+record is not compiled again. PYREPR_COMPILE_ALL=1 compiles everything that is not, and adds each as it is done, so that
+a run that is cut short is gone on with by the next. With a version of Triton that has no complete record, the variants
+that a family names to stand for the rest are compiled, and what is left out is counted and shown as skipped.
 """
 
 from __future__ import annotations
