@@ -103,7 +103,7 @@ def _matrix_workload(layers: list[Tensor], peers: dict[str, Callable], data: str
         truth=lambda: exact_matrix(layers[:SAMPLED]),
         result=_corner,
         tolerance=1e-5,
-        flops=2 * min(pyrepr.ops.gram.route_costs(n, [x.shape[1] for x in layers])),
+        flops=2 * min(pyrepr.ops._gram_gradient.route_costs(n, [x.shape[1] for x in layers])),
         bytes=layers[0].element_size() * n * widths,
         data=data,
     )

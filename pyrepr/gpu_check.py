@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pyrepr.backend import native
+from pyrepr.backend import cuda_tool, native
 
 SECONDS = 570.0
 
@@ -44,19 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def cuda_tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit is: on the path, or where the toolkit goes by itself."""
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    return shutil.which(name) or next(
-        (found for home in homes if home and (found := shutil.which(f"{home}/bin/{name}"))), None
-    )
-
-
 def missing() -> str | None:
     """What has to be built before the kernels can run, or ``None``."""
     if importlib.util.find_spec("pyrepr.benchmarks") is None:
         return "pyrepr is not installed"
-    module, reason = native()
+    try:
+        module, reason = native()
+    except ImportError as error:
+        return str(error)
     if module is None:
         return reason
     if not module.has_cuda and (cuda_tool("nvcc") or os.environ.get("CUDACXX")):
@@ -123,6 +118,7 @@ def made_ready(root: Path, out: Path) -> dict[str, str]:
         problem = arrange(root, folder)
         if problem:
             print(f"gpu_check: no native module, going on with what is there:\n{problem}", flush=True)
+            environment["PYREPR_NATIVE"] = "0"
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return environment
 

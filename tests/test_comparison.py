@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import pyrepr
-from pyrepr import comparison as comparison_module
-from pyrepr.integrations.recording import choose_layers, default_layers
+from pyrepr.models import comparison as comparison_module
+from pyrepr.models._layers import choose_layers, default_layers
 
 
 def perceptron(seed: int, width: int = 7) -> nn.Sequential:

@@ -10,6 +10,7 @@ import torch
 
 import pyrepr
 from pyrepr.ops import gram as ops
+from pyrepr.ops.gram import gram_stats
 from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS
@@ -41,6 +42,7 @@ def close(value, expected, tolerance):
     assert abs(float(value) - float(expected)) <= tolerance * max(1.0, abs(float(expected)))
 
 
+@pytest.mark.levels
 def test_published_numbers():
     rng = np.random.RandomState(1337)
     x = torch.tensor(rng.randn(100, 10))
@@ -57,12 +59,13 @@ def test_published_numbers():
     expected = reference.hsic_of_kernels(k, l, "biased") / (own[0] * own[1]).sqrt()
     close(expected, 0.6548311823, 1e-10)
     scale = torch.tensor([0.5 * math.sqrt(m) for m in medians], dtype=torch.float64)
-    s, r, d, _ = ops.gram_stats([x, y], None, scale, "rbf")
+    s, r, d, _ = gram_stats([x, y], None, scale, "rbf")
     r = r + d
     hsic = s + d @ d.T - 2 / 100 * (r @ r.T) + torch.outer(r.sum(1), r.sum(1)) / 100**2
     close(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt(), 0.6548311823, 1e-10)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -73,6 +76,7 @@ def test_cka_is_the_textbooks(backend, kernel, estimator, dtype):
     close(value, truth(x, y, kernel, estimator), TOLERANCE[dtype])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize(
     ("n", "p", "q"), [(4, 1, 1), (5, 3, 2), (33, 1, 17), (64, 385, 40), (257, 30, 500), (700, 3, 5), (1000, 800, 20)]
 )
@@ -90,6 +94,7 @@ def test_16_bit_inputs_cost_only_their_own_rounding(dtype):
     close(value, truth(x, y), 2e-6)
 
 
+@pytest.mark.levels
 def test_every_16_bit_pattern_is_read_right():
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -173,9 +178,10 @@ def test_gradcheck(kernel):
     )
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize(("n", "p", "q"), [(200, 3, 5), (40, 90, 70), (600, 300, 310)])
 def test_gradient_on_every_route(n, p, q, monkeypatch):
-    monkeypatch.setattr(ops, "BACKWARD_BLOCK_BYTES", 1)  # blocks of 64 rows
+    monkeypatch.setattr("pyrepr.ops._gram_gradient.BACKWARD_BLOCK_BYTES", 1)  # blocks of 64 rows
     x, y = pair(n, p, q)
     for kernel in ("linear", "rbf"):
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -217,6 +223,7 @@ def test_identities_of_the_value():
     close(pyrepr.cka(basis[:, :4], basis, estimator="biased"), math.sqrt(4 / 9), 1e-12)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("ratio", [1, 10, 1000])
 def test_large_means_cost_no_digits(ratio):
     x, y = (a + ratio * a.std() for a in pair(256, 512, 300, torch.float32))
@@ -259,6 +266,7 @@ def test_double_backward_is_refused_not_zero():
         g.sum().backward()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("n", [2, 3, 5, 60, 301])
 def test_median_distance_is_exact(n):
     for dtype in (torch.float32, torch.float64):
@@ -268,6 +276,7 @@ def test_median_distance_is_exact(n):
         close(ops.median_op([x], None)[0], expected, 1e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gram_matrix(backend, kernel):
     x, y = torch.randn(45, 8), torch.randn(33, 8) + 5
@@ -429,3 +438,12 @@ def test_compiled_for_any_number_of_samples():
     for n in (8, 40):
         x, y = torch.randn(n, 3), torch.randn(n, 5)
         assert torch.equal(compiled(x, y), pyrepr.cka(x, y))
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
+    """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""
+    x, nothing = torch.randn(500, 3), torch.zeros(500, dtype=torch.bool)
+    one = torch.ones(1, dtype=torch.float64)
+    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
+    assert s.item() == 0 and not r.any() and not d.any()

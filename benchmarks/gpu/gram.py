@@ -12,7 +12,7 @@ from pyrepr.benchmarks.harness import module_error, relative_error
 from torch import Tensor
 
 import pyrepr
-from pyrepr.ops.gram import route_costs
+from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS

@@ -27,8 +27,7 @@ from pyrepr.benchmarks import report as reports
 from pyrepr.benchmarks.gpu import plan, verdict
 
 import pyrepr
-from pyrepr.backend import build_info
-from pyrepr.gpu_check import cuda_tool
+from pyrepr.backend import build_info, cuda_tool
 
 FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
 COMPILING = 0.4  # most of a timed stage's time that goes into compiling beforehand

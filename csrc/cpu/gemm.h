@@ -3,8 +3,8 @@
 //   A stays row-major (rows of `kPanelStride` elements): the kernel broadcasts single elements of it, and a constant
 //     stride turns every address into a displacement. Copying rows is all the packing A needs.
 //   B is packed into panels of NR columns, [kc][NR]: the kernel loads whole vectors of it.
-//   MR x NR fills the register file with accumulators (28 of 32 vectors on AVX-512, 12 of 16 on AVX2 and SSE), so each
-//     step of k issues MR * NR / W multiply-adds on NR / W loads and MR broadcasts.
+//   MR x NR fills the register file with accumulators (28 of 32 vectors on AVX-512 and NEON, 12 of 16 on AVX2 and SSE),
+//     so each step of k issues MR * NR / W multiply-adds on NR / W loads and MR broadcasts.
 //
 // Included by level units only (see simd.h).
 #pragma once
@@ -21,12 +21,18 @@ namespace pyrepr {
 inline namespace PYREPR_LEVEL {
 namespace {
 
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+#endif
+
 template <class T>
 struct Block {
   static constexpr int W = Lanes<T>::W;
   static constexpr int NV = 2;
   static constexpr int NR = NV * W;
-  static constexpr int MR = kVectorBytes == 64 ? 14 : 6;
+  static constexpr int MR = kRegisters == 32 ? 14 : 6;
 };
 constexpr int64_t kDepth = 384;                // elements of k per packed block: A rows and B panel stay in L2
 constexpr int64_t kPanelStride = kDepth + 16;  // not a multiple of 4 KiB, so the rows of A spread over the L1 sets
@@ -43,8 +49,9 @@ struct Ahead {
   }
 };
 
-// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
-template <class T>
+// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T. With `transposed`, A is [kc,
+// MR] with rows of kPanelStride.
+template <class T, bool transposed = false>
 __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c,
                                               int64_t ldc, bool add, const Ahead& ahead = {}) {
   using B = Block<T>;
@@ -71,7 +78,8 @@ __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a,
 #pragma GCC unroll 16
       for (int i = 0; i < B::MR; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < B::NV; j++) sum[i][j] += a[i * kPanelStride + k] * row[j];
+        for (int j = 0; j < B::NV; j++)
+          sum[i][j] += a[transposed ? k * kPanelStride + i : i * kPanelStride + k] * row[j];
     }
   }
 #pragma GCC unroll 16
@@ -169,16 +177,6 @@ void read_along_k(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int6
 template <class T>
 inline void zero(T* p, int64_t count) {
   std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
-}
-
-// A vector from memory of which only `count` elements exist; the others are zero.
-template <class S>
-inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) {
-  constexpr int W = Lanes<typename S::T>::W;
-  if (count >= W) return load_as<S>(p);
-  typename S::Memory padded[W] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load_as<S>(padded);
 }
 
 // One panel of a source whose elements neighbour each other along r: out [kc][NR], zero past `rows`.
@@ -336,8 +334,7 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
 struct Panels {
   static constexpr int W = Lanes<float>::W;
   static constexpr int NR = 2 * W;
-  static constexpr int MR =
-      kVectorBytes == 64 ? 8 : 4;  // 8 x 2 or 4 x 2 vectors of sums: enough to hide an FMA's latency
+  static constexpr int MR = kRegisters == 32 ? 8 : 4;  // 8 x 2 or 4 x 2 sums: enough to hide an FMA's latency
 
   float* data;
   int64_t rows;

@@ -54,6 +54,10 @@ class Backward {
                      reinterpret_cast<uintptr_t>(segments) % 64 == 0) {}
 
   Status run(const int32_t* codes, const T* weights, T* dots) const {
+    if (a_.h == 0) {
+      if (want_dots_) std::memset(dots, 0, static_cast<size_t>(tokens_ * a_.K) * sizeof(T));
+      return Status::ok;
+    }
     // Without dot products a table's columns can be shared out too.
     const int64_t shares = want_dots_ ? 1 : smaller(tiles_, ceil_div(4 * a_.threads, larger<int64_t>(a_.K, 1)));
     const int64_t tasks = a_.K * shares, per_share = ceil_div(tiles_, larger<int64_t>(shares, 1));
@@ -217,7 +221,7 @@ class Backward {
       if (cols == C)
         row[v] = load_as<S>(p + v * W);
       else
-        row[v] = load_part<S>(p + v * W, smaller<int64_t>(W, larger<int64_t>(0, cols - v * W)));
+        row[v] = load_some<S>(p + v * W, cols - v * W);
     }
   }
   void put_row(T* p, int64_t cols, const Vec<T> (&row)[V]) const {
@@ -231,7 +235,7 @@ class Backward {
       if (cols == C)
         store<T>(p + v * W, row[v]);
       else
-        store_part<T>(p + v * W, row[v], smaller<int64_t>(W, larger<int64_t>(0, cols - v * W)));
+        store_some<StoreOf<T>>(p + v * W, cols - v * W, row[v]);
     }
   }
 

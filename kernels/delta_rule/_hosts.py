@@ -88,12 +88,12 @@ class Problem:
     def kept(self, x: Tensor) -> Tensor:
         """States that an earlier forward returned as kept, [*, HV, V, K] but for their shape."""
         K, V = self.asked
-        return dense(filled(x.view(-1, self.HV, V, K), self.V, self.K)).view(-1, self.HV, self.K, self.V)
+        return dense(filled(x.view(len(x), self.HV, V, K), self.V, self.K)).view(len(x), self.HV, self.K, self.V)
 
     def returned(self, o: Tensor, final: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A forward's results as the caller asked for them."""
         K, V = self.asked
-        kept = cut(kept.view(-1, self.HV, self.V, self.K), V, K).view(-1, self.HV, K, V)
+        kept = cut(kept.view(len(kept), self.HV, self.V, self.K), V, K).view(len(kept), self.HV, K, V)
         return cut(o, V), cut(final, K, V), kept
 
     def run(self, variant: Variant, programs: int, **arguments: Any) -> None:

@@ -361,6 +361,8 @@ def backward(
         segments = _one_hot_segments(grad, codes, weights, n, dtype)
     elif want_segments:
         segments = _segments(grad, codes, weights, n, rows, dtype)
-    if tables is not None:
+    if tables is not None and grad.shape[1] == 0:
+        dots = weights.new_zeros(codes.shape)
+    elif tables is not None:
         dots = _dots(grad, codes, tables.contiguous(), None if scales is None else scales.contiguous())
     return segments, dots

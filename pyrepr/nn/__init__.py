@@ -1,17 +1,21 @@
 """Drop-in modules."""
 
+from pyrepr.nn.contrastive import ClipLoss, MatryoshkaLoss
 from pyrepr.nn.delta_rule import DeltaCache, DeltaNet, GatedDeltaNet, KimiDeltaAttention, ShortConvolution
 from pyrepr.nn.gram import CKALoss
-from pyrepr.nn.lookup import LookupLinear, LookupQKV, MemoryFormerBlock, MemoryFormerMLP
+from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 
 __all__ = [
     "CKALoss",
+    "ClipLoss",
     "DeltaCache",
     "DeltaNet",
     "GatedDeltaNet",
     "KimiDeltaAttention",
     "LookupLinear",
     "LookupQKV",
+    "MatryoshkaLoss",
     "MemoryFormerBlock",
     "MemoryFormerMLP",
     "ShortConvolution",

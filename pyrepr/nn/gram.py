@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr.similarity._checks import check_estimator
-from pyrepr.similarity._kernel import Kernel, as_kernel
+from pyrepr.similarity.kernels import Kernel, as_kernel
 from pyrepr.similarity.measures import cka
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr import lookup
-from pyrepr._checks import memory
-from pyrepr.integrations.recording import evaluating
-from pyrepr.lookup import check_bits, check_weighting
-from pyrepr.nn import fit
+from pyrepr._checks import check_tensor, memory, shape_of
+from pyrepr._modules import evaluating
+from pyrepr.functional import lookup
+from pyrepr.functional.lookup import check_bits, check_weighting
+from pyrepr.nn import _lookup_fit as fit
 from pyrepr.ops.lookup import to_huge_pages
 from pyrepr.reference.lookup import pack, unpack
 
@@ -48,7 +48,7 @@ class Fit:
 
 def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
     """Root mean square of w over chunks of independent standard normal elements, by quadrature."""
-    z = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    z = torch.linspace(0, 12, 24001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z * z / 2) * math.sqrt(2 / math.pi)
 
     def mean(values: Tensor) -> float:
@@ -125,8 +125,13 @@ class LookupLinear(nn.Module):
         super().__init__()
         check_bits(bits)
         check_weighting(weighting, temperature)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if in_features < 1 or in_features % bits:
             raise ValueError(f"in_features must be a positive multiple of bits = {bits}, got {in_features}")
+        if out_features < 1:
+            raise ValueError(f"out_features must be positive, got {out_features}")
         table_dtype = table_dtype or torch.float32
         if table_dtype not in TABLE_DTYPES:
             raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
@@ -165,10 +170,15 @@ class LookupLinear(nn.Module):
         to_huge_pages(self.tables)
         return self
 
+    def _rows(self, x: object) -> Tensor:
+        """x [..., in_features] as [T, in_features], checked."""
+        x = check_tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got shape {shape_of(x)}")
+        return x.reshape(math.prod(x.shape[:-1]), self.in_features)
+
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got {x.shape[-1]}")
         z, inner = x, None
         if self.shift is not None and self.scale is not None:
             z = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
@@ -192,9 +202,9 @@ class LookupLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Every attribute that is looked for in a module's dictionaries costs half a µs, a key in one of them nothing.
         plain = self._buffers["shift"] is None and self._parameters["down"] is None
-        if plain and x.shape[-1] == self.in_features:
+        if plain and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
             return self._looked_up(x)
-        z, inner = self._hashed(x.reshape(-1, x.shape[-1]))
+        z, inner = self._hashed(self._rows(x))
         out = self._looked_up(z)
         if inner is not None and self.up is not None:
             out = torch.addmm(out, inner, self.up.to(out.dtype).T)
@@ -263,7 +273,7 @@ class LookupLinear(nn.Module):
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
         """Which rows the tokens x [..., in_features] read."""
-        codes = lookup.hash_codes(self._hashed(x.reshape(-1, x.shape[-1]))[0], self.bits)  # [T, K]
+        codes = lookup.hash_codes(self._hashed(self._rows(x))[0], self.bits)  # [T, K]
         n = 1 << self.bits
         flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
         counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
@@ -325,8 +335,7 @@ class LookupLinear(nn.Module):
         y = functional.linear(x, weight, bias)
         parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
         layer._take(parts)
-        error = float(left.square().sum() / (y - y.mean(0)).square().sum())
-        layer._report(x, linear.weight.numel() * linear.weight.element_size(), error)
+        layer._report(x, linear.weight.numel() * linear.weight.element_size(), fit.relative_mse(y - left, y))
         return layer
 
     @classmethod
@@ -419,7 +428,7 @@ def _calibration_rows(calibration: Tensor, d: int | None = None) -> Tensor:
     if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
         came = str(getattr(calibration, "dtype", type(calibration).__name__)).removeprefix("torch.")
         raise TypeError(f"calibration must be a floating-point tensor, got {came}")
-    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1]):
+    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1] or 1):
         expected = "[..., d]" if d is None else f"[..., in_features] = [..., {d}]"
         raise ValueError(f"calibration must have shape {expected}, got {list(calibration.shape)}")
     d = calibration.shape[-1]
@@ -449,105 +458,3 @@ def _outputs(mlp: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     if y.dim() != 2 or sum(map(len, pieces)) != len(rows):
         raise ValueError(f"mlp must give [N, h] for N = {len(rows[:4096])} rows, got {list(y.shape)}")
     return torch.cat(pieces)
-
-
-class LookupQKV(nn.Module):
-    """Queries, keys and values of attention by one hash and three tables side by side (rows 3·d wide).
-
-    Args: d, bits, weighting, temperature, table_dtype, sparse as of :class:`LookupLinear`. Shape: [..., d] -> 3 ×
-        [..., d].
-    """
-
-    def __init__(self, d: int, *, bits: int = 8, bias: bool = True, **options) -> None:
-        super().__init__()
-        self.lookup = LookupLinear(d, 3 * d, bias, bits=bits, **options)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.lookup(x).chunk(3, -1)
-        return q, k, v
-
-
-class MemoryFormerMLP(nn.Module):
-    """The paper's feed-forward network: lookup → LayerNorm → lookup with `expand` more bits; no activation.
-
-    K = d/bits tables each; between them (bits + expand)·K features, normalised so that their signs are balanced.
-
-    Args: d, bits, expand (2, as in the paper); others as of :class:`LookupLinear`. Shape: [..., d] -> [..., d].
-    """
-
-    def __init__(self, d: int, *, bits: int = 8, expand: int = 2, **options) -> None:
-        super().__init__()
-        width = (bits + expand) * (d // bits)
-        self.up = LookupLinear(d, width, bits=bits, **options)
-        self.norm = nn.LayerNorm(width)
-        self.down = LookupLinear(width, d, bits=bits + expand, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.norm(self.up(x)))
-
-
-def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): x [..., s, d], its halves as pairs turned by s · θ.
-
-    θ_i = base^(−2i/d), so that products of two vectors depend on the distance of their places.
-    """
-    s, d = x.shape[-2:]
-    speeds = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)  # [d / 2]
-    angles = torch.arange(s, device=x.device)[:, None] * speeds
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-class MemoryFormerBlock(nn.Module):
-    """A transformer block without fully-connected layers: x + attention(norm(x)), then x + MLP(norm(x)).
-
-    Attention's queries, keys and values come from :class:`LookupQKV`; there is no output projection. The norms are
-    LayerNorms since their zero mean keeps the hash's bits balanced.
-
-    Args:
-        d: width, a multiple of heads and of bits. heads: of attention. bits, expand: see :class:`MemoryFormerMLP`.
-        causal: default ``True``, for language models. rotary: turns queries and keys by their place (Su et al. 2021,
-            "RoFormer"; d / heads must be even), as the paper's models do. Default ``False``: places are the caller's
-            business; but added to the input they change its hash, so that no row is shared by a word's places.
-        Others as of :class:`LookupLinear`.
-
-    Shape: [batch, s, d] -> [batch, s, d].
-    """
-
-    def __init__(
-        self,
-        d: int,
-        heads: int,
-        *,
-        bits: int = 8,
-        expand: int = 2,
-        causal: bool = True,
-        rotary: bool = False,
-        **options,
-    ) -> None:
-        super().__init__()
-        if heads < 1 or d % heads:
-            raise ValueError(f"d must be a multiple of heads = {heads}, got {d}")
-        if rotary and d // heads % 2:
-            raise ValueError(f"d must be an even multiple of heads = {heads} with rotary, got {d}")
-        self.heads, self.causal, self.rotary = heads, causal, rotary
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv = LookupQKV(d, bits=bits, **options)
-        self.mlp = MemoryFormerMLP(d, bits=bits, expand=expand, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in self.qkv(self.attention_norm(x))
-        )  # [batch, heads, s, d / heads]
-        if self.rotary:
-            q, k = rotated(q), rotated(k)
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + attended.transpose(-2, -3).flatten(-2)
-        return x + self.mlp(self.mlp_norm(x))
-
-    def multiply_adds(self, s: int) -> int:
-        """For s tokens: attention's 2·s²·d and a multiply-add for every table entry that is read."""
-        layers = (self.qkv.lookup, self.mlp.up, self.mlp.down)
-        d = self.mlp.down.out_features
-        return 2 * s * s * d + s * sum(a.in_features // a.bits * a.out_features for a in layers)

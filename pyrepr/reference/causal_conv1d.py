@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import sequence_bounds
 
 
 def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> list[int]:
@@ -26,7 +27,7 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
         return sequence_bounds(cu_seqlens, total)
     if seq_idx is None:
         return [row * total for row in range(batch + 1)]
-    starts = torch.ones(batch, total, dtype=torch.bool)
+    starts = torch.ones(batch, total, dtype=torch.bool, device="cpu")
     starts[:, 1:] = (seq_idx[:, 1:] != seq_idx[:, :-1]).cpu()
     return [*starts.flatten().nonzero().flatten().tolist(), batch * total]
 
@@ -43,14 +44,16 @@ def _seen(
 ) -> Iterator[tuple[int, Tensor, Tensor, tuple]]:
     """For every tap: its number j, what every token sees through it [B·T, D], where that is a token of its sequence
     [B·T, 1], and where it stands otherwise: (sequence, place in the state)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, 1)
     number, position = _positions(bounds, x.device)
     for j in range(taps):
         back = taps - 1 - j
         inside = (position >= back)[:, None]
         moved = torch.cat([rows.new_zeros(min(back, len(rows)), rows.shape[1]), rows[: max(0, len(rows) - back)]])
         place = (number, (position + j).clamp_max(max(0, taps - 2)))
-        before = torch.zeros_like(moved) if initial is None or not back else initial.mT[place]
+        before = torch.zeros_like(moved)
+        if initial is not None and back:
+            before = initial.mT.flatten(0, 1).index_select(0, place[0] * initial.shape[2] + place[1])
         yield j, torch.where(inside, moved, before), inside, place
 
 
@@ -71,7 +74,7 @@ def causal_conv1d(
         y = y + bias.to(dtype)
     for j, seen, _, _ in _seen(x.to(dtype), weight.shape[1], initial, bounds_of(x, seq_idx, cu_seqlens)):
         y = y + weight[:, j].to(dtype) * seen
-    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).view(x.shape)
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).reshape(x.shape)
 
 
 # The leaf ops of pyrepr/ops/causal_conv1d.py, same arguments, same results.
@@ -92,7 +95,7 @@ def causal_conv1d_backward(
     taps = weight.shape[1]
     initial = None if initial_states is None else initial_states.to(dtype)
     bounds = bounds_of(x, seq_idx, cu_seqlens)
-    dy = grad.to(dtype).reshape(-1, x.shape[-1])
+    dy = grad.to(dtype).flatten(0, 1)
     if silu:
         y = causal_conv1d(x.to(dtype), weight, bias, initial, seq_idx, cu_seqlens).view(dy.shape)
         s = torch.sigmoid(y)
@@ -123,5 +126,5 @@ def causal_conv1d_update_(
     """out; `conv_state` holds the last S tokens before and after."""
     kept = weight.shape[1] - 1
     out = causal_conv1d(x, weight, bias, conv_state[..., conv_state.shape[2] - kept :], silu=silu)
-    conv_state.copy_(torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :])
-    return out
+    after = torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :]
+    return (out, conv_state.copy_(after))[0]

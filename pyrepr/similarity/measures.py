@@ -6,26 +6,27 @@ Everything but :func:`gram` is computed tile by tile (``csrc/cpu/gram.h``): no n
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyrepr.ops.gram import gram_stats, matrix_op, route_costs
-from pyrepr.reference.gram import SHIFT_INVARIANT, compute_dtype
-from pyrepr.similarity._checks import check_count, check_estimator, check_layer, check_layers, check_mask
-from pyrepr.similarity._kernel import Kernel, as_kernel
+from pyrepr._checks import layer_list
+from pyrepr.ops._gram_gradient import route_costs
+from pyrepr.ops.gram import matrix_op
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.gram import SHIFT_INVARIANT
+from pyrepr.similarity._checks import check_estimator, check_layer, check_layers, check_mask
+from pyrepr.similarity._hsic import (
+    DegenerateInputWarning,
+    hsic_table,
+    normalise,
+    out_dtype,
+    warn_if_degenerate,
+)
+from pyrepr.similarity.kernels import Kernel, as_kernel
 
 log = logging.getLogger("pyrepr")
-
-# Squared norms of centred float32 rows between which products of two inner products, and their derivatives, are safe.
-NORMS = (1e-10, 1e12)
-
-
-class DegenerateInputWarning(UserWarning):
-    """A layer whose samples are all alike: its similarity to anything is undefined, and NaN is returned."""
 
 
 def gram(
@@ -49,12 +50,10 @@ def gram(
 
     Returns:
         [n, m], float64 for float64 inputs, else float32 (products of 16-bit inputs accumulate in float32).
-        Differentiable in x and y for ``"linear"``; for the other kernels see Raises.
+        Differentiable in x and y any number of times, as :func:`cka` is; σ = bandwidth × median counts as a constant.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
-        RuntimeError: if a gradient is asked of a kernel other than ``"linear"``; the measures are differentiable in
-            all kernels, and ``pyrepr.reference.gram.kernel_matrix`` is plain differentiable PyTorch.
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_layer("x", x)
@@ -68,90 +67,16 @@ def gram(
             raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
     if spec.name in ("rbf", "laplacian") and spec.sigma is None and x.shape[0] < 2:
         raise ValueError(f"x must have at least 2 rows for a median distance, got {x.shape[0]}; or give sigma")
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
-    if spec.name == "linear" and (wants_grad or center):
+    if spec.name == "linear" and center:  # H X (H Y)ᵀ = H X Yᵀ H, without the cancellation of centring the products
         dtype = compute_dtype(x.dtype)
-        left, right = x.to(dtype), (x if y is None else y).to(dtype)
-        if center:  # H X (H Y)ᵀ = H X Yᵀ H, without the cancellation of centring the products
-            left, right = left - left.mean(0), right - right.mean(0)
-        return left @ right.T if wants_grad else matrix_op(left, None if y is None else right, *_linear(x))
-    if wants_grad:
-        raise RuntimeError(
-            f"gram is differentiable for kernel='linear' only, got kernel={spec.name!r}; cka and hsic are "
-            "differentiable in every kernel"
-        )
+        left, right = (None if a is None else a.to(dtype) - a.to(dtype).mean(0) for a in (x, y))
+        return matrix_op(left, right, spec.scales([x]), "linear", 1, 0.0, False)
     centre = spec.name in ("rbf", "laplacian")
     k = matrix_op(x, y, spec.scales([x]), spec.name, spec.degree, spec.coef0, centre)
     if center:
         rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
         k = (k - rows - columns + rows.mean()).to(k.dtype)
     return k
-
-
-def _linear(x: Tensor) -> tuple[Tensor, str, int, float, bool]:
-    return torch.ones(1, dtype=torch.float64, device=x.device), "linear", 1, 0.0, False
-
-
-def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> Tensor | int:
-    """n, or the number of rows the mask leaves, checked where checking needs no tracing."""
-    if mask is None:
-        check_count(xs[0].shape[0], estimator)
-        return xs[0].shape[0]
-    count = mask.sum()
-    if not torch.compiler.is_compiling():
-        check_count(int(count), estimator, "mask")
-    return count.double()
-
-
-def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: int) -> tuple[Tensor, ...]:
-    """`gram_stats` for layers of any magnitude.
-
-    The linear kernel's float32 entries are multiplied with each other, so that tiny layers (gradients, say) underflow
-    and huge ones overflow. Where the largest squared norm is out of :data:`NORMS`, layers are divided by a power of two
-    first, and the statistics multiplied by it, in float64, afterwards. Seen on the CPU in eager mode only: it needs a
-    look at the numbers.
-    """
-    found = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    d = found[2].detach()
-    wide = compute_dtype(xs[0].dtype) == torch.float64
-    if wide or spec.name != "linear" or not d.is_cpu or torch.compiler.is_compiling():
-        return found
-    norms = d.amax(1).tolist()
-    if all(NORMS[0] <= norm <= NORMS[1] or norm == 0 or not math.isfinite(norm) for norm in norms):
-        return found
-    units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
-    xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
-    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    squares = torch.tensor(units, dtype=torch.float64).square()
-    return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
-
-
-def _hsic_table(
-    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
-) -> tuple[Tensor, Tensor]:
-    """HSIC of every layer with every layer, [M, M] float64, and the smallest self-HSIC that is not rounding, [M].
-
-    S, R and D are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
-    biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
-    unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
-    """
-    n = _valid_count(xs, mask, estimator)
-    s, r, d, shift = _statistics(xs, mask, spec, split)
-    if estimator == "biased":
-        r = r + d
-        total = r.sum(1)
-        table = (s + d @ d.T - (2 / n) * (r @ r.T) + torch.outer(total, total) / n**2) / (n - 1) ** 2
-    else:
-        total = r.sum(1)
-        table = s + torch.outer(total, total) / ((n - 1) * (n - 2)) - (2 / (n - 2)) * (r @ r.T)
-        table = table / (n * (n - 3))
-    # Kernels that are not shift-invariant leave rounding errors of their mean value behind.
-    eps = torch.finfo(compute_dtype(xs[0].dtype)).eps
-    return table, (8 * eps * shift).square()
-
-
-def _out_dtype(xs: Sequence[Tensor]) -> torch.dtype:
-    return compute_dtype(xs[0].dtype)
 
 
 def hsic(
@@ -181,27 +106,8 @@ def hsic(
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
     xs = check_layers(["x", "y"], [x, y])
-    table, _ = _hsic_table(xs, spec, estimator, split=1)
-    return table[0, 1].to(_out_dtype(xs))
-
-
-def _normalise(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """CKA from HSIC: cross [Lx, Ly], left [Lx], right [Ly]. Two roots: their product cannot overflow."""
-    return cross / (left.sqrt()[:, None] * right.sqrt()[None, :])
-
-
-def _warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Tensor:
-    """Self-HSIC that is no more than rounding becomes NaN, with a warning that names the layer."""
-    degenerate = own <= floor
-    if not torch.compiler.is_compiling() and own.device.type == "cpu" and degenerate.any():
-        which = ", ".join(name for name, bad in zip(names, degenerate.tolist(), strict=True) if bad)
-        warnings.warn(
-            f"{which}: all samples have the same features, or what sets them apart is no more than rounding errors, so "
-            "CKA is undefined; returning NaN",
-            DegenerateInputWarning,
-            stacklevel=4,
-        )
-    return torch.where(degenerate, torch.nan, own)
+    table, _ = hsic_table(xs, spec, estimator, split=1)
+    return table[0, 1].to(out_dtype(xs))
 
 
 def cka(
@@ -236,9 +142,9 @@ def cka(
     xs = check_layers(["x", "y"], [x, y])
     if mask is not None:
         check_mask(mask, xs[0].shape[0], xs[0].device)
-    table, floor = _hsic_table(xs, spec, estimator, mask, split=1)
-    own = _warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
-    return _normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(_out_dtype(xs))
+    table, floor = hsic_table(xs, spec, estimator, mask, split=1)
+    own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
+    return normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
 
 
 def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None = None) -> str:
@@ -249,19 +155,6 @@ def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None =
     """
     costs = route_costs(n, [*widths, *(widths_y or ())], len(widths) if widths_y else 0)
     return "features" if costs[1] < costs[0] else "gram"
-
-
-def _layer_list(name: str, xs: object) -> tuple[list[str], list]:
-    if isinstance(xs, Tensor):
-        if xs.dim() != 3:
-            came = "[" + ", ".join(map(str, xs.shape)) + "]"
-            raise ValueError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {came}")
-        xs = list(xs.unbind())
-    if not isinstance(xs, (list, tuple)):
-        raise TypeError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {type(xs).__name__}")
-    if not xs:
-        raise ValueError(f"{name} must hold at least one layer, got none")
-    return [f"{name}[{i}]" for i in range(len(xs))], list(xs)
 
 
 def cka_matrix(
@@ -292,22 +185,22 @@ def cka_matrix(
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
-    names, layers = _layer_list("xs", xs)
+    names, layers = layer_list("xs", xs)
     split = 0
     if ys is not None:
         split = len(layers)
-        more_names, more = _layer_list("ys", ys)
+        more_names, more = layer_list("ys", ys)
         names, layers = names + more_names, layers + more
     layers = check_layers(names, layers)
     if spec.name == "linear" and not torch.compiler.is_compiling():
         n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
         route = choose_route(n, widths[: split or None], widths[split:] if split else None)
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
-    table, floor = _hsic_table(layers, spec, estimator, split=split)
-    own = _warn_if_degenerate(table.diagonal(), floor, names)
+    table, floor = hsic_table(layers, spec, estimator, split=split)
+    own = warn_if_degenerate(table.diagonal(), floor, names)
     if ys is None:
-        return _normalise(table, own, own).to(_out_dtype(layers))
-    return _normalise(table[:split, split:], own[:split], own[split:]).to(_out_dtype(layers))
+        return normalise(table, own, own).to(out_dtype(layers))
+    return normalise(table[:split, split:], own[:split], own[split:]).to(out_dtype(layers))
 
 
 __all__ = ["SHIFT_INVARIANT", "DegenerateInputWarning", "choose_route", "cka", "cka_matrix", "gram", "hsic"]

@@ -1,0 +1,267 @@
+"""Hashed table lookups: the functions of the family `lookup`. The layers made of them are in :mod:`pyrepr.nn`.
+
+Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers", arXiv 2411.12992.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrepr._checks import DTYPES, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of
+from pyrepr.ops import lookup as ops
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.lookup import TILE, WEIGHTINGS, pack, sizes
+
+__all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
+
+MAX_BITS = 16
+
+
+def _check_float(name: str, x: object, least_dim: int, shape: str) -> Tensor:
+    x = check_tensor(name, x)
+    if x.dim() < least_dim:
+        raise ValueError(f"{name} must have shape {shape}, got {shape_of(x)}")
+    return x
+
+
+def check_bits(bits: int) -> int:
+    """Returns `bits` if tables of 2^bits rows can be indexed; raises TypeError or ValueError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits must be an int from 1 to {MAX_BITS}, got {type(bits).__name__}")
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be from 1 to {MAX_BITS}, got {bits}")
+    return bits
+
+
+def check_weighting(weighting: str, temperature: float) -> None:
+    """Raises ValueError for an unknown weighting, or a temperature that is not positive and finite."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if not 0 < temperature < math.inf:  # not math.isfinite, which torch.compile cannot trace for symbolic numbers
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def _check_tables(tables: object, scales: Tensor | None) -> Tensor:
+    tables = check_tensor("tables", tables, (*DTYPES, torch.int8))
+    packed = tables.dim() == 4 and tables.shape[3] == TILE
+    if tables.dim() != 3 and not packed:
+        raise ValueError(f"tables must have shape [K, n, h], or be packed by pack_tables, got {shape_of(tables)}")
+    if packed and tables.requires_grad:
+        raise ValueError("packed tables are for inference: they must not require a gradient")
+    if (tables.dtype == torch.int8) != (scales is not None):
+        came = "no scales" if scales is None else f"scales with {name_of(tables.dtype)} tables"
+        raise ValueError(f"int8 tables, and only they, need scales of shape [K, n], got {came}")
+    if scales is not None:
+        k, n, _ = sizes(tables)
+        check_shape("scales", check_tensor("scales", scales, (torch.float32,)), "[K, n]", (k, n))
+        check_device("scales", scales, "tables", tables)
+    return tables
+
+
+def _check_precision(name: str, x: Tensor, tables: Tensor) -> None:
+    """float64 goes with float64: nothing may be rounded to float32 behind the caller's back."""
+    if (x.dtype == torch.float64) != (tables.dtype == torch.float64):
+        raise TypeError(
+            f"{name} and tables must both be float64 or neither, got {name_of(x.dtype)} and {name_of(tables.dtype)}"
+        )
+
+
+def _check_codes(codes: object, n: int) -> Tensor:
+    """codes as int32; what does not fit stays out of range, so that the kernels refuse it."""
+    codes = check_is_tensor("codes", codes)
+    if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"codes must have an integer dtype, got {name_of(codes.dtype)}")
+    if codes.dtype in (torch.int64, torch.uint32):
+        limits = torch.iinfo(torch.int32)
+        codes = codes.long().clamp(limits.min, max(n, limits.max))
+    return codes.to(torch.int32)
+
+
+def hash_codes(x: Tensor, bits: int) -> Tensor:
+    """The sign bits of every chunk of `bits` elements as one integer; bit 0 is the chunk's first element.
+
+    Args:
+        x: [..., d], d a multiple of `bits`. float32, float64, bfloat16 or float16. 0 and −0 count as positive (bit 1),
+            NaN as negative (bit 0).
+        bits: τ, from 1 to 16.
+
+    Returns:
+        [..., d / bits] int32, from 0 to 2^bits − 1.
+
+    Raises:
+        ValueError: if `bits` is out of range or d is no multiple of it.
+        TypeError: if x is not a floating-point tensor.
+    """
+    _check_float("x", x, 1, "[..., d]")
+    check_bits(bits)
+    d = x.shape[-1]
+    if d % bits:
+        raise ValueError(f"x must have a last axis that is a multiple of bits = {bits}, got {d}")
+    codes, _ = ops.hash_op(x.detach().reshape(math.prod(x.shape[:-1]), d), bits, "none", 1.0)
+    return codes.reshape(*x.shape[:-1], d // bits)
+
+
+def pack_tables(tables: Tensor) -> Tensor:
+    """Tables in the order in which many tokens read them: [K, n, h] -> [h / 64, K, n, 64], for inference.
+
+    :func:`lookup_linear` and :func:`lookup_sum` take the result in place of the tables, and give the same bits. It pays
+    from about as many tokens on as a table has rows: many tokens copy plain tables into this order, tile by tile, on
+    every call. A few tokens are faster on plain tables, whose rows stand in one piece.
+
+    Raises:
+        ValueError: if h is no multiple of 64, or tables has not three axes.
+    """
+    if not isinstance(tables, Tensor) or tables.dim() != 3 or tables.shape[2] % TILE:
+        came = shape_of(tables) if isinstance(tables, Tensor) else type(tables).__name__
+        raise ValueError(f"tables must have shape [K, n, h], h a multiple of {TILE}, got {came}")
+    packed = pack(tables.detach())
+    ops.to_huge_pages(packed)
+    return packed
+
+
+def lookup_linear(
+    x: Tensor,
+    tables: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weighting: str = "probability",
+    temperature: float = 1.0,
+    scales: Tensor | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """A linear layer's replacement: bias + Σ_k w(z_k) · tables[k, h(z_k)] over the K chunks z_k of x.
+
+    Hash, weight, gather and bias in one pass. Gradients to x, tables and bias; the one to x flows through w only,
+    because the sign has no derivative: the result jumps where an element of x changes sign. Second derivatives are
+    refused.
+
+    Args:
+        x: [..., d], float32, float64, bfloat16 or float16. NaN in a chunk makes the token's result NaN, ±inf counts as
+            a sign and as a size.
+        tables: [K, 2^bits, h], d = K · bits. float32, bfloat16, float16, or int8 with `scales`; float64 for float64 x.
+            Need not be of the dtype of x. Only contiguous tables are read in place. Or, for inference, what
+            :func:`pack_tables` made of them. With int8 tables and many tokens the weights are rounded to 16 bits of the
+            token's largest one on some processors: 1e-5 of the result, where int8 itself costs 7e-3.
+        bias: [h], optional.
+        weighting: ``"probability"`` (default, the paper): Π σ(2|z_i|/t). ``"scaled"`` (its released code): that times
+            Σ|z_i|. ``"l1"``: Σ|z_i|/bits, what suits converted linear layers. ``"none"``: 1.
+        temperature: t of the first two; 1.0 as in the paper.
+        scales: [K, 2^bits] float32, what the rows of int8 tables are multiplied with. Gets no gradient, nor do int8
+            tables.
+        sparse: the gradient of tables as a sparse tensor of the rows that were read, for ``torch.optim.SparseAdam`` and
+            ``torch.optim.SGD``. A dense one is the default since it works with every optimizer. Eager mode only.
+
+    Returns:
+        [..., h] in the dtype of x, summed in float32 (float64 for float64). Autocast changes nothing: there is no
+        matrix product to speed up. The same bits on any number of threads.
+
+    Raises:
+        ValueError: for shapes that do not fit together, int8 tables without scales, or tensors on several devices.
+        TypeError: for a dtype that is not listed above.
+    """
+    done = ops.lookup_linear_direct(x, tables, scales, bias, weighting, temperature)
+    if done is not None:
+        return done
+    _check_float("x", x, 1, "[..., d]")
+    _check_tables(tables, scales)
+    check_weighting(weighting, temperature)
+    _check_precision("x", x, tables)
+    check_device("tables", tables, "x", x)
+    k, n, h = sizes(tables)
+    bits = n.bit_length() - 1
+    if not 1 <= bits <= MAX_BITS or n != 1 << bits:
+        raise ValueError(f"tables must have 2^bits rows, bits from 1 to {MAX_BITS}, got shape {shape_of(tables)}")
+    if x.shape[-1] != k * bits:
+        raise ValueError(
+            f"x must have a last axis of K · bits = {k} · {bits} = {k * bits} for tables {shape_of(tables)}, "
+            f"got {x.shape[-1]}"
+        )
+    if bias is not None:
+        _check_float("bias", bias, 1, "[h]")
+        check_shape("bias", bias, "[h]", (h,))
+        check_device("bias", bias, "x", x)
+    if x.dim() == 2:
+        return ops.lookup_linear(x, tables, scales, bias, weighting, temperature, sparse)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = ops.lookup_linear(flat, tables, scales, bias, weighting, temperature, sparse)
+    return out.reshape(*x.shape[:-1], h)
+
+
+def lookup_sum(
+    codes: Tensor, weights: Tensor, tables: Tensor, *, scales: Tensor | None = None, sparse: bool = False
+) -> Tensor:
+    """Σ_k weights[..., k] · tables[k, codes[..., k]]; the adjoint of :func:`segment_sum`.
+
+    Args:
+        codes: [..., K] integers from 0 to n − 1.
+        weights: [..., K], a float dtype (float64 with float64 tables only).
+        tables: [K, n, h], any n; dtypes and `scales` [K, n] as in :func:`lookup_linear`.
+        sparse: see :func:`lookup_linear`.
+
+    Returns:
+        [..., h], float32 (float64 for float64). Gradients to weights and tables.
+
+    Raises:
+        ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for
+            dtypes.
+    """
+    _check_tables(tables, scales)
+    k, n, h = sizes(tables)
+    _check_float("weights", weights, 1, "[..., K]")
+    _check_precision("weights", weights, tables)
+    codes = _check_codes(codes, n)
+    if codes.dim() < 1 or codes.shape[-1] != k:
+        raise ValueError(f"codes must have shape [..., K] with K = {k}, got {shape_of(codes)}")
+    if weights.shape != codes.shape:
+        raise ValueError(f"weights must have the shape of codes, {shape_of(codes)}, got {shape_of(weights)}")
+    check_device("codes", codes, "tables", tables)
+    check_device("weights", weights, "tables", tables)
+    count = math.prod(codes.shape[:-1])
+    flat = weights.to(compute_dtype(weights.dtype)).reshape(count, k)
+    out = ops.lookup_sum(codes.reshape(count, k), flat, tables, scales, sparse)
+    return out.reshape(*codes.shape[:-1], h)
+
+
+def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None = None) -> Tensor:
+    """Sums of rows by code: out[k, c] = Σ weights[..., k] · values[...] over the rows with codes[..., k] = c.
+
+    The adjoint of :func:`lookup_sum`, and with one code a row: class sums, centroids, bags of visual words. The order
+    of summation is the order of the rows, so the result has the same bits on any number of threads.
+
+    Args:
+        values: [..., h], a float dtype.
+        codes: [..., K] integers from 0 to n − 1, or [...] for one code a row.
+        n: number of segments, at least 1.
+        weights: the shape of codes; ones if left out.
+
+    Returns:
+        [K, n, h], or [n, h] for one code a row; float32 (float64 for float64). Gradients to values and weights.
+
+    Raises:
+        ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for
+            dtypes.
+    """
+    _check_float("values", values, 1, "[..., h]")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be a positive int, got {n!r}")
+    codes = _check_codes(codes, n)
+    check_device("codes", codes, "values", values)
+    single = codes.shape == values.shape[:-1]
+    if not single and codes.shape[:-1] != values.shape[:-1]:
+        raise ValueError(
+            f"codes must have shape [..., K] or [...] for values {shape_of(values)}, got {shape_of(codes)}"
+        )
+    count, k = math.prod(values.shape[:-1]), 1 if single else codes.shape[-1]
+    dtype = compute_dtype(values.dtype)
+    if weights is None:
+        weights = torch.ones((), dtype=dtype, device=values.device).expand(codes.shape)
+    _check_float("weights", weights, 0, "of codes")
+    if weights.shape != codes.shape:
+        raise ValueError(f"weights must have the shape of codes, {shape_of(codes)}, got {shape_of(weights)}")
+    check_device("weights", weights, "values", values)
+    flat = values.to(dtype).reshape(count, values.shape[-1])
+    out = ops.segment_sum(flat, codes.reshape(count, k), weights.to(dtype).reshape(count, k), n)
+    return out[0] if single else out

@@ -1,0 +1,7 @@
+"""Whole models: comparing two of them, converting their layers, distilling."""
+
+from pyrepr.models.comparison import Comparison, compare
+from pyrepr.models.conversion import Conversion, convert
+from pyrepr.models.distillation import Distillation, distill
+
+__all__ = ["Comparison", "Conversion", "Distillation", "compare", "convert", "distill"]

@@ -1,0 +1,472 @@
+"""Replacing a model's linear layers by lookup tables, and reading what it cost: :func:`convert` and its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrepr._modules import evaluating, hooked
+from pyrepr._reporting import progress_bar, replacing, versions
+from pyrepr.functional.lookup import check_bits, check_weighting
+from pyrepr.models._layers import Layers, call, first_tensor, layer_table, unwrap
+from pyrepr.models._swapping import Swaps, choose_linears
+from pyrepr.nn._lookup_fit import hold_out, relative_mse
+from pyrepr.nn.lookup import LookupLinear
+
+__all__ = ["Conversion", "ConvertedLayer", "convert"]
+
+FORMAT = "pyrepr.Conversion"
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What one replacement cost.
+
+    Attributes:
+        name: of the layer in the model. in_features, out_features: its widths.
+        relative_mse: squared error over the variance of the output, for the input the layer really gets, on an eighth
+            of the calibration rows that the tables were not fitted to; NaN if the output does not vary.
+        bytes_before, bytes_after: of parameters and buffers.
+        ms_before, ms_after: median milliseconds of a call for each of the report's ``batch_sizes``, measured in turn on
+            calibration rows, hot: what fits in the cache is there.
+        entropy: of the codes, in bits, mean over the tables; at most the layer's `bits`.
+        rows, dead_rows: of all tables together, and those that no calibration row reads.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    relative_mse: float
+    bytes_before: int
+    bytes_after: int
+    ms_before: tuple[float, ...]
+    ms_after: tuple[float, ...]
+    entropy: float
+    rows: int
+    dead_rows: int
+
+
+@dataclass(frozen=True, repr=False)
+class Conversion:
+    """The report of :func:`convert`; ``print`` shows it as a table.
+
+    Attributes:
+        model: what the model is called.
+        layers: one :class:`ConvertedLayer` each, in the order they run in.
+        skipped: from the name of a layer that was chosen but left alone to the reason.
+        output_mse: of the model's first floating-point output for the first batch, squared error over variance.
+        bits, rank, weighting, quantize: as asked for.
+        batch_sizes: numbers of rows at which times were measured.
+        calibration_rows: the most that a layer was converted with.
+        versions: of pyrepr, torch and Python.
+    """
+
+    model: str
+    layers: tuple[ConvertedLayer, ...]
+    skipped: dict[str, str]
+    output_mse: float
+    bits: int
+    rank: int
+    weighting: str
+    quantize: str | None
+    batch_sizes: tuple[int, ...]
+    calibration_rows: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Conversion({self.model}: {self.describe()})"
+
+    def describe(self) -> str:
+        """What was converted, how, and what it did to the model's output, in a line."""
+        count = len(self.layers)
+        options = f"bits={self.bits}, rank={self.rank}, weighting={self.weighting!r}"
+        return (
+            f"{count} layer{'' if count == 1 else 's'} converted, {len(self.skipped)} left alone; {options}"
+            + (f", {self.quantize} tables" if self.quantize else "")
+            + f"; {self.calibration_rows} calibration rows; relative squared error of the output {self.output_mse:.3g}"
+        )
+
+    def columns(self) -> list[str]:
+        """Headers of :meth:`table`."""
+        times = [f"ms at {size}" for size in self.batch_sizes]
+        return ["layer", "in → out", "rel. sq. error", "MB", *times, "entropy, bits", "dead rows"]
+
+    def table(self) -> list[list[str]]:
+        """The report as cells, a line a layer and a last one for all."""
+
+        def change(before: float, after: float) -> str:
+            return f"{before:.3g} → {after:.3g}"
+
+        def line(name: str, shape: str, error: str, some: Sequence[ConvertedLayer], use: list[str]) -> list[str]:
+            size = change(sum(x.bytes_before for x in some) / 1e6, sum(x.bytes_after for x in some) / 1e6)
+            pairs = [
+                (sum(x.ms_before[i] for x in some), sum(x.ms_after[i] for x in some))
+                for i in range(len(self.batch_sizes))
+            ]
+            times = [f"{change(*pair)} ({pair[0] / pair[1]:.2f}×)" for pair in pairs]
+            return [name, shape, error, size, *times, *use]
+
+        lines = [
+            line(
+                layer.name,
+                f"{layer.in_features} → {layer.out_features}",
+                f"{layer.relative_mse:.4f}",
+                [layer],
+                [f"{layer.entropy:.2f}", f"{layer.dead_rows} of {layer.rows}"],
+            )
+            for layer in self.layers
+        ]
+        dead, rows = sum(x.dead_rows for x in self.layers), sum(x.rows for x in self.layers)
+        return [*lines, line("all", "", "", self.layers, ["", f"{dead} of {rows}"])] if lines else []
+
+    def __str__(self) -> str:
+        cells = [self.columns(), *self.table()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells] if self.layers else []
+        left = [f"left alone: {name} {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([f"{self.model}: {self.describe()}", *lines, *left])
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """Writes one self-contained page: the table, sortable, with bars for the errors.
+
+        Raises:
+            OSError: if the file cannot be written (nothing is left behind).
+        """
+        from pyrepr.models._pages import save_conversion_page
+
+        return save_conversion_page(self, path, title=title)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a ``.json``; :meth:`load` reads it. NaN becomes null.
+
+        Raises:
+            ValueError: for another suffix; OSError: if the file cannot be written (nothing is left behind).
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"path must end in .json, got {path.name!r}")
+        text = json.dumps({"format": FORMAT, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Conversion:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise KeyError("format")
+            layers = tuple(
+                ConvertedLayer(**_with_nan(layer, "ms_before", "ms_after")) for layer in content.pop("layers")
+            )
+            return cls(layers=layers, **_with_nan(content, "batch_sizes"))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"path must be a file written by Conversion.save, got {os.fspath(path)!r}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(fields: dict[str, Any], *tuples: str) -> dict[str, Any]:
+    errors = {key: math.nan for key in ("relative_mse", "output_mse") if fields.get(key, 0) is None}
+    return {**fields, **errors, **{key: tuple(fields[key]) for key in tuples}}
+
+
+def convert(
+    model: nn.Module,
+    calibration_data: Any,
+    *,
+    select: Layers | None = None,
+    bits: int = 8,
+    rank: int = 0,
+    weighting: str = "l1",
+    quantize: str | None = None,
+    batch_sizes: Sequence[int] = (1, 64, 1024),
+    max_rows: int = 16384,
+    progress: bool = True,
+) -> Conversion:
+    """Replaces linear layers of a model by :class:`pyrepr.nn.LookupLinear`, in place, and reports what it cost.
+
+    Layer by layer in the order they run, each fitted by :meth:`pyrepr.nn.LookupLinear.from_linear` to the input it gets
+    from the layers replaced before it. The model runs in eval mode and without gradients; afterwards every submodule
+    has its training flag again, no hook is left, and new parameters are trainable where the layer's were. If anything
+    fails, every layer is back in its place. Expect to follow with :func:`pyrepr.distill`.
+
+    Args:
+        model: any module; DataParallel and compiled models are changed inside.
+        calibration_data: what the model sees in use: a batch, as a tensor or a dict, or an iterable of batches as
+            :func:`pyrepr.compare` takes them. Kept until the end. Padding is left out by a dict's ``attention_mask``.
+        select: names; patterns, where ``*`` stays within one part of a dotted name and ``**`` crosses them
+            (``"encoder.layer.*.intermediate.dense"``); or a function of (name, module) that says yes or no. By default
+            every ``nn.Linear`` but a language model's head. What is chosen and cannot be replaced (tied weights, a
+            subclass, hooks, parametrizations, in_features that is no multiple of `bits`, not called, …) is left alone
+            and in the report with the reason.
+        bits, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``.
+        quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
+            dtype of the layer.
+        batch_sizes: numbers of rows at which each layer is timed before and after; ``()`` for no timing. Default: a
+            token, a small and a large batch.
+        max_rows: the most rows of input a layer is fitted to, taken evenly from all batches; at least ten times the
+            layer's in_features is good.
+        progress: a tqdm bar on stderr, where tqdm is installed.
+
+    Returns:
+        A :class:`Conversion`.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came; patterns that match
+            nothing come with near matches. MemoryError: if tables are larger than the machine's memory.
+
+    Warns:
+        UserWarning: for layers that get fewer calibration rows than they have features.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_bits(bits)
+    check_weighting(weighting, 1.0)
+    _check_options(rank, quantize, batch_sizes, max_rows)
+    names, skipped = choose_linears(model, select, bits)
+    job = _Job(unwrap(model), _batches(calibration_data), max_rows)
+    done: list[ConvertedLayer] = []
+    try:
+        with evaluating([job.model]), torch.no_grad():
+            groups = job.groups(names, skipped)
+            truth = job.output()
+            options = {"bits": bits, "rank": rank, "weighting": weighting}
+            for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
+                layer = job.replace(name, rows, options, quantize, tuple(batch_sizes))
+                if isinstance(layer, str):
+                    skipped[name] = layer
+                else:
+                    done.append(layer)
+            return Conversion(
+                model=type(job.model).__name__,
+                layers=tuple(done),
+                skipped=skipped,
+                output_mse=relative_mse(job.output(), truth),
+                bits=bits,
+                rank=rank,
+                weighting=weighting,
+                quantize=quantize,
+                batch_sizes=tuple(batch_sizes),
+                calibration_rows=job.most_rows,
+                versions=versions(),
+            )
+    except BaseException:
+        job.swaps.undo()
+        raise
+
+
+def _check_options(rank: int, quantize: str | None, batch_sizes: Sequence[int], max_rows: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise ValueError(f"rank must be an int of at least 0, got {rank!r}")
+    if quantize not in (None, "int8", "bf16"):
+        raise ValueError(f"quantize must be None, 'int8' or 'bf16', got {quantize!r}")
+    sizes = [size for size in batch_sizes if isinstance(size, bool) or not isinstance(size, int) or size < 1]
+    if sizes:
+        raise ValueError(f"batch_sizes must be positive ints, got {sizes[0]!r}")
+    if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 16:
+        raise ValueError(f"max_rows must be an int of at least 16, got {max_rows!r}")
+
+
+def _batches(data: Any) -> list[Any]:
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise TypeError(f"calibration_data must be a batch or an iterable of batches, got {type(data).__name__}")
+    batches = list(data)
+    if not batches:
+        raise ValueError("calibration_data must give at least one batch, got none")
+    return batches
+
+
+def _kept(x: Tensor, batch: Any) -> Tensor:
+    """x [..., d] as rows [n, d], without padding where the batch says what is."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() >= 3 and x.shape[:2] == mask.shape:
+        x = x[mask.to(x.device).bool()]
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest would tell nothing."""
+
+
+class _Job:
+    """One conversion: the model, the data, and what was replaced so far."""
+
+    def __init__(self, model: nn.Module, batches: list[Any], max_rows: int) -> None:
+        self.model, self.batches = model, batches
+        self.quota = max(1, max_rows // len(batches))
+        self.table, self.swaps = layer_table(model), Swaps(model)
+        self.training = {name: module.training for name, module in self.table.items()}
+        self.repeated: set[str] = set()
+        self.most_rows = 0
+
+    def call(self, batch: Any) -> Any:
+        return call(self.model, batch, "model")
+
+    def linear(self, name: str) -> nn.Linear:
+        module = self.table[name]
+        assert isinstance(module, nn.Linear)  # choose_linears gives no others
+        return module
+
+    def output(self) -> Tensor:
+        """The model's first output for the first batch, as rows."""
+        tensor = first_tensor(self.call(self.batches[0]))
+        if tensor is None:
+            raise ValueError("model must put out a floating-point tensor, got none")
+        return _kept(tensor, self.batches[0])
+
+    def groups(self, names: list[str], skipped: dict[str, str]) -> list[list[str]]:
+        """The layers in the order they run in for the first batch; those one tensor goes to, one after the other,
+        together."""
+        seen: list[tuple[str, Tensor]] = []
+
+        def watch(name: str):
+            return lambda module, args, kwargs: seen.append((name, args[0] if args else kwargs["input"]))
+
+        with hooked(
+            partial(self.table[name].register_forward_pre_hook, watch(name), with_kwargs=True) for name in names
+        ):
+            self.call(self.batches[0])
+        calls = [name for name, _ in seen]
+        skipped.update({name: "is not called in the model's forward" for name in names if name not in calls})
+        groups: list[list[str]] = []
+        previous = None
+        for name, x in seen:
+            if any(name in group for group in groups):
+                continue
+            if groups and x is previous and calls.count(name) == calls.count(groups[-1][0]) == 1:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            previous = x
+        self.repeated = {name for name in calls if calls.count(name) > 1}
+        return groups
+
+    def inputs(self, groups: list[list[str]]):
+        """Each layer with the rows it gets, [n, in_features], as the model is when it is asked for."""
+        for group in groups:
+            rows = self.rows(group[0])
+            self.most_rows = max(self.most_rows, len(rows))
+            for name in group:
+                yield name, rows
+
+    def rows(self, name: str) -> Tensor:
+        """Input rows of a layer over all batches, at most the quota of each, evenly spread."""
+        collected: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            collected.append((args[0] if args else kwargs["input"]).detach())
+            if name not in self.repeated:
+                raise _Enough
+
+        found, linear = [], self.linear(name)
+        nothing = linear.weight.new_empty(0, linear.in_features)  # a batch need not reach the layer
+        with hooked([partial(linear.register_forward_pre_hook, keep, with_kwargs=True)]):
+            for batch in self.batches:
+                with suppress(_Enough):
+                    self.call(batch)
+                rows = torch.cat([nothing, *(_kept(x, batch).to(nothing) for x in collected)])
+                collected.clear()
+                count = min(self.quota, len(rows))
+                found.append(rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)])
+        return torch.cat(found)
+
+    def replace(
+        self, name: str, rows: Tensor, options: dict[str, Any], quantize: str | None, batch_sizes: tuple[int, ...]
+    ) -> ConvertedLayer | str:
+        """Fits and puts in place one layer; the reason where the model does not run with it."""
+        linear = self.linear(name)
+        if options["rank"] > min(linear.in_features, linear.out_features):
+            return f"has no rank {options['rank']}: it maps {linear.in_features} to {linear.out_features} features"
+        held = hold_out(len(rows)).to(rows.device)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "calibration has")
+                layer = LookupLinear.from_linear(linear, rows[~held], **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if len(rows) < linear.in_features:
+            count, d = len(rows), linear.in_features
+            warnings.warn(
+                f"calibration_data gives layer {name} {count} rows for {d} features; the fit leans on the ridge",
+                stacklevel=3,
+            )
+        if quantize:
+            layer.quantize_(quantize)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter.requires_grad and linear.weight.requires_grad)
+        layer.train(self.training[name])
+        self.swaps.put(name, layer)
+        try:
+            self.output()
+        except (AttributeError, TypeError) as error:
+            self.swaps.undo([name])
+            return f"is used in a way a lookup layer cannot be ({error})"
+        return _measured(name, linear, layer, rows, held, batch_sizes)
+
+
+def _measured(
+    name: str, linear: nn.Linear, layer: LookupLinear, rows: Tensor, held: Tensor, batch_sizes: tuple[int, ...]
+) -> ConvertedLayer:
+    unseen = rows[held] if bool(held.any()) else rows
+    usage = layer.usage(rows)
+    times = [_times(linear, layer, rows, size) for size in batch_sizes]
+    return ConvertedLayer(
+        name=name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        relative_mse=relative_mse(layer(unseen), linear(unseen)),
+        bytes_before=_bytes(linear),
+        bytes_after=_bytes(layer),
+        ms_before=tuple(before for before, _ in times),
+        ms_after=tuple(after for _, after in times),
+        entropy=float(usage.entropy.mean()),
+        rows=usage.counts.numel(),
+        dead_rows=usage.dead_rows,
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def _times(before: nn.Module, after: nn.Module, rows: Tensor, size: int) -> tuple[float, float]:
+    """Median milliseconds of both on `size` rows, in turn."""
+    x = rows[torch.arange(size, device=rows.device) % len(rows)]
+
+    def once(module: nn.Module) -> float:
+        start = time.perf_counter()
+        module(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return 1e3 * (time.perf_counter() - start)
+
+    first = max(once(before), once(after))  # and a warm-up
+    turns = [(once(before), once(after)) for _ in range(max(3, min(30, int(20 / first))))]
+    return statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)
