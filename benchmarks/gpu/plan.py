@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyrepr import _ptxas
 from pyrepr.gpu_check import cuda_tool
 
 # Families whose kernels multiply on the tensor cores: the instructions that assemblers got wrong.
@@ -64,33 +63,12 @@ class Assembler:
         return f"{self.name} ptxas {'.'.join(map(str, self.version)) or 'of unknown version'}"
 
 
-def version_of(path: str) -> tuple[int, ...]:
-    """Of a ptxas, (12, 8, 93); () if it does not say."""
-    try:
-        result = subprocess.run([path, "--version"], text=True, capture_output=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    found = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", result.stdout)
-    return tuple(int(number) for number in found.groups()) if found else ()
-
-
 def assemblers(carried: Path | None) -> list[Assembler]:
     """Every ptxas there is, the oldest first: Triton's own, the CUDA toolkit's, and one that was carried along."""
     found = []
-    if bundled := triton_ptxas():
-        found.append(Assembler("bundled", None, version_of(bundled)))
+    if bundled := _ptxas.bundled():
+        found.append(Assembler("bundled", None, _ptxas.version_of(bundled)))
     for name, path in (("system", cuda_tool("ptxas")), ("carried", carried and str(carried))):
-        if path and os.access(path, os.X_OK) and (version := version_of(path)):
+        if path and os.access(path, os.X_OK) and (version := _ptxas.version_of(path)):
             found.append(Assembler(name, path, version))
     return sorted({a.version: a for a in reversed(found)}.values(), key=lambda a: a.version)
-
-
-def triton_ptxas() -> str | None:
-    """Where the ptxas is that comes with Triton."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / "backends/nvidia/bin/ptxas"
-    return str(path) if path.exists() else None

@@ -156,8 +156,9 @@ def ops(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """GPU_ORDER as this run proves it: op → the backends that were right in a check and failed in none in which the op
-    took part, and were faster than the reference in the cases timed with it (in the geometric mean), the fastest first.
+    """GPU_ORDER as this run proves it: op → the backends that were right, failed in no check in which the op took part
+    (times are checked too), and were faster than the reference in the cases timed with it (in the geometric mean), the
+    fastest first.
     """
     judged = _judged(records)
     ratios: dict[tuple[str, str], list[float]] = {}
@@ -168,16 +169,10 @@ def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
                 for op in rows[name].get("ops", ()):
                     ratio = base["milliseconds"] / rows[name]["milliseconds"]
                     ratios.setdefault((op, name.removeprefix("pyrepr ")), []).append(math.log(ratio))
-    checked = {
-        (op, r["backend"])
-        for r in _under_one_assembler(records)
-        if r["section"] in ("right", "check") and r.get("backend") and state(r) == "right"
-        for op in r.get("ops", ())
-    }
     found: dict[str, list[tuple[float, str]]] = {}
     for (op, backend), logs in sorted(ratios.items()):
         mean = sum(logs) / len(logs)
-        if (op, backend) in checked and not judged[op, backend]["failed"] and mean > 0:
+        if judged[op, backend]["right"] and not judged[op, backend]["failed"] and mean > 0:
             found.setdefault(op, []).append((mean, backend))
     return {op: [backend for _, backend in sorted(backends, reverse=True)] for op, backends in found.items()}
 

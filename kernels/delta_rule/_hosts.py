@@ -26,6 +26,7 @@ from pyrepr.kernels.delta_rule._shared import ALIGNMENT, cut, dense, filled, row
 from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, representative_variants, variants
 from torch import Tensor
 
+from pyrepr import _ptxas
 from pyrepr.backend import Unsupported, triton_interprets
 
 __all__ = ["backward", "forward", "representative_variants", "update_", "variants"]
@@ -340,6 +341,8 @@ def backward(
     split: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta and the initial state, in their dtypes."""
+    if v.is_cuda and (doubt := _ptxas.doubted(torch.cuda.get_device_capability(v.device)[0])):
+        raise Unsupported(f"backend 'triton' does not run the delta rule's backward here: {doubt}")
     slots = checkpoints.shape[0]
     p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     split = _worth_splitting(p) if split is None else split

@@ -2,8 +2,7 @@
 
 Sums are in one order, without atomics: the same bits every time. Products of float32 operands are taken as three
 products of their halves on the tensor cores (``tf32x3``), about float32's accuracy; of 16-bit operands as they are,
-summed in float32. float64 is refused. Work and bytes at best, s being the bytes of an element; no time here was
-measured on a GPU:
+summed in float32. float64 is refused. Work and bytes at best, s being the bytes of an element:
 
 - logsumexp: 2 n m d flops for the rows, as many for the columns, which are the same sweep with x and y exchanged. A
   block of rows stays, blocks of columns pass by out of L2; max and sum of every prefix are in registers. Prefixes cut

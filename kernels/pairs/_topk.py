@@ -6,7 +6,7 @@ import triton.language as tl
 from pyrepr.kernels.pairs._shared import add_products, as_key, column_of, empty_keys, enter, score_of
 
 
-@triton.jit(do_not_specialize=["n", "m", "part", "exclude", "offset"])
+@triton.jit(do_not_specialize=["width", "n", "m", "part", "exclude", "offset"])
 def screen_kernel(
     x,  # [n, …] packed
     y,  # [m, …] packed

@@ -25,7 +25,7 @@ def _tile(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
 
 
 def _table(name: str, sm80: Config, sm90: Config, *candidates: Config, sm100: Config | None = None) -> Table:
-    """Estimates from registers and shared memory: no GPU has run them yet."""
+    """Estimates from registers and shared memory."""
     return Table(f"pairs.{name}", {80: sm80, 90: sm90, 100: sm100 or sm90}, candidates)
 
 

@@ -166,7 +166,7 @@ def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
 
 
 def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-    """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
+    """The recurrence in csrc/cuda/delta_rule.cu."""
     if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:

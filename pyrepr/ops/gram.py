@@ -88,7 +88,7 @@ def _centred_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
-    """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
+    """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
         raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):

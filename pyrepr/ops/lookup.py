@@ -184,7 +184,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
 
 
 def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=False):
-    """Few tokens. Compiled, not yet run on a GPU."""
+    """Few tokens."""
     if torch.float64 in (x.dtype, tables.dtype):
         raise Unsupported("backend 'cuda' computes lookup_linear in float32 and refuses float64 tensors")
     if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
