@@ -447,3 +447,11 @@ def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
     one = torch.ones(1, dtype=torch.float64)
     s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
     assert s.item() == 0 and not r.any() and not d.any()
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_a_median_of_zero_leaves_no_number(kernel, backend):
+    x = torch.randn(1, 7).expand(5, 7)
+    for y in (None, torch.randn(2, 7)):
+        with pytest.warns(UserWarning, match="median distance is 0"):
+            assert pyrepr.gram(x, y, kernel=kernel).isnan().all()

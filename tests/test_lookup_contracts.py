@@ -86,6 +86,11 @@ CODES = torch.zeros(2, 3, dtype=torch.int64)
     ("call", "error", "message"),
     [
         (lambda: pyrepr.hash_codes(X, 5), ValueError, "multiple of bits = 5, got 12"),
+        (
+            lambda: pyrepr.segment_sum(torch.ones(3, 2), torch.ones(3, dtype=torch.int64).to_sparse(), 2),
+            TypeError,
+            "codes must be a dense tensor, got layout sparse_coo",
+        ),
         (lambda: pyrepr.hash_codes(X, 0), ValueError, "from 1 to 16, got 0"),
         (lambda: pyrepr.hash_codes(X, 17), ValueError, "from 1 to 16, got 17"),
         (lambda: pyrepr.hash_codes(X.int(), 4), TypeError, "x must be float32"),

@@ -72,7 +72,12 @@ def gram(
         left, right = (None if a is None else a.to(dtype) - a.to(dtype).mean(0) for a in (x, y))
         return matrix_op(left, right, spec.scales([x]), "linear", 1, 0.0, False)
     centre = spec.name in ("rbf", "laplacian")
-    k = matrix_op(x, y, spec.scales([x]), spec.name, spec.degree, spec.coef0, centre)
+    scale = spec.scales([x])
+    if centre:
+        scale = torch.where(scale > 0, scale, torch.nan)  # a median of 0 leaves the kernel undefined everywhere
+    k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    if centre and y is None:
+        k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
     if center:
         rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
         k = (k - rows - columns + rows.mean()).to(k.dtype)

@@ -186,7 +186,7 @@ def spoil(draw: Draw, case: Case, names: list[str]) -> None:
             )
         )
     else:
-        case.lines.append(draw.wrong(name, wider=name != "weight"))
+        case.lines.append(draw.wrong(name, wider=name not in ("x", "weight")))
     if case.lines[-1] == "bias = None":
         case.expect, case.check = "either", lambda names: None
     if case.lines[-1].split(" = ")[1] == "None" and name in ("initial_states", "cu_seqlens", "seq_idx"):

@@ -186,11 +186,13 @@ class Draw(random.Random):
             values = self.special(values)
         return self.tensor(values, len(shape), dtype)
 
-    def wrong(self, name: str, wider: bool = True, deeper: bool = True) -> str:
-        """A line that spoils the tensor `name` in one of many ways; wider, deeper: one more column, more axes do."""
+    def wrong(self, name: str, wider: bool = True, deeper: bool = True, moved: bool = True) -> str:
+        """A line that spoils the tensor `name` in one of many ways; wider, deeper, moved:
+        one more column, more axes, another device do."""
         return self.choice(
-            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",) * wider
+            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else 3.0",) * wider
             + (f"{name} = {name}[None, None, None]",) * deeper
+            + (f"{name} = torch.zeros({name}.shape, dtype={name}.dtype, device='meta')",) * moved
             + (
                 f"{name} = None",
                 f"{name} = 3.0",
@@ -200,7 +202,6 @@ class Draw(random.Random):
                 f"{name} = {name}.to(torch.complex64)",
                 f"{name} = {name}.to(torch.bool)",
                 f"{name} = {name}.to(torch.float8_e4m3fn)",
-                f"{name} = torch.zeros({name}.shape, dtype={name}.dtype, device='meta')",
                 f"{name} = {name}.detach().to_sparse()",
             )
         )

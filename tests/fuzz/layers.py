@@ -120,7 +120,7 @@ def draw_delta(draw: Draw) -> Case:
     ]
     options["kind"] = kind
     way = draw.choice(("whole", "whole", "pieces", "mask", "packed", "bad"))
-    case = Case(f"nn.{kind}", "", "value", lines)
+    case = Case(f"nn.{kind}", "", "value", lines, repeatable=False)  # PyTorch's products need not be
     return {"whole": whole, "pieces": pieces, "mask": masked, "packed": packed, "bad": bad_delta}[way](
         draw, case, options, batch, total
     )
@@ -196,7 +196,7 @@ def bad_delta(draw: Draw, case: Case, options: dict[str, Any], batch: int, total
     choice = draw.choice(("wrong", "mask", "cache", "option"))
     case.names = ("hidden_states", "attention_mask", "past_key_values", "x", "q", "v", *options)
     if choice == "wrong":
-        case.lines.append(draw.wrong("x"))
+        case.lines.append(draw.wrong("x", moved=False))
     elif choice == "mask":
         shape = draw.choice(("3", f"{batch}", f"{batch}, {max(0, total - 1)}", f"{batch + 1}, {total}"))
         case.lines.append(f"mask = torch.ones({shape})")

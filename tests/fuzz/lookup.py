@@ -151,7 +151,9 @@ def spoil(draw: Draw, case: Case, names: list[str]) -> None:
         name, True
     )
     case.lines.append(draw.wrong(name, wider=wider, deeper=name != "x"))
-    if case.lines[-1] == f"{name} = None" and name in ("bias", "weights"):
+    # One code a row may have any shape, none as well.
+    scalar = case.kind == "segment_sum" and "torch.zeros(()" in case.lines[-1]
+    if scalar or (case.lines[-1] == f"{name} = None" and name in ("bias", "weights")):
         case.expect, case.check = "either", lambda names: None
 
 
@@ -300,7 +302,7 @@ def draw_hash(draw: Draw) -> Case:
     if draw.chance(0.15):
         case.expect = "error"
         if draw.chance(0.5):
-            lines.append(draw.wrong("x", wider=bits > 1, deeper=False))
+            lines.append(draw.wrong("x", wider=bits > 1, deeper=False, moved=False))
         else:
             case.call = f"out = pyrepr.hash_codes(x, {draw.choice((0, -1, 17, 2.0, True, None, repr('4')))})"
             case.names = ("bits", "x")

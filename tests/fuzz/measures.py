@@ -10,7 +10,7 @@ from draw import EPS, Case, Differential, Draw, compare, f64
 
 DISTANCES = ("rbf", "laplacian")
 KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
-FACTOR = 200  # of the change that rounding the inputs makes; errors seen stay below a tenth
+FACTOR = 400  # of the change that rounding the inputs makes; errors seen stay below a tenth
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -195,7 +195,7 @@ def draw_gram(draw: Draw) -> Case:
         )
     if draw.chance(0.12):
         case.expect, case.differential = "error", None
-        case.lines.append(draw.wrong(draw.choice(("x", "y")) if both else "x", wider=both))
+        case.lines.append(draw.wrong(draw.choice(("x", "y")) if both else "x", wider=both, moved=both))
         if case.lines[-1].startswith("y = None"):
             case.expect = "either"
             case.check = lambda names: None
@@ -345,7 +345,7 @@ def draw_matrix(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.1):
         case.expect = "error"
-        lines.append(draw.wrong(f"x{draw.randrange(left + right)}", wider=False))
+        lines.append(draw.wrong(f"x{draw.randrange(left + right)}", wider=False, moved=left + right > 1))
         case.names = ("xs", "ys", *(f"x{i}" for i in range(5)))
     return case
 

@@ -84,7 +84,11 @@ class Problem:
         if not np.isfinite(truth).all() or not all(np.isfinite(a).all() for a in around):
             return None
         change = max(float(np.abs(a - truth).max(initial=0)) for a in around)
+        if OF_CONDITION * change > self.size_of(truth) and change > 0:
+            return None  # rounding decides
         room = OF_CONDITION * change + OF_ROUNDING * self.eps * self.size_of(truth) + rounding
+        if np.isinf(room).any():
+            return None  # the numbers themselves are beyond their type
         off = np.abs(got - truth) - room
         if not np.isfinite(got).all() or (off > 0).any():
             i = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
@@ -153,9 +157,9 @@ def forward(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
         jacobians = torch.func.jacfwd(lambda *a: tuple(flat(problem.function(*a))), argnums=places)(*problem.variables)
         out = [
             sum(
-                (j.flatten(j.dim() - t.dim()) @ t.flatten() if t.dim() else j * t)
+                (j.double().flatten(j.dim() - t.dim()) @ t.double().flatten()) if t.dim() else j.double() * t
                 for j, t in zip(row, tangents, strict=True)
-            )
+            ).to(row[0].dtype)
             for row in jacobians
         ]
     got = np.concatenate([y.detach().double().numpy().ravel() for y in out]) if out else np.zeros(0)
