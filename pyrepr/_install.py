@@ -122,7 +122,7 @@ def native() -> tuple[ModuleType | None, str]:
 def behind() -> str:
     """Said of a module whose interface fits and which was built from other sources than lie beside it; else empty."""
     module, _ = native()
-    if module is None or not in_clone() or module.build["sources"] == hash_of("csrc/*/*.*", "csrc/common.h"):
+    if module is None or not in_clone() or module.build["sources"] == hash_of("csrc/*/*.*", "csrc/*.h"):
         return ""
     return f"; csrc has changed since it was built: {remedy()}"
 

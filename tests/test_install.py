@@ -143,7 +143,7 @@ def test_a_module_of_other_sources_is_an_error_with_the_command(clone):
 def test_cmake_and_python_hash_the_same_files(monkeypatch):
     monkeypatch.setattr(_install, "ROOT", CLONE)
     assert _C.build["interface"] == _install.hash_of("csrc/bindings/*.*", "csrc/common.h")
-    assert _C.build["sources"] == _install.hash_of("csrc/*/*.*", "csrc/common.h")
+    assert _C.build["sources"] == _install.hash_of("csrc/*/*.*", "csrc/*.h")
     assert _C.build["version"] == pyrepr.__version__ == importlib.metadata.version("pyrepr-kernels")
 
 
