@@ -461,3 +461,12 @@ def test_options_beside_a_kernel_are_not_ignored(beside):
 def test_degrees_that_no_kernel_takes(degree):
     with pytest.raises(ValueError, match="degree must be an integer from 1 to 1000"):
         pyrepr.Kernel("polynomial", degree=degree)
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
+    """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""
+    x, nothing = torch.randn(500, 3), torch.zeros(500, dtype=torch.bool)
+    one = torch.ones(1, dtype=torch.float64)
+    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
+    assert s.item() == 0 and not r.any() and not d.any()

@@ -188,6 +188,8 @@ def compare(
     models = [side.model for side in sides if isinstance(side, Recorder)]
     if data is None and models:
         raise ValueError("data must be an iterable of batches, got None")
+    if data is not None and (not isinstance(data, Iterable) or isinstance(data, (str, bytes))):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
     if data is not None and not models:
         raise ValueError("data must be None where both sides are stored activations")
     with evaluating(models), torch.no_grad():

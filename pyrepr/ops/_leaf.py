@@ -56,6 +56,17 @@ def watched() -> bool:
     )
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether x has numbers to look at: no graph is being made, and no axis of x is hidden by ``vmap``."""
+    if _is_compiling() or _tracing() is not None:
+        return False
+    while _wrapped(x):
+        if _batched(x):
+            return False
+        x = _unwrapped(x)
+    return type(x) in _PLAIN
+
+
 def at_hand(x: torch.Tensor) -> bool:
     """Whether a look at the numbers of x costs no waiting for a GPU and leaves no trace in a graph."""
     return type(x) in _PLAIN and x.is_cpu and not watched()
@@ -113,17 +124,6 @@ def derives(*tensors: torch.Tensor | None) -> bool:
     if _is_compiling() or torch.compiler.is_exporting():
         return torch.is_grad_enabled() or torch.compiler.is_exporting()
     return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or transformed()
-
-
-def readable(x: torch.Tensor) -> bool:
-    """Whether numbers of x can be looked at here: no graph is being made, and no axis of x is hidden by ``vmap``."""
-    if torch.compiler.is_compiling():
-        return False
-    while _wrapped(x):
-        if _batched(x):
-            return False
-        x = _unwrapped(x)
-    return True
 
 
 def leaf_op(

@@ -142,30 +142,27 @@ def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_q
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
     q, k, v, g, beta = apart(final, q, k, v, g, beta)
-    if initial_state is not None:
-        initial_state = _dense(initial_state)
-        # The kernel may read the state that it writes, but not one that merely overlaps it.
-        if initial_state.data_ptr() != final.data_ptr():
-            (initial_state,) = apart(final, initial_state)
+    initial_state = _apart(initial_state, final)
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     kept = (o.data_ptr(), final.data_ptr(), 0, 0, 1)
     # In one line: nothing may go wrong between the state's move and the return.
     return (o, problem.forward(*kept), None if final is state else state.copy_(final))[0]
 
 
-def _start(state: Tensor, initial_state: Tensor | None) -> None:
-    """For kernels that know an update in place only."""
+def _apart(initial_state: Tensor | None, final: Tensor) -> Tensor | None:
+    """The initial state as a kernel may read it that writes `final`: that very state, or one that overlaps no part."""
     if initial_state is None:
-        state.zero_()
-    elif initial_state is not state:
-        state.copy_(initial_state)
+        return None
+    initial_state = _dense(initial_state)
+    overlaps = 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel()
+    return initial_state.clone() if overlaps else initial_state
 
 
 def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    _start(state, initial_state)
-    return kernels.update_(state, q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
+    initial_state = _apart(initial_state, state)
+    return kernels.update_(state, q, k, v, g, beta, initial_state, *rest, _kept_tokens(v.shape[1]))
 
 
 def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
@@ -174,29 +171,30 @@ def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:
         raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
-    _start(state, initial_state)
-    o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
+    initial = _apart(initial_state, final)
     (q, _), (k, _), (v, _) = _rows(q), _rows(k), _rows(v)
     beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
         good = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == v.shape[1])
         torch._assert_async(good, f"cu_seqlens must start at 0, never decrease, and end at T = {v.shape[1]}")
-    tensors = (q, k, v, g, beta, dense, dense, o, cu_seqlens)
+    tensors = (q, k, v, g, beta, initial, final, o, cu_seqlens)
     with torch.cuda.device(v.device):
         module().cuda_delta_rule_step(
             [0 if x is None else x.data_ptr() for x in tensors],
             [s for x in (q, k, v) for s in x.stride()[:3]],
             (*k.shape, v.shape[2], v.shape[3]),
-            dense.shape[0],
+            final.shape[0],
             DTYPE_CODES[v.dtype],
             _gate(g),
             scale,
             use_qk_l2norm,
             torch.cuda.current_stream().cuda_stream,
         )
-    if dense is not state:
-        state.copy_(dense)
+    if final is not state:
+        state.copy_(final)
     return o
 
 
