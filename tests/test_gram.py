@@ -440,6 +440,29 @@ def test_compiled_for_any_number_of_samples():
         assert torch.equal(compiled(x, y), pyrepr.cka(x, y))
 
 
+@pytest.mark.parametrize("beside", [{"sigma": 2.0}, {"bandwidth": 0.5}])
+def test_options_beside_a_kernel_are_not_ignored(beside):
+    x, y, kernel = torch.randn(9, 3), torch.randn(9, 4), pyrepr.Kernel("rbf", sigma=1.0)
+    (name,) = beside
+    calls = (
+        lambda: pyrepr.cka(x, y, kernel=kernel, **beside),
+        lambda: pyrepr.hsic(x, y, kernel=kernel, **beside),
+        lambda: pyrepr.cka_matrix([x], [y], kernel=kernel, **beside),
+        lambda: pyrepr.gram(x, kernel=kernel, **beside),
+        lambda: pyrepr.StreamingCKA(mode="minibatch", kernel=kernel, **beside),
+        lambda: pyrepr.nn.CKALoss(kernel=kernel, **beside),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{name} belongs into the Kernel"):
+            call()
+
+
+@pytest.mark.parametrize("degree", [0, -1, 2.0, True, 10**10])
+def test_degrees_that_no_kernel_takes(degree):
+    with pytest.raises(ValueError, match="degree must be an integer from 1 to 1000"):
+        pyrepr.Kernel("polynomial", degree=degree)
+
+
 @pytest.mark.parametrize("by_features", [False, True])
 def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
     """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""

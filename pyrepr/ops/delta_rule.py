@@ -92,12 +92,12 @@ def _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     """The float64 rule, and the tensors that must live while it runs."""
     prepared = reference.prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     tensors = [None if x is None else x.contiguous() for x in (*prepared, initial_state)]
-    total = v.shape[1]
-    bounds = sequence_bounds(cu_seqlens, total) if cu_seqlens is not None else range(0, total * v.shape[0] + 1, total)
+    batch, total = v.shape[:2]
+    bounds = [i * total for i in range(batch + 1)] if cu_seqlens is None else sequence_bounds(cu_seqlens, total)
     problem = module().DeltaRuleWide(
         [optional(name, x) for name, x in zip(("q", "k", "v", "g", "beta", "initial_state"), tensors, strict=True)],
         (v.shape[2], k.shape[3], v.shape[3]),
-        list(bounds) if total else [0] * (v.shape[0] + 1),
+        bounds,
         _gate(g),
         torch.get_num_threads(),
     )

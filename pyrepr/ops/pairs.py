@@ -180,9 +180,13 @@ def _topk_cpu(x, y, k, metric, exclude_self, return_logsumexp, offset, values, i
     if x.dtype == torch.float64:
         return reference.pairs_topk(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp)
     shape = (x.shape[0], k)
-    best = torch.full(shape, -math.inf) if values is None else torch.empty(shape).copy_(values)
-    at = torch.full(shape, -1) if indices is None else indices.clone(memory_format=torch.contiguous_format)
-    lse = torch.full((x.shape[0] if return_logsumexp else 0,), -math.inf)
+    best = x.new_full(shape, -math.inf, dtype=torch.float32) if values is None else values.float().contiguous().clone()
+    at = (
+        x.new_full(shape, -1, dtype=torch.int64)
+        if indices is None
+        else indices.clone(memory_format=torch.contiguous_format)
+    )
+    lse = x.new_full((x.shape[0] if return_logsumexp else 0,), -math.inf, dtype=torch.float32)
     if return_logsumexp and logsumexp is not None:
         lse.copy_(logsumexp)
     nearest = metric == "sqeuclidean"  # the native score is minus the distance
