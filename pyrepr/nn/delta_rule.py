@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from pyrepr.reference._dtypes import compute_dtype
 
 _MODES = ("chunk", "fused_recurrent")
 
@@ -105,7 +106,9 @@ class ShortConvolution(nn.Conv1d):
 
 
 class _Norm(nn.Module):
-    """x / √(mean x² + eps) · weight over the last axis, in float32; with a gate then times its activation."""
+    """x / √(mean x² + eps) · weight over the last axis, in float32 (float64 for float64); with a gate then times its
+    activation.
+    """
 
     def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
         super().__init__()
@@ -113,9 +116,10 @@ class _Norm(nn.Module):
         self.eps, self.activation = eps, activation
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:  # [..., V], [..., V] -> [..., V]
-        wide = functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        dtype = compute_dtype(x.dtype)
+        wide = functional.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps)
         if gate is not None:
-            gate = gate.float()
+            gate = gate.to(dtype)
             wide = wide * (torch.sigmoid(gate) if self.activation == "sigmoid" else functional.silu(gate))
         return wide.to(x.dtype)
 
@@ -448,7 +452,8 @@ class GatedDeltaNet(_DeltaLayer):
         return beta * 2 if self.allow_neg_eigval else beta
 
     def _attend(self, x, q, k, v, beta, options):
-        g = -self.A_log.float().exp() * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        dtype = compute_dtype(x.dtype)
+        g = -self.A_log.to(dtype).exp() * functional.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
         rule = rules.fused_recurrent_gated_delta_rule if "out_state" in options else rules.chunk_gated_delta_rule
         return rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, **options)
 
@@ -525,8 +530,9 @@ class KimiDeltaAttention(_DeltaLayer):
 
     def _attend(self, x, q, k, v, beta, options):
         heads = (self.num_v_heads, self.head_k_dim)
-        raw = self.f_proj(x).float().unflatten(-1, heads) + self.dt_bias.float().view(heads)
-        rate = self.A_log.float().exp()[:, None]
+        dtype = compute_dtype(x.dtype)
+        raw = self.f_proj(x).to(dtype).unflatten(-1, heads) + self.dt_bias.to(dtype).view(heads)
+        rate = self.A_log.to(dtype).exp()[:, None]
         if self.lower_bound is None:
             g = -rate * functional.softplus(raw)
         else:

@@ -103,7 +103,7 @@ def derives(*tensors: torch.Tensor | None) -> bool:
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Whether the numbers of x can be looked at here: no graph is being made, and no axis of x is hidden by ``vmap``."""
+    """Whether the numbers of x can be looked at: no graph is being made, and no axis of x is hidden by ``vmap``."""
     if torch.compiler.is_compiling():
         return False
     while _wrapped(x):
