@@ -56,6 +56,30 @@ def watched() -> bool:
     )
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether x has numbers to look at: no graph is being made, and no axis of x is hidden by ``vmap``."""
+    if _is_compiling() or _tracing() is not None:
+        return False
+    while _wrapped(x):
+        if _batched(x):
+            return False
+        x = _unwrapped(x)
+    return type(x) in _PLAIN
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether a look at the numbers of x costs no waiting for a GPU and leaves no trace in a graph."""
+    return type(x) in _PLAIN and x.is_cpu and not watched()
+
+
+def require(good: torch.Tensor, message: str) -> None:
+    """Raises ValueError where `good`, a bool scalar, is false; RuntimeError on a GPU or in a graph, when it runs."""
+    if not at_hand(good):
+        torch._assert_async(good, message)
+    elif not good:
+        raise ValueError(message)
+
+
 def _autocasts(device: str) -> bool:
     return _autocast_exists(device) and _autocast_is_on(device)
 
@@ -71,7 +95,7 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
-    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation.
+    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation or zeros.
 
     Lazy conjugation is complex numbers' alone, which no op takes.
     """
@@ -79,7 +103,7 @@ def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
     for arg in args:
         kind = type(arg)
         if kind in _PLAIN:
-            if not arg.is_cpu or arg.is_neg():
+            if not arg.is_cpu or arg.is_neg() or arg._is_zerotensor():
                 return None
             found.append(arg)
         elif kind is list or kind is tuple:
@@ -100,17 +124,6 @@ def derives(*tensors: torch.Tensor | None) -> bool:
     if _is_compiling() or torch.compiler.is_exporting():
         return torch.is_grad_enabled() or torch.compiler.is_exporting()
     return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or transformed()
-
-
-def readable(x: torch.Tensor) -> bool:
-    """Whether the numbers of x can be looked at: no graph is being made, and no axis of x is hidden by ``vmap``."""
-    if torch.compiler.is_compiling():
-        return False
-    while _wrapped(x):
-        if _batched(x):
-            return False
-        x = _unwrapped(x)
-    return True
 
 
 def leaf_op(

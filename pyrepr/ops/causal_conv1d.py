@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops._differentiable import SHARED, Derivative, Fold
-from pyrepr.ops._leaf import leaf_op, written
-from pyrepr.ops._native import DTYPE_CODES, direct, module
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import causal_conv1d as reference
 from pyrepr.reference._dtypes import compute_dtype
 
@@ -30,7 +30,12 @@ class _Problem:
             initial_states = initial_states.to(x.dtype).contiguous()
         self.tensors = (x, weight, bias, initial_states)
         self.native = module().CausalConv(
-            [0 if t is None else t.data_ptr() for t in self.tensors],
+            [
+                x.data_ptr(),
+                weight.data_ptr(),
+                optional("bias", bias),
+                optional("initial_states", initial_states),
+            ],
             x.stride(),
             (*x.shape, weight.shape[1]),
             DTYPE_CODES[x.dtype],
@@ -106,7 +111,7 @@ def _backward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, si
     problem = _Problem(x, weight, bias, initial_states, bounds, silu)
     grad = grad.to(x.dtype).contiguous()
     sums = [dweight, dbias, dinitial]
-    wide = [torch.zeros(t.shape, dtype=torch.float32) for t in sums]
+    wide = [t.new_zeros(t.shape, dtype=torch.float32) for t in sums]
     addresses = [0 if t.numel() == 0 else t.data_ptr() for t in wide]
     problem.native.backward(grad.data_ptr(), dx.data_ptr(), *addresses)
     return (dx, *(t.to(narrow.dtype) for t, narrow in zip(wide, sums, strict=True)))
@@ -129,9 +134,10 @@ def _update_cpu(conv_state, x, weight, bias, silu):
     if x.dtype == torch.float64:
         return reference.causal_conv1d_update_(conv_state, x, weight, bias, silu)
     out = x.new_empty(x.shape)
+    x, weight, bias = apart(conv_state, x, weight, bias)
     problem = _Problem(x, weight, bias, None, reference.bounds_of(x, None, None), silu)
-    problem.native.update(conv_state.data_ptr(), (*conv_state.stride(), conv_state.shape[2]), out.data_ptr())
-    return out
+    layout = (*conv_state.stride(), conv_state.shape[2])
+    return (out, problem.native.update(conv_state.data_ptr(), layout, out.data_ptr()))[0]
 
 
 update_op_ = leaf_op(
@@ -148,11 +154,9 @@ def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, sil
     native = direct()
     if native is None:
         return None
-    grad = torch.is_grad_enabled()
-    out = native.causal_conv1d_step(x, conv_state, weight, bias, silu, grad, torch.get_num_threads())
-    if out is not None:
-        written(conv_state)
-    return out
+    return native.causal_conv1d_step(
+        x, conv_state, weight, bias, silu, torch.is_grad_enabled(), torch.get_num_threads()
+    )
 
 
 def causal_conv1d(

@@ -10,6 +10,7 @@ so one derivative, that of (S, R, D), makes all of them differentiable, for any 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -61,12 +62,15 @@ def _stats_fake(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
 def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     m, total, index = len(xs), xs[0].shape[0], _index(mask)
     n = total if index is None else index.numel()
-    s, r, d = (torch.empty(shape, dtype=torch.float64) for shape in ((m, m), (m, n), (m, n)))
-    shift = torch.empty(m, dtype=torch.float64)
-    dots = torch.empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
+    new = functools.partial(xs[0].new_empty, dtype=torch.float64)
+    s, r, d, shift = new((m, m)), new((m, n)), new((m, n)), new(m)
+    dots = xs[0].new_empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
     problem = native_problem(xs, index, kernel, scale.tolist(), degree, coef0)
-    pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr(), dots.data_ptr())
-    problem.stats(split, by_features, *pointers)
+    pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr())
+    if by_features:
+        problem.stats_by_features(split, *pointers)
+    else:
+        problem.stats(*pointers, dots.data_ptr() if keep_dots else 0)
     if index is not None:
         r, d = (a.new_zeros(m, total).index_copy_(1, index, a) for a in (r, d))
     return s, r, d, shift, dots
@@ -185,7 +189,7 @@ def _median_fake(xs, mask):
 
 
 def _median_cpu(xs, mask):
-    out = torch.empty(len(xs), dtype=torch.float64)
+    out = xs[0].new_empty(len(xs), dtype=torch.float64)
     index = _index(mask)
     native_problem(xs, index).median(out.data_ptr())
     return out

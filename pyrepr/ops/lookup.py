@@ -18,7 +18,7 @@ from torch import Tensor
 from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._differentiable import SHARED, Derivative, Fold
 from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module
+from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module, optional
 from pyrepr.reference import lookup as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.lookup import WEIGHTINGS, sizes, unpack
@@ -37,7 +37,7 @@ CUDA_TOKENS = 64
 
 
 def _tables(tables: Tensor, scales: Tensor | None):
-    scales_address = 0 if scales is None else scales.data_ptr()
+    scales_address = optional("scales", scales)
     code, packed = TABLE_CODES[tables.dtype], tables.dim() == 4
     return module().LookupTables(
         tables.data_ptr(), code, scales_address, *sizes(tables), packed, torch.get_num_threads()
@@ -155,7 +155,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
     k, n, h = sizes(tables) if packed else tables.shape
     x, tables = _rows_contiguous(x), tables.contiguous()
     rows, stride = x.shape[0], x.stride(0)
-    out = torch.empty(rows, h, dtype=compute)
+    out = x.new_empty(rows, h, dtype=compute)
     if bias is not None and (bias.dtype is not compute or not bias.is_contiguous()):
         bias = bias.to(compute).contiguous()
     if scales is not None:
@@ -163,7 +163,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
     module().lookup_linear(
         tables.data_ptr(),
         TABLE_CODES[tables.dtype],
-        0 if scales is None else scales.data_ptr(),
+        optional("scales", scales),
         k,
         n,
         h,
@@ -175,7 +175,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
         n.bit_length() - 1,
         WEIGHTING_CODES[weighting],
         temperature,
-        0 if bias is None else bias.data_ptr(),
+        optional("bias", bias),
         route,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -276,7 +276,7 @@ REUSED_FROM = 32 << 20
 def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     count = rows * columns
     if count * dtype.itemsize < REUSED_FROM or not hasattr(module(), "Block"):
-        return torch.empty(rows, columns, dtype=dtype)
+        return torch.empty(rows, columns, dtype=dtype, device="cpu")
     return torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype, count=count).view(rows, columns)
 
 
@@ -295,7 +295,7 @@ def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments, 
         native = _tables(tables, scales)
     first = None
     if rows is not None:
-        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1))
+        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1, device=rows.device))
     native.backward(
         matrix(grad),
         codes.data_ptr(),
@@ -322,7 +322,7 @@ def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
 
 
 def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
-    grad = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
+    grad = x.new_empty(x.shape, dtype=compute_dtype(x.dtype))
     x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
     code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
     module().lookup_hash_backward(

@@ -27,7 +27,7 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
         return sequence_bounds(cu_seqlens, total)
     if seq_idx is None:
         return [row * total for row in range(batch + 1)]
-    starts = torch.ones(batch, total, dtype=torch.bool)
+    starts = torch.ones(batch, total, dtype=torch.bool, device="cpu")
     starts[:, 1:] = (seq_idx[:, 1:] != seq_idx[:, :-1]).cpu()
     return [*starts.flatten().nonzero().flatten().tolist(), batch * total]
 
@@ -127,5 +127,5 @@ def causal_conv1d_update_(
     """out; `conv_state` holds the last S tokens before and after."""
     kept = weight.shape[1] - 1
     out = causal_conv1d(x, weight, bias, conv_state[..., conv_state.shape[2] - kept :], silu=silu)
-    conv_state.copy_(torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :])
-    return out
+    after = torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :]
+    return (out, conv_state.copy_(after))[0]

@@ -11,6 +11,7 @@ where the recurrence takes many small ones: on devices without a kernel they are
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from pyrepr.reference._delta_rule_chunks import Chunks
 from pyrepr.reference._dtypes import compute_dtype
 
 L2NORM_EPS = 1e-6
+
+
+class Gate(enum.IntEnum):
+    """What the state decays by: nothing, a number per value head, or one per key channel; as in csrc/common.h."""
+
+    NONE = 0
+    PER_HEAD = 1
+    PER_KEY = 2
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else x[:, tokens] for x in tensors)
 
 
-def _prepared(
+def prepared(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool
 ) -> tuple[Any, ...]:
     """q (scaled), k, v, g and beta as the recurrence takes them."""
@@ -148,7 +157,7 @@ def delta_rule_chunks(
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`delta_rule` in chunks, as differentiable as that: what second derivatives go through."""
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         state = tensors[2].new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
@@ -178,6 +187,9 @@ def delta_rule_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, final state, and the states the backward starts from (zero here: this backward starts from the beginning)."""
     o, state = delta_rule_chunks(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    if o.is_cpu and not bool(o.isfinite().all()):
+        # Products of chunks carry what is not finite to the tokens before it. (Looking at it on a GPU would wait.)
+        o, state = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
     return o.contiguous(), state, state.new_zeros(slots, *state.shape[1:])
 
 
@@ -195,11 +207,10 @@ def delta_rule_update_(
 ) -> Tensor:
     """o; `state` becomes the final state. `initial_state` may be `state`; None is zero."""
     o, last, _ = delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0)
-    state.copy_(last)
-    return o
+    return (o, state.copy_(last))[0]
 
 
-def _heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
+def heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
     """The gradient of :func:`_heads`. x: [B, T, H, K], grad: [B, T, HV, K] -> [B, T, H, K] in x's dtype."""
     grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
     if normalize:
@@ -226,7 +237,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta, and the initial state, each in its input's dtype."""
     dtype = compute_dtype(v.dtype)
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
     ds = grad_state.to(dtype, copy=True)
     grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
@@ -242,8 +253,8 @@ def delta_rule_backward(
         ds[row] = first
     dq, dk, dv, dg, dbeta = grads
     return (
-        _heads_backward(q, dq * scale, use_qk_l2norm),
-        _heads_backward(k, dk, use_qk_l2norm),
+        heads_backward(q, dq * scale, use_qk_l2norm),
+        heads_backward(k, dk, use_qk_l2norm),
         dv.to(v.dtype),
         v.new_empty(0, dtype=dtype) if g is None else dg.to(g.dtype),
         dbeta.to(beta.dtype),

@@ -53,7 +53,7 @@ def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: 
     units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
     xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
     s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    squares = torch.tensor(units, dtype=torch.float64).square()
+    squares = torch.tensor(units, dtype=torch.float64, device=d.device).square()
     return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
 
 
