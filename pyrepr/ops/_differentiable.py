@@ -34,6 +34,7 @@ ALONE = "alone"  # a tensor with which nothing can be folded
 
 _transforms = torch._C._functorch.peek_interpreter_stack
 _old_batched = torch._C._functorch.is_legacy_batchedtensor
+_NOTHING = contextlib.nullcontext()
 _forward_mode = torch._C._is_fwd_grad_enabled
 
 
@@ -62,10 +63,10 @@ class Derivative:
     Args:
         reference: (args, kept) to the tuple of the differentiable outputs, in the op's dtypes: plain PyTorch,
             differentiable any number of times. Neither writes into tensors nor reads their numbers, since it runs under
-            transforms. Autocast is off.
+            transforms.
         backward: (args, kept, grads, wanted) to one gradient for every one of `tensors`, in the input's dtype, ``None``
             where `wanted`, as many bools, says so. `grads` are those of the differentiable outputs, never ``None``.
-            Calls leaf ops, runs without autograd, and may read numbers.
+            Calls leaf ops, runs without autograd, and may read numbers. Autocast is off in both functions.
         outputs: positions of the differentiable outputs.
         kept: positions of the outputs that are kept for the backward. What they hold follows from the inputs (the
             reference computes it anew), or counts as a constant (the reference takes it from there too).
@@ -158,7 +159,8 @@ class Derived:
     def backward(self, constants: tuple, wanted: tuple, tensors: Sequence) -> Sequence[Tensor | None]:
         """The fast kernel: a gradient for every input that has one."""
         inputs, kept, grads = self.split(len(wanted), tensors)
-        return self.rule.backward(self.args(constants, inputs), tuple(kept), tuple(grads), wanted)
+        with _without_autocast(inputs):
+            return self.rule.backward(self.args(constants, inputs), tuple(kept), tuple(grads), wanted)
 
     def outputs_of(self, constants: tuple, inputs: Sequence, kept: Sequence, places: Sequence[int]) -> Callable:
         """The reference: the differentiable outputs as a function of the inputs at these places."""
@@ -234,8 +236,10 @@ def _operation(derived: Derived) -> type[Function]:
         @_by_new_vmap
         def backward(ctx, *grads):
             wanted = ctx.needs_input_grad[1:]
+            some = next((g for g in grads if g is not None), None)
+            if some is None:
+                return (None,) * (1 + len(wanted))
             if several:
-                some = next(g for g in grads if g is not None)
                 sizes = zip(grads, ctx.sizes, strict=True)
                 grads = [some.new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in sizes]
             tensors = (*ctx.saved_tensors, *(grads[i] for i in rule.outputs))
@@ -324,8 +328,9 @@ def _check_dense(sparse: Iterable[bool]) -> None:
 
 def _without_autocast(tensors: Sequence[Tensor | None]) -> Any:
     device = next(t.device.type for t in tensors if t is not None)
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING
 
 
 def _entry(x: Any, dim: Any, i: int) -> Any:

@@ -35,7 +35,8 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
 def _positions(bounds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of every token: its sequence, and how many tokens of that come before it."""
     edges = torch.tensor(bounds, device=device)
-    number = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=device), edges.diff())
+    sequences = torch.arange(len(bounds) - 1, device=device)
+    number = torch.repeat_interleave(sequences, edges.diff(), output_size=bounds[-1])
     return number, torch.arange(bounds[-1], device=device) - edges[number]
 
 
