@@ -23,6 +23,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "fuzz: random calls for a time; left out unless -m fuzz asks for them")
     config.addinivalue_line("markers", "levels: run again at every SIMD level that this machine has (test_native.py)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
+    config.addinivalue_line("markers", "build: runs CMake and compilers; left out unless asked for by -m build")
 
 
 def pytest_collection_modifyitems(items):

@@ -60,7 +60,7 @@ def test_cpu_equals_reference(name):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if not n.endswith("_")])
+@pytest.mark.parametrize("name", ["gram_median", "gram_apply"])
 def test_leaf_ops_refuse_to_be_differentiated(name):
     op, args = CALLS[name]()
     first = args[0]
@@ -227,7 +227,7 @@ def test_the_short_way_is_not_taken_where_it_would_be_wrong():
     state = memory[:128].view(1, 2, 8, 8)
 
     def short(*tensors, initial=state, final=state):
-        return delta_ops.step(*tensors, None, initial, final, False, "HV") is not None
+        return delta_ops.step(*tensors, None, initial, final, False, delta_ops.Gate.PER_HEAD) is not None
 
     assert short(*x) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
     assert not short(torch._neg_view(-x[0]), *x[1:])

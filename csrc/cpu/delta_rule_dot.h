@@ -265,8 +265,8 @@ class DotForward {
     mask_upper(gamma, pt);
   }
 
-  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
-  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+  // As FloatForward::advance.
+  bool advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
                Requests& requests) {
     requests.spread((2 * C + p.width) / Panels::MR);
     pair_panel(state.data, padded, n, kKeyLength, state16, state_back);
@@ -275,10 +275,12 @@ class DotForward {
     multiply_panels<Part::terms_upto, true>(xt, C, v, n, C, values);
     dot_panels<Part::all, Into::fresh>(qt, C, state16, n, q_reads, state_back, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(pt, C, values, n, C, o);
+    if (!all_finite(o, n)) return false;
     scale_rows(values, n, writes);
     pair_panel(values.data, C, n, k_longest, values16, values_back);
     dot_panels<Part::all, Into::decay>(k, round_up(p.width, Panels::MR), values16, n, nullptr, values_back, state,
                                        gates.last, &requests);
+    return true;
   }
 
  private:

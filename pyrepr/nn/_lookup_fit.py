@@ -43,7 +43,7 @@ def hold_out(count: int) -> Tensor:
     None of fewer than 16: one row has no variance to compare an error with.
     """
     run = max(1, min(64, count // 64))
-    return (torch.arange(count) // run % 8 == 7) & (count >= 16)
+    return (torch.arange(count, device="cpu") // run % 8 == 7) & (count >= 16)
 
 
 def relative_mse(y: Tensor, truth: Tensor) -> float:

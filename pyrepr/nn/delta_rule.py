@@ -7,6 +7,7 @@ same call and result. What a layer computes between its projections is in :mod:`
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -26,46 +27,72 @@ class DeltaCache:
     """What the layers of a model keep between calls, by the number of the layer (``layer_idx``).
 
     ``cache[layer_idx]`` is a dict with ``recurrent_state`` [B, HV, K, V] in float32 and ``conv_state``, a tuple of
-    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients the
-    tensors are written in place.
+    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients two
+    sets of tensors take turns: a layer writes the one while the other holds, and hands it over when its output is
+    done. So a call that fails or is interrupted leaves the cache of its layer as it was.
     """
 
     def __init__(self) -> None:
-        self.states: dict[int, dict[str, Any]] = {}
-        self._seen: dict[int, int] = {}
+        # Of a layer: its states, how many tokens it has seen, and the states before, whose memory is free.
+        self._layers: dict[int, tuple[dict[str, Any], int, dict[str, Any] | None]] = {}
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self._layers)
 
     def __getitem__(self, layer_idx: int) -> dict[str, Any]:
-        return self.states[layer_idx]
+        return self._layers[layer_idx][0]
+
+    @property
+    def states(self) -> dict[int, dict[str, Any]]:
+        """What all layers left, by their number."""
+        return {layer_idx: state for layer_idx, (state, _, _) in self._layers.items()}
 
     def get(self, layer_idx: int) -> dict[str, Any] | None:
         """What a layer left, or ``None``."""
-        return self.states.get(layer_idx)
+        return self[layer_idx] if layer_idx in self._layers else None
+
+    def spare(self, layer_idx: int) -> list[Tensor]:
+        """A recurrent state and convolutions' states to write and hand to :meth:`update`; they hold nothing yet."""
+        state, _, old = self._layers[layer_idx]
+        pairs = itertools.zip_longest(_tensors(state), _tensors(old))
+        return [y if _takes_turns(x, y) else torch.empty_like(x) for x, y in pairs if x is not None]
 
     def update(
         self, layer_idx: int, recurrent_state: Tensor, conv_state: tuple[Tensor, ...] | None, offset: int
     ) -> None:
         """The states of a layer after `offset` more tokens."""
-        self.states[layer_idx] = {"recurrent_state": recurrent_state, "conv_state": conv_state}
-        self._seen[layer_idx] = self._seen.get(layer_idx, 0) + offset
+        state = {"recurrent_state": recurrent_state, "conv_state": conv_state}
+        self._layers[layer_idx] = (state, self.get_seq_length(layer_idx) + offset, self.get(layer_idx))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens a layer has seen, padding included."""
-        return self._seen.get(layer_idx, 0)
+        return self._layers[layer_idx][1] if layer_idx in self._layers else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch picked anew, as beam search does. beam_idx: [B] int64."""
-        for state in self.states.values():
-            state["recurrent_state"] = state["recurrent_state"].index_select(0, beam_idx)
-            if state["conv_state"] is not None:
-                state["conv_state"] = tuple(x.index_select(0, beam_idx) for x in state["conv_state"])
+        picked = {}
+        for layer_idx, (state, seen, _) in self._layers.items():
+            conv_state = state["conv_state"]
+            if conv_state is not None:
+                conv_state = tuple(x.index_select(0, beam_idx) for x in conv_state)
+            recurrent_state = state["recurrent_state"].index_select(0, beam_idx)
+            picked[layer_idx] = ({"recurrent_state": recurrent_state, "conv_state": conv_state}, seen, None)
+        self._layers = picked
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.states.clear()
-        self._seen.clear()
+        self._layers = {}
+
+
+def _tensors(state: dict[str, Any] | None) -> tuple[Tensor, ...]:
+    return () if state is None else (state["recurrent_state"], *(state["conv_state"] or ()))
+
+
+def _takes_turns(x: Tensor, y: Tensor | None) -> bool:
+    """Whether y may be overwritten with what follows x."""
+    if y is None or y is x or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) or y.requires_grad:
+        return False
+    return torch.is_inference_mode_enabled() or not y.is_inference()
 
 
 def _sizes(**sizes: object) -> None:
@@ -271,18 +298,22 @@ class _DeltaLayer(nn.Module):
             x, places, cu_seqlens = _without_padding(hidden_states, attention_mask)
         keep = bool(use_cache)
         before, state = (last["conv_state"], last["recurrent_state"]) if last else (None, None)
+        options = {"initial_state": state, "output_final_state": keep, "cu_seqlens": cu_seqlens}
+        if past_key_values is not None and last is not None and keep and not torch.is_grad_enabled():
+            options["out_state"], *spare = past_key_values.spare(self.layer_idx)
+            if before is not None and cu_seqlens is None:  # the convolutions write where they read
+                before = tuple(new.copy_(old) for new, old in zip(spare, before, strict=True))
         q, k, v, conv_states = self._q_k_v(x, before, keep, cu_seqlens)
         q, k = self._activate(q, k)
-        options = {"initial_state": state, "output_final_state": keep, "cu_seqlens": cu_seqlens}
-        if state is not None and keep and not torch.is_grad_enabled():
-            options["out_state"] = state
         o, state = self._attend(x, q, k, v, self._step_sizes(x), options)
-        if past_key_values is not None and state is not None and self.layer_idx is not None:
-            past_key_values.update(self.layer_idx, state, conv_states, total)
         o = self.o_proj(self.o_norm(o, self._gate(x)).flatten(-2))
         if places is not None:
             o = o.new_zeros(batch * total, o.shape[2]).index_copy(0, places, o[0]).unflatten(0, (batch, total))
-        return o, None, past_key_values
+        done = (o, None, past_key_values)
+        if past_key_values is None or state is None or self.layer_idx is None:
+            return done
+        # In one line: nothing may go wrong between the cache's move and the return.
+        return (done, past_key_values.update(self.layer_idx, state, conv_states, total))[0]
 
 
 def _without_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -48,7 +48,7 @@ class Fit:
 
 def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
     """Root mean square of w over chunks of independent standard normal elements, by quadrature."""
-    z = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    z = torch.linspace(0, 12, 24001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z * z / 2) * math.sqrt(2 / math.pi)
 
     def mean(values: Tensor) -> float:
