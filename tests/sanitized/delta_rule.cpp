@@ -37,7 +37,8 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
   p.value_width = 1 + random.below(random.chance(80) ? 40 : 140);
   p.dtype = random.pick({DType::f32, DType::bf16, DType::f16});
   const int gate = static_cast<int>(random.below(3));
-  p.gate_per_key = gate == 2;
+  const bool per_key = gate == 2;
+  p.gate = static_cast<pyrepr::Gate>(gate);
   p.l2norm = random.chance(50);
   p.scale = 0.5f;
   std::vector<int64_t> bounds{0};
@@ -53,7 +54,7 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
   const Buffer v = tokens(random, p.v, p.batch, p.total, p.value_heads, p.value_width, p.dtype, 1.0, wild);
   const int64_t gates = p.batch * p.total * p.value_heads, keys = gates * p.width, values = gates * p.value_width;
   const int64_t one_state = p.value_heads * p.width * p.value_width, all_states = p.sequences * one_state;
-  Buffer g(random, p.gate_per_key ? keys : gates, DType::f32), beta(random, gates, DType::f32), initial(random, all_states, DType::f32);
+  Buffer g(random, per_key ? keys : gates, DType::f32), beta(random, gates, DType::f32), initial(random, all_states, DType::f32);
   g.fill(random, DType::f32, 0.1, wild);
   beta.fill(random, DType::f32, 1.0, wild);
   initial.fill(random, DType::f32, 1.0, wild);
@@ -91,7 +92,7 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
       random, "delta_rule backward",
       [&] {
         std::vector<Buffer> out;
-        for (int64_t size : {keys, keys, values, p.gate_per_key ? keys : gates, gates, all_states}) out.emplace_back(random, size, DType::f32);
+        for (int64_t size : {keys, keys, values, per_key ? keys : gates, gates, all_states}) out.emplace_back(random, size, DType::f32);
         std::memcpy(out[5].at(), grad_state.at(), static_cast<size_t>(grad_state.bytes()));
         if (!gate) std::memset(out[3].at(), 0, static_cast<size_t>(out[3].bytes()));
         return out;

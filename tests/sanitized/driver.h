@@ -154,5 +154,6 @@ void gram(const pyrepr::cpu::Level& level, Random& random);
 void delta_rule(const pyrepr::cpu::Level& level, Random& random);
 void lookup(const pyrepr::cpu::Level& level, Random& random);
 void causal_conv1d(const pyrepr::cpu::Level& level, Random& random);
+void pairs(const pyrepr::cpu::Level& level, Random& random);
 
 }  // namespace driver

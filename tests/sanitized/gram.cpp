@@ -39,6 +39,7 @@ DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; 
 
 void gram(const pyrepr::cpu::Level& level, Random& random) {
   const pyrepr::cpu::GramFunctions functions = level.gram();
+  const pyrepr::cpu::MomentsFunctions moments = level.moments();
   const DType dtype = static_cast<DType>(random.below(4));
   Layers some(random, 1 + random.below(4), random.size(200), dtype, false, random.chance(20));
   GramProblem& p = some.problem;
@@ -56,7 +57,7 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
       [&](int threads, std::vector<Buffer>& out) {
         p.threads = threads;
         const GramStats stats{out[0].as<double>(), out[1].as<double>(), out[2].as<double>(), out[3].as<double>(), keep ? out[4].at() : nullptr};
-        return by_features ? functions.stats_by_features(p, split, stats) : functions.stats(p, stats);
+        return by_features ? moments.stats(p, split, stats) : functions.stats(p, stats);
       });
 
   Layers pair(random, 1 + random.below(2), random.size(150), dtype, true, false);
@@ -104,7 +105,7 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
       [&](int threads, std::vector<Buffer>& out) {
         plain.problem.threads = threads;
         double* blocks[] = {out[0].as<double>(), out[1].as<double>()};
-        return functions.moments(plain.problem, pairs.data(), 2, blocks);
+        return moments.moments(plain.problem, pairs.data(), 2, blocks);
       });
 
   Layers one(random, 1, random.size(100), dtype, false, false);

@@ -12,7 +12,8 @@ cd "$(dirname "$0")/../.."
 rounds=40 kinds=()
 for word in "$@"; do [[ $word =~ ^[0-9]+$ ]] && rounds=$word || kinds+=("$word"); done
 [ ${#kinds[@]} -gt 0 ] || kinds=(asan msan tsan)
-families=(gram delta_rule lookup causal_conv1d)
+mapfile -t families < <(sed -n 's/^PYREPR_FAMILY(\([a-z0-9_]*\),.*/\1/p' csrc/families.h)
+mapfile -t byte_families < <(sed -n 's/^PYREPR_FAMILY(\([a-z0-9_]*\),.*avx512_bf16)/\1/p' csrc/families.h)
 build=$(mktemp -d)
 launcher=$(command -v ccache || true)
 trap 'rm -rf "$build"' EXIT
@@ -28,12 +29,12 @@ compile() {
   local out=$build/$1 jobs=() family level
   mkdir "$out"
   one() { $launcher "$compiler" -std=c++17 -Icsrc -Itests/sanitized $options "${@:3}" -c "$1" -o "$2"; }
-  for family in "${families[@]}" probe; do
+  for family in "${families[@]}"; do
     for level in "${levels[@]}"; do
       [ -f "csrc/cpu/$family.cpp" ] || continue
       jobs+=("csrc/cpu/$family.cpp $out/${family}_$level.o -DPYREPR_LEVEL=$level -DPYREPR_LEVEL_$level -fno-math-errno -fno-trapping-math ${flags[$level]}")
     done
-    if [[ $family =~ ^(delta_rule|lookup)$ ]] && [ ${#levels[@]} -gt 1 ]; then
+    if [[ " ${byte_families[*]} " == *" $family "* ]] && [ ${#levels[@]} -gt 1 ]; then
       level=avx512_bf16
       jobs+=("csrc/cpu/$family.cpp $out/${family}_$level.o -DPYREPR_LEVEL=$level -DPYREPR_LEVEL_$level -fno-math-errno -fno-trapping-math ${flags[$level]}")
     fi
