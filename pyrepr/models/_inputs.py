@@ -190,8 +190,8 @@ class Stream(NamedTuple):
 
 
 # What a model, or a part of one, takes where sequences begin: here they get a mask of their own.
-TEXT = ("input_ids", "inputs_embeds")
-BEGINNINGS = (*TEXT, "pixel_values", "input_values", "input_features", "src_key_padding_mask", "tgt_key_padding_mask")
+NO_TEXT = ("pixel_values", "input_values", "input_features")
+BEGINNINGS = ("input_ids", "inputs_embeds", *NO_TEXT, "src_key_padding_mask", "tgt_key_padding_mask")
 
 
 def as_mask(mask: object) -> Tensor | None:
@@ -296,15 +296,14 @@ class Streams:
                 return self.current if mask is None else [self._with_counted(mask)]
         if "decoder_input_ids" in known:
             return self.current
-        ids = next((given[name] for name in TEXT if isinstance(given.get(name), Tensor)), None)
-        mask = as_mask(given.get("attention_mask"))
+        ids, mask = given.get("input_ids"), as_mask(given.get("attention_mask"))
         for wanted, streams in self._known:
             if _same(ids, wanted) or (mask is not None and any(_same(mask, s.attended) for s in streams)):
                 return streams
         if mask is not None:
             return [self._with_counted(mask)]
-        sequences = "attention_mask" in known or not any(name in known for name in TEXT)
-        return [Stream()] if sequences else self.current
+        begun = ids is not None or any(given.get(name) is not None for name in NO_TEXT)
+        return [Stream()] if begun else self.current  # embeddings alone go on with what they were made of
 
     def _with_counted(self, mask: Tensor) -> Stream:
         """The batch's stream where it has this mask, else one of its own."""

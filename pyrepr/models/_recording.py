@@ -215,17 +215,24 @@ class Recorder:
             span = (starts.get(name, 0), evidence.clock) if evidence else (0, 0)
             seen[name, side, call] = _Seen(values, taken[0].shape if taken else None, span, self._streams.current)
 
-        handles = self._streams.attach()
-        if evidence:
-            handles += evidence.attach()
-            for name, module in self._hooked.items():
-                handles.append(module.register_forward_pre_hook(_starting(starts, name, evidence)))
-        self._pass(batch, handles, sink)
+        def more() -> list[Any]:
+            if evidence is None:
+                return []
+            starting = [m.register_forward_pre_hook(_starting(starts, n, evidence)) for n, m in self._hooked.items()]
+            return starting + evidence.attach()
+
+        self._pass(batch, sink, more)
         return seen
 
-    def _pass(self, batch: Any, handles: list[Any], sink: Callable[[str, str, int, Any, Any], None]) -> None:
+    def _pass(
+        self,
+        batch: Any,
+        sink: Callable[[str, str, int, Any, Any], None],
+        more: Callable[[], list[Any]] = list,
+    ) -> None:
+        """One forward pass under hooks; those of `more` come before the recording ones."""
         self._streams.begin(batch, taken(batch, self.inputs))
-        handles += watched(self._hooked, self._sides, sink)
+        handles = [*self._streams.attach(), *more(), *watched(self._hooked, self._sides, sink)]
         try:
             call(self.model, batch, self.argument, self.inputs)
         finally:
@@ -310,7 +317,7 @@ class Recorder:
                 same = x.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
                 found[view.name] = x.clone() if same else x  # the module after it may work in place
 
-        self._pass(batch, self._streams.attach(), sink)
+        self._pass(batch, sink)
         for view in self.views:
             if view.name not in found:
                 raise ValueError(f"{self.layers_argument}: {view.name} is not called for every batch")

@@ -336,8 +336,8 @@ class _Job:
         self.most_rows = 0
 
     def call(self, batch: Any) -> Any:
-        handles = self.streams.attach()
         self.streams.begin(batch, taken(batch, self.feed))
+        handles = self.streams.attach()
         try:
             return call(self.model, batch, "model", self.feed)
         finally:
