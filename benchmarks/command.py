@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
+import time
 from pathlib import Path
 
-from pyrepr.benchmarks.harness import Case, Row, as_json, machine, run_case, table
+from pyrepr.benchmarks.harness import Case, Row, machine, run_case, table, write_json
 
 FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
-QUICK_SECONDS, FULL_SECONDS = 1.5, 8.0
+
+QUICK_SECONDS, FULL_SECONDS = 1.5, 8.0  # of timing, a case
+QUICK_BUDGET = 90.0  # seconds for all of --quick on two cores
 
 
 def cases_of(family: str) -> list[Case]:
@@ -22,7 +24,7 @@ def cases_of(family: str) -> list[Case]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to `parser`."""
     parser.add_argument("family", nargs="*", help=f"which families ({', '.join(FAMILIES)}); all without")
-    parser.add_argument("--quick", action="store_true", help="small cases only, within a minute")
+    parser.add_argument("--quick", action="store_true", help=f"small cases only, within {QUICK_BUDGET:.0f} s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw one bar chart per family into DIR")
 
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     facts = machine()
     print(
         f"pyrepr {facts['pyrepr']}, torch {facts['torch']}, {facts['processor']}, {facts['threads']} threads, "
-        f"SIMD {facts['simd']}"
+        f"SIMD {facts['simd']}, threads pinned: {facts['pinned']}"
     )
     if "fma_peak_gflops" in facts:
         print(
@@ -48,24 +50,35 @@ def main(args: argparse.Namespace) -> int:
             f"{facts['micro_kernel_gflops']:.0f}), {facts['read_bandwidth_gbs']:.1f} GB/s read"
         )
     print("times are medians of interleaved rounds; x is how many times faster pyrepr is; errors are against float64")
-    results: dict[str, list[Row]] = {}
-    for family in families:
-        for case in cases_of(family):
-            if args.quick and not case.quick:
-                continue
-            rows = run_case(case, QUICK_SECONDS if args.quick else FULL_SECONDS)
-            results.setdefault(family, []).extend(rows)
-            print(f"\n{case.op}   {case.shape}   ({rows[0].data} data)\n{table(rows)}", flush=True)
+    results = _run([(f, case) for f in families for case in cases_of(f) if case.quick or not args.quick], args.quick)
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".partial")
-        temporary.write_text(json.dumps(as_json([row for rows in results.values() for row in rows]), indent=1) + "\n")
-        temporary.replace(args.json)
+        write_json([row for rows in results.values() for row in rows], args.json)
     if args.plot:
         from pyrepr.benchmarks.chart import draw
 
         for family, rows in results.items():
             print(draw(family, rows, args.plot / f"{family}.png"), file=sys.stderr)
     return 0
+
+
+def _run(cases: list[tuple[str, Case]], quick: bool) -> dict[str, list[Row]]:
+    """Family → rows. With `quick`, no case is begun when the budget is used up, and what was left out is said."""
+    print(f"{len(cases)} cases" + (f" in at most {QUICK_BUDGET:.0f} s" if quick else ""))
+    results: dict[str, list[Row]] = {}
+    start = time.monotonic()
+    for i, (family, case) in enumerate(cases):
+        left = QUICK_BUDGET - (time.monotonic() - start)
+        if quick and left <= 0:
+            names = ", ".join(case.name for _, case in cases[i:])
+            print(f"\nleft out, since {QUICK_BUDGET:.0f} s are used up: {names}")
+            break
+        # Making a case and its truth takes about as long as timing it.
+        seconds = min(QUICK_SECONDS, left / (len(cases) - i) / 2) if quick else FULL_SECONDS
+        rows = run_case(case, seconds)
+        results.setdefault(family, []).extend(rows)
+        heading = f"{case.op}   {case.shape}   ({rows[0].data} data)   {i + 1} of {len(cases)}"
+        print(f"\n{heading}\n{table(rows)}", flush=True)
+    return results
 
 
 def _check_folder(option: str, folder: Path) -> None:

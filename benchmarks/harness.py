@@ -11,12 +11,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import json
 import math
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +71,7 @@ class Workload:
 class Case:
     """A named workload that is made when it is its turn, so that only one case's inputs are in memory.
 
-    ``quick`` cases make up ``pyrepr bench --quick``: the whole set within a minute.
+    ``quick`` cases make up ``pyrepr bench --quick``.
     """
 
     op: str
@@ -96,7 +100,7 @@ class Row:
     peak_mib: float | None
     data: str
     note: str = ""
-    rounds: list[float] = field(default_factory=list)
+    rounds: int = 0  # that the median is of
 
 
 def relative_error(result: Any, truth: Any) -> float:
@@ -124,6 +128,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "threads": threads,
+        "pinned": pinned(),
         "simd": module.simd_level() if module else f"none ({reason})",
     }
     if module:
@@ -132,6 +137,43 @@ def machine() -> dict[str, Any]:
         facts["read_bandwidth_gbs"] = module.read_bandwidth(threads, 256 << 20) / 1e9
         facts["cache_bandwidth_gbs"] = module.read_bandwidth(threads, threads * L2_BYTES) / 1e9
     return facts
+
+
+# What a user may have said about where OpenMP's threads run; each is obeyed.
+PLACES = ("GOMP_CPU_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND", "KMP_AFFINITY")
+
+
+def pinned() -> str:
+    """How OpenMP's threads are bound to cores, for the report."""
+    return ", ".join(f"{name}={os.environ[name]}" for name in PLACES if os.environ.get(name)) or "no"
+
+
+def restart_pinned() -> None:
+    """Starts this process again with one OpenMP thread a core, where that was not said and can be (Linux).
+
+    Some virtual machines leave a woken thread on its waker's core for up to 15 ms, so that two threads are as fast as
+    one. OpenMP reads the binding once, before anything of ours runs. A peer with a thread pool of its own inherits the
+    first thread's core: let it run on one thread.
+    """
+    if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in PLACES):
+        return
+    cores = _cores()
+    if len(cores) > 1:
+        environment = {**os.environ, "GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _cores() -> list[int]:
+    """One processor number of every core that this process may use."""
+    found: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            core = path.read_text()
+        except OSError:
+            core = str(cpu)
+        found.setdefault(core, cpu)
+    return list(found.values())
 
 
 def read_bandwidth() -> float:
@@ -243,15 +285,22 @@ def run_case(case: Case, seconds: float) -> list[Row]:
                 peak,
                 work.data,
                 note,
-                [1e3 * t for t in measured or []],
+                len(measured or []),
             )
         )
     return rows
 
 
-def as_json(rows: list[Row]) -> dict[str, Any]:
-    """Everything of a run, for a file: the machine and every row."""
-    return {"machine": machine(), "rows": [asdict(row) for row in rows]}
+def write_json(rows: list[Row], path: Path) -> None:
+    """A run as a file that reads well in a diff: the machine, then a line a row, floats in four digits."""
+    lines = ",\n".join(json.dumps(_rounded(asdict(row))) for row in rows)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(f'{{"machine": {json.dumps(_rounded(machine()))},\n"rows": [\n{lines}\n]}}\n')
+    temporary.replace(path)
+
+
+def _rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in facts.items()}
 
 
 def table(rows: list[Row]) -> str:

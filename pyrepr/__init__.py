@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401  (loads the one OpenMP runtime that pyrepr._C shares, before _C is loaded)
 
 from pyrepr import nn
+from pyrepr._version import __version__
 from pyrepr.backend import backends, use_backend
 from pyrepr.functional import (
     causal_conv1d_fn,
@@ -24,8 +25,6 @@ from pyrepr.functional import (
 from pyrepr.models import Comparison, Conversion, Distillation, compare, convert, distill
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Comparison",
     "Conversion",
@@ -33,6 +32,7 @@ __all__ = [
     "Distillation",
     "Kernel",
     "StreamingCKA",
+    "__version__",
     "backends",
     "causal_conv1d_fn",
     "causal_conv1d_update",

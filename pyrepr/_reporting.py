@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pyrepr._version import __version__
+
 
 def progress_bar(
     items: Iterable[Any], wanted: bool, description: str, unit: str, total: int | None = None
@@ -27,8 +29,6 @@ def progress_bar(
 
 def versions() -> dict[str, str]:
     """Of what made a result."""
-    from pyrepr import __version__
-
     return {"pyrepr": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 

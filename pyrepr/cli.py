@@ -29,9 +29,14 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line on stderr."""
+    from_shell = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(argv).parse_args(argv)
+        if from_shell and "bench" in argv[:1]:
+            from pyrepr.benchmarks.harness import restart_pinned
+
+            restart_pinned()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = args.run(args) or 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import pyrepr
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "levels: run again at every SIMD level that this machine has (test_native.py)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
 
 

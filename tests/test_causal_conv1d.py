@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import pyrepr
-from pyrepr.backend import native
 from pyrepr.ops.causal_conv1d import backward_op, forward_op, update_op_
 
 # Worst error seen against float64, relative to the largest value of the result (avx512, this file's shapes), doubled.
@@ -75,6 +71,7 @@ def test_is_torchs_grouped_convolution(backend, T, activation):
         assert error(fn(*tensors, activation=activation), truth(*tensors, activation)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("W", [1, 2, 3, 7, 70])
 def test_every_width(W):
     tensors = inputs(2, 37, 90, W, states=2)
@@ -85,6 +82,7 @@ def test_every_width(W):
         assert error(got, want) < GRADIENT_TOLERANCE[torch.float32]
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_layouts_and_dtypes(layout, dtype):
@@ -102,6 +100,7 @@ def test_layouts_and_dtypes(layout, dtype):
         assert error(got, want) < GRADIENT_TOLERANCE[dtype]
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("D", [37, 64])
 @pytest.mark.parametrize("W", [1, 3, 4, 5])
@@ -122,6 +121,7 @@ def test_a_16_bit_filter_gives_the_bits_of_the_same_numbers_in_float32(W, D, dty
             assert torch.equal(*out) and torch.equal(*states)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("T", [0, 1, 2, 63, 67, 300])
 def test_gradients(T):
     for states in (None, 3):
@@ -194,6 +194,7 @@ def test_final_states_are_differentiable():
 # Decoding
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("S", [3, 4, 9])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("steps", [[1] * 7, [2, 1, 4], [7]])
@@ -266,23 +267,6 @@ def test_the_same_bits_for_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for row in results[1:] for a, b in zip(results[0], row, strict=True))
-
-
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(level):
-    module, _ = native()
-    if level not in module.simd_levels():
-        pytest.skip(f"this machine cannot run {level}")
-    code = (
-        "import test_causal_conv1d as t, torch\n"
-        "for layout in t.LAYOUTS: t.test_layouts_and_dtypes(layout, torch.float32)\n"
-        "t.test_gradients(67)\n"
-        "t.test_a_16_bit_filter_gives_the_bits_of_the_same_numbers_in_float32(4, 37, torch.bfloat16)\n"
-        "print(t.native()[0].simd_level())\n"
-    )
-    env = {**os.environ, "PYREPR_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == level, result.stderr
 
 
 @pytest.mark.parametrize("cu", [None, torch.tensor([0, 10, 10, 40])])

@@ -321,6 +321,43 @@ def test_bench_is_handed_to_its_command(monkeypatch):
     assert seen == [True]
 
 
+def test_bench_pins_a_thread_to_each_core_unless_told_otherwise(monkeypatch):
+    from pyrepr.benchmarks import harness
+
+    started = []
+    monkeypatch.setattr(harness.os, "execve", lambda *command: started.append(command))
+    monkeypatch.setattr(harness, "_cores", lambda: [0, 2, 5])
+    for name in harness.PLACES:
+        monkeypatch.delenv(name, raising=False)
+    assert harness.pinned() == "no"
+    harness.restart_pinned()
+    ((program, arguments, environment),) = started
+    assert program == arguments[0] == sys.executable
+    assert arguments[1:] == sys.orig_argv[1:]
+    assert environment["GOMP_CPU_AFFINITY"] == "0 2 5"
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    harness.restart_pinned()
+    assert len(started) == 1
+    assert harness.pinned() == "OMP_PROC_BIND=false"
+
+
+def test_a_quick_run_ends_when_its_time_is_used_up_and_says_what_it_left_out(monkeypatch, capsys):
+    from pyrepr.benchmarks import command
+    from pyrepr.benchmarks.harness import Case, Workload
+
+    def make():
+        return Workload({"pyrepr": lambda: 1.0, "peer": lambda: 1.0}, lambda: 1.0, 0.0)
+
+    cases = [Case("op", shape, make, quick=True) for shape in ("small", "large")]
+    monkeypatch.setattr(command, "cases_of", lambda family: cases)
+    clock = iter([0.0, 1.0, command.QUICK_BUDGET + 1])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    assert list(command._run([("gram", case) for case in cases], quick=True)) == ["gram"]
+    printed = capsys.readouterr().out
+    assert "2 cases in at most 90 s" in printed
+    assert "small" in printed.split("left out")[0] and "large" in printed.split("left out")[1]
+
+
 def test_importing_pyrepr_is_light():
     import subprocess
 

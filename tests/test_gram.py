@@ -42,6 +42,7 @@ def close(value, expected, tolerance):
     assert abs(float(value) - float(expected)) <= tolerance * max(1.0, abs(float(expected)))
 
 
+@pytest.mark.levels
 def test_published_numbers():
     rng = np.random.RandomState(1337)
     x = torch.tensor(rng.randn(100, 10))
@@ -64,6 +65,7 @@ def test_published_numbers():
     close(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt(), 0.6548311823, 1e-10)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -74,6 +76,7 @@ def test_cka_is_the_textbooks(backend, kernel, estimator, dtype):
     close(value, truth(x, y, kernel, estimator), TOLERANCE[dtype])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize(
     ("n", "p", "q"), [(4, 1, 1), (5, 3, 2), (33, 1, 17), (64, 385, 40), (257, 30, 500), (700, 3, 5), (1000, 800, 20)]
 )
@@ -91,6 +94,7 @@ def test_16_bit_inputs_cost_only_their_own_rounding(dtype):
     close(value, truth(x, y), 2e-6)
 
 
+@pytest.mark.levels
 def test_every_16_bit_pattern_is_read_right():
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -174,6 +178,7 @@ def test_gradcheck(kernel):
     )
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize(("n", "p", "q"), [(200, 3, 5), (40, 90, 70), (600, 300, 310)])
 def test_gradient_on_every_route(n, p, q, monkeypatch):
     monkeypatch.setattr("pyrepr.ops._gram_gradient.BACKWARD_BLOCK_BYTES", 1)  # blocks of 64 rows
@@ -218,6 +223,7 @@ def test_identities_of_the_value():
     close(pyrepr.cka(basis[:, :4], basis, estimator="biased"), math.sqrt(4 / 9), 1e-12)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("ratio", [1, 10, 1000])
 def test_large_means_cost_no_digits(ratio):
     x, y = (a + ratio * a.std() for a in pair(256, 512, 300, torch.float32))
@@ -260,6 +266,7 @@ def test_double_backward_is_refused_not_zero():
         g.sum().backward()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("n", [2, 3, 5, 60, 301])
 def test_median_distance_is_exact(n):
     for dtype in (torch.float32, torch.float64):
@@ -269,6 +276,7 @@ def test_median_distance_is_exact(n):
         close(ops.median_op([x], None)[0], expected, 1e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gram_matrix(backend, kernel):
     x, y = torch.randn(45, 8), torch.randn(33, 8) + 5

@@ -53,6 +53,7 @@ def away_from_zero(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Ten
     return (x + 0.05 * x.sign()).to(dtype)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
 @pytest.mark.parametrize("bits", [1, 3, 4, 6])
 def test_every_route_equals_the_softmax_over_corners(bits, weighting):
@@ -66,6 +67,7 @@ def test_every_route_equals_the_softmax_over_corners(bits, weighting):
             assert relative(out, truth) < FLOAT32, (count, h, k, temperature, route)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_all_bits_forward_and_backward(bits):
     k, h, count = 3, 10, 40
@@ -95,6 +97,7 @@ def int8_tables(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[:2]) + 0.5
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_dtypes(x_dtype, table_dtype):
@@ -112,6 +115,7 @@ def test_dtypes(x_dtype, table_dtype):
         assert relative(out, truth) < exact + ROUNDING.get(x_dtype, 0)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(("k", "h"), [(3, 130), (37, 333), (64, 512)])
 def test_many_gathered_tokens_give_the_bits_of_one(k, h, dtype):
@@ -127,6 +131,7 @@ def test_many_gathered_tokens_give_the_bits_of_one(k, h, dtype):
     assert torch.equal(rows(x), torch.cat([rows(token[None]) for token in x]))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8])
 def test_packed_tables_give_the_same_bits(dtype):
     """Every kernel adds in the order of the tables, whatever order they stand in."""
@@ -166,6 +171,7 @@ def test_packed_tables_in_the_other_functions():
         pyrepr.pack_tables(tables[:, :, :63])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_lookup_in_registers(bits, weighting):
@@ -296,6 +302,7 @@ def test_codes_of_special_values(backend):
         assert pyrepr.hash_codes(x, 2).tolist() == [[0b11, 0b01], [0b01, 0b10], [0b11, 0b11]]
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_codes_equal_the_reference_bit_for_bit(dtype):
     x = torch.randn(5, 7, 240).to(dtype)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -119,40 +115,3 @@ CODES = torch.zeros(2, 3, dtype=torch.int64)
 def test_bad_input_is_refused_in_one_sentence(backend, call, error, message):
     with pyrepr.use_backend(backend), pytest.raises(error, match=message):
         call()
-
-
-PROBE = """
-import torch, pyrepr
-from pyrepr.ops import lookup as ops
-from pyrepr.reference import lookup as reference
-def relative(a, b): return ((a.double() - b.double()).norm() / b.double().norm()).item()
-torch.manual_seed(0)
-for bits, k, h, count in [(8, 5, 131, 9), (3, 9, 64, 70), (5, 20, 37, 33)]:
-    x, tables, grad = torch.randn(count, k * bits), torch.randn(k, 2**bits, h), torch.randn(count, h)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        xs, stored = x.to(dtype), tables.to(dtype)
-        truth = [t.detach().double().clone().requires_grad_() for t in (xs, stored)]
-        expected = reference.lookup_linear(*truth)
-        expected.backward(grad.double())
-        bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-        for route in (1, 2):
-            assert relative(ops.linear_op(xs, stored, None, None, "probability", 1.0, route), expected) < bound
-        leaves = [xs.clone().requires_grad_(), stored.clone().requires_grad_()]
-        pyrepr.lookup_linear(*leaves).backward(grad.to(dtype))
-        for leaf, true in zip(leaves, truth):
-            assert relative(leaf.grad, true.grad) < max(2 * bound, 1e-14), (dtype, bits)
-    small = (tables * 40).clamp(-127, 127).to(torch.int8)
-    expected = reference.lookup_linear(x.double(), small.double())
-    for route in (0, 1, 2, 3):
-        out = ops.linear_op(x, small, torch.ones(k, 2**bits), None, "probability", 1.0, route)
-        assert relative(out, expected) < (1e-6 if route == 1 else 5e-5)
-print(pyrepr.backends()["cpu"].detail.split()[2])
-"""
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set_of_this_machine(level):
-    environment = {**os.environ, "PYREPR_SIMD": level}
-    run = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == level

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from levels import other_levels, run_at
 
 from pyrepr import _C
 
@@ -18,26 +19,11 @@ HERE = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-@pytest.mark.parametrize("level", _C.simd_levels())
-def test_core_of_the_suite_at_every_level(level):
-    """The families' numerical tests in a process of their own, at each level this machine can run."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not same_bits",
-        str(HERE / "test_gram.py"),
-    ]
-    result = subprocess.run(
-        command, env={**os.environ, "PYREPR_SIMD": level}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert f"SIMD level {level} " in result.stdout
+@pytest.mark.parametrize("family", ["gram", "delta_rule", "causal_conv1d", "lookup"])
+@pytest.mark.parametrize("level", other_levels())
+def test_core_of_the_suite_at_every_level(level, family):
+    """The families' numerical tests, at each other level this machine can run."""
+    run_at(level, f"test_{family}.py")
 
 
 def test_an_unknown_level_is_refused_with_what_is_possible():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrepr._checks import check_cu_seqlens, check_device, check_shape, check_tensor, name_of, shape_of
 from pyrepr.ops.delta_rule import delta_rule, step, update_op_
-from pyrepr.reference.delta_rule import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 
 __all__ = [
     "chunk_delta_rule",

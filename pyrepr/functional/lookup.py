@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyrepr._checks import DTYPES, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of
 from pyrepr.ops import lookup as ops
-from pyrepr.reference.lookup import TILE, WEIGHTINGS, compute_dtype, pack, sizes
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.lookup import TILE, WEIGHTINGS, pack, sizes
 
 __all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pyrepr
+from pyrepr import functional
 from pyrepr.backend import GPU_ORDER, forced_backend
 from pyrepr.ops import causal_conv1d as convolution
 from pyrepr.ops import delta_rule as rule
@@ -147,7 +147,7 @@ def _convolution(original: Callable) -> Callable:
         seq_idx = kwargs.get("seq_idx")
         bounds = _lengths(kwargs, hidden_states.shape[0]) if seq_idx is None else None
         return _with_activation(
-            lambda act: pyrepr.causal_conv1d_fn(
+            lambda act: functional.causal_conv1d_fn(
                 hidden_states, weight, bias, seq_idx, activation=act, cu_seqlens=bounds
             ),
             activation,
@@ -177,7 +177,7 @@ def _step(original: Callable) -> Callable:
         if conv_state.dtype != hidden_states.dtype or _needs_gradient(hidden_states, conv_state, weight, bias):
             return original_on_cpu(hidden_states, conv_state, weight, bias, activation)
         return _with_activation(
-            lambda act: pyrepr.causal_conv1d_update(hidden_states, conv_state, weight, bias, act), activation
+            lambda act: functional.causal_conv1d_update(hidden_states, conv_state, weight, bias, act), activation
         )
 
     return run
@@ -185,10 +185,10 @@ def _step(original: Callable) -> Callable:
 
 # What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
-    "chunk_gated_delta_rule": functools.partial(_rule, pyrepr.chunk_gated_delta_rule, ""),
-    "fused_recurrent_gated_delta_rule": functools.partial(_rule, pyrepr.fused_recurrent_gated_delta_rule, "HV"),
-    "chunk_kda": functools.partial(_rule, pyrepr.chunk_kda, ""),
-    "fused_recurrent_kda": functools.partial(_rule, pyrepr.fused_recurrent_kda, "K"),
+    "chunk_gated_delta_rule": functools.partial(_rule, functional.chunk_gated_delta_rule, ""),
+    "fused_recurrent_gated_delta_rule": functools.partial(_rule, functional.fused_recurrent_gated_delta_rule, "HV"),
+    "chunk_kda": functools.partial(_rule, functional.chunk_kda, ""),
+    "fused_recurrent_kda": functools.partial(_rule, functional.fused_recurrent_kda, "K"),
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
 }

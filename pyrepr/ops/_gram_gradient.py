@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import triton_interprets
 from pyrepr.ops.gram import apply_op, matrix_op, stats_op
-from pyrepr.reference.gram import SHIFT_INVARIANT, compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.gram import SHIFT_INVARIANT
 
 # Rows of the block of kernel matrices that the backward recomputes at a time: all layers' blocks in this many bytes.
 BACKWARD_BLOCK_BYTES = 32 << 20

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import causal_conv1d as reference
-from pyrepr.reference.delta_rule import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 
 
 class _Problem:

@@ -17,7 +17,8 @@ from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op, written
 from pyrepr.ops._native import DTYPE_CODES, direct, module
 from pyrepr.reference import delta_rule as reference
-from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import sequence_bounds
 
 CHUNK = 32  # tokens per chunk, as in csrc/cpu/delta_rule.h
 

@@ -19,7 +19,8 @@ from pyrepr.backend import Unsupported
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
-from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT, compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT
 
 
 def _problem(

@@ -20,7 +20,8 @@ from pyrepr.backend import Unsupported, forced_backend, native
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module
 from pyrepr.reference import lookup as reference
-from pyrepr.reference.lookup import WEIGHTINGS, compute_dtype, sizes, unpack
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.lookup import WEIGHTINGS, sizes, unpack
 
 # A table's storage type as csrc/cpu/lookup.h numbers it.
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyrepr.reference.delta_rule import compute_dtype, sequence_bounds
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import sequence_bounds
 
 
 def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> list[int]:

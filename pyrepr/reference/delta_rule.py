@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from pyrepr.reference._delta_rule_chunks import Chunks
+from pyrepr.reference._dtypes import compute_dtype
 
 L2NORM_EPS = 1e-6
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the recurrence is computed in, and the dtype of the state: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def l2norm(x: Tensor) -> Tensor:

@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrepr.reference._dtypes import compute_dtype
+
 KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
 SHIFT_INVARIANT = ("linear", "rbf", "laplacian")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype products are accumulated in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

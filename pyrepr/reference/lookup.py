@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyrepr.reference._dtypes import compute_dtype
+
 WEIGHTINGS = ("probability", "scaled", "l1", "none")
 
 
@@ -36,11 +38,6 @@ def sizes(tables: Tensor) -> tuple[int, int, int]:
     """(K, n, h) of plain tables [K, n, h] or packed ones."""
     shape = tables.shape
     return (shape[1], shape[2], shape[0] * TILE) if len(shape) == 4 else (shape[0], shape[1], shape[2])
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are accumulated in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunks(x: Tensor, bits: int) -> Tensor:

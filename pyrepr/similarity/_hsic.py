@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops._gram_gradient import gram_stats
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
 from pyrepr.similarity.kernels import Kernel
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops.gram import matrix_op
-from pyrepr.reference.gram import SHIFT_INVARIANT, compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.gram import SHIFT_INVARIANT
 from pyrepr.similarity._checks import check_estimator, check_layer, check_layers, check_mask
 from pyrepr.similarity._hsic import (
     DegenerateInputWarning,

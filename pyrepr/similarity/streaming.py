@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrepr._checks import memory
 from pyrepr.ops._gram_gradient import layer_pairs
 from pyrepr.ops.gram import moments_op_
-from pyrepr.reference.gram import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count, check_estimator, check_layers
 from pyrepr.similarity._hsic import hsic_table, layer_list, normalise, warn_if_degenerate
 from pyrepr.similarity.kernels import Kernel, as_kernel
