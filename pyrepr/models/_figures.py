@@ -91,22 +91,31 @@ def draw_table(
 
     height, width = values.shape
     figure = axes.figure
-    # Inches that a cell will have; exact enough for choosing letters and ticks.
+    # Inches that the cells will have, near enough for choosing letters and ticks.
     box = axes.get_position()
     room_x, room_y = figure.get_figwidth() * box.width, figure.get_figheight() * box.height
     cell = min(room_x / width, room_y / height)
     axes.set_facecolor("0.85")  # where a value is undefined
     image = axes.imshow(
-        values.double().cpu().numpy(), cmap="viridis", vmin=low, vmax=high, aspect="auto", origin=origin, rasterized=True
+        values.double().cpu().numpy(),
+        cmap="viridis",
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        origin=origin,
+        rasterized=True,
     )
     size = max(5.5, min(9.0, 72 * cell * 0.6))
     _label(axes, columns, rows, column_title, row_title, size, room_x, room_y)
-    if annotate is None:
-        annotate = height * width <= SHOWN_VALUES
+    doubtful = unsure if unsure is not None else values.isnan() & False
+    if annotate is None:  # four digits of five points
+        annotate = height * width <= SHOWN_VALUES and room_x / width > 0.19 and room_y / height > 0.1
     if annotate:
-        _annotate(axes, values, low, high, max(4.0, min(8.0, 72 * cell * 0.34)))
-    if unsure is not None and bool(unsure.any()):
-        _hatch(axes, unsure)
+        _annotate(
+            axes, values, doubtful, low, high, max(4.0, min(8.0, 72 * min(room_x / width * 0.34, room_y / height)))
+        )
+    if bool(doubtful.any()):
+        _hatch(axes, doubtful)
     inside = values[values.isfinite()]
     beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
     extend = beyond[bool((inside < low).any()), bool((inside > high).any())]
@@ -115,35 +124,53 @@ def draw_table(
     )
     bar.outline.set_visible(False)
     letters = int(figure.get_figwidth() * 72 / 8 * 1.7)
-    lines = textwrap.wrap(how, letters)
-    axes.set_title("\n".join(lines), fontsize=8, color="0.35")
+    axes.set_title(_wrapped(how, letters), fontsize=8, color="0.35")
     if title:
-        figure.suptitle("\n".join(textwrap.wrap(title, int(letters * 8 / 11))), fontsize=11)
+        figure.suptitle(_wrapped(title, int(letters * 8 / 11)), fontsize=11)
+
+
+def _wrapped(text: str, letters: int) -> str:
+    return "\n".join(textwrap.wrap(text, max(12, letters), break_on_hyphens=False))
 
 
 def _label(
-    axes: Any, columns: Sequence[str], rows: Sequence[str], column_title: str, row_title: str, size: float, x: float, y: float
+    axes: Any,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    column_title: str,
+    row_title: str,
+    size: float,
+    x: float,
+    y: float,
 ) -> None:
     for names, axis, name, room in ((columns, axes.xaxis, column_title, x), (rows, axes.yaxis, row_title, y)):
         labels, prefix = labels_of(names)
-        shown = ticks_of(len(names), max(2.0, room / (1.15 * size / 72)))
+        space = (1.3 if axis is axes.yaxis else 1.9) * size / 72  # slanted labels need more
+        shown = ticks_of(len(names), max(2.0, room / space))
         axis.set_ticks(shown, [labels[i] for i in shown], fontsize=size)
         every = f"{len(names)} layers" if len(shown) < len(names) else ""
         cut = f"… = {prefix.rstrip('.')}" if prefix else ""
         notes = ", ".join(note for note in (every, cut) if note)
-        axis.set_label_text("\n".join(textwrap.wrap(name, 60) + ([f"({notes})"] if notes else [])), fontsize=9)
+        letters = int(room * 72 / 9 * 1.7)
+        text = _wrapped(name, letters) + (f"\n{_wrapped(f'({notes})', letters)}" if notes else "")
+        axis.set_label_text(text, fontsize=9)
     for label in axes.get_xticklabels():
         label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def _annotate(axes: Any, values: Tensor, low: float, high: float, size: float) -> None:
+def _annotate(axes: Any, values: Tensor, doubtful: Tensor, low: float, high: float, size: float) -> None:
+    from matplotlib.patheffects import withStroke
+
     for i, line in enumerate(values.tolist()):
         for j, value in enumerate(line):
             dark = not math.isnan(value) and (value - low) / (high - low) < 0.65
             text = "–" if math.isnan(value) else fixed(value, 2)
-            axes.text(j, i, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+            ink, paper = ("white", "black") if dark else ("black", "white")
+            letters = axes.text(j, i, text, ha="center", va="center", fontsize=size, color=ink, zorder=4)
+            if doubtful[i, j]:  # readable on the hatching
+                letters.set_path_effects([withStroke(linewidth=2.5, foreground=paper)])
 
 
 def _hatch(axes: Any, cells: Tensor) -> None:
@@ -172,8 +199,8 @@ def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float], *, label
         axes.set_ylabel(f"(… = {prefix.rstrip('.')})", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     letters = int(figure.get_figwidth() * 72 / 8 * 1.7)
-    axes.set_title("\n".join(textwrap.wrap(how, letters)), fontsize=8, color="0.35")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(letters * 8 / 11))), fontsize=11)
+    axes.set_title(_wrapped(how, letters), fontsize=8, color="0.35")
+    figure.suptitle(_wrapped(title, int(letters * 8 / 11)), fontsize=11)
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._modules import evaluating
-from pyrepr._reporting import progress_bar, replacing, versions
+from pyrepr._optional import require
+from pyrepr._reporting import fixed, progress_bar, replacing, versions
 from pyrepr.models._collecting import Pass, Side, Stored, make_side
 from pyrepr.models._inputs import TOKENS, Inputs, Tokens, check_data
 from pyrepr.models._layers import Layers, check_pool, unwrap
@@ -27,21 +30,49 @@ __all__ = ["EXACT_BYTES", "Comparison", "compare"]
 EXACT_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class Comparison:
-    """CKA of every layer of one network with every layer of another.
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What one measure says of all pairs of layers.
 
     Attributes:
         values: [La, Lb] float64 on the CPU.
+        stderr: their standard errors, [La, Lb], where they were asked for.
+        title: of the measure, for axes. how: its options, in words.
+        low, high: what colours span. chance: what unrelated layers would have, where that is known.
+    """
+
+    values: Tensor
+    stderr: Tensor | None = None
+    title: str = "CKA"
+    how: str = ""
+    low: float = 0.0
+    high: float = 1.0
+    chance: float | None = None
+
+    @property
+    def unsure(self) -> Tensor | None:
+        """[La, Lb] bool: cells within two standard errors of what unrelated layers would have."""
+        if self.stderr is None or self.chance is None:
+            return None
+        return (self.values - self.chance).abs() < 2 * self.stderr
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison:
+    """Similarities of every layer of one network with every layer of another.
+
+    Attributes:
+        values: [La, Lb] float64 on the CPU, by the first measure. stderr: their standard errors, or ``None``.
         layers_a, layers_b: names of the rows and of the columns.
         model_a, model_b: what the networks are called.
         samples: ``"batch"`` or ``"tokens"``: what a sample was.
         count: number of samples.
-        estimator, mode, kernel: how the values were computed.
+        estimator, mode, kernel: how CKA was computed.
         tokens, pool: which tokens counted, and how positions became one row.
         skipped_a, skipped_b: from a layer that was left out to the reason.
         readings_a, readings_b: from a layer to how its tensor was read: which axis holds samples, which features.
         nonfinite_a, nonfinite_b: from a layer to how many of its activations were NaN or infinite, where any were.
+        scores: from the key of every measure to its :class:`Score`; the first is that of `values`.
         versions: of pyrepr, torch and Python.
     """
 
@@ -63,33 +94,47 @@ class Comparison:
     readings_b: dict[str, str] = field(default_factory=dict)
     nonfinite_a: dict[str, int] = field(default_factory=dict)
     nonfinite_b: dict[str, int] = field(default_factory=dict)
+    stderr: Tensor | None = None
+    scores: dict[str, Score] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if tuple(self.values.shape) != (len(self.layers_a), len(self.layers_b)):
-            raise ValueError(
-                f"values must have shape [La, Lb] = [{len(self.layers_a)}, {len(self.layers_b)}], "
-                f"got {list(self.values.shape)}"
-            )
+        first, *others = self.scores.items() or [("cka", Score(self.values, self.stderr))]
+        scores = {first[0]: replace(first[1], values=self.values, stderr=self.stderr), **dict(others)}
+        object.__setattr__(self, "scores", scores)
+        shape = (len(self.layers_a), len(self.layers_b))
+        for score in scores.values():
+            for name in ("values", "stderr"):
+                x = getattr(score, name)
+                if x is not None and tuple(x.shape) != shape:
+                    raise ValueError(f"{name} must have shape [La, Lb] = {list(shape)}, got {list(x.shape)}")
 
     def __repr__(self) -> str:
         finite = self.values[self.values.isfinite()]
-        span = f"{finite.min():.3f} to {finite.max():.3f}" if finite.numel() else "undefined"
+        span = f"{fixed(finite.min(), 3)} to {fixed(finite.max(), 3)}" if finite.numel() else "undefined"
+        title = next(iter(self.scores.values())).title
         return (
             f"Comparison({self.model_a} [{len(self.layers_a)} layers] × {self.model_b} [{len(self.layers_b)} layers], "
-            f"CKA {span}; {self.describe()})"
+            f"{title} {span}; {self.describe()})"
         )
 
     def __eq__(self, other: object) -> bool:
         """Whether all is the same, the values bit for bit (NaN equals NaN)."""
         if not isinstance(other, Comparison):
             return NotImplemented
-        same = self.values.shape == other.values.shape and bool(
-            ((self.values == other.values) | (self.values.isnan() & other.values.isnan())).all()
+        mine, theirs = self._arrays(), other._arrays()
+        return (
+            self.metadata() == other.metadata()
+            and list(mine) == list(theirs)
+            and all(torch.equal(x.nan_to_num(2e300), theirs[key].nan_to_num(2e300)) for key, x in mine.items())
         )
-        return same and self.metadata() == other.metadata()
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def measures(self) -> dict[str, Tensor]:
+        """From every measure to its values [La, Lb]."""
+        return {key: score.values for key, score in self.scores.items()}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -99,38 +144,181 @@ class Comparison:
             both[name] = why if both.get(name, why) == why else f"{both[name]} (in {self.model_b}: {why})"
         return both
 
-    def describe(self) -> str:
+    def score(self, measure: str | None = None) -> Score:
+        """Of a measure by its key; the first one by default.
+
+        Raises:
+            ValueError: for one that was not asked for, with those that were.
+        """
+        if measure is None:
+            return next(iter(self.scores.values()))
+        if measure not in self.scores:
+            raise ValueError(f"measure must be one of {', '.join(self.scores)}, got {measure!r}")
+        return self.scores[measure]
+
+    def describe(self, measure: str | None = None) -> str:
         """How the values came about, in a line: ``"2048 tokens, linear kernel, unbiased estimator, exact"``."""
+        score = self.score(measure)
         unit = "tokens" if self.samples == "tokens" else "samples"
         if self.tokens != "all":
             unit += " without special tokens" if self.tokens == "no_special" else f" chosen by {self.tokens}"
         if self.pool:
             unit += f" (pool {self.pool})"
         how = "exact" if self.mode == "exact" else "minibatch estimate"
-        return f"{self.count} {unit}, {self.kernel} kernel, {self.estimator} estimator, {how}"
+        text = score.how or f"{self.kernel} kernel, {self.estimator} estimator, {how}"
+        if score.chance:
+            text += f", chance {score.chance:.3g}"
+        if score.unsure is not None:
+            text += ", hatched: within two standard errors of unrelated layers"
+        return f"{self.count} {unit}, {text}"
 
     def metadata(self) -> dict[str, Any]:
         """Everything but the values, as JSON takes it."""
-        return {key: value for key, value in asdict(self).items() if key != "values"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("values", "stderr", "scores")}
+        told = ("title", "how", "low", "high", "chance")
+        scores = {key: {name: getattr(score, name) for name in told} for key, score in self.scores.items()}
+        return copy.deepcopy({**plain, "scores": scores})
 
-    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draws the heatmap to a file; PNG, SVG or PDF by its suffix. Needs matplotlib.
+    def _arrays(self) -> dict[str, Tensor]:
+        """Every table of numbers by the name it has in a file."""
+        found = {}
+        for i, (key, score) in enumerate(self.scores.items()):
+            for name in ("values", "stderr"):
+                if (x := getattr(score, name)) is not None:
+                    found[f"{name}:{key}" if i else name] = x
+        return found
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        measure: str | None = None,
+        vmin: float | None = None,
+        vmax: float | None = None,
+        origin: str = "upper",
+        annotate: bool | None = None,
+        title: str | None = None,
+        dpi: float = 150,
+    ) -> Any:
+        """Draws the heatmap with matplotlib and returns its axes.
+
+        Args:
+            ax: axes to draw on, or a path as `path`; ``None`` makes a figure of its own.
+            path: a file to write as well: PNG, SVG or PDF by its suffix, at `dpi` dots an inch.
+            measure: its key; the first by default.
+            vmin, vmax: what the colours span; by default the measure's range (0 to 1 for CKA), so that pictures can be
+                compared.
+            origin: ``"upper"``: the first layer is on top; ``"lower"``: at the bottom.
+            annotate: numbers in the cells; by default where there is room for them.
+            title: above the figure, by default the measure and the models; ``""`` for none.
 
         Raises:
-            ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
+            ValueError: for another suffix, origin or measure; ImportError: without matplotlib; OSError: if the file
+                cannot be written.
         """
-        from pyrepr.models._pages import save_heatmap
+        from pyrepr.models import _figures as figures
 
-        return save_heatmap(self, path, title=title)
+        if isinstance(ax, (str, os.PathLike)):
+            ax, path = None, ax
+        target = None if path is None else figures.check_path(path)
+        if origin not in ("upper", "lower"):
+            raise ValueError(f"origin must be 'upper' or 'lower', got {origin!r}")
+        score = self.score(measure)
+        own = ax is None
+        ax = figures.new_axes(*self.values.shape, target) if own else ax
+        figures.draw_table(
+            ax,
+            score.values,
+            self.layers_a,
+            self.layers_b,
+            row_title=self.model_a,
+            column_title=self.model_b,
+            measure=score.title,
+            low=score.low if vmin is None else vmin,
+            high=score.high if vmax is None else vmax,
+            origin=origin,
+            annotate=annotate,
+            unsure=score.unsure,
+            title=(f"{score.title}: {self.model_a} × {self.model_b}" if title is None else title) if own else "",
+            how=self.describe(measure) if own or title is None else title,
+        )
+        if target is not None:
+            figures.save_figure(ax, target, dpi)
+        return ax
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer."""
-        from pyrepr.models._pages import save_page
+        """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer, a switch between
+        measures, and what was left out."""
+        from pyrepr.models._pages import write_page
 
-        return save_page(self, path, title=title)
+        keys = list(self.scores)
+        first = self.scores[keys[0]]
+        title = title or f"{first.title}: {self.model_a} × {self.model_b}"
+        data = {
+            "title": title,
+            "model_a": self.model_a,
+            "model_b": self.model_b,
+            "rows": self.layers_a,
+            "columns": self.layers_b,
+            "skipped": list(self.skipped.items()),
+            "measures": [
+                {
+                    "name": self.scores[key].title if len(keys) == 1 else key,
+                    "how": self.describe(key),
+                    "low": self.scores[key].low,
+                    "high": self.scores[key].high,
+                    "values": _numbers(self.scores[key].values),
+                    "stderr": None if (e := self.scores[key].stderr) is None else _numbers(e),
+                    "unsure": None if (u := self.scores[key].unsure) is None else u.tolist(),
+                }
+                for key in keys
+            ],
+        }
+        return write_page(Path(path), "heatmap.html", title, data)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from pyrepr.models._pages import table_for_notebooks
+
+        score = self.score()
+        return table_for_notebooks(
+            repr(self), score.values, self.layers_a, self.layers_b, score.low, score.high, self.skipped
+        )
+
+    def to_pandas(self, measure: str | None = None) -> Any:
+        """A ``DataFrame`` of one measure, layers of A as its index and of B as its columns; the rest is in ``attrs``.
+
+        Raises:
+            ImportError: without pandas.
+        """
+        pandas = require("pandas", "pandas")
+        frame = pandas.DataFrame(
+            self.score(measure).values.numpy().copy(),
+            index=pandas.Index(self.layers_a, name=self.model_a),
+            columns=pandas.Index(self.layers_b, name=self.model_b),
+        )
+        frame.attrs.update(self.metadata())
+        return frame
+
+    def to_xarray(self) -> Any:
+        """A ``Dataset`` with a variable for every measure, and for its standard errors, over ``layer_a``, ``layer_b``.
+
+        Raises:
+            ImportError: without xarray.
+        """
+        xarray = require("xarray", "xarray")
+        variables = {}
+        for key, score in self.scores.items():
+            variables[key] = (("layer_a", "layer_b"), score.values.numpy().copy())
+            if score.stderr is not None:
+                variables[f"{key}_stderr"] = (("layer_a", "layer_b"), score.stderr.numpy().copy())
+        coordinates = {"layer_a": list(self.layers_a), "layer_b": list(self.layers_b)}
+        return xarray.Dataset(variables, coordinates, {"metadata": json.dumps(self.metadata())})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a ``.npz`` with ``values`` and, as JSON, the metadata; :meth:`load` reads it.
+        """Writes a ``.npz`` with ``values`` (and those of further measures) and, as JSON, the metadata; :meth:`load`
+        reads it.
 
         Raises:
             ValueError: for another suffix; OSError: if the file cannot be written (nothing is left behind).
@@ -142,7 +330,7 @@ class Comparison:
             raise ValueError(f"path must end in .npz, got {path.name!r}")
         with replacing(path) as temporary, temporary.open("wb") as file:
             metadata = json.dumps({"format": "pyrepr.Comparison", **self.metadata()})
-            np.savez(file, values=self.values.numpy(), metadata=np.array(metadata))
+            np.savez(file, metadata=np.array(metadata), **{key: x.numpy() for key, x in self._arrays().items()})
         return path
 
     @classmethod
@@ -158,12 +346,35 @@ class Comparison:
 
         try:
             with np.load(path, allow_pickle=False) as file:
-                values, metadata = torch.from_numpy(file["values"]), json.loads(str(file["metadata"]))
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+                metadata = json.loads(str(file["metadata"]))
+                arrays = {
+                    key: torch.from_numpy(file[key].astype(np.float64, casting="safe"))
+                    for key in file.files
+                    if key != "metadata"
+                }
+            metadata.pop("format", None)
+            told = metadata.pop("scores", {"cka": {}})
+            scores = {}
+            for i, (key, options) in enumerate(told.items()):
+                names = [f"{name}:{key}" if i else name for name in ("values", "stderr")]
+                scores[key] = Score(arrays[names[0]], arrays.get(names[1]), **options)
+            metadata["layers_a"], metadata["layers_b"] = map(_names, (metadata["layers_a"], metadata["layers_b"]))
+            first = next(iter(scores.values()))
+            result = cls(values=first.values, stderr=first.stderr, scores=scores, **metadata)
+            result.describe()
+            return result
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"path must be a file written by Comparison.save, got {os.fspath(path)!r}") from error
-        metadata.pop("format", None)
-        metadata["layers_a"], metadata["layers_b"] = tuple(metadata["layers_a"]), tuple(metadata["layers_b"])
-        return cls(values=values, **metadata)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("layers must be strings")
+    return tuple(value)
+
+
+def _numbers(values: Tensor) -> list[list[float | None]]:
+    return [[v if math.isfinite(v) else None for v in line] for line in values.tolist()]
 
 
 def compare(

@@ -247,8 +247,6 @@ def _along_rows(
         start, first = stop, last
     for a, b in pairs:
         one, two = layers[a], layers[b]
-        if not single:
-            shared = both[a, b]
-        else:
-            shared = p[a, b] - (one.diagonal * two.diagonal if estimator == "biased" else 0)
+        own = one.diagonal * two.diagonal if estimator == "biased" else 0
+        shared = p[a, b] - own if single else both[a, b]
         yield (a, b), _hsic(one, two, p[a, b], shared, other[a, b], other[b, a], parts, estimator)
