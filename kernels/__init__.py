@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``pyrepr.kernels``: one module per family, reached through ``pyrepr.ops`` only."""
+"""Triton kernels, installed as ``pyrepr.kernels``: one folder per family, reached through ``pyrepr.ops`` only."""

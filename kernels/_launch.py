@@ -1,14 +1,16 @@
 """How a Triton kernel is described, launched without autotuning, and proven to compile where there is no GPU.
 
-How a family plugs in. ``kernels/<family>.py``, imported only inside the ``triton=`` functions of ``pyrepr/ops``, holds
+How a family plugs in. ``kernels/<family>/``, imported only inside the ``triton=`` functions of ``pyrepr/ops``, has the
+same rooms in every family, and an ``__init__`` that only hands on:
 
-- its ``@triton.jit`` kernels. 16-bit loads are cast to float32 before any arithmetic but ``tl.dot`` (the interpreter
-  computes bfloat16 wrongly), operands of ``tl.dot`` go through :func:`dot_input`; offsets that can pass 2³¹ are int64;
-- one :class:`Table` per kernel: a :class:`Config` per architecture (80, 90, 100), with the measurement it came from,
-  and the candidates that ``PYREPR_AUTOTUNE=1`` searches;
-- functions that turn a config and a problem into a :class:`Variant`. Launches go through :func:`launch` with that very
-  variant, and ``variants(architecture)`` lists all a family can launch there, made by the same functions;
-- host functions that allocate on the tensors' device and never synchronise.
+- ``_tiles``, ``_walks``, ``_forward``, ``_backward`` …: ``@triton.jit`` kernels, and ``_shared``, what they share.
+  16-bit loads are cast to float32 before any arithmetic but ``tl.dot`` (the interpreter computes bfloat16 wrongly),
+  operands of ``tl.dot`` go through :func:`dot_input`; offsets that can pass 2³¹ are int64;
+- ``_variants``: one :class:`Table` per kernel, that is a :class:`Config` per architecture (80, 90, 100) with the
+  measurement it came from, and the candidates that ``PYREPR_AUTOTUNE=1`` searches; functions that turn a config and a
+  problem into a :class:`Variant`; ``variants(architecture)``, all a family can launch there, made by those functions;
+- ``_hosts``: functions that allocate on the tensors' device, launch those very variants through :func:`launch`, and
+  never synchronise.
 
 Then these pick the family up by name: ``tests/test_gpu_compile.py`` (every variant for sm_80, sm_90, sm_100: shared
 memory, registers, spills), ``tests/test_triton_interpreter.py`` (runs ``tests/interpreted/<family>.py`` with
@@ -22,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import os
 import re
 import subprocess
@@ -43,6 +46,9 @@ ARCHITECTURES = (80, 90, 100)
 
 # Bytes of shared memory a block may have. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.
 SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}
+
+F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+FLOATS = (F32, BF16, F16)
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -144,12 +150,37 @@ def compile_ahead(variant: Variant, capability: int) -> Resources:
     return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
 
 
+@functools.cache
+def _text(kernel: Any) -> str:
+    """Changes with the source of a kernel or of anything it calls, wherever in a file that stands."""
+    texts: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop().fn
+        name = f"{function.__module__}.{function.__name__}"
+        if name in texts:
+            continue
+        texts[name] = inspect.getsource(function)
+        for used in function.__code__.co_names:
+            value = function.__globals__.get(used)
+            if isinstance(value, triton.JITFunction):
+                waiting.append(value)
+            elif isinstance(value, tl.constexpr):
+                texts[name] += f"{used} = {value.value!r}\n"
+    return "".join(sorted(texts.values()))
+
+
 def fingerprint(variant: Variant, capability: int) -> str:
     """Changes whenever compiling the variant could give something else: source, options, architecture, compiler."""
     target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    parts = (source(variant).hash(), backend.parse_options(options(variant)).hash(), backend.hash(), str(target))
-    return hashlib.sha256(" ".join((triton.__version__, *parts)).encode()).hexdigest()[:20]
+    backend, described = make_backend(target), source(variant)
+    arguments = (
+        sorted(described.signature.items()),
+        sorted(described.constants.items()),
+        sorted(described.attrs.items()),
+    )
+    parts = (_text(variant.kernel), str(arguments), backend.parse_options(options(variant)).hash(), backend.hash())
+    return hashlib.sha256(" ".join((triton.__version__, *parts, str(target))).encode()).hexdigest()[:20]
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -173,6 +204,17 @@ def _dump(path: str, option: str) -> str:
 
 
 _recording: list[list[Variant]] = []
+
+
+def assert_bounds(valid: torch.Tensor, T: int) -> None:
+    """Refuses bad cu_seqlens, by what an index kernel found [1] bool, without waiting for the device, as torch's own
+    index checks do."""
+    text = f"cu_seqlens must start at 0, never decrease, and end at T = {T}"
+    if valid.device.type == "cpu":
+        if not valid.item():
+            raise ValueError(text)
+    else:
+        torch._assert_async(valid, text)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +46,50 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {shape_of(x)}")
+
+
+def check_layer(name: str, x: object) -> Tensor:
+    """x as a [n, d] tensor of a dtype the kernels take."""
+    x = check_tensor(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape [n, d], got {shape_of(x)}; flatten samples and features first")
+    return x
+
+
+def check_layers(names: Sequence[str], xs: Sequence[object]) -> list[Tensor]:
+    """All layers [n, d_l] with one n, dtype and device. Under autocast, mixed dtypes become the widest of them."""
+    layers = [check_layer(name, x) for name, x in zip(names, xs, strict=True)]
+    first = layers[0]
+    for name, x in zip(names, layers, strict=True):
+        check_device(name, x, names[0], first)
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name} must have the n of {names[0]}, {first.shape[0]} samples, got {x.shape[0]}; row i of every "
+                "layer belongs to the same sample"
+            )
+    if any(x.dtype != first.dtype for x in layers):
+        if not torch.is_autocast_enabled(first.device.type):
+            name, x = next((name, x) for name, x in zip(names, layers, strict=True) if x.dtype != first.dtype)
+            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {x.dtype}")
+        widest = first.dtype
+        for x in layers:
+            widest = torch.promote_types(widest, x.dtype)
+        layers = [x.to(widest) for x in layers]
+    return layers
+
+
+def layer_list(name: str, xs: object) -> tuple[list[str], list]:
+    """Names and layers of an argument that is a list of layers or one tensor [L, n, d]."""
+    if isinstance(xs, Tensor):
+        if xs.dim() != 3:
+            came = "[" + ", ".join(map(str, xs.shape)) + "]"
+            raise ValueError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {came}")
+        xs = list(xs.unbind())
+    if not isinstance(xs, (list, tuple)):
+        raise TypeError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {type(xs).__name__}")
+    if not xs:
+        raise ValueError(f"{name} must hold at least one layer, got none")
+    return [f"{name}[{i}]" for i in range(len(xs))], list(xs)
 
 
 def check_cu_seqlens(cu_seqlens: object, name: str, x: Tensor) -> int:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+
+from pyrepr._install import behind, build_info, native, way_to_native
 
 __all__ = ["Backend", "backends", "use_backend"]
 
@@ -57,35 +56,23 @@ class BackendTable(dict[str, Backend]):
 
 
 @functools.cache
-def native() -> tuple[ModuleType | None, str]:
-    """The compiled module and ``""``, or ``None`` and the reason why there is none."""
-    try:
-        _C = importlib.import_module("pyrepr._C")
-    except ImportError as error:
-        reason = build_info().get("reason") or f"pyrepr._C could not be imported: {error}"
-        if Path(__file__).parents[1].joinpath("setup.py").exists():
-            reason += " (imported from a source folder: leave it, or install with pip install -e)"
-        return None, reason
-    return _C, ""
-
-
-@functools.cache
-def build_info() -> dict:
-    """What the build wrote down about itself (see setup.py); empty if it wrote nothing."""
-    path = Path(__file__).with_name("_build_info.json")
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-@functools.cache
 def _cpu() -> tuple[bool, str]:
     module, reason = native()
     if module is None:
         return False, reason
-    possible = ", ".join(module.simd_levels())
-    return True, f"SIMD level {module.simd_level()} (this machine can run: {possible})"
+    detail = f"SIMD level {module.simd_level()} (this machine can run: {', '.join(module.simd_levels())}"
+    if left_out := module.build["left_out"]:
+        detail += f"; {module.build['compiler']} could not make: {', '.join(left_out.split())}"
+    return True, detail + ")"
+
+
+@functools.cache
+def _warn_of_the_reference(reason: str) -> None:
+    warnings.warn(
+        f"pyrepr runs on its reference in plain PyTorch, several times slower than compiled code: {reason}; to change "
+        f"that, {way_to_native()}",
+        stacklevel=4,
+    )
 
 
 class Unsupported(RuntimeError):
@@ -130,12 +117,24 @@ def _cuda() -> tuple[bool, str]:
         return False, build_info().get("cuda_reason") or "built without CUDA kernels"
     import torch
 
+    architectures = module.build["architectures"].split()
+    made = "compiled for " + ", ".join(f"sm_{name.removesuffix('-real')}" for name in architectures)
     if not torch.cuda.is_available():
-        return False, "compiled for sm_80, sm_90a and sm_100; PyTorch sees no CUDA device"
+        return False, f"{made}; PyTorch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return False, f"compiled for sm_80, sm_90a and sm_100; {torch.cuda.get_device_name()} is sm_{major}{minor}"
-    return True, f"compiled for sm_80, sm_90a and sm_100; device {torch.cuda.get_device_name()}"
+    if not any(_runs_on(name, major, minor) for name in architectures):
+        return False, f"{made}; {torch.cuda.get_device_name()} is sm_{major}{minor}"
+    return True, f"{made}; device {torch.cuda.get_device_name()}"
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for this architecture, as CMake spells it, runs on a device: "90a-real" on that alone, "86-real" on
+    later ones of the generation, "80" also has PTX, which newer ones translate."""
+    name, _, kind = architecture.partition("-")
+    only, here, made_for = name.lstrip("0123456789"), 10 * major + minor, int(name.rstrip("af"))
+    if only == "a":
+        return here == made_for
+    return here >= made_for and (not (kind == "real" or only) or here // 10 == made_for // 10)
 
 
 def cuda_tool(name: str) -> str | None:
@@ -160,7 +159,15 @@ def backends() -> BackendTable:
     Returns:
         A dict from name (``reference``, ``cpu``, ``triton``, ``cuda``) to :class:`Backend`; printing it shows a table.
     """
-    return BackendTable((name, Backend(name, *_PROBES[name]())) for name in NAMES)
+    return BackendTable((name, _row(name)) for name in NAMES)
+
+
+def _row(name: str) -> Backend:
+    try:
+        available, detail = _PROBES[name]()
+    except (ImportError, ValueError, RuntimeError) as error:  # what an operation would raise
+        return Backend(name, False, str(error))
+    return Backend(name, available, detail + behind() if name == "cpu" and available else detail)
 
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyrepr_backend", default=None)
@@ -234,6 +241,8 @@ def choose(op: str, implementations: dict[str, Callable], device: str) -> list[C
     forced = forced_backend()
     if forced is None:
         order = CPU_ORDER if device == "cpu" else (*GPU_ORDER.get(op, ()), "reference") if device == "cuda" else ()
+        if "cpu" in implementations and device == "cpu" and not _PROBES["cpu"]()[0]:
+            _warn_of_the_reference(native()[1])
         usable = (name for name in order if name in implementations)
         found = [implementations[name] for name in usable if name == "reference" or _PROBES[name]()[0]]
         return found or [implementations["reference"]]

@@ -18,11 +18,25 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 import pyrepr
+from pyrepr.backend import build_info, native
 
 if TYPE_CHECKING:
     from pyrepr.models.comparison import Comparison
 
 OPTIONAL = ("triton", "transformers", "timm", "safetensors", "matplotlib", "tqdm", "pillow")
+# Environment variables that decide what runs, or how fast.
+VARIABLES = (
+    "PYREPR_",
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "TRITON_",
+    "CUDA_VISIBLE_DEVICES",
+    "CMAKE_ARGS",
+    "CXX",
+    "LD_PRELOAD",
+)
 # What bad input raises. Anything else is a bug, in pyrepr or in a model, and names its class.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
@@ -86,7 +100,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyrepr {pyrepr.__version__}")
     commands = parser.add_subparsers(required=True, metavar="{info,compare,bench}")
 
-    info = commands.add_parser("info", help="versions, backends, instruction set, threads, GPU")
+    info = commands.add_parser(
+        "info", help="what a bug report needs: versions, build, backends, instruction set, threads, GPU, environment"
+    )
     info.set_defaults(run=_info)
 
     from pyrepr.models import sources
@@ -141,19 +157,55 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from pyrepr.backend import native
-
-    rows = [("pyrepr", pyrepr.__version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    rows += [(name, _version(name)) for name in ("numpy", *OPTIONAL)]
-    rows.append(("system", f"{platform.system()} {platform.machine()}"))
-    module, reason = native()
-    rows.append(("SIMD level", module.simd_level() if module else f"none ({reason})"))
-    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"))
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows.append(("GPU", ", ".join(devices) or "none that PyTorch can use"))
-    for name, value in rows:
+    for name, value in (*_versions(), *_native_code(), *_machine(), *_surroundings()):
         print(f"{name:<13} {value}")
     print(f"\nbackends\n{pyrepr.backends()}")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "pyrepr", pyrepr.__version__
+    yield "commit", build_info().get("commit") or "unknown"
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "torch", torch.__version__
+    for name in ("numpy", *OPTIONAL):
+        yield name, _version(name)
+
+
+def _native_code() -> Iterator[tuple[str, str]]:
+    """The compiled module: where it is, and how it was made."""
+    try:
+        module, reason = native()
+    except (ImportError, ValueError, RuntimeError) as error:
+        module, reason = None, str(error)
+    if module is None:
+        yield "SIMD level", f"none ({reason})"
+        return
+    build = module.build
+    yield "module", f"{module.__file__} ({Path(module.__file__).stat().st_size / 1e6:.1f} MB)"
+    yield "compiler", f"{build['compiler']} {build['flags']}"
+    yield "SIMD level", module.simd_level()
+    yield "SIMD built", ", ".join(module.simd_levels(supported=False))
+    yield "SIMD left out", ", ".join(build["left_out"].split()) or "none"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "system", f"{platform.platform()} {platform.machine()}"
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(devices) or "none that PyTorch can use"
+
+
+def _surroundings() -> Iterator[tuple[str, str]]:
+    """What else decides: environment variables, and other packages of the same name on the path."""
+    here = Path(pyrepr.__file__).parent
+    yield "package", str(here)
+    places = {Path(entry or ".").resolve() / "pyrepr" for entry in sys.path}
+    others = sorted(str(place) for place in places if (place / "__init__.py").exists() and place != here.resolve())
+    if others:
+        yield "also there", ", ".join(others)
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLES):
+            yield "environment", f"{name}={os.environ[name]}"
 
 
 def _version(name: str) -> str:

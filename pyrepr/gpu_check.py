@@ -44,7 +44,10 @@ def missing() -> str | None:
     """What has to be built before the kernels can run, or ``None``."""
     if importlib.util.find_spec("pyrepr.benchmarks") is None:
         return "pyrepr is not installed"
-    module, reason = native()
+    try:
+        module, reason = native()
+    except ImportError as error:
+        return str(error)
     if module is None:
         return reason
     if not module.has_cuda and (cuda_tool("nvcc") or os.environ.get("CUDACXX")):
@@ -111,6 +114,7 @@ def made_ready(root: Path, out: Path) -> dict[str, str]:
         problem = arrange(root, folder)
         if problem:
             print(f"gpu_check: no native module, going on with what is there:\n{problem}", flush=True)
+            environment["PYREPR_NATIVE"] = "0"
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return environment
 

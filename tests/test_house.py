@@ -18,6 +18,7 @@ FOLDERS = {"pyrepr": "pyrepr", "kernels": "pyrepr.kernels", "benchmarks": "pyrep
 # and what is listed in BESIDE from its own.
 FLOORS = [
     ("_version",),
+    ("_install",),
     ("backend", "_checks", "_modules", "_optional", "_reporting"),
     ("reference",),
     ("kernels",),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyrepr
 from pyrepr.ops import delta_rule as delta_ops
 from pyrepr.ops import gram as ops
+from pyrepr.ops.moments import moments_op_
 
 ONES = torch.ones(2, dtype=torch.float64)
 
@@ -29,7 +30,7 @@ CALLS = {
     "gram_matrix": lambda: (ops.matrix_op, (torch.randn(7, 3), torch.randn(4, 3), ONES[:1], "rbf", 1, 0.0, True)),
     "gram_median": lambda: (ops.median_op, (layers(), None)),
     "gram_moments_": lambda: (
-        ops.moments_op_,
+        moments_op_,
         ([torch.zeros(3, 3).double(), torch.zeros(3, 5).double()], layers(), [0, 0, 0, 1]),
     ),
     "gram_apply": lambda: (ops.apply_op, (torch.randn(4, 20), torch.randn(20, 3), True)),

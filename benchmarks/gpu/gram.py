@@ -17,7 +17,7 @@ from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS
 # Four times the worst error of the same cases in the interpreter. 16-bit features are centred and then rounded to 11
-# bits (kernels/gram.py), which in small samples shows; of gradients the largest entry is the unit.
+# bits (kernels/gram), which in small samples shows; of gradients the largest entry is the unit.
 VALUE = {torch.float32: 2e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 LONG = {torch.float32: 5e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}

@@ -73,7 +73,7 @@ void causal_conv1d_backward(CausalConvArguments& a, uintptr_t grad, uintptr_t dx
                                      pointer<float>(dweight, "dweight", a.problem.channels == 0),
                                      pointer<float>(dbias, "dbias", true), pointer<float>(dinitial, "dinitial", true)};
   py::gil_scoped_release release;
-  check(current_level().causal_conv1d().backward(a.problem, out));
+  if (a.problem.channels) check(current_level().causal_conv1d().backward(a.problem, out));
 }
 
 // state: address, strides of batch, channel and token, S.

@@ -24,7 +24,7 @@ namespace pyrepr {
 
 namespace py = pybind11;
 
-// The instruction set in use, chosen when the module is imported.
+// The instruction set in use, chosen at the first use. Throws where PYREPR_SIMD asks for what there is not.
 const cpu::Level& current_level();
 
 // (data pointer, rows, cols, row stride, col stride), as made by `matrix` in pyrepr/ops/_native.py

@@ -70,16 +70,20 @@ void gram_moments(GramArguments& g, const std::vector<int64_t>& pairs, const std
   for (int64_t layer : pairs)
     if (layer < 0 || layer >= g.problem.count) throw std::invalid_argument("pairs names a layer that is not there");
   std::vector<double*> data;
-  for (uintptr_t block : blocks) data.push_back(pointer<double>(block, "a block"));
+  for (size_t i = 0; i < blocks.size(); i++) {
+    const auto width = [&](size_t side) { return g.layers[static_cast<size_t>(pairs[2 * i + side])].cols; };
+    data.push_back(pointer<double>(blocks[i], "a block", width(0) * width(1) == 0));
+  }
   py::gil_scoped_release release;
   check(current_level().gram().moments(g.problem, pairs.data(), static_cast<int64_t>(data.size()), data.data()));
 }
 
 void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, uintptr_t out) {
-  const void* const w = pointer<const void>(weights, "weights");
-  void* const data = pointer<void>(out, "out");
+  const bool empty = rows == 0 || g.layers.front().cols == 0;
+  const void* const w = pointer<const void>(weights, "weights", empty || g.problem.n == 0);
+  void* const data = pointer<void>(out, "out", empty);
   py::gil_scoped_release release;
-  check(current_level().gram().apply(g.problem, centre, w, rows, data));
+  if (!empty) check(current_level().gram().apply(g.problem, centre, w, rows, data));
 }
 
 }  // namespace

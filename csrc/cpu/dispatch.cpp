@@ -1,15 +1,19 @@
 #include "cpu/dispatch.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if defined(PYREPR_BUILT_avx2)
 #include <cpuid.h>
 #endif
 
 namespace pyrepr::cpu {
 namespace {
 
-#if defined(__x86_64__)
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+#if defined(PYREPR_BUILT_avx2)
 // The processor must have the instructions and the operating system must save the registers (XCR0).
 struct Processor {
   bool avx2 = false, avx512 = false, bf16 = false;
@@ -46,10 +50,14 @@ struct Processor {
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
     std::vector<Level> found{PYREPR_LEVEL_ROW("baseline", true, baseline, baseline)};
-#if defined(__x86_64__)
+#if defined(PYREPR_BUILT_avx2)
     const Processor cpu;
     found.push_back(PYREPR_LEVEL_ROW("avx2", cpu.avx2, avx2, avx2));
+#endif
+#if defined(PYREPR_BUILT_avx512)
     found.push_back(PYREPR_LEVEL_ROW("avx512", cpu.avx512, avx512, avx512));
+#endif
+#if defined(PYREPR_BUILT_avx512_bf16)
     // 16-bit dot products are worth a level of their own in the delta rule only, permutations and products of bytes in
     // the lookup; the rest is the code of the level below.
     found.push_back(PYREPR_LEVEL_ROW("avx512_bf16", cpu.bf16, avx512, avx512_bf16));
@@ -60,16 +68,22 @@ const std::vector<Level>& levels() {
 }
 
 const Level& choose_level(const std::string& name) {
-  std::string possible;
+  std::string known, possible, built;
+  for (const char* level : kLevelNames) known += (known.empty() ? "" : ", ") + std::string(level);
   const Level* best = nullptr;
   for (const Level& level : levels()) {
+    if (level.name == name) built = name;
     if (!level.supported) continue;
     if (level.name == name) return level;
-    possible += std::string(possible.empty() ? "" : ", ") + level.name;
+    possible += (possible.empty() ? "" : ", ") + std::string(level.name);
     best = &level;
   }
   if (name.empty()) return *best;
-  throw std::runtime_error("PYREPR_SIMD must be one of " + possible + " on this machine, got " + name);
+  if (std::find(std::begin(kLevelNames), std::end(kLevelNames), name) == std::end(kLevelNames))
+    throw std::invalid_argument("PYREPR_SIMD must be one of " + known + ", got '" + name + "'");
+  throw std::runtime_error("PYREPR_SIMD asks for " + name + ", which " +
+                           (built.empty() ? "this build does not hold" : "this processor does not have") +
+                           "; it must be one of " + possible + " here");
 }
 
 }  // namespace pyrepr::cpu

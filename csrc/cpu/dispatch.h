@@ -1,4 +1,4 @@
-// Which instruction sets this build holds and this machine can run. Chosen once, when the module is imported.
+// Which instruction sets this build holds and this machine can run. Chosen once, at the first use.
 #pragma once
 
 #include <string>
@@ -25,8 +25,8 @@ struct Level {
 // Every level of this build, worst first; "baseline" runs anywhere the module loads.
 const std::vector<Level>& levels();
 
-// The level with this name, or the best supported one for an empty name. Throws std::runtime_error that lists what is
-// possible if the name is unknown or the machine cannot run it.
+// The level with this name, or the best supported one for an empty name. Throws std::invalid_argument that lists all
+// names if there is no such level, std::runtime_error that lists what is possible if this build or machine lacks it.
 const Level& choose_level(const std::string& name);
 
 }  // namespace pyrepr::cpu

@@ -3,8 +3,8 @@
 //   A stays row-major (rows of `kPanelStride` elements): the kernel broadcasts single elements of it, and a constant
 //     stride turns every address into a displacement. Copying rows is all the packing A needs.
 //   B is packed into panels of NR columns, [kc][NR]: the kernel loads whole vectors of it.
-//   MR x NR fills the register file with accumulators (28 of 32 vectors on AVX-512, 12 of 16 on AVX2 and SSE), so each
-//     step of k issues MR * NR / W multiply-adds on NR / W loads and MR broadcasts.
+//   MR x NR fills the register file with accumulators (28 of 32 vectors on AVX-512 and NEON, 12 of 16 on AVX2 and SSE),
+//     so each step of k issues MR * NR / W multiply-adds on NR / W loads and MR broadcasts.
 //
 // Included by level units only (see simd.h).
 #pragma once
@@ -21,12 +21,18 @@ namespace pyrepr {
 inline namespace PYREPR_LEVEL {
 namespace {
 
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+#endif
+
 template <class T>
 struct Block {
   static constexpr int W = Lanes<T>::W;
   static constexpr int NV = 2;
   static constexpr int NR = NV * W;
-  static constexpr int MR = kVectorBytes == 64 ? 14 : 6;
+  static constexpr int MR = kRegisters == 32 ? 14 : 6;
 };
 constexpr int64_t kDepth = 384;                // elements of k per packed block: A rows and B panel stay in L2
 constexpr int64_t kPanelStride = kDepth + 16;  // not a multiple of 4 KiB, so the rows of A spread over the L1 sets
@@ -336,8 +342,7 @@ void tile_product(const Source<SA>& a, int64_t r0, int64_t rows, const Source<SB
 struct Panels {
   static constexpr int W = Lanes<float>::W;
   static constexpr int NR = 2 * W;
-  static constexpr int MR =
-      kVectorBytes == 64 ? 8 : 4;  // 8 x 2 or 4 x 2 vectors of sums: enough to hide an FMA's latency
+  static constexpr int MR = kRegisters == 32 ? 8 : 4;  // 8 x 2 or 4 x 2 sums: enough to hide an FMA's latency
 
   float* data;
   int64_t rows;

@@ -54,6 +54,10 @@ class Backward {
                      reinterpret_cast<uintptr_t>(segments) % 64 == 0) {}
 
   Status run(const int32_t* codes, const T* weights, T* dots) const {
+    if (a_.h == 0) {
+      if (want_dots_) std::memset(dots, 0, static_cast<size_t>(tokens_ * a_.K) * sizeof(T));
+      return Status::ok;
+    }
     // Without dot products a table's columns can be shared out too.
     const int64_t shares = want_dots_ ? 1 : smaller(tiles_, ceil_div(4 * a_.threads, larger<int64_t>(a_.K, 1)));
     const int64_t tasks = a_.K * shares, per_share = ceil_div(tiles_, larger<int64_t>(shares, 1));

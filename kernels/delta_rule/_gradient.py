@@ -18,7 +18,7 @@ Work per chunk and value head: 3 C K V + 2 C² V ⌈K / BK⌉ + 4 C² K multiply
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, program_place, store_tile
+from pyrepr.kernels.delta_rule._shared import chunk_place, load_tile, log_decays, product, program_place, store_tile
 
 
 @triton.jit

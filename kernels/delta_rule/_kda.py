@@ -17,7 +17,7 @@ Backward, D and M as in ``_gradient`` but without Γ:
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS, invert_diagonal, invert_under, norms, put_inverse
-from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, product, program_place, store_tile
+from pyrepr.kernels.delta_rule._shared import chunk_place, load_tile, product, program_place, store_tile
 
 
 @triton.jit

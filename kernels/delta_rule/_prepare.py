@@ -16,7 +16,7 @@ Work per chunk and head: C² K multiply-adds for A and P; bytes at best, 16-bit:
 
 import triton
 import triton.language as tl
-from pyrepr.kernels.delta_rule._tiles import chunk_place, load_tile, log_decays, product, store_tile, substitute
+from pyrepr.kernels.delta_rule._shared import chunk_place, load_tile, log_decays, product, store_tile, substitute
 
 # Rows of `factors`, per chunk and value head: e^{G_i}, e^{G_C − G_i}, 1 / |k|, 1 / |q|, and products of them that the
 # scans take: e^{G_i} / |k|, e^{G_C − G_i} / |k|, scale · e^{G_i} / |q|.

@@ -7,7 +7,7 @@ so that one pass over S serves both products. Bytes at best: the state once each
 
 import triton
 import triton.language as tl
-from pyrepr.kernels.delta_rule._tiles import program_place
+from pyrepr.kernels.delta_rule._shared import program_place
 
 
 @triton.jit(do_not_specialize=["has_initial", "packed", "T", "H", "HV", "gate", "normalize"])

@@ -24,7 +24,7 @@ Work per chunk and head: 3 C K V + 2 C² V multiply-adds; bytes at best, 16-bit:
 import triton
 import triton.language as tl
 from pyrepr.kernels.delta_rule._prepare import FACTORS
-from pyrepr.kernels.delta_rule._tiles import (
+from pyrepr.kernels.delta_rule._shared import (
     load_square,
     load_state,
     load_tile,

@@ -31,7 +31,6 @@ CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 GATES = (0, 1, 2)  # of the scans: nothing, factors per token, a gate per key
 MODES = (OUT.value, STATES.value, MAPS.value)
 WIDTHS = (64, 128, 256)  # K is padded to one of these
-
 _FLOAT32 = {
     *("g", "beta", "factors", "last", "initial", "starts", "offsets", "mapped", "final"),
     *("grad_final", "grad_initial", "grad_beta", "grad_g", "a"),
@@ -42,7 +41,7 @@ _DATA = {
     *("q_decayed", "k_decayed", "d", "m"),
     *("grad_o", "grad_states", "residuals", "grad_v", "grad_q", "grad_k", "grad"),
 }
-# Divisible by 16, as all addresses are (see ``_layout``). What Triton must not look at, the kernels name.
+# Divisible by 16, as all addresses are (see ``_shared``). What Triton must not look at, the kernels name.
 _ALIGNED = {"K", "V", "qb", "qt", "qh", "kb", "kt", "kh", "vb", "vt", "vh", "xb", "xt", "xh"}
 
 

@@ -15,7 +15,7 @@ from pyrepr.reference.gram import SHIFT_INVARIANT
 
 # Rows of the block of kernel matrices that the backward recomputes at a time: all layers' blocks in this many bytes.
 BACKWARD_BLOCK_BYTES = 32 << 20
-GPU_BACKWARD_BLOCK_BYTES = 256 << 20  # every block packs its layer again (kernels/gram.py)
+GPU_BACKWARD_BLOCK_BYTES = 256 << 20  # every block packs its layer again (kernels/gram)
 
 
 def route_costs(n: int, widths: Sequence[int], split: int = 0) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT
 
 
-def _problem(
+def native_problem(
     xs: Sequence[Tensor],
     index: Tensor | None = None,
     kernel: str = "linear",
@@ -62,7 +62,7 @@ def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_
     s, r, d = (torch.empty(shape, dtype=torch.float64) for shape in ((m, m), (m, n), (m, n)))
     shift = torch.empty(m, dtype=torch.float64)
     dots = torch.empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
-    problem = _problem(xs, index, kernel, scale.tolist(), degree, coef0)
+    problem = native_problem(xs, index, kernel, scale.tolist(), degree, coef0)
     pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr(), dots.data_ptr())
     problem.stats(split, by_features, *pointers)
     if index is not None:
@@ -139,7 +139,7 @@ def _matrix_fake(x, y, scale, kernel, degree, coef0, centre):
 def _matrix_cpu(x, y, scale, kernel, degree, coef0, centre):
     out = _matrix_fake(x, y, scale, kernel, degree, coef0, centre)
     xs = [x] if y is None else [x, y]
-    _problem(xs, None, kernel, scale.tolist() * len(xs), degree, coef0).matrix(centre, out.data_ptr())
+    native_problem(xs, None, kernel, scale.tolist() * len(xs), degree, coef0).matrix(centre, out.data_ptr())
     return out
 
 
@@ -165,7 +165,7 @@ def _median_fake(xs, mask):
 def _median_cpu(xs, mask):
     out = torch.empty(len(xs), dtype=torch.float64)
     index = _index(mask)
-    _problem(xs, index).median(out.data_ptr())
+    native_problem(xs, index).median(out.data_ptr())
     return out
 
 
@@ -184,29 +184,6 @@ median_op = leaf_op(
 )
 
 
-def _moments_fake(blocks, xs, pairs):
-    return None
-
-
-def _moments_cpu(blocks, xs, pairs):
-    _problem(xs).moments(list(pairs), [block.data_ptr() for block in blocks])
-
-
-def _moments_triton(blocks, xs, pairs):
-    from pyrepr.kernels import gram as kernels
-
-    kernels.moments_(blocks, xs, pairs)
-
-
-moments_op_ = leaf_op(
-    "gram_moments_(Tensor(a!)[] blocks, Tensor[] xs, int[] pairs) -> ()",
-    fake=_moments_fake,
-    reference=reference.gram_moments_,
-    cpu=_moments_cpu,
-    triton=_moments_triton,
-)
-
-
 def _apply_fake(weights, x, centre):
     return weights.new_empty(weights.shape[0], x.shape[1])
 
@@ -214,7 +191,7 @@ def _apply_fake(weights, x, centre):
 def _apply_cpu(weights, x, centre):
     out = _apply_fake(weights, x, centre)
     weights = weights.contiguous()
-    _problem([x]).apply(centre, weights.data_ptr(), weights.shape[0], out.data_ptr())
+    native_problem([x]).apply(centre, weights.data_ptr(), weights.shape[0], out.data_ptr())
     return out
 
 

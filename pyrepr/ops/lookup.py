@@ -66,12 +66,12 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x.contiguous() if x.numel() else x.new_empty(x.shape)  # an empty tensor is contiguous with any strides
 
 
-def _triton(function: str, file: str = "lookup"):
+def _triton(function: str):
     """A Triton implementation by name, imported when it is first called. Packed tables are the CPU kernels' order."""
 
     def run(*args):
         plain = (unpack(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args)
-        return getattr(importlib.import_module(f"pyrepr.kernels.{file}"), function)(*plain)
+        return getattr(importlib.import_module("pyrepr.kernels.lookup"), function)(*plain)
 
     return run
 
@@ -257,7 +257,7 @@ backward_op = leaf_op(
     fake=_backward_fake,
     reference=reference.backward_op,
     cpu=_backward_cpu,
-    triton=_triton("backward", "lookup_backward"),
+    triton=_triton("backward"),
 )
 
 
@@ -280,7 +280,7 @@ hash_backward_op = leaf_op(
     fake=_hash_backward_fake,
     reference=reference.hash_backward_op,
     cpu=_hash_backward_cpu,
-    triton=_triton("hash_backward", "lookup_backward"),
+    triton=_triton("hash_backward"),
 )
 
 

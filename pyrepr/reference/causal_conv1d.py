@@ -44,7 +44,7 @@ def _seen(
 ) -> Iterator[tuple[int, Tensor, Tensor, tuple]]:
     """For every tap: its number j, what every token sees through it [B·T, D], where that is a token of its sequence
     [B·T, 1], and where it stands otherwise: (sequence, place in the state)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, 1)
     number, position = _positions(bounds, x.device)
     for j in range(taps):
         back = taps - 1 - j
@@ -93,7 +93,7 @@ def causal_conv1d_backward(
     taps = weight.shape[1]
     initial = None if initial_states is None else initial_states.to(dtype)
     bounds = bounds_of(x, seq_idx, cu_seqlens)
-    dy = grad.to(dtype).reshape(-1, x.shape[-1])
+    dy = grad.to(dtype).flatten(0, 1)
     if silu:
         y = causal_conv1d(x.to(dtype), weight, bias, initial, seq_idx, cu_seqlens).view(dy.shape)
         s = torch.sigmoid(y)

@@ -140,15 +140,6 @@ def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:
     return torch.stack([median_distance(x[rows].to(compute_dtype(x.dtype))).double() for x in xs])
 
 
-def gram_moments_(blocks: list[Tensor], xs: list[Tensor], pairs: list[int]) -> None:
-    """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
-    for p, block in enumerate(blocks):
-        a, b = pairs[2 * p], pairs[2 * p + 1]
-        dtype = compute_dtype(xs[a].dtype)
-        product = (xs[a].to(dtype).T @ xs[b].to(dtype)).double()
-        block += product.triu() if a == b else product
-
-
 def gram_apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
     """weights @ X, X minus its mean row under `centre`. weights: [m, n], x: [n, d] -> [m, d] in weights' dtype."""
     x = x.to(weights.dtype)

@@ -10,6 +10,8 @@ The second half are the reference implementations of the leaf ops in pyrepr/ops/
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,11 +93,11 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, weights: Tensor | None = 
     values: [..., h], codes, weights: [..., K] -> [K, n, h].
     """
     _check_codes(codes, n)
-    count = codes.shape[-1]
-    values = values.to(compute_dtype(values.dtype)).reshape(-1, 1, values.shape[-1])  # [T, 1, h]
+    tokens, count = math.prod(values.shape[:-1]), codes.shape[-1]
+    values = values.to(compute_dtype(values.dtype)).reshape(tokens, 1, values.shape[-1])
     rows = (codes.long() + n * torch.arange(count, device=codes.device)).reshape(-1)  # [T K]
     if weights is not None:
-        values = values * weights.to(values.dtype).reshape(-1, count, 1)
+        values = values * weights.to(values.dtype).reshape(tokens, count, 1)
     values = values.expand(-1, count, -1)
     flat = values.new_zeros(count * n, values.shape[-1]).index_add(0, rows, values.flatten(0, 1))
     return flat.unflatten(0, (count, n))

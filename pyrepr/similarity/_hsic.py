@@ -101,16 +101,3 @@ def warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Tens
             stacklevel=4,
         )
     return torch.where(degenerate, torch.nan, own)
-
-
-def layer_list(name: str, xs: object) -> tuple[list[str], list]:
-    if isinstance(xs, Tensor):
-        if xs.dim() != 3:
-            came = "[" + ", ".join(map(str, xs.shape)) + "]"
-            raise ValueError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {came}")
-        xs = list(xs.unbind())
-    if not isinstance(xs, (list, tuple)):
-        raise TypeError(f"{name} must be a list of [n, d] tensors or one tensor [L, n, d], got {type(xs).__name__}")
-    if not xs:
-        raise ValueError(f"{name} must hold at least one layer, got none")
-    return [f"{name}[{i}]" for i in range(len(xs))], list(xs)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyrepr._checks import layer_list
 from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops.gram import matrix_op
 from pyrepr.reference._dtypes import compute_dtype
@@ -19,7 +20,6 @@ from pyrepr.similarity._checks import check_estimator, check_layer, check_layers
 from pyrepr.similarity._hsic import (
     DegenerateInputWarning,
     hsic_table,
-    layer_list,
     normalise,
     out_dtype,
     warn_if_degenerate,

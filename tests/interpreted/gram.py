@@ -1,7 +1,7 @@
 """Triton kernels of family `gram` against the textbook in float64, interpreted on the CPU.
 
 Tolerances are the worst errors seen here times about 4. Centred 16-bit features are rounded to 11 bits once more, which
-is all that bfloat16 and float16 add (see kernels/gram.py).
+is all that bfloat16 and float16 add (see kernels/gram).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_awkward_shapes(n, p, q):
     ("kernel", "n", "at_once"), [("linear", 140, 1), ("rbf", 140, 2), *((kernel, 100, 9) for kernel in KERNELS)]
 )
 def test_all_pairs_through_the_slab(kernel, n, at_once, monkeypatch):
-    from pyrepr.kernels import gram as kernels
+    from pyrepr.kernels.gram import _hosts as kernels
 
     monkeypatch.setattr(kernels, "SLAB_BYTES", at_once * 4 * 3 * 128 * 128)  # two float16 an entry
     xs = layers(n, (300, 500, 270))
@@ -128,7 +128,7 @@ def test_mask_is_selection_whatever_the_other_rows_hold(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("large", [False, True])
 def test_gram_matrix(kernel, large, monkeypatch):
-    from pyrepr.kernels import gram as kernels
+    from pyrepr.kernels.gram import _hosts as kernels
 
     monkeypatch.setattr(kernels, "LARGE", 0 if large else 1 << 40)
     x, y = torch.randn(150, 20), 100 * torch.randn(33, 20)

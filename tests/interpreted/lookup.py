@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from pyrepr.kernels import lookup as kernels
+from pyrepr.kernels.lookup import _forward as kernels
 
 import pyrepr
 from pyrepr.ops import lookup as ops
@@ -206,7 +206,7 @@ def test_last_row_of_more_than_2_31_table_elements():
 def test_few_tokens_are_split_over_tables_and_every_split_is_listed(only_listed_variants):
     x, tables, _, wide = problem(1, 100, 2, 8)
     assert relative(pyrepr.lookup_linear(x, tables), reference.lookup_linear(x.double(), wide)) < FLOAT32
-    assert [v.kernel for v in only_listed_variants] == [kernels._rows_kernel.odd, kernels._finish_kernel.odd]
+    assert [v.kernel for v in only_listed_variants] == [kernels.rows_kernel.odd, kernels.finish_kernel.odd]
 
 
 def test_compiles_without_a_graph_break():

@@ -18,7 +18,6 @@ order: same input, same bits.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -27,8 +26,8 @@ from typing import Any
 
 import torch
 import triton
-from pyrepr.kernels import _gram_tiles as tiles
-from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant, architecture, launch
+from pyrepr.kernels._launch import Config, architecture, launch
+from pyrepr.kernels.gram import _variants as table
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
@@ -37,207 +36,14 @@ from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT
 # Layers are padded to these, so that no loop over tiles needs a mask.
 ROWS, COLUMNS, BY_FEATURES = 128, 64, 128
 
-PARTS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
-
-
-def _square(block: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK": block, "BK": bk}, warps, stages)
-
-
-_SEARCH = [_square(b, bk, w, s) for b, w in ((128, 8), (128, 4), (64, 4)) for bk in (32, 64) for s in (2, 3, 4)]
-
-
-def _table(
-    name: str, sm80: Config, sm90: Config, search: Sequence[Config] = _SEARCH, sm100: Config | None = None
-) -> Table:
-    return Table(name, {80: sm80, 90: sm90, 100: sm100 or sm90}, search)
-
-
-# PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
-PAIR = {
-    1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
-}
-# 96 KB and at most 255 registers of 128 threads let two blocks share an sm_90: one multiplies while the other waits for
-# a product, takes its kernel's values or stores. A power keeps its base, which is more registers than that. For sm_100
-# some versions of Triton spill with so few threads, and one more stage does not fit.
-TILES = {
-    1: _table("TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 4, 3), sm100=_square(128, 64, 8, 3)),
-    2: _table("TILES[2]", _square(128, 32, 8, 2), _square(128, 32, 4, 3), sm100=_square(128, 64, 8, 2)),
-}
-POLYNOMIAL_TILES = {
-    1: _table("POLYNOMIAL_TILES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("POLYNOMIAL_TILES[2]", _square(128, 32, 8, 2), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),
-}
-FEATURES = {
-    1: _table("FEATURES[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
-    2: _table("FEATURES[2]", _square(64, 32, 4, 2), _square(128, 64, 8, 2)),
-}
-MATRIX = {
-    1: _table("MATRIX[1]", _square(64, 32, 4, 4), _square(64, 64, 4, 4)),
-    2: _table("MATRIX[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
-}
-# Twice the edge is half the bytes from L2, which bounds 64 × 64 tiles; fewer tiles than LARGE leave processors idle.
-LARGE_MATRIX = {
-    1: _table("LARGE_MATRIX[1]", _square(64, 32, 4, 4), _square(128, 32, 8, 4), sm100=_square(64, 64, 4, 4)),
-    2: _table("LARGE_MATRIX[2]", _square(64, 32, 4, 3), _square(128, 32, 8, 3), sm100=_square(64, 64, 4, 3)),
-}
 LARGE = 1 << 22  # entries of a kernel matrix: 256 tiles
-MOMENTS = {
-    1: _table("MOMENTS[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
-    2: _table("MOMENTS[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
-}
-HISTOGRAM = {
-    1: _table("HISTOGRAM[1]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
-    2: _table("HISTOGRAM[2]", _square(64, 32, 4, 3), _square(64, 64, 4, 3)),
-}
-
-
-def _oblong(bm: int, bk: int, stages: int) -> Config:
-    return Config({"BM": bm, "BN": 128, "BK": bk}, 8, stages)
-
-
-def _layers(bl: int, bk: int, warps: int) -> Config:
-    return Config({"BL": bl, "BK": bk}, warps, 3)
-
-
-_OBLONG = [_oblong(bm, bk, s) for bm in (64, 128) for bk in (32, 64) for s in (2, 3, 4)]
-APPLY = {
-    1: _table("APPLY[1]", _oblong(128, 32, 2), _oblong(128, 64, 3), _OBLONG),
-    2: _table("APPLY[2]", _oblong(64, 32, 2), _oblong(64, 64, 3), _OBLONG),
-}
-# PARTS → layers at a time → config of `_products`
-PRODUCTS = {
-    1: {16: _layers(16, 64, 4), 32: _layers(32, 64, 4), 64: _layers(64, 32, 8)},
-    2: {16: _layers(16, 64, 4), 32: _layers(32, 64, 4), 64: _layers(64, 32, 8)},
-}
-PRODUCTS_SPLIT = 8
-PACK = Config({"BR": 16, "BC": 128}, 4, 1)
 
 # The slab that all layers' tiles pass through on their way to their inner products.
 SLAB_BYTES = 128 << 20
 
-_POINTERS = {
-    "packed": "*fp16",
-    "starts": "*i32",
-    "slab": "*fp16",
-    **dict.fromkeys(("q", "valid", "constants", "sums", "units"), "*fp32"),
-}
-_LAYERS = ("packed", "starts", "q", "valid", "constants")
-_ALIGNED = ("n_pad", "width", "x_pad", "y_pad")
-
-
-def _variant(kernel, config: Config, constexprs: dict, pointers: dict[str, str], integers: tuple[str, ...]) -> Variant:
-    """A variant whose pointers are aligned, and of the integers those that padding makes multiples of 16."""
-    constexprs = {**constexprs, **config.blocks}
-    options = " ".join(f"{name}={value}" for name, value in constexprs.items())
-    types = " ".join(sorted({t for p, t in pointers.items() if p in ("x", "weights")} - {"*fp16"}))
-    return Variant(
-        " ".join(part for part in (kernel.fn.__name__.strip("_"), types.strip("*"), options) if part),
-        kernel,
-        {**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs,
-        config.num_warps,
-        config.num_stages,
-        aligned=(*pointers, *(name for name in integers if name in _ALIGNED)),
-    )
-
-
-@functools.cache
-def pack_variant(dtype: torch.dtype) -> Variant:
-    pointers = {"x": "*" + DTYPE_NAMES[dtype], **dict.fromkeys(("mean", "scale", "valid"), "*fp32")}
-    pointers |= {"packed": "*fp16", "q": "*fp32"}
-    integers = ("stride", "n", "d", "start", "n_pad", "width")
-    variant = _variant(tiles._pack, PACK, {"PARTS": PARTS[dtype]}, pointers, integers)
-    # Rows of x may start anywhere.
-    return dataclasses.replace(
-        variant, name=f"pack {DTYPE_NAMES[dtype]}", aligned=tuple(a for a in variant.aligned if a != "x")
-    )
-
-
-@functools.cache
-def pair_variant(config: Config, parts: int) -> Variant:
-    pointers = {"packed": "*fp16", "starts": "*i32", "partial": "*fp64"}
-    return _variant(tiles._pair, config, {"PARTS": parts}, pointers, ("blocks", "n_pad", "width"))
-
-
-@functools.cache
-def tiles_variant(config: Config, kind: int, parts: int) -> Variant:
-    pointers = {p: _POINTERS[p] for p in (*_LAYERS, "slab", "units", "sums")}
-    integers = ("first", "degree", "blocks", "n_pad", "width")
-    return _variant(tiles._tiles, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
-
-
-def _tiles_table(kind: int, parts: int) -> Table:
-    return (POLYNOMIAL_TILES if KERNELS[kind] == "polynomial" else TILES)[parts]
-
-
-@functools.cache
-def products_variant(block: int, parts: int, layers: int) -> Variant:
-    one = layers < max(PRODUCTS[parts])  # with the largest there may be more layers than that
-    constexprs = {"PARTS": parts, "ENTRIES": block * block, "SPLIT": PRODUCTS_SPLIT, "ONE": one}
-    return _variant(
-        tiles._products,
-        PRODUCTS[parts][layers],
-        constexprs,
-        {"slab": "*fp16", "units": "*fp32", "partial": "*fp32"},
-        ("first", "layers", "blocks"),
-    )
-
-
-@functools.cache
-def features_variant(config: Config, parts: int) -> Variant:
-    pointers = {"packed": "*fp16", "owner": "*i32", "squares": "*fp64"}
-    return _variant(tiles._features, config, {"PARTS": parts}, pointers, ("blocks", "split", "n_pad", "width"))
-
-
-@functools.cache
-def matrix_variant(config: Config, kind: int, parts: int) -> Variant:
-    pointers = {"x": "*fp16", "y": "*fp16", **dict.fromkeys(("x_norms", "y_norms", "constants", "out"), "*fp32")}
-    integers = ("n", "m", "same", "degree", "x_pad", "y_pad", "width")
-    return _variant(tiles._matrix, config, {"KIND": kind, "PARTS": parts}, pointers, integers)
-
-
-@functools.cache
-def histogram_variant(config: Config, parts: int) -> Variant:
-    pointers = {"packed": "*fp16", "q": "*fp32", "valid": "*fp32", "prefix": "*i32", "counts": "*i32"}
-    return _variant(tiles._histogram, config, {"PARTS": parts}, pointers, ("blocks", "shift", "n_pad", "width"))
-
-
-@functools.cache
-def moments_variant(config: Config, parts: int) -> Variant:
-    pointers = {"packed": "*fp16", "unit": "*fp64", "out": "*fp64"}
-    integers = ("a", "b", "d_a", "d_b", "n_pad", "width")
-    return _variant(tiles._moments, config, {"PARTS": parts}, pointers, integers)
-
-
-@functools.cache
-def apply_variant(config: Config, parts: int, even: bool) -> Variant:
-    pointers = {"weights": "*fp32", "factor": "*fp32", "unit": "*fp32", "packed": "*fp16", "out": "*fp32"}
-    constexprs = {"PARTS": parts, "EVEN": even}
-    return _variant(tiles._apply, config, constexprs, pointers, ("m", "n", "d", "n_pad", "width"))
-
-
-def variants(architecture: int) -> list[Variant]:
-    """Everything this module launches on that architecture."""
-    found = [pack_variant(dtype) for dtype in PARTS]
-    for parts in (1, 2):
-        found.append(pair_variant(PAIR[parts].rows[architecture], parts))
-        for kind in range(len(KERNELS)):
-            found.append(tiles_variant(_tiles_table(kind, parts).rows[architecture], kind, parts))
-            configs = dict.fromkeys(table[parts].rows[architecture] for table in (MATRIX, LARGE_MATRIX))
-            found += [matrix_variant(config, kind, parts) for config in configs]
-        found.append(features_variant(FEATURES[parts].rows[architecture], parts))
-        found.append(moments_variant(MOMENTS[parts].rows[architecture], parts))
-        found.append(histogram_variant(HISTOGRAM[parts].rows[architecture], parts))
-        found += [apply_variant(APPLY[parts].rows[architecture], parts, even) for even in (False, True)]
-        block = TILES[parts].rows[architecture].blocks["BLOCK"]
-        found += [products_variant(block, parts, layers) for layers in PRODUCTS[parts]]
-    return found
-
 
 class Packed:
-    """M layers, packed: ``data`` [PARTS, n_pad, width] float16, ``q`` [M, n_pad] and ``scale`` [M] as in `_pack`.
+    """M layers, packed: ``data`` [table.PARTS, n_pad, width] float16, ``q`` [M, n_pad] and ``scale`` [M] as in `_pack`.
 
     Args:
         xs: M layers, [n, d_l] each.
@@ -283,7 +89,7 @@ class Packed:
         pointers = {"x": x, "mean": mean, "scale": factor.clone(), "valid": self.valid, "packed": self.data}
         integers = {"stride": x.stride(0), "n": self.n, "d": x.shape[1], "start": self.first[layer]}
         arguments = {**pointers, "q": self.q[layer], **integers, **self.shape}
-        launch(pack_variant(x.dtype), (self.n_pad // PACK.blocks["BR"],), arguments, self.device)
+        launch(table.pack_variant(x.dtype), (self.n_pad // table.PACK.blocks["BR"],), arguments, self.device)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -296,9 +102,9 @@ class Packed:
 
 def parts_of(dtype: torch.dtype) -> int:
     """In how many float16 a dtype is packed."""
-    if dtype not in PARTS:
+    if dtype not in table.PARTS:
         raise Unsupported(f"backend 'triton' computes float32, bfloat16 and float16 layers, got {dtype}")
-    return PARTS[dtype]
+    return table.PARTS[dtype]
 
 
 @functools.lru_cache(maxsize=64)
@@ -341,7 +147,7 @@ def _scale_of(largest: Tensor) -> Tensor:
 
 
 def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
-    """[M, 4] float32 for `_values`: factor, offset and shift of every layer in packed units."""
+    """[M, 4] float32 for `kernel_values`: factor, offset and shift of every layer in packed units."""
     unit = packed.scale
     if kernel == "rbf":
         factor = -math.log2(math.e) / (2 * (scale * unit) ** 2)
@@ -427,7 +233,7 @@ def _layer_arguments(packed: Packed, constants: Tensor, degree: int) -> dict[str
 
 
 def _grid(blocks: int) -> int:
-    """How many tiles `_tile` numbers for blocks × blocks tiles, empty ones in the last squares among them."""
+    """How many tiles `tile_place` numbers for blocks × blocks tiles, empty ones in the last squares among them."""
     if blocks <= 8:
         return blocks * (blocks + 1) // 2
     squares = triton.cdiv(blocks, 8)
@@ -438,9 +244,9 @@ def _gram_sums(packed: Packed, constants: Tensor, kernel: str, degree: int) -> t
     """Σ_{i≠j} k_a k_b, [M, M] float64, and Σ_{j≠i} k_l(i, j), [M, n] float64 (empty for the linear kernel)."""
     m, kind = len(packed.widths), KERNELS.index(kernel)
     if kernel == "linear" and m == 2:
-        return PAIR[packed.parts].run(packed.device, functools.partial(_pair_sums, packed=packed)), constants
+        return table.PAIR[packed.parts].run(packed.device, functools.partial(_pair_sums, packed=packed)), constants
     run = functools.partial(_slab_sums, packed=packed, constants=constants, kind=kind, degree=degree)
-    s, sums = _tiles_table(kind, packed.parts).run(packed.device, run, (kind, m))
+    s, sums = table.tiles_table(kind, packed.parts).run(packed.device, run, (kind, m))
     return s, sums.sum(1, dtype=torch.float64)[:, : packed.n]
 
 
@@ -449,7 +255,7 @@ def _pair_sums(config: Config, packed: Packed) -> Tensor:
     partial = torch.empty(_grid(blocks), 3, dtype=torch.float64, device=packed.device)
     pointers = {"packed": packed.data, "starts": packed.starts, "partial": partial}
     launch(
-        pair_variant(config, packed.parts),
+        table.pair_variant(config, packed.parts),
         (len(partial),),
         {**pointers, "blocks": blocks, **packed.shape},
         packed.device,
@@ -472,7 +278,7 @@ def _slab_sums(config: Config, packed: Packed, constants: Tensor, kind: int, deg
     for first in range(0, tile_count, at_once):
         count = min(at_once, tile_count - first)
         window = {"first": first, "blocks": blocks}
-        launch(tiles_variant(config, kind, packed.parts), (count, m), {**arguments, **window}, packed.device)
+        launch(table.tiles_variant(config, kind, packed.parts), (count, m), {**arguments, **window}, packed.device)
         s += _slab_products(slab, units, count, block, window)
     return 2 * s, sums
 
@@ -481,10 +287,10 @@ def _slab_products(slab: Tensor, units: Tensor, count: int, block: int, window: 
     m, parts = slab.shape[1], slab.shape[2]
     layers = 16 if m <= 16 else 32 if m <= 32 else 64
     padded = triton.cdiv(m, layers)
-    shape = (count * PRODUCTS_SPLIT, padded * layers, padded * layers)
+    shape = (count * table.PRODUCTS_SPLIT, padded * layers, padded * layers)
     partial = torch.empty(shape, dtype=torch.float32, device=slab.device)
     arguments = {"slab": slab, "units": units, "partial": partial, "layers": m, **window}
-    launch(products_variant(block, parts, layers), (shape[0], padded, padded), arguments, slab.device)
+    launch(table.products_variant(block, parts, layers), (shape[0], padded, padded), arguments, slab.device)
     return partial.sum(0, dtype=torch.float64)[:m, :m]
 
 
@@ -499,12 +305,12 @@ def _square_sums(packed: Packed, split: int) -> Tensor:
         squares = torch.zeros(blocks, blocks, dtype=torch.float64, device=packed.device)
         pointers = {"packed": packed.data, "owner": owner, "squares": squares}
         arguments = {**pointers, "blocks": blocks, "split": split, **packed.shape}
-        launch(features_variant(config, packed.parts), (_grid(blocks),), arguments, packed.device)
+        launch(table.features_variant(config, packed.parts), (_grid(blocks),), arguments, packed.device)
         mine = (owner == torch.arange(len(packed.widths), device=packed.device)[:, None]).double()  # [M, blocks]
         upper = mine @ squares @ mine.T
         return upper + upper.T - torch.diag(upper.diagonal())
 
-    return FEATURES[packed.parts].run(packed.device, run)
+    return table.FEATURES[packed.parts].run(packed.device, run)
 
 
 def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:
@@ -529,10 +335,10 @@ def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int,
         padded = {"x_pad": left.n_pad, "y_pad": right.n_pad, "width": left.width}
         grid = (_grid(columns),) if y is None else (rows, columns)
         arguments = {**pointers, "out": out, **integers, **padded}
-        launch(matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
+        launch(table.matrix_variant(config, KERNELS.index(kernel), left.parts), grid, arguments, x.device)
         return out
 
-    return (LARGE_MATRIX if n * m >= LARGE else MATRIX)[left.parts].run(x.device, run)
+    return (table.LARGE_MATRIX if n * m >= LARGE else table.MATRIX)[left.parts].run(x.device, run)
 
 
 def median(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -548,7 +354,7 @@ def _median(packed: Packed) -> Tensor:
     prefix = torch.zeros(2, dtype=torch.int32, device=packed.device)
     for shift in (24, 16, 8, 0):
         run = functools.partial(_counts, packed=packed, prefix=prefix, shift=shift)
-        counts = HISTOGRAM[packed.parts].run(packed.device, run)
+        counts = table.HISTOGRAM[packed.parts].run(packed.device, run)
         below = counts.cumsum(1)  # [2, 256] int64
         digit = (below <= rank[:, None]).sum(1).clamp_max(255)
         rank = rank - (below - counts).gather(1, digit[:, None])[:, 0]
@@ -562,14 +368,14 @@ def _counts(config: Config, packed: Packed, prefix: Tensor, shift: int) -> Tenso
     counts = torch.empty(_grid(blocks), 2, 256, dtype=torch.int32, device=packed.device)
     pointers = {"packed": packed.data, "q": packed.q, "valid": packed.valid, "prefix": prefix, "counts": counts}
     arguments = {**pointers, "blocks": blocks, "shift": shift, **packed.shape}
-    launch(histogram_variant(config, packed.parts), (len(counts),), arguments, packed.device)
+    launch(table.histogram_variant(config, packed.parts), (len(counts),), arguments, packed.device)
     return counts.sum(0, dtype=torch.int64)
 
 
 def moments_(blocks: Sequence[Tensor], xs: Sequence[Tensor], pairs: Sequence[int]) -> None:
     """blocks[p] += X_aᵀ X_b for (a, b) = pairs[2p : 2p + 2], in float64; of a pair (a, a) the upper triangle."""
     packed = Packed(xs, columns=BY_FEATURES)
-    config = MOMENTS[packed.parts].rows[architecture(packed.device)]
+    config = table.MOMENTS[packed.parts].rows[architecture(packed.device)]
     block = config.blocks["BLOCK"]
     units = 1 / (packed.scale[:, None] * packed.scale)
     for p, out in enumerate(blocks):
@@ -578,7 +384,9 @@ def moments_(blocks: Sequence[Tensor], xs: Sequence[Tensor], pairs: Sequence[int
         pointers = {"packed": packed.data, "unit": units[a, b].reshape(1).clone(), "out": target}
         integers = {"a": packed.first[a], "b": packed.first[b], "d_a": out.shape[0], "d_b": out.shape[1]}
         grid = (triton.cdiv(out.shape[0], block), triton.cdiv(out.shape[1], block))
-        launch(moments_variant(config, packed.parts), grid, {**pointers, **integers, **packed.shape}, packed.device)
+        launch(
+            table.moments_variant(config, packed.parts), grid, {**pointers, **integers, **packed.shape}, packed.device
+        )
         if target is not out:
             out.copy_(target)
 
@@ -595,7 +403,7 @@ def apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:
 
     def run(config: Config) -> Tensor:
         grid = (triton.cdiv(m, config.blocks["BM"]), triton.cdiv(d, config.blocks["BN"]))
-        launch(apply_variant(config, packed.parts, n % 16 == 0), grid, arguments, x.device)
+        launch(table.apply_variant(config, packed.parts, n % 16 == 0), grid, arguments, x.device)
         return out
 
-    return APPLY[packed.parts].run(x.device, run)
+    return table.APPLY[packed.parts].run(x.device, run)

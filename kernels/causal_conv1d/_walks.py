@@ -1,21 +1,8 @@
-"""The kernels of family `causal_conv1d`, described in ``causal_conv1d.py``.
-
-Nothing is specialised at launch: which values are divisible is said by UNIT, so what is launched is what was compiled.
-"""
+"""The kernels of family `causal_conv1d` for the width every model has: down the tokens, the last in registers."""
 
 import triton
 import triton.language as tl
-
-POINTERS = ("x", "weight", "bias", "initial", "position", "number", "grad", "out", "dx", "partial", "dy", "state")
-POINTERS += ("sequences", "valid", "dweight", "dbias", "dinitial")
-SIZES = ("xb", "xt", "xd", "B", "T", "D", "N", "S", "W", "span", "rows", "parts", "sb", "sd", "st", "steps")
-SIZES += ("has_bias", "has_initial", "silu", "packed")
-
-
-@triton.jit
-def _if(condition, D):
-    """D, or nothing. Masks are d < _if(…): the interpreter makes no block of a condition."""
-    return tl.where(condition, D, 0)
+from pyrepr.kernels.causal_conv1d._shared import POINTERS, SIZES, activation, initial_value, only_if, slope
 
 
 @triton.jit
@@ -59,15 +46,8 @@ def _rows(x, t, d, T, D, st, sd, ROWS: tl.constexpr, UNIT: tl.constexpr, TURNED:
     else:
         for i in tl.static_range(ROWS):
             p = _pointers(x, t + i, d, st, sd, UNIT, TURNED)
-            rows += (tl.load(p, mask=d < _if(t + i < T, D), other=0.0),)
+            rows += (tl.load(p, mask=d < only_if(t + i < T, D), other=0.0),)
     return rows
-
-
-@triton.jit
-def _initial(initial, n, place, d, D, W, mask):
-    """initial [N, D, W − 1] of sequence n."""
-    offset = (tl.cast(n, tl.int64) * D + d) * (W - 1) + place
-    return tl.load(initial + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -76,10 +56,10 @@ def _history(x, initial, t, place, n, d, D, st, sd, has_initial, WIDTH: tl.const
     found = ()
     for j in tl.static_range(WIDTH - 1):
         back = WIDTH - 1 - j
-        mask = d < _if(back <= place, D)
+        mask = d < only_if(back <= place, D)
         value = tl.load(_pointers(x, t - back, d, st, sd, 1, TURNED), mask=mask, other=0.0).to(tl.float32)
-        mask = d < _if((back > place) & (has_initial != 0), D)
-        found += (value + _initial(initial, n, place + j, d, D, WIDTH, mask),)
+        mask = d < only_if((back > place) & (has_initial != 0), D)
+        found += (value + initial_value(initial, n, place + j, d, D, WIDTH, mask),)
     return found
 
 
@@ -109,17 +89,6 @@ def _moved(history, value, WIDTH: tl.constexpr):
         found += (history[j],)
     found += (value,)
     return found
-
-
-@triton.jit
-def _activation(y, silu):
-    return tl.where(silu != 0, y * tl.sigmoid(y), y)
-
-
-@triton.jit
-def _slope(y, silu):
-    s = tl.sigmoid(y)
-    return tl.where(silu != 0, s * (1 + y * (1 - s)), 1.0)
 
 
 @triton.jit
@@ -179,7 +148,7 @@ def forward_kernel(
     dense, total = _multiples(T, D, UNIT, TURNED)
     x += b * xb
     taps = _filter(weight, d, D, WIDTH)
-    constant = tl.load(bias + d, mask=d < _if(has_bias != 0, D), other=0.0).to(tl.float32)
+    constant = tl.load(bias + d, mask=d < only_if(has_bias != 0, D), other=0.0).to(tl.float32)
     place, n = _place(position, number, b, first, T, PACKED)
     history = _history(x, initial, first, place, n, d, D, xt, xd, has_initial, WIDTH, TURNED)
     for start in range(first, tl.minimum(first + span, T), ROWS):
@@ -191,10 +160,10 @@ def forward_kernel(
                 if place == 0:
                     history = _history(x, initial, t, place, n, d, D, xt, xd, has_initial, WIDTH, TURNED)
             value = rows[i].to(tl.float32)
-            y = _activation(_convolve(constant, taps, history, value, WIDTH), silu)
+            y = activation(_convolve(constant, taps, history, value, WIDTH), silu)
             history = _moved(history, value, WIDTH)
             target = _pointers(out + b * T * D, t, d, dense, 1, 1 if TURNED else UNIT, False)
-            tl.store(target, y.to(out.dtype.element_ty), mask=d < _if(t < T, dense))
+            tl.store(target, y.to(out.dtype.element_ty), mask=d < only_if(t < T, dense))
 
 
 @triton.jit
@@ -223,7 +192,7 @@ def _emit(
         total += taps[WIDTH - 1 - k] * seen
     total += taps[0] * (tl.where(place >= WIDTH - 1, dy, 0.0) if PACKED else dy)
     target = _pointers(dx + b * T * D, own, d, D, 1, UNIT, False)
-    tl.store(target, total.to(dx.dtype.element_ty), mask=d < _if((own >= first) & (own < T), D))
+    tl.store(target, total.to(dx.dtype.element_ty), mask=d < only_if((own >= first) & (own < T), D))
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
@@ -259,7 +228,7 @@ def backward_kernel(
     x += b * xb
     grad += b * T * D
     taps = _filter(weight, d, D, WIDTH)
-    constant = tl.load(bias + d, mask=d < _if(has_bias != 0, D), other=0.0)
+    constant = tl.load(bias + d, mask=d < only_if(has_bias != 0, D), other=0.0)
     place, n = _place(position, number, b, first, T, PACKED)
     history = _history(x, initial, first, place, n, d, D, xt, xd, has_initial, WIDTH, TURNED)
     nothing = tl.zeros([BLOCK_D], tl.float32)
@@ -279,7 +248,7 @@ def backward_kernel(
                 if place == 0:
                     history = _history(x, initial, t, place, n, d, D, xt, xd, has_initial, WIDTH, TURNED)
             value = rows[i].to(tl.float32)
-            dy = above[i].to(tl.float32) * _slope(_convolve(constant, taps, history, value, WIDTH), silu)
+            dy = above[i].to(tl.float32) * slope(_convolve(constant, taps, history, value, WIDTH), silu)
             added = ()
             for j in tl.static_range(WIDTH - 1):
                 added += (sums[j] + dy * history[j],)
@@ -295,10 +264,10 @@ def backward_kernel(
             place, n = _place(position, number, b, t, T, PACKED)
             if place == 0:
                 history = _history(x, initial, t, place, n, d, D, xt, xd, has_initial, WIDTH, TURNED)
-        mask = d < _if(t < T, dense)
+        mask = d < only_if(t < T, dense)
         value = tl.load(_pointers(x, t, d, xt, xd, OUT, TURNED), mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(_pointers(grad, t, d, dense, 1, OUT, False), mask=mask, other=0.0).to(tl.float32)
-        dy *= _slope(_convolve(constant, taps, history, value, WIDTH), silu)
+        dy *= slope(_convolve(constant, taps, history, value, WIDTH), silu)
         _emit(dx, taps, slopes, dy, places, place, first, b, t, d, T, dense, WIDTH, OUT, PACKED)
         history, slopes = _moved(history, value, WIDTH), _moved(slopes, dy, WIDTH)
         if PACKED:
@@ -333,63 +302,6 @@ def sums_kernel(
     tl.store(dbias + d, total.to(dbias.dtype.element_ty), mask=j == tl.where(has_bias != 0, W, -1))
 
 
-@triton.jit
-def _sequence_of(sequences, row, inside, N, steps):
-    """The last n whose bound is not behind `row`, by bisection in `steps`; one that exists, whatever the bounds say."""
-    low, high = tl.zeros_like(row), tl.zeros_like(row) + N
-    for _ in range(steps):
-        middle = (low + high) // 2
-        below = tl.load(sequences + middle, mask=inside, other=0) <= row
-        low, high = tl.where(below, middle, low), tl.where(below, high, middle)
-    return tl.minimum(low, tl.maximum(N - 1, 0))
-
-
-@triton.jit
-def _check(sequences, valid, T, N, BLOCK: tl.constexpr):
-    wrong = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, N, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        low = tl.load(sequences + i, mask=i < N, other=0)
-        wrong += tl.where(tl.load(sequences + i + 1, mask=i < N, other=0) < low, 1, 0)
-    good = (tl.sum(wrong, 0) == 0) & (tl.load(sequences) == 0) & (tl.load(sequences + N) == T)
-    tl.store(valid, good)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
-def index_kernel(
-    sequences,  # KIND 1: seq_idx [B, T]; 2: cu_seqlens [N + 1]; 0: not read
-    position,  # out: [B, T] int32: how many tokens of its sequence come before a token, W − 1 standing for more
-    number,  # out: [B, T] int32: its sequence
-    valid,  # out of KIND 2: [1] bool, whether cu_seqlens starts at 0, never decreases and ends at T
-    rows,  # B T
-    T,
-    N,
-    W,
-    steps,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    n, t = row // tl.maximum(T, 1), row % tl.maximum(T, 1)
-    place = tl.minimum(t, W - 1)
-    if KIND == 1:
-        same = inside
-        place = tl.zeros_like(t)
-        for back in range(1, W):
-            same = same & (back <= t)
-            here = tl.load(sequences + (row - back + 1), mask=same, other=0)
-            same = same & (here == tl.load(sequences + (row - back), mask=same, other=0))
-            place += same.to(tl.int64)
-    if KIND == 2:
-        n = _sequence_of(sequences, row, inside, N, steps)
-        place = tl.minimum(place, tl.maximum(row - tl.load(sequences + n, mask=inside, other=0), 0))
-        if tl.program_id(0) == 0:
-            _check(sequences, valid, T, N, BLOCK)
-    tl.store(position + row, place.to(tl.int32), mask=inside)
-    tl.store(number + row, n.to(tl.int32), mask=inside)
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def initial_gradient_kernel(
     x,  # [B, T, D], strides xb, xt, xd
@@ -420,129 +332,18 @@ def initial_gradient_kernel(
     length = tl.where(packed != 0, length, T)
     x += tl.where(packed != 0, first * xt, n * xb)
     grad += tl.where(packed != 0, first, n * T) * D
-    constant = tl.load(bias + d, mask=d < _if(has_bias != 0, D), other=0.0)
+    constant = tl.load(bias + d, mask=d < only_if(has_bias != 0, D), other=0.0)
     total = tl.zeros([BLOCK_D], tl.float32)
     for q in range(0, tl.minimum(p + 1, length).to(tl.int32)):
         y = constant
         for j in range(W):
             back = W - 1 - j
-            seen = tl.load(x + tl.cast(q - back, tl.int64) * xt + d * xd, mask=d < _if(back <= q, D), other=0.0)
-            before = _initial(initial, n, q + j, d, D, W, d < _if(back > q, D))
+            seen = tl.load(x + tl.cast(q - back, tl.int64) * xt + d * xd, mask=d < only_if(back <= q, D), other=0.0)
+            before = initial_value(initial, n, q + j, d, D, W, d < only_if(back > q, D))
             y += tl.load(weight + d * W + j, mask=mask, other=0.0) * (seen.to(tl.float32) + before)
         above = tl.load(grad + tl.cast(q, tl.int64) * D + d, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(weight + d * W + (p - q), mask=mask, other=0.0) * above * _slope(y, silu)
+        total += tl.load(weight + d * W + (p - q), mask=mask, other=0.0) * above * slope(y, silu)
     tl.store(dinitial + (n * D + d) * (W - 1) + p, total, mask=mask)
-
-
-@triton.jit
-def _seen(x, initial, row, d, place, n, j, rows, D, W, has_initial):
-    """What the tokens `row` see through tap j, [BLOCK_T, BLOCK_D]. x [rows, D]; nothing through tap W."""
-    back = W - 1 - j
-    own = (row < rows)[:, None]
-    mask = own & (back <= place)[:, None] & (d < _if(back >= 0, D))[None, :]
-    value = tl.load(x + (row - back)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    mask = own & (back > place)[:, None] & (d < _if(has_initial != 0, D))[None, :]
-    return value + _initial(initial, n[:, None], (place + j)[:, None], d[None, :], D, W, mask)
-
-
-@triton.jit
-def _tile(position, number, rows, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program's tokens, their places and sequences, and its channels."""
-    blocks = tl.cdiv(D, BLOCK_D)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    place = tl.load(position + row, mask=row < rows, other=0)
-    n = tl.load(number + row, mask=row < rows, other=0)
-    return row, place, n, tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
-def wide_kernel(
-    x,  # [rows, D]
-    weight,  # [D, W] float32
-    bias,  # [D] float32, read if has_bias
-    initial,  # [N, D, W − 1] in x's dtype, read if has_initial
-    position,  # [rows] int32
-    number,  # [rows] int32
-    grad,  # [rows, D] or None
-    out,  # [rows, D]: the result, or with grad dy in float32
-    rows,
-    D,
-    W,
-    has_bias,
-    has_initial,
-    silu,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row, place, n, d = _tile(position, number, rows, D, BLOCK_T, BLOCK_D)
-    constant = tl.load(bias + d, mask=d < _if(has_bias != 0, D), other=0.0)
-    y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + constant[None, :]
-    for j in range(W):
-        tap = tl.load(weight + d.to(tl.int64) * W + j, mask=d < D, other=0.0)
-        y += tap[None, :] * _seen(x, initial, row, d, place, n, j, rows, D, W, has_initial)
-    offset, mask = row[:, None] * D + d[None, :], (row < rows)[:, None] & (d < D)[None, :]
-    if grad is not None:
-        result = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32) * _slope(y, silu)
-    else:
-        result = _activation(y, silu)
-    tl.store(out + offset, result.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
-def wide_input_kernel(
-    dy,  # [rows, D] float32
-    weight,  # [D, W] float32
-    position,  # [rows] int32
-    dx,  # [rows, D]
-    rows,
-    D,
-    W,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row, _, _, d = _tile(position, position, rows, D, BLOCK_T, BLOCK_D)
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for back in range(W):
-        later = row + back
-        seen = tl.load(position + later, mask=later < rows, other=-1) >= back
-        mask = seen[:, None] & (d < D)[None, :]
-        value = tl.load(dy + later[:, None] * D + d[None, :], mask=mask, other=0.0)
-        total += tl.load(weight + d.to(tl.int64) * W + (W - 1 - back), mask=d < D, other=0.0)[None, :] * value
-    mask = (row < rows)[:, None] & (d < D)[None, :]
-    tl.store(dx + row[:, None] * D + d[None, :], total.to(dx.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
-def wide_weight_kernel(
-    x,  # [rows, D]
-    initial,  # [N, D, W − 1] in x's dtype, read if has_initial
-    position,  # [rows] int32
-    number,  # [rows] int32
-    dy,  # [rows, D] float32
-    partial,  # [spans, W + 1, D] float32
-    rows,
-    D,
-    W,
-    span,
-    has_initial,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    blocks = tl.cdiv(D, BLOCK_D)
-    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    j, part = tl.program_id(0) // blocks % (W + 1), (tl.program_id(0) // blocks // (W + 1)).to(tl.int64)
-    first = part * span
-    last = tl.minimum(first + span, rows)
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for start in range(first, last, BLOCK_T):
-        row = start + tl.arange(0, BLOCK_T)
-        mask = (row < last)[:, None] & (d < D)[None, :]
-        value = tl.load(dy + row[:, None] * D + d[None, :], mask=mask, other=0.0)
-        place = tl.load(position + row, mask=row < last, other=0)
-        n = tl.load(number + row, mask=row < last, other=0)
-        seen = _seen(x, initial, row, d, place, n, j, last, D, W, has_initial)
-        total += value * tl.where(j == W, 1.0, seen)
-    tl.store(partial + (part * (W + 1) + j) * D + d, tl.sum(total, 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
@@ -572,27 +373,27 @@ def update_kernel(
     mask = d < D
     state += b * sb + d * sd
     x += b * xb + d * xd
-    constant = tl.load(bias + d, mask=d < _if(has_bias != 0, D), other=0.0).to(tl.float32)
+    constant = tl.load(bias + d, mask=d < only_if(has_bias != 0, D), other=0.0).to(tl.float32)
     for t in range(T):
         y = constant
         for first in range(0, W, 4):
             for i in tl.static_range(4):
                 j = first + i
                 source = tl.cast(t - W + 1 + j, tl.int64)
-                old = tl.load(state + (S + source) * st, mask=d < _if((j < W) & (source < 0), D), other=0.0)
-                new = tl.load(x + source * xt, mask=d < _if((j < W) & (source >= 0), D), other=0.0)
-                tap = tl.load(weight + d * W + j, mask=d < _if(j < W, D), other=0.0).to(tl.float32)
+                old = tl.load(state + (S + source) * st, mask=d < only_if((j < W) & (source < 0), D), other=0.0)
+                new = tl.load(x + source * xt, mask=d < only_if((j < W) & (source >= 0), D), other=0.0)
+                tap = tl.load(weight + d * W + j, mask=d < only_if(j < W, D), other=0.0).to(tl.float32)
                 y += tap * (old.to(tl.float32) + new.to(tl.float32))
         target = out + (b * T + t) * D + d
-        tl.store(target, _activation(y, silu).to(out.dtype.element_ty), mask=mask)
+        tl.store(target, activation(y, silu).to(out.dtype.element_ty), mask=mask)
     # Every read of a place comes before the write to it, behind a barrier: a channel may be another thread's to write.
     for first in range(0, S, 4):
         moved = ()
         for i in tl.static_range(4):
             source = tl.cast(first + i, tl.int64) + T
-            old = tl.load(state + source * st, mask=d < _if(source < S, D), other=0.0)
-            new = tl.load(x + (source - S) * xt, mask=d < _if((source >= S) & (first + i < S), D), other=0.0)
+            old = tl.load(state + source * st, mask=d < only_if(source < S, D), other=0.0)
+            new = tl.load(x + (source - S) * xt, mask=d < only_if((source >= S) & (first + i < S), D), other=0.0)
             moved += (tl.where(source < S, old, new),)
         tl.debug_barrier()
         for i in tl.static_range(4):
-            tl.store(state + tl.cast(first + i, tl.int64) * st, moved[i], mask=d < _if(first + i < S, D))
+            tl.store(state + tl.cast(first + i, tl.int64) * st, moved[i], mask=d < only_if(first + i < S, D))

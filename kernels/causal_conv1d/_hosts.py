@@ -26,173 +26,25 @@ x is copied first. float64 is refused.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyrepr.kernels import _causal_conv1d as kernels
-from pyrepr.kernels._launch import ARCHITECTURES, DTYPE_NAMES, Config, Table, Variant, architecture, launch
+import triton
+from pyrepr.kernels._launch import F32, FLOATS, Config, Variant, architecture, assert_bounds, launch
+from pyrepr.kernels.causal_conv1d import _variants as table
+from pyrepr.kernels.causal_conv1d._shared import CU_SEQLENS, ROWS_SEQ, SEQ_IDX, WIDTH
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FLOATS = (F32, BF16, F16)
-# (x, weight) that the kernels read as they are where no gradient is wanted; other weights become float32 first.
-PAIRS = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
-
-# The filter that every model has; the others go tap by tap.
-WIDTH = 4
 # Programs to aim for, a warp each: 16 on every multiprocessor of an A100, H100, B200. Not asked of the device, so that
 # two devices of a kind give the same bits.
 PROGRAMS = {80: 1728, 90: 2112, 100: 2368}
+
 SHORTEST, LONGEST = 32, 256  # tokens of a span; ROWS divides the shortest
+
 # Of a size or stride: they are 32-bit in the kernels, offsets are 64-bit.
 LARGEST = 2**31 - 2**10
-
-ROWS_SEQ, SEQ_IDX, CU_SEQLENS = range(3)  # what says where sequences start: the index kernel's KIND
-
-
-def _table(name: str, config: Config, *candidates: Config) -> Table:
-    """One config for every architecture: estimates from bytes in flight and registers, no GPU has run them yet."""
-    return Table(f"causal_conv1d.{name}", dict.fromkeys(ARCHITECTURES, config), candidates)
-
-
-def _walk(
-    name: str, chosen: tuple[int, int, int], *others: tuple[int, int, int], sm_80: tuple[int, int, int] | None = None
-) -> Table:
-    """(BLOCK_D, ROWS, warps); a warp each, where nothing has to pass from warp to warp. sm_80: another one there."""
-    first, *rest = (Config({"BLOCK_D": d, "ROWS": rows}, warps, 1) for d, rows, warps in (chosen, *others))
-    table = _table(name, first, *rest)
-    if sm_80 is not None:
-        table.rows = {**table.rows, 80: Config({"BLOCK_D": sm_80[0], "ROWS": sm_80[1]}, sm_80[2], 1)}
-    return table
-
-
-# (layout, bytes of an element). Layouts: "dense" and "odd", channels side by side, whose rows start at multiples of 16
-# bytes or anywhere; "turned", tokens side by side.
-# Forward, dense: a thread has 16 bytes of channels, ROWS × 512 bytes a warp in flight, 12 warps a multiprocessor by
-# registers: 48 KB, more than the 20 KB that 3.3 TB/s want. Turned: 16 bytes of tokens, twice; 24 warps, 24 KB.
-FORWARD = {
-    ("dense", 2): _walk("forward dense 2", (256, 8, 1), (256, 4, 1), (128, 8, 1), (128, 16, 1), (512, 8, 2)),
-    ("dense", 4): _walk("forward dense 4", (128, 8, 1), (128, 4, 1), (128, 16, 1), (256, 8, 2)),
-    ("odd", 2): _walk("forward odd 2", (64, 8, 1), (128, 8, 1), (64, 16, 1)),
-    ("odd", 4): _walk("forward odd 4", (64, 8, 1), (128, 8, 1), (64, 16, 1)),
-    ("turned", 2): _walk("forward turned 2", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
-    ("turned", 4): _walk("forward turned 4", (32, 16, 1), (32, 8, 1), (32, 32, 1), (64, 16, 2)),
-}
-# Backward, dense: 8 bytes of channels a thread, because 16 bytes of 16-bit channels take all 255 registers; 4 bytes for
-# sm_80, where ptxas spills two registers of 8.
-BACKWARD = {
-    ("dense", 2): _walk("backward dense 2", (128, 4, 1), (128, 8, 1), (256, 4, 1), (64, 8, 1), sm_80=(64, 8, 1)),
-    ("dense", 4): _walk("backward dense 4", (128, 4, 1), (128, 8, 1), (64, 8, 1)),
-    ("odd", 2): _walk("backward odd 2", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
-    ("odd", 4): _walk("backward odd 4", (64, 8, 1), (32, 8, 1), (128, 4, 1)),
-    ("turned", 2): _walk("backward turned 2", (32, 16, 1), (32, 8, 1)),
-    ("turned", 4): _walk("backward turned 4", (32, 16, 1), (32, 8, 1)),
-}
-SUMS = _table("sums", Config({"BLOCK": 128, "BLOCK_S": 16}), Config({"BLOCK": 64, "BLOCK_S": 32}))
-INDEX = _table("index", Config({"BLOCK": 256}, 4, 1))
-INITIAL_GRADIENT = _table("initial_gradient", Config({"BLOCK_D": 64}, 2, 1), Config({"BLOCK_D": 128}, 4, 1))
-_tiles = [Config({"BLOCK_T": t, "BLOCK_D": d}, 4, 1) for t, d in ((32, 64), (16, 128), (64, 32))]
-WIDE = _table("wide", *_tiles)
-WIDE_INPUT = _table("wide_input", *_tiles)
-WIDE_WEIGHT = _table("wide_weight", *_tiles)
-# One channel a thread: the state of a token is 2 S s bytes, and there are B D of them.
-UPDATE = _table("update", Config({"BLOCK_D": 128}, 4, 1), Config({"BLOCK_D": 64}, 2, 1), Config({"BLOCK_D": 256}, 8, 1))
-
-_INT32 = {"position", "number"}
-_FLOAT32 = {"partial", "dy", "dinitial"}
-
-
-def _make(name: str, kernel: Any, config: Config, kinds: Mapping[str, torch.dtype], **constexprs: Any) -> Variant:
-    return _made(name, kernel, config, tuple(kinds.items()), tuple(constexprs.items()))
-
-
-@functools.cache
-def _made(name: str, kernel: Any, config: Config, kinds: tuple, constexprs: tuple) -> Variant:
-    """`kinds`: what pointers point to, where their name does not say it. No alignment: see ``_causal_conv1d``."""
-    fixed, of = {**config.blocks, **dict(constexprs)}, dict(kinds)
-    of |= {**dict.fromkeys(_INT32, torch.int32), **dict.fromkeys(_FLOAT32, F32), "valid": torch.bool}
-    arguments = [a for a in kernel.arg_names if a not in fixed]
-    signature = {a: "*" + DTYPE_NAMES[of[a]] if a in kernels.POINTERS else "i32" for a in arguments}
-    words = [name, *dict.fromkeys(DTYPE_NAMES[dtype] for _, dtype in kinds)]
-    label = " ".join([*words, *(f"{a}={b}" for a, b in fixed.items() if b is not None)])
-    return Variant(label, kernel, signature, fixed, config.num_warps, config.num_stages)
-
-
-def _unit(layout: str, dtype: torch.dtype) -> int:
-    return 1 if layout == "odd" else 16 // dtype.itemsize
-
-
-def _walk_options(layout: str, dtype: torch.dtype, packed: bool) -> dict[str, Any]:
-    return {"WIDTH": WIDTH, "UNIT": _unit(layout, dtype), "TURNED": layout == "turned", "PACKED": packed}
-
-
-def forward_variant(config: Config, layout: str, x: torch.dtype, weight: torch.dtype, packed: bool) -> Variant:
-    kinds = {"x": x, "initial": x, "out": x, "weight": weight, "bias": weight}
-    return _make("forward", kernels.forward_kernel, config, kinds, **_walk_options(layout, x, packed))
-
-
-def backward_variant(config: Config, layout: str, x: torch.dtype, packed: bool) -> Variant:
-    kinds = {"x": x, "initial": x, "grad": x, "dx": x, "weight": F32, "bias": F32}
-    return _make("backward", kernels.backward_kernel, config, kinds, **_walk_options(layout, x, packed))
-
-
-def sums_variant(config: Config, weight: torch.dtype) -> Variant:
-    return _make("sums", kernels.sums_kernel, config, {"dweight": weight, "dbias": weight})
-
-
-def index_variant(config: Config, kind: int, sequences: torch.dtype) -> Variant:
-    return _make("index", kernels.index_kernel, config, {"sequences": sequences}, KIND=kind)
-
-
-def initial_gradient_variant(config: Config, x: torch.dtype) -> Variant:
-    kinds = {"x": x, "initial": x, "grad": x, "weight": F32, "bias": F32, "sequences": torch.int64}
-    return _make("initial gradient", kernels.initial_gradient_kernel, config, kinds)
-
-
-def wide_variant(config: Config, x: torch.dtype, gradient: bool) -> Variant:
-    kinds = {"x": x, "initial": x, "weight": F32, "bias": F32, "out": F32 if gradient else x, "grad": x}
-    more = {} if gradient else {"grad": None}
-    return _make("wide dy" if gradient else "wide", kernels.wide_kernel, config, kinds, **more)
-
-
-def wide_input_variant(config: Config, x: torch.dtype) -> Variant:
-    return _make("wide input", kernels.wide_input_kernel, config, {"dx": x, "weight": F32})
-
-
-def wide_weight_variant(config: Config, x: torch.dtype) -> Variant:
-    return _make("wide weight", kernels.wide_weight_kernel, config, {"x": x, "initial": x})
-
-
-def update_variant(config: Config, x: torch.dtype, weight: torch.dtype) -> Variant:
-    kinds = {"x": x, "state": x, "out": x, "weight": weight, "bias": weight}
-    return _make("update", kernels.update_kernel, config, kinds)
-
-
-def variants(architecture: int) -> list[Variant]:
-    """Everything the family launches on that architecture."""
-    a, found = architecture, []
-    for (layout, size), table in FORWARD.items():
-        pairs = [(x, weight) for x, weight in PAIRS if x.itemsize == size]
-        found += [forward_variant(table.rows[a], layout, *pair, p) for pair in pairs for p in (False, True)]
-    for (layout, size), table in BACKWARD.items():
-        kinds = [x for x in FLOATS if x.itemsize == size]
-        found += [backward_variant(table.rows[a], layout, x, p) for x in kinds for p in (False, True)]
-    found += [update_variant(UPDATE.rows[a], *pair) for pair in PAIRS]
-    kinds = ((ROWS_SEQ, torch.int64), (SEQ_IDX, torch.int32), (SEQ_IDX, torch.int64), (CU_SEQLENS, torch.int64))
-    found += [index_variant(INDEX.rows[a], *kind) for kind in kinds]
-    for x in FLOATS:
-        found += [sums_variant(SUMS.rows[a], x), initial_gradient_variant(INITIAL_GRADIENT.rows[a], x)]
-        found += [wide_variant(WIDE.rows[a], x, gradient) for gradient in (False, True)]
-        found += [wide_input_variant(WIDE_INPUT.rows[a], x), wide_weight_variant(WIDE_WEIGHT.rows[a], x)]
-    return found
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _refuse(x: Tensor, *sizes: int) -> None:
@@ -279,13 +131,13 @@ class Problem:
 
         def run(config: Config) -> None:
             # cu_seqlens are also looked at where there are no tokens.
-            programs = max(int(kind == CU_SEQLENS), _ceil(self.B * self.T, config.blocks["BLOCK"]))
-            variant = index_variant(config, kind, sequences.dtype)
+            programs = max(int(kind == CU_SEQLENS), triton.cdiv(self.B * self.T, config.blocks["BLOCK"]))
+            variant = table.index_variant(config, kind, sequences.dtype)
             self.launch(variant, programs, sequences=sequences, steps=self.N.bit_length(), **outputs)
 
-        INDEX.run(self.device, run, (kind,))
+        table.INDEX.run(self.device, run, (kind,))
         if kind == CU_SEQLENS:
-            _assert_valid(valid, self.T)
+            assert_bounds(valid, self.T)
 
     def launch(self, variant: Variant, programs: int, **more: Any) -> None:
         own = {**self.arguments, **more}
@@ -295,16 +147,6 @@ class Problem:
         """Tokens a program walks, so that there are enough programs; a multiple of the shortest."""
         wanted = self.T * self.B * blocks // PROGRAMS[architecture(self.device)] // SHORTEST * SHORTEST
         return max(SHORTEST, min(LONGEST, wanted))
-
-
-def _assert_valid(valid: Tensor, T: int) -> None:
-    """Refuses bad cu_seqlens without waiting for the device, as torch's own index checks do."""
-    text = f"cu_seqlens must start at 0, never decrease, and end at T = {T}"
-    if valid.device.type == "cpu":
-        if not valid.item():
-            raise ValueError(text)
-    else:
-        torch._assert_async(valid, text)
 
 
 def forward(
@@ -326,21 +168,21 @@ def forward(
         return out
 
     def run(config: Config) -> None:
-        blocks = _ceil(p.D, config.blocks["BLOCK_D"])
+        blocks = triton.cdiv(p.D, config.blocks["BLOCK_D"])
         span = p.span(blocks)
-        variant = forward_variant(config, p.layout, p.dtype, p.weight.dtype, p.packed)
-        p.launch(variant, blocks * p.B * _ceil(p.T, span), out=out, span=span)
+        variant = table.forward_variant(config, p.layout, p.dtype, p.weight.dtype, p.packed)
+        p.launch(variant, blocks * p.B * triton.cdiv(p.T, span), out=out, span=span)
 
-    FORWARD[p.layout, p.dtype.itemsize].run(p.device, run, (p.dtype, p.packed, p.T * p.B, p.D))
+    table.FORWARD[p.layout, p.dtype.itemsize].run(p.device, run, (p.dtype, p.packed, p.T * p.B, p.D))
     return out
 
 
 def _wide(p: Problem, grad: Tensor | None, out: Tensor) -> None:
     def run(config: Config) -> None:
-        programs = _ceil(p.D, config.blocks["BLOCK_D"]) * _ceil(p.B * p.T, config.blocks["BLOCK_T"])
-        p.launch(wide_variant(config, p.dtype, grad is not None), programs, grad=grad, out=out)
+        programs = triton.cdiv(p.D, config.blocks["BLOCK_D"]) * triton.cdiv(p.B * p.T, config.blocks["BLOCK_T"])
+        p.launch(table.wide_variant(config, p.dtype, grad is not None), programs, grad=grad, out=out)
 
-    WIDE.run(p.device, run, (p.dtype, grad is not None))
+    table.WIDE.run(p.device, run, (p.dtype, grad is not None))
 
 
 def backward(
@@ -371,15 +213,15 @@ def _walk_back(p: Problem, grad: Tensor, dx: Tensor) -> Tensor:
     """Writes dx; [spans, W + 1, D]."""
 
     def run(config: Config) -> Tensor:
-        blocks = _ceil(p.D, config.blocks["BLOCK_D"])
+        blocks = triton.cdiv(p.D, config.blocks["BLOCK_D"])
         span = p.span(blocks)
-        parts = p.B * _ceil(p.T, span)
+        parts = p.B * triton.cdiv(p.T, span)
         partial = p.new(parts, p.W + 1, p.D, dtype=F32)
-        variant = backward_variant(config, p.layout, p.dtype, p.packed)
+        variant = table.backward_variant(config, p.layout, p.dtype, p.packed)
         p.launch(variant, blocks * parts, grad=grad, dx=dx, partial=partial, span=span)
         return partial
 
-    return BACKWARD[p.layout, p.dtype.itemsize].run(p.device, run, (p.dtype, p.packed, p.T * p.B, p.D))
+    return table.BACKWARD[p.layout, p.dtype.itemsize].run(p.device, run, (p.dtype, p.packed, p.T * p.B, p.D))
 
 
 def _wide_back(p: Problem, grad: Tensor, dx: Tensor) -> Tensor:
@@ -387,19 +229,19 @@ def _wide_back(p: Problem, grad: Tensor, dx: Tensor) -> Tensor:
     _wide(p, grad, dy)
 
     def run_input(config: Config) -> None:
-        programs = _ceil(p.D, config.blocks["BLOCK_D"]) * _ceil(p.B * p.T, config.blocks["BLOCK_T"])
-        p.launch(wide_input_variant(config, p.dtype), programs, dy=dy, dx=dx)
+        programs = triton.cdiv(p.D, config.blocks["BLOCK_D"]) * triton.cdiv(p.B * p.T, config.blocks["BLOCK_T"])
+        p.launch(table.wide_input_variant(config, p.dtype), programs, dy=dy, dx=dx)
 
     def run_weight(config: Config) -> Tensor:
-        blocks = _ceil(p.D, config.blocks["BLOCK_D"]) * (p.W + 1)
+        blocks = triton.cdiv(p.D, config.blocks["BLOCK_D"]) * (p.W + 1)
         span = p.span(blocks)
-        parts = _ceil(p.B * p.T, span)
+        parts = triton.cdiv(p.B * p.T, span)
         partial = p.new(parts, p.W + 1, p.D, dtype=F32)
-        p.launch(wide_weight_variant(config, p.dtype), blocks * parts, dy=dy, partial=partial, span=span)
+        p.launch(table.wide_weight_variant(config, p.dtype), blocks * parts, dy=dy, partial=partial, span=span)
         return partial
 
-    WIDE_INPUT.run(p.device, run_input, (p.dtype,))
-    return WIDE_WEIGHT.run(p.device, run_weight, (p.dtype,))
+    table.WIDE_INPUT.run(p.device, run_input, (p.dtype,))
+    return table.WIDE_WEIGHT.run(p.device, run_weight, (p.dtype,))
 
 
 def _sums(p: Problem, partial: Tensor, weight: torch.dtype, bias: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -409,11 +251,11 @@ def _sums(p: Problem, partial: Tensor, weight: torch.dtype, bias: torch.dtype | 
     dbias = p.new(0 if bias is None else p.D, dtype=kind)
 
     def run(config: Config) -> None:
-        programs = _ceil((p.W + 1) * p.D, config.blocks["BLOCK"])
+        programs = triton.cdiv((p.W + 1) * p.D, config.blocks["BLOCK"])
         outputs = {"dweight": dweight, "dbias": dbias, "parts": partial.shape[0], "has_bias": int(bias is not None)}
-        p.launch(sums_variant(config, kind), programs, partial=partial, **outputs)
+        p.launch(table.sums_variant(config, kind), programs, partial=partial, **outputs)
 
-    SUMS.run(p.device, run, (partial.shape[0],))
+    table.SUMS.run(p.device, run, (partial.shape[0],))
     return dweight.to(weight), dbias if bias is None else dbias.to(bias)
 
 
@@ -425,12 +267,16 @@ def _initial_gradient(p: Problem, grad: Tensor, initial_states: Tensor | None) -
         bounds = p.new(0, dtype=torch.int64) if p.sequences is None else p.sequences
 
         def run(config: Config) -> None:
-            programs = _ceil(p.D, config.blocks["BLOCK_D"]) * p.N * (p.W - 1)
+            programs = triton.cdiv(p.D, config.blocks["BLOCK_D"]) * p.N * (p.W - 1)
             p.launch(
-                initial_gradient_variant(config, p.dtype), programs, grad=grad, dinitial=dinitial, sequences=bounds
+                table.initial_gradient_variant(config, p.dtype),
+                programs,
+                grad=grad,
+                dinitial=dinitial,
+                sequences=bounds,
             )
 
-        INITIAL_GRADIENT.run(p.device, run, (p.dtype,))
+        table.INITIAL_GRADIENT.run(p.device, run, (p.dtype,))
     return dinitial.to(initial_states.dtype)
 
 
@@ -446,7 +292,7 @@ def update_(conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
     arguments |= {"W": weight.shape[1], "bias": weight if bias is None else bias}
     arguments |= {"has_bias": int(bias is not None), "silu": int(silu)}
     # The state is written in place, so a search could not repeat it.
-    config = UPDATE.rows[architecture(x.device)]
-    programs = B * _ceil(D, config.blocks["BLOCK_D"]) if T else 0
-    launch(update_variant(config, x.dtype, kind), (programs,), arguments, x.device)
+    config = table.UPDATE.rows[architecture(x.device)]
+    programs = B * triton.cdiv(D, config.blocks["BLOCK_D"]) if T else 0
+    launch(table.update_variant(config, x.dtype, kind), (programs,), arguments, x.device)
     return out

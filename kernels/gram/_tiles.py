@@ -1,4 +1,4 @@
-"""The kernels of family `gram` in Triton; what they are for and how exact they are is said in ``gram.py``.
+"""The kernels of family `gram` in Triton; what they are for and how exact they are is said in ``_hosts``.
 
 Layers are packed: ``packed`` [PARTS, n_pad, width] float16 holds them side by side, padded by zeros so that no loop
 over a layer needs a mask. Tiles are BLOCK × BLOCK; KIND is the number of the kernel in `reference.gram.KERNELS`.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from pyrepr.kernels.gram._shared import kernel_values, tile_dots, tile_place
 
 
 @triton.jit(do_not_specialize=["stride", "n", "d", "start"], do_not_specialize_on_alignment=["x"])
-def _pack(
+def pack_kernel(
     x,  # [n, d], rows `stride` apart
     mean,  # [2, d] float32: the mean row and what float32 left of it
     scale,  # [1] float32, a power of two
@@ -54,90 +55,6 @@ def _pack(
 
 
 @triton.jit
-def _triangle(number):
-    """Counting down the columns of an upper triangle: number -> (row, column)."""
-    column = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # off by one at most
-    column -= (column * (column + 1) // 2 > number).to(tl.int32)
-    column += ((column + 1) * (column + 2) // 2 <= number).to(tl.int32)
-    return number - column * (column + 1) // 2, column
-
-
-@triton.jit
-def _tile(number):
-    """Number of a tile -> (I, J). Tiles go in squares of 8 × 8, squares down the columns of the upper triangle: what
-    runs at the same time shares rows in L2. With I > J, or J past the end, there is nothing to do."""
-    inside = number % 64
-    square_row, square_column = _triangle(number // 64)
-    row, column = _triangle(inside)
-    on_diagonal = square_row == square_column
-    row = tl.where(on_diagonal, tl.where(inside < 36, row, 8), inside % 8)
-    column = tl.where(on_diagonal, tl.where(inside < 36, column, 7), inside // 8)
-    return square_row * 8 + row, square_column * 8 + column
-
-
-@triton.jit
-def _dots(
-    x,  # [PARTS, x_pad, width] float16
-    y,  # [PARTS, y_pad, width] float16
-    i,
-    j,
-    start,
-    stop,
-    x_pad,
-    y_pad,
-    width,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Inner products of rows i... of x with rows j... of y over columns start:stop -> [BLOCK, BLOCK] float32."""
-    # The large part of an address is one number; tensors of int64 addresses would fill the registers.
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BK)
-    down, across = rows[:, None] * width + columns[None, :], rows[None, :] * width + columns[:, None]
-    left, right = x + i.to(tl.int64) * width, y + j.to(tl.int64) * width
-    left_low, right_low = left + x_pad.to(tl.int64) * width, right + y_pad.to(tl.int64) * width
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(start, stop, BK):
-        a, b = tl.load(left + k + down), tl.load(right + k + across)
-        if PARTS == 2:
-            total = tl.dot(a, tl.load(right_low + k + across), total)
-            total = tl.dot(tl.load(left_low + k + down), b, total)
-        total = tl.dot(a, b, total)
-    return total
-
-
-@triton.jit
-def _values(
-    dots,  # [BLOCK, BLOCK]
-    x_norms,  # [BLOCK] squared, like dots in packed units
-    y_norms,  # [BLOCK]
-    constants,  # pointer to the layer's four numbers, see `_constants`
-    degree,
-    KIND: tl.constexpr,
-):
-    """The kernel's values of a tile of inner products, minus the shift."""
-    factor, offset, shift = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
-    if KIND == 1 or KIND == 2:
-        distances = x_norms[:, None] + y_norms[None, :] - 2.0 * dots
-        distances = tl.where(distances < 0.0, 0.0, distances)  # and NaN stays NaN
-        if KIND == 2:
-            distances = tl.sqrt(distances)
-        values = tl.exp2(factor * distances)
-    elif KIND == 3:
-        base = factor * dots + offset
-        values = base
-        for _ in range(1, degree):
-            values *= base
-    elif KIND == 4:
-        x_inverse = tl.where(x_norms > 0, tl.rsqrt(tl.where(x_norms > 0, x_norms, 1.0)), 0.0)
-        y_inverse = tl.where(y_norms > 0, tl.rsqrt(tl.where(y_norms > 0, y_norms, 1.0)), 0.0)
-        values = dots * x_inverse[:, None] * y_inverse[None, :]
-    else:
-        values = factor * dots
-    return values - shift
-
-
-@triton.jit
 def _layer_tile(
     layer,
     i,
@@ -157,12 +74,13 @@ def _layer_tile(
 ):
     """One layer's values k(i, j) of the pairs i < j that count, 0 elsewhere."""
     start, stop = tl.multiple_of(tl.load(starts + layer), 64), tl.load(starts + layer + 1)
-    values = _dots(packed, packed, i, j, start, stop, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    values = tile_dots(packed, packed, i, j, start, stop, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
     counts = rows[:, None] < columns[None, :]
     if KIND != 0:  # rows that do not count are zeros, which is enough for the linear kernel
         norms = q + layer.to(tl.int64) * n_pad
-        values = _values(values, tl.load(norms + rows), tl.load(norms + columns), constants + 4 * layer, degree, KIND)
+        x_norms, y_norms = tl.load(norms + rows), tl.load(norms + columns)
+        values = kernel_values(values, x_norms, y_norms, constants + 4 * layer, degree, KIND)
         counts &= (tl.load(valid + rows) > 0)[:, None] & (tl.load(valid + columns) > 0)[None, :]
     return tl.where(counts, values, 0.0)
 
@@ -186,7 +104,7 @@ def _total(values):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _pair(
+def pair_kernel(
     packed,  # [PARTS, n_pad, width] float16, two layers
     starts,
     partial,  # [tiles, 3] float64: Σ_{i<j} of k k, k l, l l
@@ -199,7 +117,7 @@ def _pair(
 ):
     """The linear kernel of two layers: both tiles stay in registers."""
     number = tl.program_id(0)
-    row, column = _tile(number)
+    row, column = tile_place(number)
     out = partial + number.to(tl.int64) * 3
     if (row > column) | (column >= blocks):
         tl.store(out, 0.0)
@@ -208,8 +126,8 @@ def _pair(
         return
     i, j = row * BLOCK, column * BLOCK
     middle = tl.multiple_of(tl.load(starts + 1), 64)
-    k = _dots(packed, packed, i, j, 0, middle, n_pad, n_pad, width, PARTS, BLOCK, BK)
-    l = _dots(packed, packed, i, j, middle, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    k = tile_dots(packed, packed, i, j, 0, middle, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    l = tile_dots(packed, packed, i, j, middle, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows = tl.arange(0, BLOCK)
     upper = (i + rows)[:, None] < (j + rows)[None, :]
     k, l = tl.where(upper, k, 0.0), tl.where(upper, l, 0.0)
@@ -219,7 +137,7 @@ def _pair(
 
 
 @triton.jit(do_not_specialize=["first", "degree", "blocks"])
-def _tiles(
+def tiles_kernel(
     packed,  # [PARTS, n_pad, width] float16
     starts,
     q,
@@ -239,7 +157,7 @@ def _tiles(
     BK: tl.constexpr,
 ):
     """Tiles first, first + 1, ... of every layer, for `_products`. Layers run slowest: they share nothing."""
-    row, column = _tile(first + tl.program_id(0))
+    row, column = tile_place(first + tl.program_id(0))
     if (row > column) | (column >= blocks):
         return
     layer = tl.program_id(1)
@@ -284,7 +202,7 @@ def _slab_rows(mine, layers, first, at, PARTS: tl.constexpr, ENTRIES: tl.constex
 
 
 @triton.jit(do_not_specialize=["first", "layers", "blocks"])
-def _products(
+def products_kernel(
     slab,  # [tiles, layers, PARTS, ENTRIES] float16
     units,  # [tiles, layers] float32
     partial,  # [tiles, SPLIT, padded, padded] float32, padded = layers rounded up to BL
@@ -301,7 +219,7 @@ def _products(
     """Inner products of all layers' tiles over one of SPLIT parts of one tile. ONE: no more layers than BL."""
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     a, b = tl.program_id(1) * BL, tl.program_id(2) * BL
-    row, column = _tile(first + tile)
+    row, column = tile_place(first + tile)
     total = tl.zeros([BL, BL], tl.float32)
     if (row <= column) & (column < blocks):
         mine = slab + tile.to(tl.int64) * layers * (PARTS * ENTRIES) + part * (ENTRIES // SPLIT)
@@ -368,7 +286,7 @@ def _column_dots(
 
 
 @triton.jit(do_not_specialize=["blocks", "split"])
-def _features(
+def features_kernel(
     packed,  # [PARTS, n_pad, width] float16, layers padded to BLOCK columns
     owner,  # [blocks] int32: the layer of a block of columns
     squares,  # [blocks, blocks] float64, zeros: what every tile of XᵀX adds to ‖X_aᵀX_b‖²
@@ -380,7 +298,7 @@ def _features(
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
-    row, column = _tile(tl.program_id(0))
+    row, column = tile_place(tl.program_id(0))
     if (row > column) | (column >= blocks):
         return
     a, b = tl.load(owner + row), tl.load(owner + column)
@@ -392,7 +310,7 @@ def _features(
 
 
 @triton.jit(do_not_specialize=["n", "m", "same", "degree"])
-def _matrix(
+def matrix_kernel(
     x,  # [PARTS, x_pad, width] float16
     y,  # [PARTS, y_pad, width] float16
     x_norms,  # [x_pad]
@@ -413,14 +331,14 @@ def _matrix(
 ):
     """A kernel matrix, stored. same: y is x, and only the upper half is computed."""
     if same:
-        row, column = _tile(tl.program_id(0))
+        row, column = tile_place(tl.program_id(0))
     else:
         row, column = tl.program_id(0), tl.program_id(1)
     if ((same != 0) & (row > column)) | (column * BLOCK >= m):
         return
-    dots = _dots(x, y, row * BLOCK, column * BLOCK, 0, width, x_pad, y_pad, width, PARTS, BLOCK, BK)
+    dots = tile_dots(x, y, row * BLOCK, column * BLOCK, 0, width, x_pad, y_pad, width, PARTS, BLOCK, BK)
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-    values = _values(dots, tl.load(x_norms + rows), tl.load(y_norms + columns), constants, degree, KIND)
+    values = kernel_values(dots, tl.load(x_norms + rows), tl.load(y_norms + columns), constants, degree, KIND)
     inside = (rows < n)[:, None] & (columns < m)[None, :]
     at = tl.arange(0, BLOCK)
     if same:
@@ -436,7 +354,7 @@ def _matrix(
 
 
 @triton.jit(do_not_specialize=["blocks", "shift"])
-def _histogram(
+def histogram_kernel(
     packed,  # [PARTS, n_pad, width] float16
     q,  # [n_pad]
     valid,  # [n_pad]
@@ -452,13 +370,13 @@ def _histogram(
 ):
     """Of the squared distances of pairs i < j whose upper bits are those of `prefix`: how often every next 8 bits."""
     number = tl.program_id(0)
-    row, column = _tile(number)
+    row, column = tile_place(number)
     out = counts + number.to(tl.int64) * 512 + tl.arange(0, 512)
     if (row > column) | (column >= blocks):
         tl.store(out, tl.zeros([512], tl.int32))
         return
     i, j = row * BLOCK, column * BLOCK
-    dots = _dots(packed, packed, i, j, 0, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
+    dots = tile_dots(packed, packed, i, j, 0, width, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
     distances = tl.load(q + rows)[:, None] + tl.load(q + columns)[None, :] - 2.0 * dots
     distances = tl.where(distances < 0.0, 0.0, distances)
@@ -474,7 +392,7 @@ def _histogram(
 
 
 @triton.jit(do_not_specialize=["a", "b", "d_a", "d_b"])
-def _moments(
+def moments_kernel(
     packed,  # [PARTS, n_pad, width] float16, layers padded to BLOCK columns
     unit,  # [1] float64: what one unit of the product is
     out,  # [d_a, d_b] float64
@@ -503,7 +421,7 @@ def _moments(
 
 
 @triton.jit(do_not_specialize=["m", "n", "d"])
-def _apply(
+def apply_kernel(
     weights,  # [m, n] float32
     factor,  # [1] float32: the power of two that brings the largest weight into [2¹⁴, 2¹⁵)
     unit,  # [1] float32: what one unit of the product is

@@ -1,0 +1,33 @@
+"""The leaf op that sums products of features over samples: X_aᵀX_b of pairs of layers, added to float64 blocks.
+
+All that streams stands on it (``pyrepr.stats.moments``, ``pyrepr.StreamingCKA``).
+"""
+
+from __future__ import annotations
+
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops.gram import native_problem
+from pyrepr.reference import moments as reference
+
+
+def _moments_fake(blocks, xs, pairs):
+    return None
+
+
+def _moments_cpu(blocks, xs, pairs):
+    native_problem(xs).moments(list(pairs), [block.data_ptr() for block in blocks])
+
+
+def _moments_triton(blocks, xs, pairs):
+    from pyrepr.kernels import gram as kernels
+
+    kernels.moments_(blocks, xs, pairs)
+
+
+moments_op_ = leaf_op(
+    "gram_moments_(Tensor(a!)[] blocks, Tensor[] xs, int[] pairs) -> ()",
+    fake=_moments_fake,
+    reference=reference.gram_moments_,
+    cpu=_moments_cpu,
+    triton=_moments_triton,
+)

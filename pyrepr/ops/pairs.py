@@ -1,0 +1,105 @@
+"""Family `pairs`: leaf ops over all pairs of rows that never hold the n × m matrix of scores.
+
+`pairs_logsumexp` and its backward stand under the contrastive losses; maths in ``csrc/cpu/pairs.h`` and
+``pyrepr/reference/pairs.py``. With r and c the log-sum-exps of rows and columns and weights G [P, n], H [P, m],
+W [P, n], the backward is that of Σ dS_ij s_ij with
+
+    dS_ij = G_i e^{s_ij − r_i} + H_j e^{s_ij − c_j},    but W_i at the positive (i, labels[i]),
+
+and :func:`softmax_weights` makes G, H and W of the gradients of what the forward returns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.reference import pairs as reference
+from pyrepr.reference.pairs import compute_dtype
+
+
+def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:
+    """Whether the forward should keep the logits for the backward: where they take no more memory than x and y."""
+    return prefixes * n * m <= (n + m) * d
+
+
+def _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
+    p, n, m = len(prefixes), x.shape[0], y.shape[0]
+    dtype = compute_dtype(x.dtype)
+    shapes = (
+        (p, n if rows else 0),
+        (p, m if columns else 0),
+        (p, n if rows and labels is not None else 0),
+        (p, n if columns and labels is not None else 0),
+        (p, n, m) if keep else (0,),
+    )
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+logsumexp_op = leaf_op(
+    "pairs_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? labels, bool normalize, int[] prefixes, bool rows, "
+    "bool columns, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_logsumexp_fake,
+    reference=reference.pairs_logsumexp,
+)
+
+
+def _logsumexp_backward_fake(x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w):
+    return x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=compute_dtype(x.dtype))
+
+
+logsumexp_backward_op = leaf_op(
+    "pairs_logsumexp_backward(Tensor x, Tensor y, Tensor scale, Tensor? labels, bool normalize, int[] prefixes, "
+    "Tensor r, Tensor c, Tensor kept, Tensor row_weights, Tensor column_weights, Tensor? positive_weights) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_logsumexp_backward_fake,
+    reference=reference.pairs_logsumexp_backward,
+)
+
+
+def softmax_weights(
+    labels: Tensor | None,  # [n]
+    r: Tensor,  # [P, n] or [P, 0]
+    c: Tensor,  # [P, m] or [P, 0]
+    row_gaps: Tensor,  # [P, n] or [P, 0]
+    column_gaps: Tensor,  # [P, n] or [P, 0]
+    grad_r: Tensor,
+    grad_c: Tensor,
+    grad_row_gaps: Tensor,
+    grad_column_gaps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """G, H and W of `pairs_logsumexp_backward` from the outputs of `pairs_logsumexp` and their gradients.
+
+    The share of a positive is e^−gap and that of all others 1 − e^−gap: no digits are lost where a loss has converged.
+    """
+    if labels is None:
+        return grad_r, grad_c, None
+    positive, row_weights, column_weights = grad_r.new_zeros(()), grad_r, grad_c
+    if r.numel():
+        row_weights = grad_r + grad_row_gaps
+        positive = positive + grad_r * (-row_gaps).exp() + grad_row_gaps * (-row_gaps).expm1()
+    if c.numel():
+        # Not index_add_, whose order of additions is open on a GPU.
+        at = (torch.arange(len(c), device=c.device)[:, None], labels)
+        column_weights = torch.zeros_like(c).index_put_(at, grad_column_gaps, accumulate=True) + grad_c
+        others = column_weights[:, labels] - grad_column_gaps  # of r and of rows that share the positive
+        positive = positive + others * (-column_gaps).exp() + grad_column_gaps * (-column_gaps).expm1()
+    return row_weights, column_weights, positive
+
+
+def _topk_fake(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp):
+    dtype = compute_dtype(x.dtype)
+    return (
+        x.new_empty((x.shape[0], k), dtype=dtype),
+        x.new_empty((x.shape[0], k), dtype=torch.int64),
+        x.new_empty(x.shape[0] if return_logsumexp else 0, dtype=dtype),
+    )
+
+
+topk_op = leaf_op(
+    "pairs_topk(Tensor x, Tensor y, int k, str metric, bool exclude_self, bool return_logsumexp, SymInt offset, "
+    "Tensor? values, Tensor? indices, Tensor? logsumexp) -> (Tensor, Tensor, Tensor)",
+    fake=_topk_fake,
+    reference=reference.pairs_topk,
+)

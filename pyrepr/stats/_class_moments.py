@@ -1,0 +1,100 @@
+"""Moments of one layer within and between classes, without cancellation where classes collapse to points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.stats._blocks import Blocks
+from pyrepr.stats._layer_moments import whole_block
+
+PAIRS = [(0, 0), (0, 1)]
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """Sums over samples, each minus its own class's shift s_c: a mean of the first batch that had the class.
+
+    The scatter within classes then is the block minus Σ_c n_c e_c e_cᵀ, where e_c, the class mean around the shift, is
+    small: no digits are lost, however much smaller it is than that between classes.
+    """
+
+    shift: Tensor  # [C, d] float64
+    counts: Tensor  # [C] float64
+    blocks: Blocks  # Σ (x − s)ᵀ (x − s) [d, d] upper triangle, Σ (x − s)ᵀ one-hot [d, C]
+
+    @classmethod
+    def zeros(cls, classes: int, d: int, device: torch.device) -> ClassSums:
+        shift = torch.zeros(classes, d, dtype=torch.float64, device=device)
+        return cls(shift, shift.new_zeros(classes), Blocks.zeros(PAIRS, (d, classes), device))
+
+    @property
+    def n(self) -> int:
+        return int(self.counts.sum())
+
+    def plus_batch(self, x: Tensor, y: Tensor) -> ClassSums:
+        """x: [n, d], y: [n] int64."""
+        dtype, classes = compute_dtype(x.dtype), len(self.counts)
+        counts = torch.bincount(y, minlength=classes)
+        shift, new = self.shift, (self.counts == 0) & (counts > 0)
+        if bool(new.any()):
+            x_new, y_new = (a[new[y]] for a in (x, y))
+            first = _first_rows(x_new, y_new, classes).double()
+            rest = torch.zeros_like(shift).index_add_(0, y_new, x_new.double() - first[y_new])
+            mean = first + rest / counts[:, None].clamp_min(1)
+            shift = torch.where(new[:, None], mean.to(dtype).double(), shift)  # rounded: x − s is exact nearby
+        centred = x.to(dtype) - shift.to(dtype)[y]
+        members = torch.zeros(len(y), classes, dtype=dtype, device=x.device).scatter_(1, y[:, None], 1)
+        return ClassSums(shift, self.counts + counts, self.blocks.plus([centred, members]))
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Σ (x − s)(x − s)ᵀ [d, d] and Σ_{class} (x − s) [C, d]."""
+        square, sums = self.blocks.sums()
+        return whole_block(square), sums.T
+
+    def moved(self, shift: Tensor) -> ClassSums:
+        """The same around other shifts."""
+        e = self.shift - shift
+        square, sums = self.parts()
+        cross = sums.T @ e
+        square = square + cross + cross.T + (e * self.counts[:, None]).T @ e
+        return replace(
+            self, shift=shift, blocks=Blocks(PAIRS, [square, (sums + self.counts[:, None] * e).T.contiguous()])
+        )
+
+    def plus(self, other: ClassSums, sign: int = 1) -> ClassSums:
+        """The sums of both; with sign −1 the sums without the other's samples."""
+        shift = torch.where(self.counts[:, None] > 0, self.shift, other.shift)
+        one, two = self.moved(shift), other.moved(torch.where(other.counts[:, None] > 0, shift, other.shift))
+        add = torch.add if sign > 0 else torch.sub
+        return ClassSums(shift, add(one.counts, two.counts), one.blocks.map(add, two.blocks.sums()))
+
+    def means(self) -> Tensor:
+        """[C, d], NaN for a class without samples."""
+        return self.shift + self.parts()[1] / self.counts[:, None]
+
+    def within(self) -> Tensor:
+        """Σ (x − μ_class)(x − μ_class)ᵀ, [d, d]."""
+        square, sums = self.parts()
+        return square - (sums / self.counts.clamp_min(1)[:, None]).T @ sums
+
+    def mean(self) -> Tensor:
+        """[d], the mean of all samples."""
+        means = torch.where(self.counts[:, None] > 0, self.means(), 0)
+        centre = self.shift.mean(0)  # near enough that weights do not cost digits
+        weights = self.counts / self.counts.sum()
+        return centre + weights @ torch.where(self.counts[:, None] > 0, means - centre, 0)
+
+
+def _first_rows(x: Tensor, y: Tensor, classes: int) -> Tensor:
+    """[C, d]: a row of each class that y has, 0 for the others."""
+    at = torch.full((classes,), len(y), device=y.device).scatter_reduce_(
+        0, y, torch.arange(len(y), device=y.device), "amin"
+    )
+    rows = x.new_zeros(classes, x.shape[1])
+    has = at < len(y)
+    rows[has] = x[at[has]]
+    return rows
