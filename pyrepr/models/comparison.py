@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,43 +18,17 @@ from torch import Tensor, nn
 from pyrepr._modules import evaluating
 from pyrepr._optional import require
 from pyrepr._reporting import fixed, progress_bar, replacing, versions
-from pyrepr.models._collecting import Pass, Side, Stored, make_side
+from pyrepr.models._collecting import Checkpoint, Pass, Side, Stored, make_side
 from pyrepr.models._inputs import TOKENS, Inputs, Tokens, check_data
 from pyrepr.models._layers import Layers, check_pool, unwrap
 from pyrepr.models._recording import SAMPLES, Recorder, plain_execution
-from pyrepr.similarity import Kernel, StreamingCKA
+from pyrepr.models._scores import Score
+from pyrepr.similarity import Kernel, Measure, StreamingCKA, as_measure
 
 __all__ = ["EXACT_BYTES", "Comparison", "compare"]
 
 # mode="auto" keeps exact moments up to this size: what a laptop can spare beside two models.
 EXACT_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """What one measure says of all pairs of layers.
-
-    Attributes:
-        values: [La, Lb] float64 on the CPU.
-        stderr: their standard errors, [La, Lb], where they were asked for.
-        title: of the measure, for axes. how: its options, in words.
-        low, high: what colours span. chance: what unrelated layers would have, where that is known.
-    """
-
-    values: Tensor
-    stderr: Tensor | None = None
-    title: str = "CKA"
-    how: str = ""
-    low: float = 0.0
-    high: float = 1.0
-    chance: float | None = None
-
-    @property
-    def unsure(self) -> Tensor | None:
-        """[La, Lb] bool: cells within two standard errors of what unrelated layers would have."""
-        if self.stderr is None or self.chance is None:
-            return None
-        return (self.values - self.chance).abs() < 2 * self.stderr
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -388,13 +362,16 @@ def compare(
     tokens: Tokens = "all",
     pool: str | None = None,
     inputs: Inputs | tuple[Inputs | None, Inputs | None] | None = None,
+    measures: str | Measure | Sequence[str | Measure] | None = None,
+    stderr: bool = False,
     estimator: str = "unbiased",
     mode: str = "auto",
     kernel: str | Kernel = "linear",
     progress: bool = True,
     names: tuple[str, str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Comparison:
-    """CKA between the layers of two networks, in one pass over the data.
+    """CKA, or other measures, between the layers of two networks, in one pass over the data.
 
     Every batch goes to both models (so a shuffling loader is fine), in eval mode, eager and without gradients; its
     activations are folded into moments and freed before the next batch. Hooks are removed and the training flag of
@@ -432,6 +409,12 @@ def compare(
             of an image without the tokens before it.
         inputs: a function from a batch to what the models take, or a pair of them, one for each: a tensor, a tuple of
             positional arguments or a mapping of keyword arguments.
+        measures: what to compute beside or instead of CKA: names with options in brackets, or objects of
+            :mod:`pyrepr.similarity`, as in ``("cka", "mutual_knn(k=5)", RSA())``; all in one pass. ``None`` (default):
+            CKA with the options below. Measures that moments do not determine hold the rows of all layers.
+        stderr: also the standard error of every value, by the jackknife over samples (over texts or images where rows
+            are tokens), over blocks of them or, in mode "minibatch", over batches. Exact values hold the rows of all
+            layers for it. Cells within two standard errors of chance are hatched, and never called most similar.
         estimator: ``"unbiased"`` or ``"biased"``, see :func:`pyrepr.cka`.
         mode: ``"exact"``: the value of all samples at once; keeps 8·Σ d_a d_b bytes over the pairs of layers that are
             compared, each layer with itself included. ``"minibatch"``: keeps a few numbers, estimates from every
@@ -440,6 +423,9 @@ def compare(
         kernel: a name or a :class:`pyrepr.Kernel`; others than ``"linear"`` need minibatch.
         progress: a tqdm bar on stderr, where tqdm is installed.
         names: what to call the two networks in the result; by default their class names.
+        checkpoint: a file that the state is saved to every minute and when the run is cut short, and read from if it is
+            there: the run goes on after the batches it has seen. `data` must give the same batches in the same order.
+            Deleted at the end. Not with held rows.
 
     Returns:
         A :class:`Comparison`. Layers whose samples are all alike give NaN and a :class:`pyrepr.DegenerateInputWarning`.
@@ -463,17 +449,44 @@ def compare(
     one_side = model_b is model_a and layers_b is None and feeds[0] is feeds[1]
     side_a = make_side(model_a, layers_a, "model_a", inputs=feeds[0], **options)
     side_b = side_a if one_side else make_side(model_b, layers_b, "model_b", inputs=feeds[1], **options)
-    run = Pass(side_a, side_b, samples=samples, estimator=estimator, mode=mode, kernel=spec, limit=EXACT_BYTES)
+    chosen = None if measures is None else _measures(measures, mode)
+    run = Pass(
+        side_a,
+        side_b,
+        samples=samples,
+        estimator=estimator,
+        mode=mode,
+        kernel=spec,
+        measures=chosen,
+        stderr=stderr,
+        limit=EXACT_BYTES,
+    )
     models = [side.model for side in run.sides if isinstance(side, Recorder)]
     if data is None and models:
         raise ValueError("data must be an iterable of batches, got None")
     if data is not None and not models:
         raise ValueError("data must be None where both sides are stored activations")
     batches = [None] if data is None else check_data(data)
+    saved = Checkpoint(run, checkpoint)
     with evaluating(models), plain_execution(), torch.no_grad():
-        for batch in progress_bar(batches, progress, "compare", "batch"):
-            run.step(batch)
-    return _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
+        try:
+            for batch in progress_bar(batches, progress, "compare", "batch"):
+                saved.step(batch)
+        except BaseException:  # Ctrl-C above all
+            saved.save()
+            raise
+    result = _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
+    saved.remove()
+    return result
+
+
+def _measures(measures: str | Measure | Sequence[str | Measure], mode: str) -> list[Measure]:
+    wanted = [measures] if isinstance(measures, (str, Measure, type)) else list(measures)
+    if not wanted:
+        raise ValueError("measures must name at least one measure, got none")
+    if mode == "minibatch":
+        raise ValueError("mode='minibatch' is an estimate of CKA alone; leave measures out, or the mode")
+    return [as_measure(measure) for measure in wanted]
 
 
 def check_samples(samples: str, tokens: Tokens, pool: str | None) -> None:
@@ -491,11 +504,14 @@ def _name(model: nn.Module | Stored) -> str:
 
 
 def _result(run: Pass, names: tuple[str, str], tokens: Tokens, pool: str | None) -> Comparison:
-    values = run.values()
-    assert run.stream is not None  # values() saw to that
+    scores = run.scores()
+    assert run.stream is not None  # scores() saw to that
+    first = next(iter(scores.values()))
     a, b = run.sides[0], run.sides[-1]
     result = Comparison(
-        values=values,
+        values=first.values,
+        stderr=first.stderr,
+        scores=scores,
         layers_a=tuple(a.widths),
         layers_b=tuple(b.widths),
         model_a=names[0],
