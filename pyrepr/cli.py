@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 import pyrepr
-from pyrepr._reporting import fixed, plain
+from pyrepr._reporting import ending, fixed, printable
 from pyrepr.backend import build_info, native
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pyrepr.benchmarks.harness import restart_pinned
 
             restart_pinned()
-        with warnings.catch_warnings():
+        with ending(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = args.run(args) or 0
         sys.stdout.flush()  # here, where a broken pipe is still caught
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
         hint = "" if isinstance(error, EXPECTED) else " (--traceback shows where)"
-        print(f"pyrepr: error: {kind}{_one_line(error)}{hint}", file=sys.stderr)
+        print(printable(f"pyrepr: error: {kind}{_one_line(error)}{hint}"), file=sys.stderr)
         return 2
 
 
@@ -75,7 +75,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return plain(lines[0]) if lines else type(error).__name__
+    return lines[0] if lines else type(error).__name__
 
 
 def _show_warning(
@@ -87,7 +87,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UserWarning):
-        print(f"pyrepr: warning: {plain(str(message))}", file=sys.stderr)
+        print(printable(f"pyrepr: warning: {message}"), file=sys.stderr)
 
 
 def _positive(text: str) -> int:
@@ -319,8 +319,8 @@ def _compare(args: argparse.Namespace) -> None:
         files = sorted(file.name for file in folder.iterdir())
     print(_summary(comparison))
     if data is not None:
-        print(f"\nread {args.data} as {data.text}")
-    print("\nwrote " + ", ".join(str(args.out / name) for name in files))
+        print("\n" + printable(f"read {args.data} as {data.text}"))
+    print("\nwrote " + printable(", ".join(str(args.out / name) for name in files)))
 
 
 def _checkpoint(args: argparse.Namespace) -> Path | None:
@@ -363,31 +363,37 @@ def _split(values: list[str] | None) -> list[str] | None:
 
 
 def _write_csv(comparison: Comparison, values: torch.Tensor, path: Path) -> None:
+    """A row a layer. A name that a spreadsheet would take for a formula gets the apostrophe that says it is none."""
     import csv
+
+    def cell(name: str) -> str:
+        return f"'{name}" if name.lstrip().startswith(("=", "+", "-", "@")) else name
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["", *comparison.layers_b])
+        writer.writerow(["", *map(cell, comparison.layers_b)])
         for name, line in zip(comparison.layers_a, values.tolist(), strict=True):
-            writer.writerow([name, *line])
+            writer.writerow([cell(name), *line])
 
 
 def _summary(comparison: Comparison) -> str:
     """For every layer of A, the layer of B most like it, where one is beyond chance; then what was left out."""
-    lines = [f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}", ""]
+    described = (f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}")
+    lines = [*map(printable, described), ""]
+    layers_a, layers_b = ([printable(name) for name in names] for names in (comparison.layers_a, comparison.layers_b))
     score = comparison.score()
     candidates = score.values.nan_to_num(nan=-torch.inf)
     if score.unsure is not None:
         candidates = candidates.masked_fill(score.unsure, -torch.inf)
     values, places = candidates.max(1)
-    wide = max(len("layer of A"), *map(len, comparison.layers_a))
+    wide = max(len("layer of A"), *map(len, layers_a))
     lines.append(f"{'layer of A':<{wide}}  {score.title:>6}  most similar layer of B")
-    for i, (name, value, place) in enumerate(zip(comparison.layers_a, values.tolist(), places.tolist(), strict=True)):
+    for i, (name, value, place) in enumerate(zip(layers_a, values.tolist(), places.tolist(), strict=True)):
         if value == -torch.inf:
             why = "none is told from chance" if bool(score.values[i].isfinite().any()) else "–"
-            lines.append(f"{plain(name):<{wide}}  {'–':>6}  {why}")
+            lines.append(f"{name:<{wide}}  {'–':>6}  {why}")
             continue
         error = "" if score.stderr is None else f" ± {fixed(score.stderr[i, place], 4)}"
-        lines.append(f"{plain(name):<{wide}}  {fixed(value, 4):>6}{error}  {plain(comparison.layers_b[place])}")
-    lines += [f"left out: {plain(name)} {plain(why)}" for name, why in comparison.skipped.items()]
+        lines.append(f"{name:<{wide}}  {fixed(value, 4):>6}{error}  {layers_b[place]}")
+    lines += [f"left out: {printable(name)} {printable(why)}" for name, why in comparison.skipped.items()]
     return "\n".join(lines)

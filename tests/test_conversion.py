@@ -470,7 +470,7 @@ def shared():
         (lambda: {"data": []}, ValueError, "data must give at least one batch, got none"),
         (lambda: {"data": iter(batches())}, ValueError, "data must be a list or a DataLoader for 2 passes"),
         (lambda: {"epochs": (1, -1)}, ValueError, "epochs must be two ints of at least 0"),
-        (lambda: {"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
+        (lambda: {"lr": 0.0}, ValueError, "lr must be a positive and finite number, got 0.0"),
         (lambda: {"student": network()}, ValueError, "student must hold LookupLinear layers, got none"),
         (lambda: {"layers": "1.upp"}, ValueError, r"layers: the model has no layer '1\.upp'; near matches"),
         (lambda: {"teacher": network()[:2]}, ValueError, r"layers must be names that teacher has too, got 2\.up"),

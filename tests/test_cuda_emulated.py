@@ -89,7 +89,7 @@ def run(step, x, state, cu_seqlens, l2norm, scale=0.3, offset=0):
         (ctypes.c_int64 * 6)(*k.shape, *v.shape[2:]),
         ctypes.c_int64(state.shape[0]),
         DTYPE_CODES[v.dtype],
-        int(g is not None and g.dim() == 4),
+        0 if g is None else g.dim() - 2,
         int(l2norm),
         ctypes.c_float(scale),
     )

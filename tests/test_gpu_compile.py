@@ -30,7 +30,7 @@ import spills
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
     name
-    for name in ("gram", "delta_rule", "causal_conv1d", "lookup")
+    for name in ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
     if importlib.util.find_spec(f"pyrepr.kernels.{name}")
 ]
 ARCHITECTURES = (80, 90, 100)

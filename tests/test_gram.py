@@ -10,7 +10,7 @@ import torch
 
 import pyrepr
 from pyrepr.ops import gram as ops
-from pyrepr.ops._gram_gradient import gram_stats
+from pyrepr.ops.gram import gram_stats
 from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS
@@ -438,3 +438,12 @@ def test_compiled_for_any_number_of_samples():
     for n in (8, 40):
         x, y = torch.randn(n, 3), torch.randn(n, 5)
         assert torch.equal(compiled(x, y), pyrepr.cka(x, y))
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
+    """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""
+    x, nothing = torch.randn(500, 3), torch.zeros(500, dtype=torch.bool)
+    one = torch.ones(1, dtype=torch.float64)
+    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
+    assert s.item() == 0 and not r.any() and not d.any()

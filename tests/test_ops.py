@@ -227,7 +227,7 @@ def test_the_short_way_is_not_taken_where_it_would_be_wrong():
     state = memory[:128].view(1, 2, 8, 8)
 
     def short(*tensors, initial=state, final=state):
-        return delta_ops.step(*tensors, None, initial, final, False, "HV") is not None
+        return delta_ops.step(*tensors, None, initial, final, False, delta_ops.Gate.PER_HEAD) is not None
 
     assert short(*x) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
     assert not short(torch._neg_view(-x[0]), *x[1:])

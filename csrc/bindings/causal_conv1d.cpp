@@ -1,4 +1,6 @@
 // Bindings of family `causal_conv1d`.
+#include <array>
+
 #include "bindings/common.h"
 #include "bindings/tensor.h"
 
@@ -12,12 +14,10 @@ struct CausalConvArguments {
 
   // addresses: x, weight, bias, initial states; strides: batch, token and channel of x; sizes: B, T, D, W; `filter`:
   // the dtype of weight and bias.
-  CausalConvArguments(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
-                      const std::vector<int64_t>& sizes, int dtype, int filter, std::vector<int64_t> bounds_, bool silu,
-                      int threads)
+  CausalConvArguments(const std::array<uintptr_t, 4>& addresses, const std::array<int64_t, 3>& strides,
+                      const std::array<int64_t, 4>& sizes, int dtype, int filter, std::vector<int64_t> bounds_,
+                      bool silu, int threads)
       : bounds(std::move(bounds_)) {
-    if (addresses.size() != 4 || strides.size() != 3 || sizes.size() != 4)
-      throw std::invalid_argument("CausalConv takes 4 addresses, 3 strides and 4 sizes");
     for (int64_t size : sizes)
       if (size < 0) throw std::invalid_argument("a size is negative");
     const int64_t tokens = sizes[0] * sizes[1];
@@ -33,22 +33,22 @@ struct CausalConvArguments {
       if (bounds[i] > bounds[i - 1] && bounds[i - 1] / sizes[1] != (bounds[i] - 1) / sizes[1])
         throw std::invalid_argument("a sequence spans two rows of the batch");
     }
-    problem.x = pointer<const void>(addresses[0], "x", tokens * sizes[2] == 0);
-    problem.batch = strides[0];
-    problem.token = strides[1];
-    problem.channel = strides[2];
-    problem.weight = pointer<const void>(addresses[1], "weight", sizes[2] == 0);
-    problem.bias = pointer<const void>(addresses[2], "bias", true);
-    problem.initial = pointer<const void>(addresses[3], "initial_states", true);
-    problem.bounds = bounds.data();
-    problem.sequences = static_cast<int64_t>(bounds.size()) - 1;
-    problem.total = sizes[1];
-    problem.channels = sizes[2];
-    problem.taps = sizes[3];
-    problem.dtype = dtype_of(dtype);
-    problem.filter = dtype_of(filter);
-    problem.silu = silu;
-    problem.threads = threads;
+    problem = {pointer<const void>(addresses[0], "x", tokens * sizes[2] == 0),
+               strides[0],
+               strides[1],
+               strides[2],
+               pointer<const void>(addresses[1], "weight", sizes[2] == 0),
+               pointer<const void>(addresses[2], "bias", true),
+               pointer<const void>(addresses[3], "initial_states", true),
+               bounds.data(),
+               static_cast<int64_t>(bounds.size()) - 1,
+               sizes[1],
+               sizes[2],
+               sizes[3],
+               dtype_of(dtype),
+               dtype_of(filter),
+               silu,
+               threads};
   }
 
   // A large fresh result, [B, T, D] in x's dtype, costs more in page faults than in arithmetic.
@@ -77,8 +77,8 @@ void causal_conv1d_backward(CausalConvArguments& a, uintptr_t grad, uintptr_t dx
 }
 
 // state: address, strides of batch, channel and token, S.
-void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::vector<int64_t>& layout, uintptr_t out) {
-  if (layout.size() != 4) throw std::invalid_argument("update takes 3 strides and a length of the state");
+void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::array<int64_t, 4>& layout,
+                          uintptr_t out) {
   if (layout[3] < a.problem.taps - 1) throw std::invalid_argument("the state must hold W - 1 tokens");
   if (a.problem.sequences * a.problem.total != a.problem.tokens())
     throw std::invalid_argument("update takes one sequence per row");
@@ -107,6 +107,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
       !(weight.is(DType::f32) || weight.code() == x.code()))
     return py::none();
   if (bias.data && !(bias.has_shape({D}) && bias.code() == weight.code() && bias.dense())) return py::none();
+  if (!is_apart(state, {&x, &weight, &bias})) return py::none();
   const py::object out = new_empty(x_, x.shape, x.dims);
   if (!Reader(false).read(out, to)) return py::none();
   std::vector<int64_t> bounds(static_cast<size_t>(B) + 1);
@@ -128,6 +129,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
                                        silu,
                                        threads};
   const cpu::CausalConvStep step{state.data, state.stride(0), state.stride(1), state.stride(2), S};
+  tell_written(state_);
   py::gil_scoped_release release;
   check(current_level().causal_conv1d().update(problem, step, to.data));
   return out;
@@ -137,8 +139,8 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
 
 void bind_causal_conv1d(py::module_& m) {
   py::class_<CausalConvArguments>(m, "CausalConv")
-      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&, int, int,
-                    std::vector<int64_t>, bool, int>())
+      .def(py::init<const std::array<uintptr_t, 4>&, const std::array<int64_t, 3>&, const std::array<int64_t, 4>&, int,
+                    int, std::vector<int64_t>, bool, int>())
       .def("forward", &causal_conv1d_forward)
       .def("backward", &causal_conv1d_backward)
       .def("update", &causal_conv1d_update);

@@ -67,10 +67,7 @@ inline bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
 }
 
 // One function per family, each in the file of its name.
-void bind_gram(py::module_& m);
-void bind_delta_rule(py::module_& m);
-void bind_lookup(py::module_& m);
-void bind_causal_conv1d(py::module_& m);
-void bind_probe(py::module_& m);
+#define PYREPR_FAMILY(family, Functions, best) void bind_##family(py::module_& m);
+#include "families.h"
 
 }  // namespace pyrepr

@@ -12,6 +12,28 @@
 namespace pyrepr {
 namespace {
 
+Gate gate_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("gate code " + std::to_string(code) + " is unknown");
+  return static_cast<Gate>(code);
+}
+
+// What both ways to a problem say alike. sizes: B, T, H, K, HV, V.
+void set_sizes(cpu::DeltaRuleProblem& p, const std::array<int64_t, 6>& sizes, DType dtype, Gate gate, double scale,
+               bool l2norm, int threads) {
+  p.batch = p.sequences = sizes[0];
+  p.total = sizes[1];
+  p.heads = sizes[2];
+  p.width = sizes[3];
+  p.value_heads = sizes[4];
+  p.value_width = sizes[5];
+  p.bounds = nullptr;
+  p.dtype = dtype;
+  p.gate = gate;
+  p.l2norm = l2norm;
+  p.scale = static_cast<float>(scale);
+  p.threads = threads;
+}
+
 // What every function of the family takes, with its lifetime.
 struct DeltaRuleArguments {
   std::vector<int64_t> bounds;
@@ -19,14 +41,14 @@ struct DeltaRuleArguments {
 
   // addresses: q, k, v, g, beta, initial state; sizes: B, T, H, K, HV, V; strides: all of q, k, v.
   DeltaRuleArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& sizes,
-                     const std::array<int64_t, 12>& strides, int dtype, bool gate_per_key, std::vector<int64_t> bounds_,
+                     const std::array<int64_t, 12>& strides, int dtype, int gate, std::vector<int64_t> bounds_,
                      double scale, bool l2norm, int threads)
       : bounds(std::move(bounds_)) {
     for (int64_t size : sizes)
       if (size < 0) throw std::invalid_argument("a size is negative");
     const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], value_heads = sizes[4];
     if (heads < 1 || value_heads % heads) throw std::invalid_argument("HV must be a multiple of H");
-    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 runs in the reference");
+    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 is for DeltaRuleWide");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
     if (!bounds.empty()) {
       if (batch != 1 || bounds.front() != 0 || bounds.back() != total)
@@ -43,22 +65,13 @@ struct DeltaRuleArguments {
     problem.q = tokens(0, "q", no_keys);
     problem.k = tokens(1, "k", no_keys);
     problem.v = tokens(2, "v", no_values);
-    problem.g = pointer<const float>(addresses[3], "g", true);
     problem.beta = pointer<const float>(addresses[4], "beta", no_gates);
     problem.initial = pointer<const float>(addresses[5], "initial_state", true);
-    problem.batch = batch;
-    problem.total = total;
-    problem.heads = heads;
-    problem.width = sizes[3];
-    problem.value_heads = value_heads;
-    problem.value_width = sizes[5];
-    problem.bounds = bounds.empty() ? nullptr : bounds.data();
-    problem.sequences = bounds.empty() ? batch : static_cast<int64_t>(bounds.size()) - 1;
-    problem.dtype = dtype_of(dtype);
-    problem.gate_per_key = gate_per_key;
-    problem.l2norm = l2norm;
-    problem.scale = static_cast<float>(scale);
-    problem.threads = threads;
+    set_sizes(problem, sizes, dtype_of(dtype), gate_of(gate), scale, l2norm, threads);
+    problem.g = pointer<const float>(addresses[3], "g", no_gates || problem.gate == Gate::none);
+    if (bounds.empty()) return;
+    problem.bounds = bounds.data();
+    problem.sequences = static_cast<int64_t>(bounds.size()) - 1;
   }
 
   bool no_tokens() const { return problem.batch * problem.total * problem.value_heads * problem.value_width == 0; }
@@ -97,27 +110,76 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
   if (!slots && a.states_needed(segment)) throw std::invalid_argument("the forward kept no states");
   const bool no_values = a.no_tokens(), no_gates = a.problem.batch * a.problem.total * a.problem.value_heads == 0;
   const bool no_keys = no_gates || a.problem.width == 0;
-  const cpu::DeltaRuleGradients out{pointer<const float>(grads[0], "grad_o", no_values),
-                                    pointer<float>(grads[1], "dq", no_keys),
-                                    pointer<float>(grads[2], "dk", no_keys),
-                                    pointer<float>(grads[3], "dv", no_values),
-                                    pointer<float>(grads[4], "dg", a.problem.gate_per_key ? no_keys : no_gates),
-                                    pointer<float>(grads[5], "dbeta", no_gates),
-                                    pointer<float>(grads[6], "dstate", a.no_states())};
+  const cpu::DeltaRuleGradients out{
+      pointer<const float>(grads[0], "grad_o", no_values),
+      pointer<float>(grads[1], "dq", no_keys),
+      pointer<float>(grads[2], "dk", no_keys),
+      pointer<float>(grads[3], "dv", no_values),
+      pointer<float>(grads[4], "dg", a.problem.gate == Gate::per_key ? no_keys : no_gates),
+      pointer<float>(grads[5], "dbeta", no_gates),
+      pointer<float>(grads[6], "dstate", a.no_states())};
   py::gil_scoped_release release;
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
-bool overlap(const Tensor& a, const Tensor& b, int64_t bytes) {
-  const auto from = reinterpret_cast<uintptr_t>(a.data), to = reinterpret_cast<uintptr_t>(b.data);
-  return from != to && (from > to ? from - to : to - from) < static_cast<uintptr_t>(bytes);
-}
+// The float64 rule: addresses of q, k, v, g, beta and the initial state, of o and the final state for the forward, and
+// of the seven gradients in the order of the struct for the backward; sizes: HV, K, V.
+struct DeltaRuleWideArguments {
+  std::vector<int64_t> bounds;
+  cpu::DeltaRuleWide problem;
+
+  DeltaRuleWideArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 3>& sizes,
+                         std::vector<int64_t> bounds_, int gate, int threads)
+      : bounds(std::move(bounds_)) {
+    for (int64_t size : sizes)
+      if (size < 0) throw std::invalid_argument("a size is negative");
+    if (bounds.empty() || bounds.front() != 0) throw std::invalid_argument("the sequences must start at 0");
+    for (size_t i = 1; i < bounds.size(); i++)
+      if (bounds[i] < bounds[i - 1]) throw std::invalid_argument("the sequences must not decrease");
+    if (threads < 1) throw std::invalid_argument("threads must be positive");
+    const int64_t gates = bounds.back() * sizes[0];
+    const auto data = [&](size_t i, const char* name, bool may_be_null) {
+      return pointer<const double>(addresses[i], name, may_be_null);
+    };
+    problem = {data(0, "q", gates * sizes[1] == 0),
+               data(1, "k", gates * sizes[1] == 0),
+               data(2, "v", gates * sizes[2] == 0),
+               data(3, "g", gates == 0 || gate_of(gate) == Gate::none),
+               data(4, "beta", gates == 0),
+               data(5, "initial_state", true),
+               sizes[0],
+               sizes[1],
+               sizes[2],
+               bounds.data(),
+               static_cast<int64_t>(bounds.size()) - 1,
+               gate_of(gate),
+               threads};
+  }
+  bool empty() const { return problem.heads * problem.width * problem.value_width * problem.sequences == 0; }
+
+  void forward(uintptr_t o, uintptr_t final) {
+    double* const out = pointer<double>(o, "o", empty() || bounds.back() == 0);
+    double* const state = pointer<double>(final, "final_state", empty());
+    py::gil_scoped_release release;
+    if (!empty()) check(current_level().delta_rule().forward_wide(problem, out, state));
+  }
+  void backward(const std::array<uintptr_t, 7>& grads) {
+    const auto data = [&](size_t i) { return reinterpret_cast<double*>(grads[i]); };
+    const cpu::DeltaRuleWideGradients out{data(0), data(1), data(2), data(3), data(4), data(5), data(6)};
+    if (!empty() && bounds.back() > 0)
+      for (size_t i = 0; i < grads.size(); i++)
+        if (!grads[i] && (i != 4 || problem.g)) throw std::invalid_argument("a gradient has no memory");
+    py::gil_scoped_release release;
+    if (!empty()) check(current_level().delta_rule().backward_wide(problem, out));
+  }
+};
 
 // The tensors of a step, read and found to be as the kernel takes them.
 struct DeltaRuleStep {
-  Tensor q, k, v, g, beta, initial, final;
+  Tensor q, k, v, g{}, beta, initial, final;
   bool has_gate, has_initial, has_final;
   std::vector<float> wide_beta;
+  Gate gate = Gate::none;
   cpu::DeltaRuleProblem problem;
 
   bool read(py::handle q_, py::handle k_, py::handle v_, py::handle g_, py::handle beta_, py::handle initial_,
@@ -131,20 +193,21 @@ struct DeltaRuleStep {
            (!has_final || reader.read(final_, final));
   }
 
-  // gate: 0 for none, 1 for one per value head, 2 for one per key.
-  bool fits(int gate) {
+  bool fits(Gate wanted) {
     if (q.dims != 4 || v.dims != 4) return false;
     const int64_t B = q.shape[0], T = q.shape[1], H = q.shape[2], K = q.shape[3], HV = v.shape[2], V = v.shape[3];
     const int code = v.code();
     if (H < 1 || HV % H || K < 1 || V < 1 || q.code() != code || k.code() != code) return false;
     if (!(v.is(DType::f32) || v.is(DType::bf16) || v.is(DType::f16))) return false;
     if (!k.has_shape({B, T, H, K}) || v.shape[0] != B || v.shape[1] != T || !beta.has_shape({B, T, HV})) return false;
-    if (!q.rows_dense() || !k.rows_dense() || !v.rows_dense() || has_gate != (gate > 0)) return false;
-    if (has_gate && !(gate == 1 ? g.has_shape({B, T, HV}) : g.has_shape({B, T, HV, K}))) return false;
+    if (!q.rows_dense() || !k.rows_dense() || !v.rows_dense() || has_gate != (wanted != Gate::none)) return false;
+    if (has_gate && !(wanted == Gate::per_head ? g.has_shape({B, T, HV}) : g.has_shape({B, T, HV, K}))) return false;
     if (has_gate && !(g.is(DType::f32) && g.dense())) return false;
     for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
       if (state && !(state->has_shape({B, HV, K, V}) && state->is(DType::f32) && state->dense())) return false;
-    if (has_initial && has_final && overlap(initial, final, 4 * B * HV * K * V)) return false;
+    if (has_final && !is_apart(final, {&q, &k, &v, &g, &beta})) return false;
+    if (has_initial && has_final && initial.data != final.data && !is_apart(final, {&initial})) return false;
+    gate = wanted;
     return widen_beta() && B * T * HV > 0;
   }
 
@@ -169,18 +232,8 @@ struct DeltaRuleStep {
     problem.g = has_gate ? static_cast<const float*>(g.data) : nullptr;
     problem.beta = static_cast<const float*>(beta.data);
     problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
-    problem.batch = problem.sequences = q.shape[0];
-    problem.total = q.shape[1];
-    problem.heads = q.shape[2];
-    problem.width = q.shape[3];
-    problem.value_heads = v.shape[2];
-    problem.value_width = v.shape[3];
-    problem.bounds = nullptr;
-    problem.dtype = static_cast<DType>(v.code());
-    problem.gate_per_key = has_gate && g.dims == 4;
-    problem.l2norm = l2norm;
-    problem.scale = static_cast<float>(scale);
-    problem.threads = threads;
+    set_sizes(problem, {q.shape[0], q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]},
+              static_cast<DType>(v.code()), gate, scale, l2norm, threads);
     py::gil_scoped_release release;
     check(current_level().delta_rule().forward(problem, o, static_cast<float*>(state), {nullptr, 0, 1}));
   }
@@ -190,7 +243,7 @@ struct DeltaRuleStep {
 py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle g, py::handle beta, py::handle scale,
                            py::handle initial, py::handle final, bool l2norm, int gate, bool grad, int threads) {
   DeltaRuleStep step;
-  if (!step.read(q, k, v, g, beta, initial, final, grad) || !step.fits(gate)) return py::none();
+  if (!step.read(q, k, v, g, beta, initial, final, grad) || !step.fits(gate_of(gate))) return py::none();
   if (!scale.is_none() && !PyFloat_Check(scale.ptr())) return py::none();
   const double factor =
       scale.is_none() ? 1 / std::sqrt(static_cast<double>(step.q.shape[3])) : PyFloat_AS_DOUBLE(scale.ptr());
@@ -199,17 +252,16 @@ py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle 
   const int64_t sizes[] = {step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
   const py::object state = final.is_none() ? new_empty(v, sizes, 4, true) : py::reinterpret_borrow<py::object>(final);
   if (!Reader(false).read(o, to) || !(step.has_final || Reader(false).read(state, step.final))) return py::none();
+  if (step.has_final) tell_written(final);
   step.run(factor, l2norm, threads, to.data, step.final.data);
   return py::make_tuple(o, state);
 }
 
 #ifdef PYREPR_CUDA
 // addresses: q, k, v, g, beta, initial state, final state, o, cu_seqlens; strides and sizes as DeltaRule takes them.
-void cuda_delta_rule_step(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& strides,
-                          const std::vector<int64_t>& sizes, int64_t sequences, int dtype, bool gate_per_key,
-                          double scale, bool l2norm, uintptr_t stream) {
-  if (addresses.size() != 9 || strides.size() != 9 || sizes.size() != 6)
-    throw std::invalid_argument("cuda_delta_rule_step takes 9 addresses, 9 strides and 6 sizes");
+void cuda_delta_rule_step(const std::array<uintptr_t, 9>& addresses, const std::array<int64_t, 9>& strides,
+                          const std::array<int64_t, 6>& sizes, int64_t sequences, int dtype, int gate, double scale,
+                          bool l2norm, uintptr_t stream) {
   for (int64_t size : sizes)
     if (size < 0) throw std::invalid_argument("a size is negative");
   const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], width = sizes[3], value_heads = sizes[4];
@@ -239,7 +291,7 @@ void cuda_delta_rule_step(const std::vector<uintptr_t>& addresses, const std::ve
   p.value_width = sizes[5];
   p.sequences = sequences;
   p.dtype = dtype_of(dtype);
-  p.gate_per_key = gate_per_key;
+  p.gate = gate_of(gate);
   p.l2norm = l2norm;
   p.scale = static_cast<float>(scale);
   py::gil_scoped_release release;
@@ -253,9 +305,13 @@ void cuda_delta_rule_step(const std::vector<uintptr_t>& addresses, const std::ve
 void bind_delta_rule(py::module_& m) {
   py::class_<DeltaRuleArguments>(m, "DeltaRule")
       .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 6>&, const std::array<int64_t, 12>&, int,
-                    bool, std::vector<int64_t>, double, bool, int>())
+                    int, std::vector<int64_t>, double, bool, int>())
       .def("forward", &delta_rule_forward)
       .def("backward", &delta_rule_backward);
+  py::class_<DeltaRuleWideArguments>(m, "DeltaRuleWide")
+      .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 3>&, std::vector<int64_t>, int, int>())
+      .def("forward", &DeltaRuleWideArguments::forward)
+      .def("backward", &DeltaRuleWideArguments::backward);
   m.def("delta_rule_step", &delta_rule_step);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);

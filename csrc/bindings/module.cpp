@@ -26,16 +26,16 @@ PYBIND11_MODULE(_C, m) {
                              py::arg("architectures") = kBuild.architectures);
   m.attr("has_cuda") = *kBuild.architectures != 0;
   m.def("simd_level", [] { return current_level().name; });  // an impossible PYREPR_SIMD fails here
-  m.def("simd_levels", [](bool supported) {  // by this machine, or all that were built
-    std::vector<std::string> names;
-    for (const cpu::Level& level : cpu::levels())
-      if (level.supported || !supported) names.emplace_back(level.name);
-    return names;
-  }, py::arg("supported") = true);
+  m.def(
+      "simd_levels",
+      [](bool supported) {  // by this machine, or all that were built
+        std::vector<std::string> names;
+        for (const cpu::Level& level : cpu::levels())
+          if (level.supported || !supported) names.emplace_back(level.name);
+        return names;
+      },
+      py::arg("supported") = true);
   m.def("learn_torch", &learn_torch);
-  bind_gram(m);
-  bind_delta_rule(m);
-  bind_lookup(m);
-  bind_causal_conv1d(m);
-  bind_probe(m);
+#define PYREPR_FAMILY(family, Functions, best) bind_##family(m);
+#include "families.h"
 }

@@ -24,22 +24,6 @@ constexpr int64_t kSmall = int64_t(1) << 14;  // elements below which threads do
 
 using V = Vec<float>;
 
-// `count` <= W neighbouring elements, zeros after them.
-template <class S>
-inline V load_part(const typename S::Memory* p, int64_t count) {
-  if (count >= W) return load_as<S>(p);
-  typename S::Memory padded[W] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load_as<S>(padded);
-}
-template <class S>
-inline void store_part(typename S::Memory* p, int64_t count, V v) {
-  if (count >= W) return store_as<S>(p, v);
-  typename S::Memory padded[W];
-  store_as<S>(padded, v);
-  for (int64_t i = 0; i < count; i++) p[i] = padded[i];
-}
-
 inline V sigmoid(V y) {
   const V e = exp_nonpositive<float>(y < 0 ? y : -y), s = 1 / (1 + e);
   return y < 0 ? e * s : s;
@@ -84,12 +68,7 @@ struct Block {
   static int64_t size(const CausalConvProblem& p, int64_t stride) { return (p.taps + 1) * stride; }
   Block(const CausalConvProblem& p, int64_t number, int64_t stride_, float* memory)
       : first(number * stride_), count(smaller(stride_, p.channels - first)), stride(stride_), weights(memory) {
-    if (p.filter == DType::f32)
-      read<StoreF32>(p);
-    else if (p.filter == DType::bf16)
-      read<StoreBf16>(p);
-    else
-      read<StoreF16>(p);
+    by_narrow_dtype(p.filter, [&](auto s) { return read<decltype(s)>(p), Status::ok; });
   }
   V weight(int64_t j, int64_t c) const { return load<float>(weights + j * stride + c); }
 
@@ -138,7 +117,7 @@ void load_tile(const typename S::Memory* x, int64_t token, int64_t channel, int6
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < count; c += W) {
         __builtin_prefetch(x + (r + rows) * token + c, 0, 2);
-        store<float>(out + r * stride + c, load_part<S>(x + r * token + c, count - c));
+        store<float>(out + r * stride + c, load_some<S>(x + r * token + c, count - c));
       }
     return;
   }
@@ -206,7 +185,7 @@ void convolve_tile(const CausalConvProblem& p, const Block& block, const float* 
       __builtin_prefetch(at + rows * p.channels, 1, 2);
       V y = convolve(block, window + r * block.stride, p.taps, c);
       if (p.silu) y *= sigmoid(y);
-      store_part<S>(at, block.count - c, y);
+      store_some<S>(at, block.count - c, y);
     }
 }
 
@@ -372,7 +351,7 @@ class CausalConv {
       for (int64_t c = 0; c < block.count; c += W) {
         const Element* const at = grad + r * p.channels + c;
         __builtin_prefetch(at + rows * p.channels, 0, 2);
-        V d = load_part<S>(at, block.count - c);
+        V d = load_some<S>(at, block.count - c);
         if (p.silu) {
           const V y = convolve(block, window + r * block.stride, p.taps, c), s = sigmoid(y);
           d *= s * (1 + y * (1 - s));
@@ -392,7 +371,7 @@ class CausalConv {
       V d{};
       for (int64_t j = 0; j < p.taps; j++) d += block.weight(j, c) * load<float>(dy + (kept - j) * block.stride + c);
       if (!before) {
-        store_part<S>(static_cast<Element*>(grads.x) + t * p.channels + channel, count, d);
+        store_some<S>(static_cast<Element*>(grads.x) + t * p.channels + channel, count, d);
         continue;
       }
       float* const state = grads.initial + (run.number * p.channels + channel) * kept + kept - (run.start - t);
@@ -430,19 +409,15 @@ class CausalConv {
   }
 };
 
-#define PYREPR_BY_DTYPE(call)             \
-  switch (p.dtype) {                      \
-    case DType::bf16:                     \
-      return CausalConv<StoreBf16>::call; \
-    case DType::f16:                      \
-      return CausalConv<StoreF16>::call;  \
-    default:                              \
-      return CausalConv<StoreF32>::call;  \
-  }
-Status forward(const CausalConvProblem& p, void* out) { PYREPR_BY_DTYPE(forward(p, out)); }
-Status backward(const CausalConvProblem& p, const CausalConvGradients& grads) { PYREPR_BY_DTYPE(backward(p, grads)); }
-Status update(const CausalConvProblem& p, const CausalConvStep& s, void* out) { PYREPR_BY_DTYPE(update(p, s, out)); }
-#undef PYREPR_BY_DTYPE
+Status forward(const CausalConvProblem& p, void* out) {
+  return by_narrow_dtype(p.dtype, [&](auto s) { return CausalConv<decltype(s)>::forward(p, out); });
+}
+Status backward(const CausalConvProblem& p, const CausalConvGradients& grads) {
+  return by_narrow_dtype(p.dtype, [&](auto s) { return CausalConv<decltype(s)>::backward(p, grads); });
+}
+Status update(const CausalConvProblem& p, const CausalConvStep& s, void* out) {
+  return by_narrow_dtype(p.dtype, [&](auto x) { return CausalConv<decltype(x)>::update(p, s, out); });
+}
 
 }  // namespace
 

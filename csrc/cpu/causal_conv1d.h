@@ -53,14 +53,4 @@ struct CausalConvFunctions {
   Status (*update)(const CausalConvProblem&, const CausalConvStep&, void* out);  // one sequence per row; no `initial`
 };
 
-namespace baseline {
-CausalConvFunctions causal_conv1d_functions();
-}
-namespace avx2 {
-CausalConvFunctions causal_conv1d_functions();
-}
-namespace avx512 {
-CausalConvFunctions causal_conv1d_functions();
-}
-
 }  // namespace pyrepr::cpu

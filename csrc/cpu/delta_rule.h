@@ -43,14 +43,14 @@ struct Tokens {
 struct DeltaRuleProblem {
   Tokens q, k;           // [B, T, H, K]
   Tokens v;              // [B, T, HV, V]
-  const float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
+  const float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]; null without a gate
   const float* beta;     // [B, T, HV]
   const float* initial;  // [N, HV, K, V]; null: zero
   int64_t batch, total, heads, width, value_heads, value_width;
   const int64_t* bounds;  // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
   int64_t sequences;      // N
   DType dtype;            // of q, k and v; not f64
-  bool gate_per_key;
+  Gate gate;
   bool l2norm;
   float scale;
   int threads;
@@ -68,9 +68,32 @@ struct DeltaRuleGradients {
   float* q;        // [B, T, HV, K]
   float* k;        // [B, T, HV, K]
   float* v;        // [B, T, HV, V]
-  float* g;        // [B, T, HV], with gate_per_key [B, T, HV, K]
+  float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]
   float* beta;     // [B, T, HV]
   float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
+};
+
+// The same in float64: everything dense, q scaled, q and k given for every value head.
+struct DeltaRuleWide {
+  const double *q, *k;    // [B, T, HV, K]
+  const double* v;        // [B, T, HV, V]
+  const double* g;        // [B, T, HV], [B, T, HV, K] per key; null: no decay
+  const double* beta;     // [B, T, HV]
+  const double* initial;  // [N, HV, K, V]; null: zero
+  int64_t heads, width, value_width;  // HV, K, V
+  const int64_t* bounds;              // [N + 1] where sequences start and end, counting tokens through the batch
+  int64_t sequences;                  // N
+  Gate gate;
+  int threads;
+};
+
+struct DeltaRuleWideGradients {
+  const double* o;  // [B, T, HV, V] given
+  double *q, *k;    // [B, T, HV, K]
+  double* v;        // [B, T, HV, V]
+  double* g;        // like g
+  double* beta;     // [B, T, HV]
+  double* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
 
 struct DeltaRuleFunctions {
@@ -78,19 +101,8 @@ struct DeltaRuleFunctions {
   Status (*forward)(const DeltaRuleProblem&, void* o, float* final, const DeltaRuleStates&);
   // `states` as the forward left them.
   Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
+  Status (*forward_wide)(const DeltaRuleWide&, double* o, double* final);  // `final` may be `initial`
+  Status (*backward_wide)(const DeltaRuleWide&, const DeltaRuleWideGradients&);
 };
-
-namespace baseline {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx2 {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx512 {
-DeltaRuleFunctions delta_rule_functions();
-}
-namespace avx512_bf16 {
-DeltaRuleFunctions delta_rule_functions();
-}
 
 }  // namespace pyrepr::cpu

@@ -197,7 +197,7 @@ class DeltaRuleBackward {
     transpose_panels(d_r, C, vp, d_r_t);
     pair_gradients();
     key_gradients(state);
-    if (p.gate_per_key) {
+    if (p.gate == Gate::per_key) {
       pair_key_gradients(state);
       write(t0, rows, 0);
     } else {
@@ -224,7 +224,7 @@ class DeltaRuleBackward {
     all.add(grads.q + key, rows, key_stride, p.width * item);
     all.add(grads.k + key, rows, key_stride, p.width * item);
     all.add(grads.v + value, rows, value_stride, p.value_width * item);
-    if (p.gate_per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
+    if (p.gate == Gate::per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
     if (t0 > 0) {
       const int64_t back = C * p.value_heads * p.value_width;
       request<S>(all, s, p.q, t0 - C, t0, s.head, p.width);
@@ -241,7 +241,7 @@ class DeltaRuleBackward {
   // dV' and dR.
   void value_gradients(const Panels& inverse) {
     const Gates& gates = chunk.gates;
-    if (p.gate_per_key) chunk.decay_keys(chunk.k, chunk.key_gates.tail, p.width, chunk.kt);
+    if (p.gate == Gate::per_key) chunk.decay_keys(chunk.k, chunk.key_gates.tail, p.width, chunk.kt);
     if (gates.gated) scale_columns(chunk.kt, p.width, gates.tail);
     multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values, 1, &requests);
     transpose_panels(chunk.pt, C, C, turned);
@@ -347,7 +347,7 @@ class DeltaRuleBackward {
     for (int64_t t = rows - 1; t >= 0; t--) {
       const int64_t row = s.row(p, t0 + t);
       const float beta = gates.beta[t];
-      if (p.gate_per_key) {
+      if (p.gate == Gate::per_key) {
         write_key_gates(t, row);
       } else {
         sum += static_cast<double>(of_q[t]) + static_cast<double>(beta) * static_cast<double>(of_z[t]);
@@ -373,7 +373,7 @@ class DeltaRuleBackward {
       scale_rows(d_r, vp, gates.decay);
     }
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
-    if (!p.gate_per_key) {
+    if (p.gate != Gate::per_key) {
       multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last, &requests);
       multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
       return;

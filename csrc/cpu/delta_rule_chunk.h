@@ -16,22 +16,6 @@ static_assert(C % NR == 0 && C % Panels::MR == 0, "a chunk must fill panels");
 using V = Vec<float>;
 using Wide = Lanes<float>::Wide;
 
-// `count` <= W neighbouring elements, zeros after them.
-template <class S>
-inline V load_some(const typename S::Memory* p, int64_t count) {
-  if (count >= W) return load_as<S>(p);
-  typename S::Memory padded[W] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load_as<S>(padded);
-}
-template <class S>
-inline void store_some(typename S::Memory* p, int64_t count, V v) {
-  if (count >= W) return store_as<S>(p, v);
-  typename S::Memory padded[W];
-  store_as<S>(padded, v);
-  for (int64_t i = 0; i < count; i++) p[i] = padded[i];
-}
-
 // e^x for any x: growth (x > 0) is right too, up to the overflow to infinity.
 inline V exponential(V x) {
   constexpr float highest = 88.37f;
@@ -90,7 +74,7 @@ inline void request(Requests& requests, const Sequence& s, const Tokens& x, int6
 // The same for a gate per key.
 inline void request_gates(Requests& requests, const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t t1) {
   constexpr int64_t item = sizeof(float);
-  if (p.gate_per_key)
+  if (p.gate == Gate::per_key)
     requests.add(p.g + s.row(p, t0) * p.width, smaller(t1, s.length) - t0, p.value_heads * p.width * item,
                  p.width * item);
 }
@@ -140,7 +124,7 @@ struct Gates {
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
     constexpr float vanishes = -200;  // e^-200 is 0 in float, and this one can be added and subtracted
     double total = 0;
-    gated = p.g != nullptr && !p.gate_per_key;
+    gated = p.gate == Gate::per_head;
     for (int64_t t = 0; t < C; t++) {
       beta[t] = t < rows ? p.beta[s.row(p, t0 + t)] : 0;
       const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
@@ -349,14 +333,14 @@ struct Chunk {
     gates.load(p, s, t0, rows);
     fill_gamma(gates, gamma);
     load_keys<S>(s, p.k, t0, rows, p.width, p.l2norm, 1, k, k_inverse);
-    if (p.gate_per_key)
+    if (p.gate == Gate::per_key)
       key_gates.load(p, s, t0, rows);
     else
       transpose_panels(k, C, round_up(p.width, NR), kt);
   }
   // X^T; `pt` serves as scratch.
   void solve(const DeltaRuleProblem& p) {
-    if (p.gate_per_key)
+    if (p.gate == Gate::per_key)
       decayed_products(k, k, key_gates.step, p.width, pt);
     else
       multiply_panels<Part::upper, true>(kt, C, kt, C, p.width, pt);
@@ -368,7 +352,7 @@ struct Chunk {
   template <class S>
   void load_q(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, float scale) {
     load_keys<S>(s, p.q, t0, smaller(C, s.length - t0), p.width, p.l2norm, scale, q, q_inverse);
-    if (p.gate_per_key) {
+    if (p.gate == Gate::per_key) {
       decayed_products(k, q, key_gates.step, p.width, pt);
     } else {
       transpose_panels(q, C, round_up(p.width, NR), qt);
@@ -384,7 +368,7 @@ struct Chunk {
   // kt becomes -(diag(beta e^G) K)^T, which gives V'; qt becomes (diag(e^G) Q)^T if `queries`; under a gate per key
   // `scaled` becomes diag(e^{G_C - G}) K.
   void gate(const DeltaRuleProblem& p, bool queries) {
-    if (p.gate_per_key) {
+    if (p.gate == Gate::per_key) {
       if (queries) decay_keys(q, key_gates.decay, p.width, qt);
       decay_keys(k, key_gates.decay, p.width, kt);
       multiply_each(k, key_gates.tail, C, p.width, scaled);
@@ -407,10 +391,18 @@ inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Pane
 inline void next_state(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& values, int64_t n,
                        const Panels& state, Requests* requests) {
   const int64_t rows = round_up(p.width, Panels::MR);
-  if (p.gate_per_key) chunk.key_gates.decay_rows(state, rows, n);
+  if (p.gate == Gate::per_key) chunk.key_gates.decay_rows(state, rows, n);
   if (chunk.gates.gated) scale_rows(values, n, chunk.gates.tail);
-  multiply_panels<Part::all, false>(p.gate_per_key ? chunk.scaled : chunk.k, rows, values, n, C, state,
+  multiply_panels<Part::all, false>(p.gate == Gate::per_key ? chunk.scaled : chunk.k, rows, values, n, C, state,
                                     chunk.gates.last, requests);
+}
+
+// Whether all elements of x [C, n] are finite.
+inline bool all_finite(const Panels& x, int64_t n) {
+  V zeros{};
+  for (int64_t c = 0; c < n; c += W)
+    for (int64_t t = 0; t < C; t++) zeros += load<float>(x.at(t, c)) * 0.f;
+  return lane_sum<float>(zeros) == 0;
 }
 
 // Takes a sequence chunk by chunk, in float.
@@ -427,14 +419,18 @@ class FloatForward {
     chunk.load_q<S>(p, s, t0, p.scale);
     chunk.gate(p, true);
   }
-  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
-  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch. False, and the state
+  // left alone, if an element of o is not finite: triangles are multiplied with their zeros, so that it need not be
+  // right for the tokens before.
+  bool advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
                Requests& requests) {
     requests.spread((2 * C + p.width) / Panels::MR);
     new_values(p, chunk, state, n, v, values, &requests);
     multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
+    if (!all_finite(o, n)) return false;
     next_state(p, chunk, values, n, state, &requests);
+    return true;
   }
 
  private:

@@ -35,32 +35,42 @@ struct Processor {
 };
 #endif
 
-// A level with the functions that every family has in this namespace, the delta rule and the lookup in their own.
-#define PYREPR_LEVEL_ROW(name, supported, code, own) \
-  {name,                                             \
-   supported,                                        \
-   code::gram_functions,                             \
-   own::delta_rule_functions,                        \
-   own::lookup_functions,                            \
-   code::causal_conv1d_functions,                    \
-   code::probe_functions}
-
 }  // namespace
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{PYREPR_LEVEL_ROW("baseline", true, baseline, baseline)};
+    std::vector<Level> found;
+#define PYREPR_FAMILY(family, Functions, best) baseline::family##_functions,
+    found.push_back({
+        "baseline",
+        true,
+#include "families.h"
+    });
 #if defined(PYREPR_BUILT_avx2)
     const Processor cpu;
-    found.push_back(PYREPR_LEVEL_ROW("avx2", cpu.avx2, avx2, avx2));
+#define PYREPR_FAMILY(family, Functions, best) avx2::family##_functions,
+    found.push_back({
+        "avx2",
+        cpu.avx2,
+#include "families.h"
+    });
 #endif
 #if defined(PYREPR_BUILT_avx512)
-    found.push_back(PYREPR_LEVEL_ROW("avx512", cpu.avx512, avx512, avx512));
+#define PYREPR_FAMILY(family, Functions, best) avx512::family##_functions,
+    found.push_back({
+        "avx512",
+        cpu.avx512,
+#include "families.h"
+    });
 #endif
 #if defined(PYREPR_BUILT_avx512_bf16)
-    // 16-bit dot products are worth a level of their own in the delta rule only, permutations and products of bytes in
-    // the lookup; the rest is the code of the level below.
-    found.push_back(PYREPR_LEVEL_ROW("avx512_bf16", cpu.bf16, avx512, avx512_bf16));
+    // 16-bit products are worth a level of their own in some families only; the rest is the code of the level below.
+#define PYREPR_FAMILY(family, Functions, best) best::family##_functions,
+    found.push_back({
+        "avx512_bf16",
+        cpu.bf16,
+#include "families.h"
+    });
 #endif
     return found;
   }();

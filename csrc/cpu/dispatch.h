@@ -8,18 +8,32 @@
 #include "cpu/delta_rule.h"
 #include "cpu/gram.h"
 #include "cpu/lookup.h"
+#include "cpu/moments.h"
+#include "cpu/pairs_functions.h"
 #include "cpu/probe.h"
 
 namespace pyrepr::cpu {
 
+#define PYREPR_FAMILY(family, Functions, best) \
+  namespace baseline {                         \
+  Functions family##_functions();              \
+  }                                            \
+  namespace avx2 {                             \
+  Functions family##_functions();              \
+  }                                            \
+  namespace avx512 {                           \
+  Functions family##_functions();              \
+  }                                            \
+  namespace avx512_bf16 {                      \
+  Functions family##_functions();              \
+  }
+#include "families.h"
+
 struct Level {
   const char* name;
   bool supported;  // by this machine's processor and operating system
-  GramFunctions (*gram)();
-  DeltaRuleFunctions (*delta_rule)();
-  LookupFunctions (*lookup)();
-  CausalConvFunctions (*causal_conv1d)();
-  ProbeFunctions (*probe)();
+#define PYREPR_FAMILY(family, Functions, best) Functions (*family)();
+#include "families.h"
 };
 
 // Every level of this build, worst first; "baseline" runs anywhere the module loads.

@@ -49,8 +49,9 @@ struct Ahead {
   }
 };
 
-// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T.
-template <class T>
+// C [MR, NR] (rows of ldc elements) = or += A [MR, kc] B [kc, NR]; products and sums in T. With `transposed`, A is [kc,
+// MR] with rows of kPanelStride.
+template <class T, bool transposed = false>
 __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a, const T* __restrict b, T* __restrict c,
                                               int64_t ldc, bool add, const Ahead& ahead = {}) {
   using B = Block<T>;
@@ -77,7 +78,8 @@ __attribute__((noinline)) void multiply_block(int64_t kc, const T* __restrict a,
 #pragma GCC unroll 16
       for (int i = 0; i < B::MR; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < B::NV; j++) sum[i][j] += a[i * kPanelStride + k] * row[j];
+        for (int j = 0; j < B::NV; j++)
+          sum[i][j] += a[transposed ? k * kPanelStride + i : i * kPanelStride + k] * row[j];
     }
   }
 #pragma GCC unroll 16
@@ -175,16 +177,6 @@ void read_along_k(const Source<S>& s, int64_t r0, int64_t rows, int64_t k0, int6
 template <class T>
 inline void zero(T* p, int64_t count) {
   std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
-}
-
-// A vector from memory of which only `count` elements exist; the others are zero.
-template <class S>
-inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) {
-  constexpr int W = Lanes<typename S::T>::W;
-  if (count >= W) return load_as<S>(p);
-  typename S::Memory padded[W] = {};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return load_as<S>(padded);
 }
 
 // One panel of a source whose elements neighbour each other along r: out [kc][NR], zero past `rows`.

@@ -39,29 +39,14 @@ struct GramStats {
 };
 
 struct GramFunctions {
-  // Gram route: n^2 D multiply-adds (half of them by symmetry), tiles only.
+  // n^2 D multiply-adds (half of them by symmetry), tiles only; moments.h has the way by features.
   Status (*stats)(const GramProblem&, const GramStats&);
-  // Feature route, linear kernel only: n D^2 multiply-adds (half by symmetry), S_ab = |X_a^T X_b|^2.
-  // With split > 0 only the pairs (a < split, b >= split) and (a, a) are computed, the others are NaN.
-  Status (*stats_by_features)(const GramProblem&, int64_t split, const GramStats&);
   // out [n, m] = kernel of every row of layer 0 with every row of layer 1 (with itself when count is 1).
   Status (*matrix)(const GramProblem&, bool centre, void* out);
   // median [M] of the off-diagonal distances |x_i - x_j|, exact, by radix selection.
   Status (*median)(const GramProblem&, double* median);
-  // blocks[p] [d_a, d_b] += X_a^T X_b for (a, b) = pairs[p]; of a pair (a, a) only the upper triangle.
-  Status (*moments)(const GramProblem&, const int64_t* pairs, int64_t pair_count, double* const* blocks);
   // out [rows, d] = weights [rows, n] X, for the one layer of the problem, with X minus its mean row under `centre`.
   Status (*apply)(const GramProblem&, bool centre, const void* weights, int64_t rows, void* out);
 };
-
-namespace baseline {
-GramFunctions gram_functions();
-}
-namespace avx2 {
-GramFunctions gram_functions();
-}
-namespace avx512 {
-GramFunctions gram_functions();
-}
 
 }  // namespace pyrepr::cpu

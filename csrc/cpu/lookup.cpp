@@ -23,20 +23,7 @@ namespace {
 
 constexpr int64_t kTokens = 8192;  // tokens hashed at a time
 
-// Calls f(X{}) with the storage type of x, f(S{}) with that of the tables.
-template <class F>
-Status by_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f64:
-      return f(StoreF64{});
-    case DType::bf16:
-      return f(StoreBf16{});
-    case DType::f16:
-      return f(StoreF16{});
-    default:
-      return f(StoreF32{});
-  }
-}
+// Calls f(S{}) with the storage type of tables.
 template <class F>
 Status by_type(TableType type, F f) {
   return type == TableType::i8 ? f(StoreI8{}) : by_dtype(static_cast<DType>(type), f);
@@ -76,14 +63,11 @@ Status forward(const LookupTables& a, int64_t tokens, const void* bias, LookupRo
 // Calls f(X{}) with a storage type of x whose sums are of type T.
 template <class T, class F>
 void by_x(DType dtype, F f) {
+  const auto call = [&](auto x) { return f(x), Status::ok; };
   if constexpr (sizeof(T) == 8)
-    f(StoreF64{});
-  else if (dtype == DType::bf16)
-    f(StoreBf16{});
-  else if (dtype == DType::f16)
-    f(StoreF16{});
+    call(StoreF64{});
   else
-    f(StoreF32{});
+    by_narrow_dtype(dtype, call);
 }
 
 #if defined(PYREPR_LEVEL_avx512_bf16)

@@ -61,17 +61,4 @@ struct LookupFunctions {
                      const int64_t* first, void* segments, void* dots);
 };
 
-namespace baseline {
-LookupFunctions lookup_functions();
-}
-namespace avx2 {
-LookupFunctions lookup_functions();
-}
-namespace avx512 {
-LookupFunctions lookup_functions();
-}
-namespace avx512_bf16 {
-LookupFunctions lookup_functions();
-}
-
 }  // namespace pyrepr::cpu

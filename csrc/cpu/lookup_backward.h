@@ -221,7 +221,7 @@ class Backward {
       if (cols == C)
         row[v] = load_as<S>(p + v * W);
       else
-        row[v] = load_part<S>(p + v * W, smaller<int64_t>(W, larger<int64_t>(0, cols - v * W)));
+        row[v] = load_some<S>(p + v * W, cols - v * W);
     }
   }
   void put_row(T* p, int64_t cols, const Vec<T> (&row)[V]) const {
@@ -235,7 +235,7 @@ class Backward {
       if (cols == C)
         store<T>(p + v * W, row[v]);
       else
-        store_part<T>(p + v * W, row[v], smaller<int64_t>(W, larger<int64_t>(0, cols - v * W)));
+        store_some<StoreOf<T>>(p + v * W, cols - v * W, row[v]);
     }
   }
 

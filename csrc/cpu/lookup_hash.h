@@ -2,30 +2,15 @@
 // transposed W at a time, so that every step is taken for W of them. Included by level units only (see simd.h).
 #pragma once
 
-#include <omp.h>
-
 #include "cpu/gemm.h"
 #include "cpu/lookup.h"
+#include "cpu/tiles.h"
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kParallelWork = int64_t(1) << 14;  // fewer elements than this are not worth waking threads for
 constexpr int kMostBits = 16;
-
-inline int64_t thread_number() { return omp_get_thread_num(); }
-
-// `count` < W elements; the other lanes are zero.
-template <class S>
-inline Vec<typename S::T> load_part(const typename S::Memory* p, int64_t count) {
-  typename S::Memory padded[Lanes<typename S::T>::W] = {};
-  std::memcpy(padded, p, static_cast<size_t>(count) * sizeof *p);
-  return load_as<S>(padded);
-}
-template <class T>
-inline void store_part(T* p, Vec<T> v, int64_t count) {
-  std::memcpy(p, &v, static_cast<size_t>(count) * sizeof *p);
-}
 
 // v holds 8 vectors: W chunks of 8 elements, in the order they stand in memory. Afterwards v[i] holds element i of
 // every chunk. The same exchange the other way undoes it.
@@ -102,7 +87,7 @@ class Chunks {
     const int64_t d = p_.x.cols;
     int64_t i = 0;
     for (; i + W <= d; i += W) store<T>(z_ + i, load_as<X>(row + i));
-    if (i < d) store_part<T>(z_ + i, load_part<X>(row + i, d - i), d - i);
+    if (i < d) store_some<StoreOf<T>>(z_ + i, d - i, load_some<X>(row + i, d - i));
   }
 
   // use(k, count, hashed) for count <= W chunks from k on
@@ -122,7 +107,7 @@ class Chunks {
       V sum{}, inverse = splat<T>(1);
       for (int i = 0; i < p_.bits; i++) slope[i] = sums(z[i], sum, inverse);
       const int64_t left = count_ - k;
-      const V out = left >= W ? load<T>(outer + k) : load_part<StoreOf<T>>(outer + k, left);
+      const V out = load_some<StoreOf<T>>(outer + k, left);
       for (int i = 0; i < p_.bits; i++) {
         const V one = splat<T>(1), zero{};
         const V sign = z[i] == z[i] ? (z[i] > zero ? one : zero) - (z[i] < zero ? one : zero) : z[i];

@@ -193,9 +193,9 @@ class Rows {
     }
     for (; j < cols; j += W) {
       const int64_t count = smaller<int64_t>(W, cols - j);
-      Vec<T> sum = load_part<StoreOf<T>>(out + j, count);
-      for (int r = 0; r < R; r++) sum += w[r] * load_part<S>(rows[r] + j, count);
-      store_part<T>(out + j, sum, count);
+      Vec<T> sum = load_some<StoreOf<T>>(out + j, count);
+      for (int r = 0; r < R; r++) sum += w[r] * load_some<S>(rows[r] + j, count);
+      store_some<StoreOf<T>>(out + j, count, sum);
     }
   }
 
@@ -244,9 +244,9 @@ class Rows {
     for (; j + kVectors * W <= cols; j += kVectors * W) add_slab<kVectors>(visit, j, &ahead, out + j);
     for (; j + W <= cols; j += W) add_slab<1>(visit, j, nullptr, out + j);
     if (j == cols) return;
-    Vec<T> sum = load_part<StoreOf<T>>(out + j, cols - j);
-    for (int64_t i = 0; i < visit.count; i++) sum += visit.weights[i] * load_part<S>(visit.rows[i] + j, cols - j);
-    store_part<T>(out + j, sum, cols - j);
+    Vec<T> sum = load_some<StoreOf<T>>(out + j, cols - j);
+    for (int64_t i = 0; i < visit.count; i++) sum += visit.weights[i] * load_some<S>(visit.rows[i] + j, cols - j);
+    store_some<StoreOf<T>>(out + j, cols - j, sum);
   }
   template <int V>
   static void add_slab(const Visit& visit, int64_t j, Ahead* ahead, T* out) {

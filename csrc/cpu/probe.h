@@ -14,14 +14,4 @@ struct ProbeFunctions {
   double (*read_bandwidth)(int threads, int64_t bytes);
 };
 
-namespace baseline {
-ProbeFunctions probe_functions();
-}
-namespace avx2 {
-ProbeFunctions probe_functions();
-}
-namespace avx512 {
-ProbeFunctions probe_functions();
-}
-
 }  // namespace pyrepr::cpu

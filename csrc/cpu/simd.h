@@ -95,6 +95,23 @@ struct StoreF16 {
   using Memory = uint16_t;
 };
 
+// Calls f(S{}) with the storage type S of a dtype; `by_narrow_dtype` where float64 has no kernel.
+template <class F>
+Status by_narrow_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bf16:
+      return f(StoreBf16{});
+    case DType::f16:
+      return f(StoreF16{});
+    default:
+      return f(StoreF32{});
+  }
+}
+template <class F>
+Status by_dtype(DType dtype, F f) {
+  return dtype == DType::f64 ? f(StoreF64{}) : by_narrow_dtype(dtype, f);
+}
+
 // The storage of accumulation type T itself.
 template <class T>
 using StoreOf = std::conditional_t<sizeof(T) == 4, StoreF32, StoreF64>;
@@ -177,6 +194,24 @@ inline typename S::T load_one(const typename S::Memory* p) {
   } else {
     return *p;
   }
+}
+
+// `count` neighbouring elements, of any number: zeros take the place of those that are missing; and back.
+template <class S>
+inline Vec<typename S::T> load_some(const typename S::Memory* p, int64_t count) {
+  constexpr int W = Lanes<typename S::T>::W;
+  if (count >= W) return load_as<S>(p);
+  typename S::Memory padded[W] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
+  return load_as<S>(padded);
+}
+template <class S>
+inline void store_some(typename S::Memory* p, int64_t count, Vec<typename S::T> v) {
+  constexpr int W = Lanes<typename S::T>::W;
+  if (count >= W) return store_as<S>(p, v);
+  typename S::Memory padded[W];
+  store_as<S>(padded, v);
+  for (int64_t i = 0; i < count; i++) p[i] = padded[i];
 }
 
 // The sum of all lanes in double, always in the same order.

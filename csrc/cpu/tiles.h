@@ -1,6 +1,8 @@
 // How a large product is cut into tiles for threads, and how what they find is added up. Included by level units only.
 #pragma once
 
+#include <omp.h>
+
 #include "cpu/simd.h"
 
 namespace pyrepr {
@@ -44,6 +46,8 @@ struct Span {
         cols(smaller(shape.cols, m - c0)) {}
   bool below_diagonal() const { return r0 > c0 + cols - 1; }
 };
+
+inline int64_t thread_number() { return omp_get_thread_num(); }
 
 // Runs work(task, slot) in parallel and commit(task, slot) one after the other in the order of tasks, a wave of tasks
 // at a time. What is added up by commit has the same bits for any number of threads.

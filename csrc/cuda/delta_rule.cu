@@ -61,7 +61,7 @@ __device__ void fetch(const DeltaRuleStep& p, int64_t batch, int64_t t, int64_t 
   for (int m = 0; m < Token<E, COUNT>::kOwn; m++) {
     const int i = threadIdx.x + kThreads * m;
     to.g[m] = 0;
-    if (p.g && i < p.width) to.g[m] = p.gate_per_key ? p.g[token * p.width + i] : p.g[token];
+    if (p.gate != Gate::none && i < p.width) to.g[m] = p.gate == Gate::per_key ? p.g[token * p.width + i] : p.g[token];
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {

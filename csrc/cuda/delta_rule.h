@@ -18,7 +18,7 @@ struct Tokens {
 struct DeltaRuleStep {
   Tokens q, k;            // [B, T, H, K]
   Tokens v;               // [B, T, HV, V]
-  const float* g;         // [B, T, HV], with gate_per_key [B, T, HV, K]; null: no decay
+  const float* g;         // [B, T, HV], with a gate per key [B, T, HV, K]; null without a gate
   const float* beta;      // [B, T, HV]
   const float* initial;   // [N, HV, K, V]; null: zero
   float* final;           // [N, HV, K, V]; may be `initial`
@@ -26,7 +26,8 @@ struct DeltaRuleStep {
   const int64_t* bounds;  // [N + 1] on the device: where packed sequences start and end; null: one per row
   int64_t total, heads, width, value_heads, value_width, sequences;  // T, H, K, HV, V, N
   DType dtype;                                                       // not f64
-  bool gate_per_key, l2norm;
+  Gate gate;
+  bool l2norm;
   float scale;
 };
 

@@ -289,7 +289,7 @@ def _recur(p: Problem, o: Tensor, final: Tensor) -> None:
 
     if p.packed:
         Layout(p)  # checks the bounds
-    if p.initial is final:  # written in place, so a search could not repeat it
+    if p.initial is not None and p.initial.data_ptr() == final.data_ptr():  # in place: a search could not repeat it
         run(table.RECURRENT[p.width].rows[architecture(p.device)])
     else:
         table.RECURRENT[p.width].run(p.device, run)
@@ -302,22 +302,25 @@ def update_(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
+    initial_state: Tensor | None,  # [N, HV, K, V], which is `state`, or no part of it
     cu_seqlens: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     segment: int,
 ) -> Tensor:  # [B, T, HV, V]
-    """o; `state` is the initial state before and the final state after."""
-    p = Problem(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, segment)
-    if p.T * p.B <= SHORT * p.N:
-        o, final = p.new(p.B, p.T, p.HV, p.V), p.initial
-        _recur(p, o, final)
-        o, final, _ = p.returned(o, final, p.new_states(0))
-    else:
-        o, final, _ = forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, 0, segment)
-    if final is not state:
+    """o; `state` is the final state after. Decoding reads the initial state and writes the final one, each once."""
+    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment)
+    if p.T * p.B > SHORT * p.N:
+        o, final, _ = forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0, segment)
         state.copy_(final)
-    return o
+        return o
+    there = state.is_contiguous() and state.data_ptr() % ALIGNMENT == 0 and p.asked == (p.K, p.V)
+    final = state if there else p.new_states(p.N)
+    o = p.new(p.B, p.T, p.HV, p.V)
+    _recur(p, o, final)
+    if final is not state:
+        state.copy_(cut(final, *p.asked))
+    return cut(o, p.asked[1])
 
 
 def backward(

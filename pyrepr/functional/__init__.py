@@ -1,4 +1,4 @@
-"""Functions on tensors: delta-rule attention, causal convolutions, hashed lookups, soft codes, rows and reflections."""
+"""Functions on tensors: delta-rule attention, causal convolutions, lookups, soft codes, rows, all pairs of rows."""
 
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.functional.codes import Clusters, bag_of_codes, cluster_tokens, soft_lookup, unpool_tokens
@@ -11,6 +11,7 @@ from pyrepr.functional.delta_rule import (
     fused_recurrent_kda,
 )
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
+from pyrepr.functional.pairs import info_nce, pairwise_logsumexp, pairwise_topk
 from pyrepr.functional.rows import householder, orthogonal_residual, paired_cosine
 
 __all__ = [
@@ -27,11 +28,14 @@ __all__ = [
     "fused_recurrent_kda",
     "hash_codes",
     "householder",
+    "info_nce",
     "lookup_linear",
     "lookup_sum",
     "orthogonal_residual",
     "pack_tables",
     "paired_cosine",
+    "pairwise_logsumexp",
+    "pairwise_topk",
     "segment_sum",
     "soft_lookup",
     "unpool_tokens",

@@ -12,9 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_cu_seqlens, check_device, check_shape, check_tensor, name_of, shape_of
+from pyrepr._checks import (
+    check_cu_seqlens,
+    check_device,
+    check_shape,
+    check_tensor,
+    check_written,
+    name_of,
+    shape_of,
+)
 from pyrepr.ops.delta_rule import delta_rule, step, update_op_
 from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.delta_rule import Gate
 
 __all__ = [
     "chunk_delta_rule",
@@ -26,12 +35,9 @@ __all__ = [
 ]
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int, int, int, int]:
-    """The shape of the state. One sentence per failure: the argument, what is expected, what came.
-
-    gate: "", "HV" or "K".
-    """
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate else beta)):
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: Gate) -> tuple[int, int, int, int]:
+    """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate != Gate.NONE else beta)):
         check_tensor(name, x)
         check_device(name, x, "q", q)
     shape = q.shape
@@ -52,9 +58,9 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: str) -> tuple[int,
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
     check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate == "HV":
+    if gate == Gate.PER_HEAD:
         check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-    elif gate:
+    elif gate == Gate.PER_KEY:
         check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
     sequences = batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "q", q)
     state = (sequences, value_heads, width, value_width)
@@ -85,25 +91,38 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _run(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
 ) -> tuple[Tensor, Tensor | None]:
-    if cu_seqlens is None:
-        done = step(q, k, v, g, beta, scale, initial_state, out_state, bool(use_qk_l2norm), gate)
-        if done is not None:
-            return done if output_final_state or out_state is not None else (done[0], None)
+    l2norm = bool(use_qk_l2norm)
+    given = (q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate)
+    if out_state is not None:
+        if cu_seqlens is not None:
+            return _update(*given, cu_seqlens)
+        # In one line: nothing may go wrong between the state's move and the return.
+        return done if (done := step(*given)) is not None else _update(*given)
+    done = None if cu_seqlens is not None else step(*given)
+    if done is None:
+        q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+        done = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, shape)
+    return done if output_final_state else (done[0], None)
+
+
+def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
+    """q, k and v of one dtype, the scale as a number and the shape of the state, all of it checked."""
     shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
     if scale is not None and not hasattr(scale, "__float__"):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    scale = shape[2] ** -0.5 if scale is None else float(scale)
-    if out_state is None:
-        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)
-        return o, state if output_final_state else None
+    return q, k, v, shape[2] ** -0.5 if scale is None else float(scale), shape
+
+
+def _update(q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate, cu_seqlens=None) -> tuple[Tensor, Tensor]:
+    q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
     _check_state("out_state", out_state, v, shape)
+    check_written("out_state", out_state)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
     ):
         raise RuntimeError("out_state is written in place and cannot be differentiated; use it under torch.no_grad()")
-    o = update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
-    return o, out_state
+    return update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm), out_state
 
 
 def chunk_delta_rule(
@@ -142,7 +161,9 @@ def chunk_delta_rule(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
         stays in its sequence and head.
     """
-    return _run(q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "")
+    return _run(
+        q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.NONE
+    )
 
 
 def chunk_gated_delta_rule(
@@ -165,7 +186,9 @@ def chunk_gated_delta_rule(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_HEAD
+    )
 
 
 def chunk_kda(
@@ -187,7 +210,9 @@ def chunk_kda(
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
     """
-    return _run(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K")
+    return _run(
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_KEY
+    )
 
 
 def fused_recurrent_delta_rule(
@@ -220,7 +245,7 @@ def fused_recurrent_delta_rule(
         output_final_state,
         use_qk_l2norm_in_kernel,
         cu_seqlens,
-        "",
+        Gate.NONE,
         out_state,
     )
 
@@ -241,7 +266,18 @@ def fused_recurrent_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "HV", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_HEAD,
+        out_state,
     )
 
 
@@ -261,5 +297,16 @@ def fused_recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
     return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, "K", out_state
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        Gate.PER_KEY,
+        out_state,
     )

@@ -75,10 +75,10 @@ def _packed(options: dict[str, Any]) -> bool:
     return any(options.get(name) is not None for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx"))
 
 
-def _rule(function: Callable, gate: str, original: Callable) -> Callable:
+def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Callable:
     """A delta rule with the arguments that models pass, whatever else they pass along.
 
-    One with a `gate` (as `rule.step` names them) is for decoding: it writes the new state over ``initial_state``, which
+    One with a `gate` is for decoding: it writes the new state over ``initial_state``, which
     in a model is the cache that takes it anyway, and first tries the short way. Between two steps a model reads all its
     weights, so that every function on the way to a kernel has left the caches and costs 10 µs.
     """
@@ -185,10 +185,12 @@ def _step(original: Callable) -> Callable:
 
 # What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
-    "chunk_gated_delta_rule": functools.partial(_rule, functional.chunk_gated_delta_rule, ""),
-    "fused_recurrent_gated_delta_rule": functools.partial(_rule, functional.fused_recurrent_gated_delta_rule, "HV"),
-    "chunk_kda": functools.partial(_rule, functional.chunk_kda, ""),
-    "fused_recurrent_kda": functools.partial(_rule, functional.fused_recurrent_kda, "K"),
+    "chunk_gated_delta_rule": functools.partial(_rule, functional.chunk_gated_delta_rule, None),
+    "fused_recurrent_gated_delta_rule": functools.partial(
+        _rule, functional.fused_recurrent_gated_delta_rule, rule.Gate.PER_HEAD
+    ),
+    "chunk_kda": functools.partial(_rule, functional.chunk_kda, None),
+    "fused_recurrent_kda": functools.partial(_rule, functional.fused_recurrent_kda, rule.Gate.PER_KEY),
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
 }

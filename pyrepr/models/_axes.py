@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pyrepr.models._inputs import Stream, dense, tensors_of
 
@@ -172,9 +174,11 @@ class Evidence:
         self.clock = 0
         self._made: list[_Made] = []
 
-    def attach(self) -> list[Any]:
-        modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        return [module.register_forward_hook(self._note, prepend=True) for module in modules]
+    def hooks(self) -> Iterator[Callable[[], RemovableHandle]]:
+        """For :func:`pyrepr._modules.hooked`."""
+        for module in self.model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                yield partial(module.register_forward_hook, self._note, prepend=True)
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         self.clock += 1

@@ -151,7 +151,7 @@ def _label(
         every = f"{len(names)} layers" if len(shown) < len(names) else ""
         cut = f"… = {prefix.rstrip('.')}" if prefix else ""
         notes = ", ".join(note for note in (every, cut) if note)
-        letters = int(room * 72 / 9 * 1.7)
+        letters = int(0.85 * room * 72 / 9)  # of the widest
         text = _wrapped(name, letters) + (f"\n{_wrapped(f'({notes})', letters)}" if notes else "")
         axis.set_label_text(text, fontsize=9)
     for label in axes.get_xticklabels():

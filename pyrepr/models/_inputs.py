@@ -7,7 +7,8 @@ Data is an iterable of batches; the samples lie along the first axis of what a b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 
 LABELS = ("labels", "label", "label_ids")
 TOKENS = ("all", "no_special")
@@ -219,7 +221,7 @@ class Streams:
     what runs inside it works on that. Everything else works on the batch's ``attention_mask``, or none.
 
     Args:
-        model: whose parts are watched between :meth:`attach` and the removal of the handles it gives.
+        model: whose parts are watched while the hooks of :meth:`hooks` are there.
         tokens: ``"all"``, ``"no_special"`` or a function from the batch to a mask [B, T].
     """
 
@@ -271,16 +273,14 @@ class Streams:
             return [Stream(attended, missing=f"tokens='no_special' needs {prefix}special_tokens_mask in the batch")]
         return [Stream(attended, ~special.bool())]
 
-    def attach(self) -> list[Any]:
-        """Hooks where streams begin."""
-        handles = []
+    def hooks(self) -> Iterator[Callable[[], RemovableHandle]]:
+        """Where streams begin, for :func:`pyrepr._modules.hooked`."""
         for module in self.model.modules():
             known = None if isinstance(module, torch.jit.ScriptModule) else parameters_of(module)
             if known is None or not any(name in known for name in BEGINNINGS):
                 continue
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
-        return handles
+            yield partial(module.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
+            yield partial(module.register_forward_hook, self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         known = parameters_of(module) or {}

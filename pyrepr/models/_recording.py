@@ -11,14 +11,18 @@ Nothing stays on the model: hooks live for one forward pass only, and are remove
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from pyrepr._modules import hooked
 from pyrepr.models._axes import (
     MIXED,
     Evidence,
@@ -51,14 +55,12 @@ PROBED = 8  # samples in the experiment
 @contextmanager
 def plain_execution() -> Iterator[None]:
     """Models run eager and on the slow attention path, where hooks see every layer; both settings come back after."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    compiled = "torch._dynamo" in sys.modules  # without it nothing is compiled, and importing it takes seconds
-    try:
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @dataclass
@@ -85,12 +87,14 @@ class _Seen:
     streams: list[Stream] = field(default_factory=list)
 
 
+Sink = Callable[[str, str, int, Any, Any], None]
+
+
 def watched(
-    modules: dict[str, nn.Module], sides: dict[str, set[str]], sink: Callable[[str, str, int, Any, Any], None]
-) -> list[Any]:
-    """Hooks that hand every call of some modules to sink(name, side, call, value, given), until their handles are
-    removed; `given` is what the module takes first. A module under several names is hooked once, by its first."""
-    handles = []
+    modules: dict[str, nn.Module], sides: dict[str, set[str]], sink: Sink
+) -> Iterator[Callable[[], RemovableHandle]]:
+    """Hooks that hand every call of some modules to sink(name, side, call, value, given), for
+    :func:`pyrepr._modules.hooked`; `given` is what the module takes."""
     for name, module in modules.items():
         calls = [0]
 
@@ -105,9 +109,8 @@ def watched(
             if "output" in sides[name]:
                 sink(name, "output", calls[0], output, (*args, *kwargs.values()))
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    return handles
+        yield partial(module.register_forward_pre_hook, before, with_kwargs=True)
+        yield partial(module.register_forward_hook, after, with_kwargs=True)
 
 
 class Recorder:
@@ -217,29 +220,20 @@ class Recorder:
             span = (starts.get(name, 0), evidence.clock) if evidence else (0, 0)
             seen[name, side, call] = _Seen(values, taken[0].shape if taken else None, span, self._streams.current)
 
-        def more() -> list[Any]:
-            if evidence is None:
-                return []
-            starting = [m.register_forward_pre_hook(_starting(starts, n, evidence)) for n, m in self._hooked.items()]
-            return starting + evidence.attach()
+        def more() -> Iterator[Callable[[], RemovableHandle]]:
+            if evidence is not None:
+                for name, module in self._hooked.items():
+                    yield partial(module.register_forward_pre_hook, _starting(starts, name, evidence))
+                yield from evidence.hooks()
 
-        self._pass(batch, sink, more)
+        self._pass(batch, sink, more())
         return seen
 
-    def _pass(
-        self,
-        batch: Any,
-        sink: Callable[[str, str, int, Any, Any], None],
-        more: Callable[[], list[Any]] = list,
-    ) -> None:
+    def _pass(self, batch: Any, sink: Sink, more: Iterable[Callable[[], RemovableHandle]] = ()) -> None:
         """One forward pass under hooks; those of `more` come before the recording ones."""
         self._streams.begin(batch, taken(batch, self.inputs))
-        handles = [*self._streams.attach(), *more(), *watched(self._hooked, self._sides, sink)]
-        try:
+        with hooked(chain(self._streams.hooks(), more, watched(self._hooked, self._sides, sink))):
             call(self.model, batch, self.argument, self.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _views(
         self,
@@ -347,7 +341,7 @@ class Recorder:
         if own is not None:
             counted = next((s.counted for s in streams if s.counted is not None and s.counted.shape == own.shape), None)
             streams = [Stream(own, counted)]
-        if self.samples == "tokens" and view is self.views[0] if self.views else False:
+        if self.samples == "tokens" and self.views and view is self.views[0]:
             index = torch.arange(len(x), device=x.device).view(-1, *(1,) * (x.dim() - 1)).expand(*x.shape[:-1], 1)
             self.groups = rows_of(index, view.features, streams, "tokens", None)[:, 0] if x.dim() > 2 else None
         return rows_of(x, view.features, streams, self.samples, view.pool)

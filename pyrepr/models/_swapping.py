@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from pyrepr._modules import restored
 from pyrepr.models._layers import ROOT, Layers, choose_modules, layer_table, unwrap
 
 
@@ -163,17 +164,6 @@ class Swaps:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Inside, the model is as it was."""
-        now = {name: _present(self._table, name) for name in self._originals}
-        try:
-            for name, original in self._originals.items():
-                setattr(*_place(self._table, name), original)
+        places = {name: _place(self._table, name) for name in self._originals}
+        with restored([(*places[name], original) for name, original in self._originals.items()]):
             yield
-        finally:
-            for name, module in now.items():
-                setattr(*_place(self._table, name), module)
-
-
-def _present(table: dict[str, nn.Module], name: str) -> nn.Module:
-    """What is in a layer's place now."""
-    holder, attribute = _place(table, name)
-    return getattr(holder, attribute)

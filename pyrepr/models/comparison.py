@@ -22,6 +22,7 @@ from pyrepr.models._collecting import Checkpoint, Pass, Side, Stored, make_side
 from pyrepr.models._inputs import TOKENS, Inputs, Tokens, check_data
 from pyrepr.models._layers import Layers, check_pool, unwrap
 from pyrepr.models._recording import SAMPLES, Recorder, plain_execution
+from pyrepr.models._saved import read
 from pyrepr.models._scores import Score
 from pyrepr.similarity import Kernel, Measure, StreamingCKA, as_measure
 
@@ -312,39 +313,31 @@ class Comparison:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is something else.
+            ValueError: if the file is something else. OSError: if it cannot be read.
         """
-        import zipfile
-
-        import numpy as np
-
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                metadata = json.loads(str(file["metadata"]))
-                arrays = {
-                    key: torch.from_numpy(file[key].astype(np.float64, casting="safe"))
-                    for key in file.files
-                    if key != "metadata"
-                }
-            metadata.pop("format", None)
-            told = metadata.pop("scores", {"cka": {}})
-            scores = {}
-            for i, (key, options) in enumerate(told.items()):
-                names = [f"{name}:{key}" if i else name for name in ("values", "stderr")]
-                scores[key] = Score(arrays[names[0]], arrays.get(names[1]), **options)
-            metadata["layers_a"], metadata["layers_b"] = map(_names, (metadata["layers_a"], metadata["layers_b"]))
-            first = next(iter(scores.values()))
-            result = cls(values=first.values, stderr=first.stderr, scores=scores, **metadata)
-            result.describe()
-            return result
-        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"path must be a file written by Comparison.save, got {os.fspath(path)!r}") from error
+        return read(path, cls, "Comparison", _tables)
 
 
-def _names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError("layers must be strings")
-    return tuple(value)
+def _tables(arrays: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The scores in a file, whose tables are ``values`` and ``stderr``, and of further measures ``values:KEY``, …"""
+    scores = {}
+    for i, (key, told) in enumerate(metadata.pop("scores", {}).items()):
+        tables = []
+        for name in ("values", "stderr"):
+            table = arrays.get(f"{name}:{key}" if i else name)
+            if table is not None and table.dtype.kind != "f":
+                raise TypeError(f"{name} of {key} are {table.dtype}")
+            tables.append(None if table is None else torch.from_numpy(table.astype("float64")))
+        low, high, chance = told["low"], told["high"], told["chance"]
+        if not isinstance(told["title"] + told["how"], str) or not all(
+            isinstance(x, (int, float)) for x in (low, high, 0 if chance is None else chance)
+        ):
+            raise TypeError(f"{key} is described by {told!r:.80}")
+        scores[key] = Score(tables[0], tables[1], **told)  # type: ignore[arg-type]
+        if tables[0] is None:
+            raise KeyError(key)
+    first = next(iter(scores.values()), None)
+    return {"scores": scores, "stderr": None if first is None else first.stderr}
 
 
 def _numbers(values: Tensor) -> list[list[float | None]]:

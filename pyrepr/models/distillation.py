@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import evaluating
+from pyrepr._modules import evaluating, hooked, restored
 from pyrepr._reporting import progress_bar, versions
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, dense, main_output, taken, tensors_of
 from pyrepr.models._layers import Layers, choose_modules, layer_table, unwrap
@@ -121,7 +122,7 @@ def distill(
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-    _check_options(data, epochs, lr)
+    _check_options(data, epochs, lr, loss)
     student, teacher = unwrap(student), unwrap(teacher)
     names = _matched(student, teacher, layers) if epochs[0] else []
     trained = _trained(student, teacher, train)
@@ -137,14 +138,20 @@ def distill(
     return Distillation(history[0], history[1], tuple(names), tuple(trained), versions())
 
 
-def _check_options(data: object, epochs: tuple[int, int], lr: float) -> None:
+def _check_options(data: object, epochs: object, lr: object, loss: object) -> None:
     check_data(data)
-    if len(epochs) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs):
+    if (
+        not isinstance(epochs, Sequence)
+        or len(epochs) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs)
+    ):
         raise ValueError(f"epochs must be two ints of at least 0, for the layers and for the output, got {epochs!r}")
     if sum(epochs) > 1 and isinstance(data, Iterator):
         raise ValueError(f"data must be a list or a DataLoader for {sum(epochs)} passes, got a {type(data).__name__}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be a positive and finite number, got {lr!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of (student's output, teacher's output, batch), got {loss!r}")
 
 
 def _matched(student: nn.Module, teacher: nn.Module, layers: Layers | None) -> list[str]:
@@ -193,21 +200,12 @@ def _trained(
 def _only(student: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
     """Gradients, dense ones, for these parameters and no other; flags are restored and gradients dropped."""
     wanted = {id(p) for p in trained.values()}
-    flags = [(p, p.requires_grad) for p in student.parameters()]
-    sparse = [m for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)
-        for module in sparse:
-            module.sparse = False
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    changes: list[tuple[object, str, object]] = [(p, "requires_grad", id(p) in wanted) for p in student.parameters()]
+    changes += [(m, "sparse", False) for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
+    with restored(changes), ExitStack() as stack:
         for p in trained.values():
-            p.grad = None
-        for module in sparse:
-            module.sparse = True
+            stack.callback(setattr, p, "grad", None)
+        yield
 
 
 def _run(
@@ -273,12 +271,9 @@ class _Watch:
                 found[name] = (dense(value)[0], self.streams.current)
 
         self.streams.begin(batch, taken(batch, self.inputs))
-        handles = self.streams.attach() + watched(self.modules, {name: {"output"} for name in self.modules}, sink)
-        try:
+        sides = {name: {"output"} for name in self.modules}
+        with hooked(chain(self.streams.hooks(), watched(self.modules, sides, sink))):
             output = call(self.model, batch, self.argument, self.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = [name for name in self.modules if name not in found]
         if missing:
             raise ValueError(f"layers: {missing[0]} is not called in {self.argument}, or puts out no tensor")

@@ -11,17 +11,32 @@ and :func:`softmax_weights` makes G, H and W of the gradients of what the forwar
 
 from __future__ import annotations
 
+import importlib
+import math
+
 import torch
 from torch import Tensor
 
+from pyrepr.ops._differentiable import Derivative
 from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import pairs as reference
-from pyrepr.reference.pairs import compute_dtype
+from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.pairs import METRICS
 
 
 def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:
     """Whether the forward should keep the logits for the backward: where they take no more memory than x and y."""
     return prefixes * n * m <= (n + m) * d
+
+
+def _triton(function: str):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module("pyrepr.kernels.pairs"), function)(*args)
+
+    return run
 
 
 def _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
@@ -37,16 +52,78 @@ def _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, kee
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _problem(x, y, scale, labels, normalize, prefixes):
+    """What both native functions are called on, and the tensors that must live while they run."""
+    x, y = _rows(x), _rows(y)
+    labels = None if labels is None else labels.contiguous()
+    problem = module().Pairs(
+        matrix(x),
+        matrix(y),
+        DTYPE_CODES[x.dtype],
+        _address(labels),
+        list(prefixes),
+        float(scale),
+        normalize,
+        torch.get_num_threads(),
+    )
+    return problem, (x, y, labels)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _logsumexp_cpu(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
+    if x.dtype == torch.float64 or x.shape[0] == 0 or y.shape[0] == 0:
+        return reference.pairs_logsumexp(x, y, scale, labels, normalize, prefixes, rows, columns, keep)
+    out = _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep)
+    problem, _alive = _problem(x, y, scale, labels, normalize, prefixes)
+    problem.logsumexp(*(_address(t) for t in out))
+    return out
+
+
+def _backward(args, kept, grads, wanted):
+    x, y, scale, labels, normalize, prefixes, *_ = args
+    r, c, row_gaps, column_gaps, logits = kept
+    weights = softmax_weights(labels, r, c, row_gaps, column_gaps, *grads)
+    dx, dy, dscale = logsumexp_backward_op(x, y, scale, labels, normalize, prefixes, r, c, logits, *weights)
+    return dx, dy, dscale, None
+
+
 logsumexp_op = leaf_op(
     "pairs_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? labels, bool normalize, int[] prefixes, bool rows, "
     "bool columns, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_logsumexp_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.pairs_logsumexp(*args[:-1], False)[:4],
+        backward=_backward,
+        outputs=(0, 1, 2, 3),
+        kept=(0, 1, 2, 3, 4),
+    ),
     reference=reference.pairs_logsumexp,
+    triton=_triton("logsumexp"),
+    cpu=_logsumexp_cpu,
 )
 
 
 def _logsumexp_backward_fake(x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w):
     return x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=compute_dtype(x.dtype))
+
+
+def _logsumexp_backward_cpu(x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w):
+    if x.dtype == torch.float64 or x.shape[0] == 0 or y.shape[0] == 0:
+        return reference.pairs_logsumexp_backward(
+            x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w
+        )
+    dx, dy, dscale = out = (x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=torch.float32))
+    problem, _alive = _problem(x, y, scale, labels, normalize, prefixes)
+    given = [None if t is None else t.contiguous() for t in (r, c, kept, row_weights, column_weights, w)]
+    problem.backward(*(_address(t) for t in (*given, dx, dy)), dscale.data_ptr())
+    return out
 
 
 logsumexp_backward_op = leaf_op(
@@ -55,6 +132,8 @@ logsumexp_backward_op = leaf_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=_logsumexp_backward_fake,
     reference=reference.pairs_logsumexp_backward,
+    triton=_triton("logsumexp_backward"),
+    cpu=_logsumexp_backward_cpu,
 )
 
 
@@ -97,9 +176,40 @@ def _topk_fake(x, y, k, metric, exclude_self, return_logsumexp, offset, values, 
     )
 
 
+def _topk_cpu(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp):
+    if x.dtype == torch.float64:
+        return reference.pairs_topk(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp)
+    shape = (x.shape[0], k)
+    best = torch.full(shape, -math.inf) if values is None else torch.empty(shape).copy_(values)
+    at = torch.full(shape, -1) if indices is None else indices.clone(memory_format=torch.contiguous_format)
+    lse = torch.full((x.shape[0] if return_logsumexp else 0,), -math.inf)
+    if return_logsumexp and logsumexp is not None:
+        lse.copy_(logsumexp)
+    nearest = metric == "sqeuclidean"  # the native score is minus the distance
+    if nearest and values is not None:
+        best.neg_()
+    x, y = _rows(x), _rows(y)
+    module().pairs_topk(
+        matrix(x),
+        matrix(y),
+        DTYPE_CODES[x.dtype],
+        k,
+        METRICS.index(metric),
+        exclude_self,
+        offset,
+        _address(best),
+        _address(at),
+        _address(lse),
+        torch.get_num_threads(),
+    )
+    return best.neg_() if nearest else best, at, lse
+
+
 topk_op = leaf_op(
     "pairs_topk(Tensor x, Tensor y, int k, str metric, bool exclude_self, bool return_logsumexp, SymInt offset, "
     "Tensor? values, Tensor? indices, Tensor? logsumexp) -> (Tensor, Tensor, Tensor)",
     fake=_topk_fake,
     reference=reference.pairs_topk,
+    triton=_triton("topk"),
+    cpu=_topk_cpu,
 )

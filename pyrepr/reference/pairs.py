@@ -19,12 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from pyrepr.reference._dtypes import compute_dtype
+
 METRICS = ("ip", "cosine", "sqeuclidean")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype products are accumulated in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import median_op
 from pyrepr.reference.gram import KERNELS
 
@@ -61,7 +62,7 @@ class Kernel:
         if self.name in ("rbf", "laplacian"):
             if self.sigma is None:
                 scale = self.bandwidth * median_op([x.detach() for x in xs], mask)
-                if not torch.compiler.is_compiling() and scale.is_cpu and bool((scale == 0).any()):
+                if scale.is_cpu and readable(scale) and bool((scale == 0).any()):
                     layer = (scale == 0).tolist().index(True)
                     warnings.warn(
                         f"layer {layer} of {len(xs)}: most samples have the same features, so the median distance is 0 "

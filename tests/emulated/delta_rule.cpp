@@ -2,7 +2,7 @@
 #include "delta_rule.inc"
 
 extern "C" const char* step(void* const* addresses, const int64_t* strides, const int64_t* sizes, int64_t sequences,
-                            int dtype, int gate_per_key, int l2norm, float scale) {
+                            int dtype, int gate, int l2norm, float scale) {
   using namespace pyrepr;
   const auto tokens = [&](int i) {
     return cuda::Tokens{addresses[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
@@ -24,7 +24,7 @@ extern "C" const char* step(void* const* addresses, const int64_t* strides, cons
   p.value_width = sizes[5];
   p.sequences = sequences;
   p.dtype = static_cast<DType>(dtype);
-  p.gate_per_key = gate_per_key;
+  p.gate = static_cast<Gate>(gate);
   p.l2norm = l2norm;
   p.scale = scale;
   return cuda::delta_rule_step(p, nullptr);

@@ -1,0 +1,222 @@
+// The operands of the log-sum-exp's products, packed once. Included by level units only.
+//
+// Features are cut into segments where a prefix ends. A matrix of rows is packed along its features (`ByFeature`, for
+// x y^T) or along its rows (`BySample`, for the gradients), in panels as gemm.h's and dots.h's B has them.
+#pragma once
+
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/pairs_functions.h"
+#include "cpu/tiles.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/dots.h"
+#endif
+
+namespace pyrepr::cpu::PYREPR_LEVEL {
+namespace {
+
+// What a product works on: words that each hold `step` neighbours along the sum.
+struct FloatWords {
+  using Word = float;
+  static constexpr int64_t step = 1;
+  static constexpr int MR = Block<float>::MR, NR = Block<float>::NR;
+  // c [MR, NR] = or += A [MR, count] B [count, NR]; A has rows of kPanelStride, or with `transposed` columns of it.
+  template <bool transposed>
+  static void multiply(int64_t count, const Word* a, const Word* b, float* c, int64_t ldc, bool add) {
+    multiply_block<float, transposed>(count, a, b, c, ldc, add);
+  }
+};
+#if defined(PYREPR_LEVEL_avx512_bf16)
+struct Bf16Words {
+  using Word = int32_t;
+  static constexpr int64_t step = 2;
+  static constexpr int MR = kPairRows, NR = kPairColumns;
+  template <bool transposed>
+  static void multiply(int64_t count, const Word* a, const Word* b, float* c, int64_t ldc, bool add) {
+    multiply_pairs<Bf16Pairs, transposed>(count, a, b, c, ldc, add);
+  }
+};
+#endif
+template <class S>
+struct WordsOf {
+  using Type = FloatWords;
+};
+#if defined(PYREPR_LEVEL_avx512_bf16)
+template <>
+struct WordsOf<StoreBf16> {
+  using Type = Bf16Words;
+};
+#endif
+
+// Features [first, first + count), which are `words` words from `word` on along the features (whole vectors of them are
+// there), and feature panels [panel, panel + panels).
+struct Segment {
+  int64_t first, count, word, words, panel, panels;
+};
+
+template <class Words>
+struct Segments {
+  std::vector<Segment> list;
+  int64_t words = 0, panels = 0, blocks = 0;  // in all; blocks: of at most kDepth words
+
+  Segments(const int64_t* prefixes, int64_t count) {
+    for (int64_t p = 0, first = 0; p < count; first = prefixes[p++]) {
+      const int64_t features = prefixes[p] - first, used = ceil_div(features, Words::step);
+      list.push_back({first, features, words, used, panels, ceil_div(features, Words::NR)});
+      words += round_up(used, 16);
+      panels += list.back().panels;
+      blocks += ceil_div(used, kDepth);
+    }
+  }
+};
+
+// `count` elements of a row from p on, as words: out [count in words, rounded up to 16], zero behind them.
+template <class S, class Words>
+void read_words(const typename S::Memory* p, int64_t count, typename Words::Word* out) {
+  if constexpr (Words::step == 1) {
+    constexpr int W = Lanes<float>::W;
+    for (int64_t k = 0; k < round_up(count, 16); k += W) store<float>(out + k, load_some<S>(p + k, count - k));
+  } else {
+    zero(out, round_up(ceil_div(count, 2), 16));
+    std::memcpy(out, p, static_cast<size_t>(count) * sizeof *p);
+  }
+}
+
+// Panels of NR rows, along the features: [panels][words][NR].
+template <class S, class Words>
+class ByFeature {
+ public:
+  using Word = typename Words::Word;
+  static constexpr int NR = Words::NR;
+
+  ByFeature(const View& x, const Segments<Words>& segments, int threads)
+      : words_(segments.words), memory_(ceil_div(x.rows, NR) * NR * segments.words * 4) {
+    if (!ok()) return;
+#pragma omp parallel num_threads(threads)
+    {
+      std::vector<Word> rows(static_cast<size_t>(NR * segments.words));
+#pragma omp for schedule(static)
+      for (int64_t panel = 0; panel < ceil_div(x.rows, NR); panel++) {
+        std::fill(rows.begin(), rows.end(), Word(0));
+        for (int64_t r = 0; r < smaller<int64_t>(NR, x.rows - panel * NR); r++)
+          for (const Segment& s : segments.list)
+            read_words<S, Words>(row_of(x, panel * NR + r) + s.first, s.count, rows.data() + r * words_ + s.word);
+        transpose(rows.data(), memory_.template as<Word>() + panel * NR * words_);
+      }
+    }
+  }
+  bool ok() const { return memory_.ok(); }
+  // Row r is a multiple of NR.
+  const Word* at(int64_t r, int64_t word) const { return memory_.template as<Word>() + r * words_ + word * NR; }
+
+  static const typename S::Memory* row_of(const View& x, int64_t r) {
+    return static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
+  }
+
+ private:
+  // in [NR, words] -> out [words, NR], whole vectors of words at a time
+  void transpose(const Word* in, Word* out) const {
+    constexpr int W = Lanes<float>::W;
+    for (int64_t k = 0; k < words_; k += W)
+      for (int64_t r = 0; r < NR; r += W) {
+        Vec<float> v[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) std::memcpy(&v[i], in + (r + i) * words_ + k, sizeof v[i]);
+        transpose_registers<float>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) std::memcpy(out + (k + i) * NR + r, &v[i], sizeof v[i]);
+      }
+  }
+
+  const int64_t words_;
+  const Memory memory_;
+};
+
+// Panels of NR features, along the rows: [panels][rows in words][NR].
+template <class S, class Words>
+class BySample {
+ public:
+  using Word = typename Words::Word;
+  static constexpr int NR = Words::NR;
+
+  BySample(const View& x, const Segments<Words>& segments, int threads)
+      : rows_(ceil_div(x.rows, Words::step)), memory_(segments.panels * NR * rows_ * 4) {
+    if (!ok()) return;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows_; r++)
+      for (const Segment& s : segments.list)
+        for (int64_t panel = 0; panel < s.panels; panel++) {
+          const int64_t from = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - from);
+          Word* const out = memory_.template as<Word>() + ((s.panel + panel) * rows_ + r) * NR;
+          if constexpr (Words::step == 1) {
+            constexpr int W = Lanes<float>::W;
+            const auto* const row = ByFeature<S, Words>::row_of(x, r) + from;
+            for (int64_t c = 0; c < NR; c += W) store<float>(out + c, load_some<S>(row + c, count - c));
+          } else {
+            uint16_t both[2 * NR] = {};
+            for (int64_t half = 0; half < smaller<int64_t>(2, x.rows - 2 * r); half++) {
+              const auto* const row = ByFeature<S, Words>::row_of(x, 2 * r + half) + from;
+              for (int64_t c = 0; c < count; c++) both[2 * c + half] = row[c];
+            }
+            std::memcpy(out, both, sizeof both);
+          }
+        }
+  }
+  bool ok() const { return memory_.ok(); }
+  // Row r is a multiple of step.
+  const Word* at(int64_t panel, int64_t r) const {
+    return memory_.template as<Word>() + (panel * rows_ + r / Words::step) * NR;
+  }
+
+ private:
+  const int64_t rows_;
+  const Memory memory_;
+};
+
+// A block of rows for the A side, along the features: [blocks][rows][kPanelStride].
+template <class S, class Words>
+class RowBlock {
+ public:
+  using Word = typename Words::Word;
+  RowBlock(const Segments<Words>& segments, int64_t capacity)
+      : segments_(segments),
+        capacity_(capacity),
+        memory_(segments.blocks * capacity * kPanelStride * 4),
+        row_(static_cast<size_t>(segments.words)) {}
+  bool ok() const { return memory_.ok(); }
+
+  void pack(const View& x, int64_t first, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t block = 0;
+      for (const Segment& s : segments_.list) {
+        read_words<S, Words>(ByFeature<S, Words>::row_of(x, first + r) + s.first, s.count, row_.data());
+        for (int64_t k = 0; k < s.words; k += kDepth, block++)
+          std::memcpy(at(block, r), row_.data() + k, static_cast<size_t>(smaller(kDepth, s.words - k)) * 4);
+      }
+    }
+  }
+  Word* at(int64_t block, int64_t r) const {
+    return memory_.template as<Word>() + (block * capacity_ + r) * kPanelStride;
+  }
+
+  // tile [rows, cols] (rows of kPanelStride) = or += the rows' inner products with rows [c0, c0 + cols) of y over the
+  // features of a segment, which starts at block `block` here.
+  void multiply(int64_t rows, const ByFeature<S, Words>& y, int64_t c0, int64_t cols, const Segment& s, int64_t block,
+                float* tile) const {
+    for (int64_t k = 0; k < s.words; k += kDepth, block++)
+      for (int64_t j = 0; j < cols; j += Words::NR)
+        for (int64_t i = 0; i < rows; i += Words::MR)
+          Words::template multiply<false>(smaller(kDepth, s.words - k), at(block, i), y.at(c0 + j, s.word + k),
+                                          tile + i * kPanelStride + j, kPanelStride, s.first + k > 0);
+  }
+
+ private:
+  const Segments<Words>& segments_;
+  const int64_t capacity_;
+  const Memory memory_;
+  std::vector<Word> row_;
+};
+
+}  // namespace
+}  // namespace pyrepr::cpu::PYREPR_LEVEL
