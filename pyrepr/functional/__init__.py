@@ -1,6 +1,7 @@
-"""Functions on tensors: delta-rule attention, causal convolutions, hashed lookups, all pairs of rows."""
+"""Functions on tensors: delta-rule attention, causal convolutions, lookups, soft codes, rows, all pairs of rows."""
 
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from pyrepr.functional.codes import Clusters, bag_of_codes, cluster_tokens, soft_lookup, unpool_tokens
 from pyrepr.functional.delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -11,22 +12,31 @@ from pyrepr.functional.delta_rule import (
 )
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.functional.pairs import info_nce, pairwise_logsumexp, pairwise_topk
+from pyrepr.functional.rows import householder, orthogonal_residual, paired_cosine
 
 __all__ = [
+    "Clusters",
+    "bag_of_codes",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
+    "cluster_tokens",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",
     "hash_codes",
+    "householder",
     "info_nce",
     "lookup_linear",
     "lookup_sum",
+    "orthogonal_residual",
     "pack_tables",
+    "paired_cosine",
     "pairwise_logsumexp",
     "pairwise_topk",
     "segment_sum",
+    "soft_lookup",
+    "unpool_tokens",
 ]

@@ -1,28 +1,82 @@
-"""Which layers of a model are looked at, and what they put out for a batch.
+"""Which layers of a model are looked at: :class:`Layer`, names, patterns, and what is chosen by default.
 
-Works on any ``nn.Module``: transformers, timm, torchvision, your own. Nothing stays on the model: hooks live for one
-forward pass only, and are removed whatever happens in it.
+Works on any ``nn.Module``: transformers, timm, torchvision, your own.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
-from torch import Tensor, nn
-
-from pyrepr._modules import hooked
+from torch import nn
 
 ROOT = "(model)"  # what the model itself is called among its layers
-SAMPLES = ("batch", "tokens")
+POOLS = ("mean", "last", "cls", "max", "spatial")
+SIDES = ("output", "input")
 
-Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+@dataclass(frozen=True)
+class Layer:
+    """One view of one module, said in full; a name alone is its short form.
+
+    Args:
+        name: of the module, as ``model.named_modules()`` has it, or a pattern; ``"block#2"`` is short for ``call=2``.
+        output: which of several tensors the module puts out (or takes): a position, a key, an attribute, or a path of
+            them as a tuple or with dots, ``"hidden_states.0"``. ``None`` (default): the one shaped like the module's
+            input, else the first whose samples can be told; never a scalar such as a loss.
+        call: of a module that is called several times the call, counted from 1; ``None`` (default): every call, as
+            ``name#1``, ``name#2``, …
+        side: ``"output"`` (default) or ``"input"``, what the module is given.
+        batch_axis: where the samples are; ``None`` (default): found by an experiment (see :func:`pyrepr.compare`).
+        channel_axis: where the features of a position are; ``None`` (default): as the module that made the tensor has
+            it.
+        pool: as ``pool=`` of :func:`pyrepr.compare`, for this layer.
+
+    Raises:
+        ValueError, TypeError: for a value that is none of these.
+    """
+
+    name: str
+    _: KW_ONLY
+    output: int | str | tuple | None = None
+    call: int | None = None
+    side: str = "output"
+    batch_axis: int | None = None
+    channel_axis: int | None = None
+    pool: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        if self.side not in SIDES:
+            raise ValueError(f"side must be 'output' or 'input', got {self.side!r}")
+        check_pool(self.pool)
+        if self.call is not None and (not isinstance(self.call, int) or self.call < 1):
+            raise ValueError(f"call must be an int from 1 on, got {self.call!r}")
+        if self.output is not None and not isinstance(self.output, (int, str, tuple)):
+            raise TypeError(f"output must be a position, a key or a path, got {type(self.output).__name__}")
+        for option in ("batch_axis", "channel_axis"):
+            if not isinstance(getattr(self, option), (int, type(None))):
+                raise TypeError(f"{option} must be an int, got {type(getattr(self, option)).__name__}")
+
+    @property
+    def path(self) -> tuple | None:
+        """`output` as a path of positions, keys and attributes."""
+        if self.output is None or isinstance(self.output, tuple):
+            return self.output
+        parts = [self.output] if isinstance(self.output, int) else self.output.split(".")
+        return tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in parts)
+
+
+def check_pool(pool: object) -> None:
+    if pool is not None and pool not in POOLS:
+        raise ValueError(f"pool must be None or one of {', '.join(map(repr, POOLS))}, got {pool!r}")
+
+
+Layers = str | Layer | Sequence[str | Layer] | Callable[[str, nn.Module], bool]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,7 +91,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, unwrap(child)) for name, child in module._modules.items() if child is not None]
+    if isinstance(module, torch.jit.ScriptModule):
+        return []  # TorchScript runs no hooks of what is inside
+    parts = [(name, unwrap(child)) for name, child in module._modules.items() if child is not None]
+    return [part for part in parts if part[0] != "_packed_params"]  # what a quantised layer keeps its weight in
 
 
 def layer_table(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,11 +111,11 @@ def layer_table(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+    return not _children(module)
 
 
 def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+    return next(module.parameters(), None) is not None or any(hasattr(m, "_packed_params") for m in module.modules())
 
 
 def _holds_blocks(module: nn.Module) -> bool:
@@ -84,10 +141,15 @@ def default_layers(model: nn.Module) -> list[str]:
             elif _has_parameters(child):
                 chosen.append(name)
 
+    table = layer_table(model)
     if leads_to_blocks(unwrap(model)):
         walk("", unwrap(model))
-        return chosen
-    return [name for name, module in layer_table(model).items() if _is_leaf(module) and _has_parameters(module)]
+    else:
+        chosen = [name for name, module in table.items() if _is_leaf(module) and _has_parameters(module)]
+    first: dict[int, str] = {}  # a module under two names is looked at once
+    for name in chosen or [ROOT]:
+        first.setdefault(id(table[name]), name)
+    return list(first.values())
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -113,174 +175,50 @@ def near_matches(wanted: str, names: Sequence[str]) -> str:
     return "its layers are " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
 
 
-def choose_names(names: Sequence[str], wanted: str | Sequence[str], argument: str) -> list[str]:
-    """The names that patterns ask for, in the order asked for, each once."""
-    chosen: dict[str, None] = {}
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument} must hold names of layers as strings, got {type(pattern).__name__}")
-        forms = [pattern, pattern.removeprefix("module.")]
-        found = next((hits for form in forms if (hits := [n for n in names if n == form])), None)
-        found = found or next((hits for form in forms if (hits := [n for n in names if _matches(n, form)])), None)
+def choose_names(
+    names: Sequence[str], wanted: str | Layer | Iterable[str | Layer], argument: str, where: str = "the model"
+) -> list[Layer]:
+    """The layers that names, patterns and :class:`Layer` ask for, in the order asked for, each once."""
+    chosen: dict[Layer, None] = {}
+    for item in [wanted] if isinstance(wanted, (str, Layer)) else wanted:
+        if not isinstance(item, (str, Layer)):
+            raise TypeError(f"{argument} must hold names of layers as strings, or Layer, got {type(item).__name__}")
+        layer = item if isinstance(item, Layer) else Layer(item)
+        pattern = layer.name
+        found = _found(names, pattern)
+        if not found and (parts := pattern.rpartition("#"))[2].isdigit():
+            layer, pattern = replace(layer, call=int(parts[2])), parts[0]
+            found = _found(names, pattern)
         if not found:
-            raise ValueError(f"{argument}: the model has no layer {pattern!r}; {near_matches(pattern, names)}")
-        chosen.update(dict.fromkeys(found))
+            raise ValueError(f"{argument}: {where} has no layer {pattern!r}; {near_matches(pattern, names)}")
+        chosen.update(dict.fromkeys(replace(layer, name=name) for name in found))
     if not chosen:
         raise ValueError(f"{argument} must name at least one layer, got none")
     return list(chosen)
 
 
-def choose_layers(model: nn.Module, wanted: Layers | None, argument: str) -> list[str]:
-    """Names of the layers `wanted` asks for; `argument` is what errors call it."""
+def _found(names: Sequence[str], pattern: str) -> list[str]:
+    """The layer of this name; else those that match it as a pattern."""
+    forms = [pattern, pattern.removeprefix("module.")]
+    same = next((hits for form in forms if (hits := [n for n in names if n == form])), None)
+    return same or next((hits for form in forms if (hits := [n for n in names if _matches(n, form)])), [])
+
+
+def choose_layers(model: nn.Module, wanted: Layers | None, argument: str) -> list[Layer]:
+    """The layers `wanted` asks for; `argument` is what errors call it."""
     if wanted is None:
-        return default_layers(model)
+        return [Layer(name) for name in default_layers(model)]
     table = layer_table(model)
-    if callable(wanted):
-        chosen = [name for name, module in table.items() if wanted(name, module)]
+    if callable(wanted) and not isinstance(wanted, Layer):
+        chosen = [Layer(name) for name, module in table.items() if wanted(name, module)]
         if not chosen:
             raise ValueError(f"{argument}: the function chose none of the model's {len(table)} layers")
         return chosen
-    if not isinstance(wanted, (str, Sequence)):
+    if not isinstance(wanted, (str, Layer, Sequence)):
         raise TypeError(f"{argument} must be names, patterns or a function, got {type(wanted).__name__}")
     return choose_names(list(table), wanted, argument)
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor in a tensor, tuple, list, dict or dataclass, depth first."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        parts: Sequence[Any] = list(output.values())
-    elif is_dataclass(output) and not isinstance(output, type):
-        parts = [getattr(output, field.name) for field in fields(output)]
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    else:
-        return None
-    return next((tensor for part in parts if (tensor := first_tensor(part)) is not None), None)
-
-
-def rows_of(output: Tensor, samples: str, mask: Tensor | None) -> Tensor:
-    """A layer's output as [n, d], rows are samples.
-
-    ``"batch"``: (B, …) → [B, rest]. ``"tokens"``: (B, T, D) → [B·T, D], (B, C, H, W) → [B·H·W, C], (B, D) stays;
-    where the mask is (B, T), only the rows it keeps.
-
-    Raises:
-        ValueError: if the output has no such reading.
-    """
-    if output.dim() == 0:
-        raise ValueError("puts out a single number, not one row a sample")
-    if samples == "batch" or output.dim() <= 2:
-        return output.reshape(output.shape[0], -1)
-    if output.dim() >= 4:
-        return output.movedim(1, -1).flatten(0, -2)
-    if mask is None:
-        return output.flatten(0, 1)
-    if output.shape[:2] != mask.shape:
-        raise ValueError(
-            f"puts out {list(output.shape)}, which does not fit the batch's attention_mask {list(mask.shape)} (B, T)"
-        )
-    return output[mask.to(output.device)]
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """Where a batch has to be for this model; `None` if its parameters are on several devices or on none."""
-    devices = {tensor.device for tensor in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor) and device is not None:
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_moved(part, device) for part in value]
-    return value
-
-
-def call(model: nn.Module, batch: Any, argument: str) -> Any:
-    """Feeds a batch to a model: a tensor or a tuple by position, a dict by keyword.
-
-    Keywords the model's forward does not have are left out (one tokenizer's output can serve models that differ in
-    them); a tuple that does not fit is an error.
-    """
-    batch = _moved(batch, _device(model))
-    signature = inspect.signature(model.forward)
-    if isinstance(batch, dict):
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        known = {key: value for key, value in batch.items() if open_ended or key in signature.parameters}
-        if not known:
-            raise ValueError(f"data: {argument} takes none of the batch's keys {', '.join(map(str, batch))}")
-        return model(**known)
-    args = batch if isinstance(batch, list) else [batch]
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        raise ValueError(
-            f"data: a batch of {len(args)} parts does not fit {argument}, {type(model).__name__}.forward{signature} "
-            f"({error}); leave out what is no input, as in ((x,) for x, label in loader)"
-        ) from None
-    return model(*args)
-
-
-class Recorder:
-    """One model and the layers to record.
-
-    Args:
-        model: any module; DataParallel and the like are looked through (see :func:`unwrap`).
-        wanted: as ``layers_a`` of :func:`pyrepr.compare`.
-        samples: ``"batch"`` or ``"tokens"``, see :func:`rows_of`.
-        argument: what errors call the model, ``"model_a"``.
-    """
-
-    def __init__(self, model: nn.Module, wanted: Layers | None, samples: str, argument: str) -> None:
-        self.argument = argument
-        self.samples = samples
-        self.model = unwrap(model)
-        self.layers = choose_layers(self.model, wanted, argument.replace("model", "layers"))
-        self._by_default = wanted is None
-        self._table = layer_table(self.model)
-
-    def run(self, batch: Any, mask: Tensor | None) -> dict[str, Tensor]:
-        """One forward pass; the layers' outputs as [n, d] with one n, in the order of ``layers``."""
-        raw: dict[str, Tensor] = {}
-        failed: dict[str, str] = {}
-
-        def hook(name: str) -> Callable:
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                tensor = first_tensor(output)
-                if tensor is None:
-                    failed[name] = "puts out no floating-point tensor"
-                    return
-                try:  # a copy: the module after it may work in place
-                    raw[name] = rows_of(tensor.detach(), self.samples, mask).clone()
-                except ValueError as error:
-                    failed[name] = str(error)
-
-            return keep
-
-        with hooked(partial(self._table[name].register_forward_hook, hook(name)) for name in self.layers):
-            call(self.model, batch, self.argument)
-        return self._checked({name: raw[name] for name in self.layers if name in raw}, failed)
-
-    def _checked(self, rows: dict[str, Tensor], failed: dict[str, str]) -> dict[str, Tensor]:
-        """Layers that cannot be compared are left out if they were chosen by default, else an error."""
-        counts = [x.shape[0] for x in rows.values()]
-        usual = max(counts, key=lambda n: (counts.count(n), n), default=0)
-        problems = {name: failed.get(name, "is not called in the model's forward") for name in self.layers}
-        problems = {name: why for name, why in problems.items() if name not in rows or name in failed}
-        for name, x in rows.items():
-            if x.shape[0] != usual:
-                other = next(key for key, y in rows.items() if y.shape[0] == usual)
-                problems[name] = f"puts out {x.shape[0]} samples, but {other} {usual}"
-                if self.samples == "tokens":
-                    problems[name] += "; samples='batch' compares layers of different resolution"
-        if problems and (not self._by_default or len(problems) == len(self.layers)):
-            name, why = next(iter(problems.items()))
-            raise ValueError(f"{self.argument.replace('model', 'layers')}: {name} {why}")
-        if problems:
-            self.layers = [name for name in self.layers if name not in problems]
-            self._by_default = False  # from the second batch on, the layers are what they are
-        return {name: rows[name] for name in self.layers}
+def choose_modules(model: nn.Module, wanted: Layers | None, argument: str) -> list[str]:
+    """Names of the modules `wanted` asks for, where it is the module that matters and no view of it."""
+    return list(dict.fromkeys(layer.name for layer in choose_layers(model, wanted, argument)))

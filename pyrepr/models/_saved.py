@@ -7,6 +7,7 @@ import os
 import types
 import typing
 import zipfile
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -29,8 +30,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool)))
 
 
-def read(path: str | os.PathLike[str], result: type[T], name: str) -> T:
+def read(
+    path: str | os.PathLike[str],
+    result: type[T],
+    name: str,
+    more: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None,
+) -> T:
     """A result of the dataclass `result`, called `name` in messages, from ``values`` and ``metadata`` in a file.
+    `more` makes further fields of the file's arrays and its metadata, from which it takes what it uses.
 
     Raises:
         ValueError: if the file is something else or its contents do not go together. OSError: if it cannot be read.
@@ -40,16 +47,21 @@ def read(path: str | os.PathLike[str], result: type[T], name: str) -> T:
     refusal = f"path must be a file written by {name}.save, got {os.fspath(path)!r}"
     try:
         with np.load(path, allow_pickle=False) as file:
-            values, metadata = file["values"], json.loads(str(file["metadata"]))
+            arrays = {key: file[key] for key in file.files}
+            values, metadata = arrays["values"], json.loads(str(arrays["metadata"]))
     except (KeyError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, NotImplementedError) as error:
         raise ValueError(refusal) from error
     if not isinstance(metadata, dict) or metadata.pop("format", f"pyrepr.{name}") != f"pyrepr.{name}":
         raise ValueError(f"{refusal}, whose metadata are of something else")
     if values.ndim != 2 or values.dtype.kind != "f":
         raise ValueError(f"{refusal}, whose values are {values.dtype} of shape {list(values.shape)}")
-    hints, given = typing.get_type_hints(result), {}
+    try:
+        given = more(arrays, metadata) if more else {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{refusal}, whose tables do not go together") from error
+    hints, made = typing.get_type_hints(result), set(given)
     for field in fields(result):  # type: ignore[arg-type]
-        if field.name == "values":
+        if field.name == "values" or field.name in made:
             continue
         value = metadata.pop(field.name, MISSING)
         if value is MISSING and field.default is MISSING and field.default_factory is MISSING:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pyrepr.models._layers import ROOT, Layers, choose_layers, layer_table, unwrap
+from pyrepr._modules import restored
+from pyrepr.models._layers import ROOT, Layers, choose_modules, layer_table, unwrap
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, or ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The ``nn.Linear`` that computes the same: the module itself, or one with a transposed view of a Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight, bias = module.weight, module.bias
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return linear.train(module.training)
+
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -22,13 +46,13 @@ def choose_linears(model: nn.Module, select: Layers | None, bits: int) -> tuple[
     """
     table = layer_table(model)
     if select is None:
-        chosen = [name for name, module in table.items() if isinstance(module, nn.Linear)]
+        chosen = [name for name, module in table.items() if is_linear(module)]
         if not chosen:
             raise ValueError(f"model must hold at least one nn.Linear, got none in {type(unwrap(model)).__name__}")
     else:
-        chosen = choose_layers(model, select, "select")
-        if not any(isinstance(table[name], nn.Linear) for name in chosen):
-            inside = next((n for n in table if n.startswith(f"{chosen[0]}.") and isinstance(table[n], nn.Linear)), None)
+        chosen = choose_modules(model, select, "select")
+        if not any(is_linear(table[name]) for name in chosen):
+            inside = next((n for n in table if n.startswith(f"{chosen[0]}.") and is_linear(table[n])), None)
             hint = f"; inside it is {inside}" if inside else ""
             name = chosen[0]
             raise ValueError(f"select must choose an nn.Linear, got only {name} ({type(table[name]).__name__}){hint}")
@@ -63,21 +87,37 @@ class Obstacles:
     def reason(self, name: str) -> str | None:
         """A clause after the layer's name, or ``None`` if nothing stands in the way."""
         module = self.table[name]
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             return f"is no nn.Linear but a {type(module).__name__}"
         if name == ROOT:
             return "is the model itself, which cannot be replaced in place; use LookupLinear.from_linear"
         if parametrize.is_parametrized(module):
             return "has parametrized tensors"
-        if type(module) is not nn.Linear:
+        if (adapter := self._adapter(name)) is not None:
+            return f"belongs to an adapter, {adapter}; merge it into the model first"
+        if hasattr(module, "_hf_hook"):
+            return "is offloaded: its weights are moved in and out by hooks"
+        if type(module) is not nn.Linear and not _is_conv1d(module):
             return f"is a subclass of nn.Linear, {type(module).__name__}, that may do more"
         if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
             return "has hooks, or a forward of its own"
         return self._of_values(name, module) or self._of_place(name, module)
 
-    def _of_values(self, name: str, module: nn.Linear) -> str | None:
-        if module.in_features % self.bits:
-            return f"has in_features = {module.in_features}, no multiple of bits = {self.bits}"
+    def _adapter(self, name: str) -> str | None:
+        """What an adapter (PEFT) wraps or adds is inside a module that holds a ``base_layer``."""
+        parts = name.split(".")
+        for end in range(len(parts)):
+            holder = self.table[".".join(parts[:end]) or ROOT]
+            if "base_layer" in holder._modules:
+                return type(holder).__name__
+        return None
+
+    def _of_values(self, name: str, module: nn.Module) -> str | None:
+        if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
+            return f"has a weight of class {type(module.weight.data).__name__}, whose values are not what is stored"
+        width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+        if width % self.bits:
+            return f"has in_features = {width}, no multiple of bits = {self.bits}"
         if not module.weight.is_floating_point() or module.weight.is_meta:
             where = "on the meta device" if module.weight.is_meta else str(module.weight.dtype).removeprefix("torch.")
             return f"has a weight {where}"
@@ -88,7 +128,7 @@ class Obstacles:
                 return f"is tied to {others[0]}"
         return None
 
-    def _of_place(self, name: str, module: nn.Linear) -> str | None:
+    def _of_place(self, name: str, module: nn.Module) -> str | None:
         holder, attribute = _place(self.table, name)
         if holder._modules.get(attribute) is not module:
             return f"is wrapped in {type(holder._modules.get(attribute)).__name__}"
@@ -120,3 +160,10 @@ class Swaps:
         for name in list(self._originals) if names is None else names:
             self.put(name, self._originals[name])
             del self._originals[name]
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside, the model is as it was."""
+        places = {name: _place(self._table, name) for name in self._originals}
+        with restored([(*places[name], original) for name, original in self._originals.items()]):
+            yield

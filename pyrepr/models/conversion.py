@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._modules import evaluating, hooked
+from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_weighting
-from pyrepr.models._layers import Layers, call, first_tensor, layer_table, unwrap
-from pyrepr.models._swapping import Swaps, choose_linears
+from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
+from pyrepr.models._layers import Layers, layer_table, unwrap
+from pyrepr.models._recording import plain_execution
+from pyrepr.models._swapping import Swaps, as_linear, choose_linears
 from pyrepr.nn._lookup_fit import hold_out, relative_mse
 from pyrepr.nn.lookup import LookupLinear
 
@@ -59,7 +63,7 @@ class ConvertedLayer:
     dead_rows: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Conversion:
     """The report of :func:`convert`; ``print`` shows it as a table.
 
@@ -67,7 +71,9 @@ class Conversion:
         model: what the model is called.
         layers: one :class:`ConvertedLayer` each, in the order they run in.
         skipped: from the name of a layer that was chosen but left alone to the reason.
-        output_mse: of the model's first floating-point output for the first batch, squared error over variance.
+        output: the model's output that was looked at, by name (``"logits"``, ``"last_hidden_state"``, …); ``""`` for a
+            model that puts out a tensor.
+        output_mse: of that output over all batches, squared error over variance.
         bits, rank, weighting, quantize: as asked for.
         batch_sizes: numbers of rows at which times were measured.
         calibration_rows: the most that a layer was converted with.
@@ -84,6 +90,7 @@ class Conversion:
     quantize: str | None
     batch_sizes: tuple[int, ...]
     calibration_rows: int
+    output: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -145,9 +152,102 @@ class Conversion:
         Raises:
             OSError: if the file cannot be written (nothing is left behind).
         """
-        from pyrepr.models._pages import save_conversion_page
+        from pyrepr.models._pages import write_page
 
-        return save_conversion_page(self, path, title=title)
+        title = title or f"Lookup tables in {self.model}"
+        *lines, total = self.table() or [[]]
+        data = {
+            "title": title,
+            "how": self.describe(),
+            "columns": self.columns(),
+            "lines": lines,
+            "total": total,
+            "errors": [x.relative_mse if math.isfinite(x.relative_mse) else None for x in self.layers],
+            "skipped": list(self.skipped.items()),
+        }
+        return write_page(Path(path), "conversion.html", title, data)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and what was left alone."""
+        escape = html.escape
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in self.table()
+        )
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns())
+        left = "".join(f"<li>{escape(name)} {escape(why)}</li>" for name, why in self.skipped.items())
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{lines}</table>" + (
+            f"<details><summary>{len(self.skipped)} left alone</summary><ul>{left}</ul></details>" if left else ""
+        )
+
+    def to_pandas(self) -> Any:
+        """A ``DataFrame`` with a line for every layer; times are columns ``ms_before_64``, ``ms_after_64``, …
+
+        Raises:
+            ImportError: without pandas.
+        """
+        pandas = require("pandas", "pandas")
+        lines = []
+        for layer in self.layers:
+            line = {key: value for key, value in asdict(layer).items() if key not in ("ms_before", "ms_after")}
+            for i, size in enumerate(self.batch_sizes):
+                line |= {f"ms_before_{size}": layer.ms_before[i], f"ms_after_{size}": layer.ms_after[i]}
+            lines.append(line)
+        frame = pandas.DataFrame(lines).set_index("name") if lines else pandas.DataFrame()
+        frame.attrs.update({"model": self.model, "output_mse": self.output_mse, "skipped": dict(self.skipped)})
+        return frame
+
+    def to_xarray(self) -> Any:
+        """A ``Dataset`` over ``name`` with a variable for every column of :meth:`to_pandas`.
+
+        Raises:
+            ImportError: without xarray or pandas.
+        """
+        xarray = require("xarray", "xarray")
+        return xarray.Dataset.from_dataframe(self.to_pandas())
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        title: str | None = None,
+        dpi: float = 150,
+    ) -> Any:
+        """Draws the relative squared error of every layer as bars with matplotlib and returns the axes.
+
+        Args:
+            ax: axes to draw on, or a path as `path`; ``None`` makes a figure of its own.
+            path: a file to write as well: PNG, SVG or PDF by its suffix, at `dpi` dots an inch.
+            title: above the figure.
+
+        Raises:
+            ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
+        """
+        from pyrepr.models import _figures as figures
+
+        if isinstance(ax, (str, os.PathLike)):
+            ax, path = None, ax
+        target = None if path is None else figures.check_path(path)
+        ax = figures.new_axes(max(2, len(self.layers)), 8, target) if ax is None else ax
+        figures.draw_bars(
+            ax,
+            [layer.name for layer in self.layers],
+            [layer.relative_mse for layer in self.layers],
+            label="relative squared error",
+            title=title or f"Lookup tables in {self.model}",
+            how=self.describe(),
+        )
+        if target is not None:
+            figures.save_figure(ax, target, dpi)
+        return ax
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same; NaN equals NaN."""
+        if not isinstance(other, Conversion):
+            return NotImplemented
+        return _without_nan(asdict(self)) == _without_nan(asdict(other))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a ``.json``; :meth:`load` reads it. NaN becomes null.
@@ -197,8 +297,9 @@ def _with_nan(fields: dict[str, Any], *tuples: str) -> dict[str, Any]:
 
 def convert(
     model: nn.Module,
-    calibration_data: Any,
+    data: Iterable[Any],
     *,
+    inputs: Inputs | None = None,
     select: Layers | None = None,
     bits: int = 8,
     rank: int = 0,
@@ -217,13 +318,15 @@ def convert(
 
     Args:
         model: any module; DataParallel and compiled models are changed inside.
-        calibration_data: what the model sees in use: a batch, as a tensor or a dict, or an iterable of batches as
-            :func:`pyrepr.compare` takes them. Kept until the end. Padding is left out by a dict's ``attention_mask``.
+        data: what the model sees in use: an iterable of batches as :func:`pyrepr.compare` takes them. Kept until the
+            end. Padding is left out by the mask of the stream a layer works on, as there.
+        inputs: a function from a batch to what the model takes, as there.
         select: names; patterns, where ``*`` stays within one part of a dotted name and ``**`` crosses them
             (``"encoder.layer.*.intermediate.dense"``); or a function of (name, module) that says yes or no. By default
-            every ``nn.Linear`` but a language model's head. What is chosen and cannot be replaced (tied weights, a
-            subclass, hooks, parametrizations, in_features that is no multiple of `bits`, not called, …) is left alone
-            and in the report with the reason.
+            every ``nn.Linear`` (and ``Conv1D`` of transformers) but a language model's head. What is chosen and cannot
+            be replaced (tied, quantised, offloaded or meta weights, adapters, a subclass, hooks, parametrizations,
+            in_features that is no multiple of `bits`, not called, an expert that saw no token, …) is left alone and in
+            the report with the reason.
         bits, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``.
         quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
             dtype of the layer.
@@ -249,12 +352,11 @@ def convert(
     check_weighting(weighting, 1.0)
     _check_options(rank, quantize, batch_sizes, max_rows)
     names, skipped = choose_linears(model, select, bits)
-    job = _Job(unwrap(model), _batches(calibration_data), max_rows)
+    job = _Job(unwrap(model), _batches(data), inputs, max_rows)
     done: list[ConvertedLayer] = []
     try:
-        with evaluating([job.model]), torch.no_grad():
+        with evaluating([job.model]), plain_execution(), torch.no_grad():
             groups = job.groups(names, skipped)
-            truth = job.output()
             options = {"bits": bits, "rank": rank, "weighting": weighting}
             for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
                 layer = job.replace(name, rows, options, quantize, tuple(batch_sizes))
@@ -262,11 +364,13 @@ def convert(
                     skipped[name] = layer
                 else:
                     done.append(layer)
+            output, error = job.output_mse()
             return Conversion(
                 model=type(job.model).__name__,
                 layers=tuple(done),
                 skipped=skipped,
-                output_mse=relative_mse(job.output(), truth),
+                output=output,
+                output_mse=error,
                 bits=bits,
                 rank=rank,
                 weighting=weighting,
@@ -293,22 +397,22 @@ def _check_options(rank: int, quantize: str | None, batch_sizes: Sequence[int], 
 
 
 def _batches(data: Any) -> list[Any]:
-    if isinstance(data, (Tensor, Mapping)):
-        return [data]
-    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
-        raise TypeError(f"calibration_data must be a batch or an iterable of batches, got {type(data).__name__}")
-    batches = list(data)
+    batches = list(check_data(data))
     if not batches:
-        raise ValueError("calibration_data must give at least one batch, got none")
+        raise ValueError("data must give at least one batch, got none")
     return batches
 
 
-def _kept(x: Tensor, batch: Any) -> Tensor:
-    """x [..., d] as rows [n, d], without padding where the batch says what is."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() >= 3 and x.shape[:2] == mask.shape:
-        x = x[mask.to(x.device).bool()]
-    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+def kept(x: Tensor, streams: Sequence[Stream]) -> Tensor:
+    """x [B, T, d] or [B·T, d] as the rows [n, d] of positions that are no padding; all of them where no mask fits."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    for stream in streams:
+        mask = stream.mask
+        if mask is None:
+            return rows
+        if tuple(x.shape[:-1]) == tuple(mask.shape) or (x.dim() == 2 and len(x) == mask.numel()):
+            return rows[mask.flatten().to(x.device)]
+    return rows
 
 
 class _Enough(Exception):
@@ -318,8 +422,9 @@ class _Enough(Exception):
 class _Job:
     """One conversion: the model, the data, and what was replaced so far."""
 
-    def __init__(self, model: nn.Module, batches: list[Any], max_rows: int) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[Any], feed: Inputs | None, max_rows: int) -> None:
+        self.model, self.batches, self.feed = model, batches, feed
+        self.streams = Streams(model)
         self.quota = max(1, max_rows // len(batches))
         self.table, self.swaps = layer_table(model), Swaps(model)
         self.training = {name: module.training for name, module in self.table.items()}
@@ -327,19 +432,37 @@ class _Job:
         self.most_rows = 0
 
     def call(self, batch: Any) -> Any:
-        return call(self.model, batch, "model")
+        self.streams.begin(batch, taken(batch, self.feed))
+        with hooked(self.streams.hooks()):
+            return call(self.model, batch, "model", self.feed)
 
     def linear(self, name: str) -> nn.Linear:
-        module = self.table[name]
-        assert isinstance(module, nn.Linear)  # choose_linears gives no others
-        return module
+        return as_linear(self.table[name])
 
-    def output(self) -> Tensor:
-        """The model's first output for the first batch, as rows."""
-        tensor = first_tensor(self.call(self.batches[0]))
-        if tensor is None:
+    def output(self, batch: Any) -> tuple[str, Tensor]:
+        """What the model puts out for a batch, by name, as rows without padding."""
+        found = main_output(self.call(batch))
+        if found is None:
             raise ValueError("model must put out a floating-point tensor, got none")
-        return _kept(tensor, self.batches[0])
+        return found[0], kept(found[1], self.streams.current)
+
+    def output_mse(self) -> tuple[str, float]:
+        """The name of the model's output, and its squared error over its variance for all batches: what it puts out
+        now against what it put out before."""
+        name, rows, error = "", 0, 0.0
+        shift = total = squares = torch.zeros(())
+        for batch in self.batches:
+            with self.swaps.undone():
+                name, truth = self.output(batch)
+            _, now = self.output(batch)
+            truth, now = truth.double(), now.double()
+            shift = truth.mean(0) if not rows else shift  # sums around it keep their digits
+            rows += len(truth)
+            total = total + (truth - shift).sum(0)
+            squares = squares + (truth - shift).square().sum()
+            error += float((now - truth).square().sum())
+        variance = float(squares - total.square().sum() / rows) if rows else 0.0
+        return name, error / variance if variance > 0 else math.nan
 
     def groups(self, names: list[str], skipped: dict[str, str]) -> list[list[str]]:
         """The layers in the order they run in for the first batch; those one tensor goes to, one after the other,
@@ -347,7 +470,7 @@ class _Job:
         seen: list[tuple[str, Tensor]] = []
 
         def watch(name: str):
-            return lambda module, args, kwargs: seen.append((name, args[0] if args else kwargs["input"]))
+            return lambda module, args, kwargs: seen.append((name, next(iter((*args, *kwargs.values())))))
 
         with hooked(
             partial(self.table[name].register_forward_pre_hook, watch(name), with_kwargs=True) for name in names
@@ -381,17 +504,18 @@ class _Job:
         collected: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            collected.append((args[0] if args else kwargs["input"]).detach())
+            x = next(iter((*args, *kwargs.values())))
+            collected.append(kept(x.detach(), self.streams.current))
             if name not in self.repeated:
                 raise _Enough
 
         found, linear = [], self.linear(name)
         nothing = linear.weight.new_empty(0, linear.in_features)  # a batch need not reach the layer
-        with hooked([partial(linear.register_forward_pre_hook, keep, with_kwargs=True)]):
+        with hooked([partial(self.table[name].register_forward_pre_hook, keep, with_kwargs=True)]):
             for batch in self.batches:
                 with suppress(_Enough):
                     self.call(batch)
-                rows = torch.cat([nothing, *(_kept(x, batch).to(nothing) for x in collected)])
+                rows = torch.cat([nothing, *(x.to(nothing) for x in collected)])
                 collected.clear()
                 count = min(self.quota, len(rows))
                 found.append(rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)])
@@ -402,6 +526,8 @@ class _Job:
     ) -> ConvertedLayer | str:
         """Fits and puts in place one layer; the reason where the model does not run with it."""
         linear = self.linear(name)
+        if not len(rows):
+            return "saw no row of the data"
         if options["rank"] > min(linear.in_features, linear.out_features):
             return f"has no rank {options['rank']}: it maps {linear.in_features} to {linear.out_features} features"
         held = hold_out(len(rows)).to(rows.device)
@@ -414,7 +540,7 @@ class _Job:
         if len(rows) < linear.in_features:
             count, d = len(rows), linear.in_features
             warnings.warn(
-                f"calibration_data gives layer {name} {count} rows for {d} features; the fit leans on the ridge",
+                f"data gives layer {name} {count} rows for {d} features; the fit leans on the ridge",
                 stacklevel=3,
             )
         if quantize:
@@ -424,7 +550,7 @@ class _Job:
         layer.train(self.training[name])
         self.swaps.put(name, layer)
         try:
-            self.output()
+            self.call(self.batches[0])
         except (AttributeError, TypeError) as error:
             self.swaps.undo([name])
             return f"is used in a way a lookup layer cannot be ({error})"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from pyrepr._modules import evaluating, hooked, restored
 from pyrepr._reporting import progress_bar, versions
-from pyrepr.models._layers import Layers, call, choose_layers, first_tensor, layer_table, unwrap
+from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, dense, main_output, taken, tensors_of
+from pyrepr.models._layers import Layers, choose_modules, layer_table, unwrap
+from pyrepr.models._recording import plain_execution, watched
+from pyrepr.models.conversion import kept
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["Distillation", "distill"]
@@ -74,6 +77,7 @@ def distill(
     teacher: nn.Module,
     data: Iterable[Any],
     *,
+    inputs: Inputs | None = None,
     layers: Layers | None = None,
     train: str | Callable[[str, nn.Parameter], bool] = "lookup",
     epochs: tuple[int, int] = (1, 1),
@@ -90,7 +94,8 @@ def distill(
     Args:
         student: the converted model. teacher: the original, for instance a ``copy.deepcopy`` made before.
         data: as of :func:`pyrepr.compare`; a list or a ``DataLoader``, for it is gone through ``sum(epochs)`` times.
-            Padding is left out by a dict's ``attention_mask``.
+            Padding is left out by the mask of the stream a layer works on.
+        inputs: a function from a batch to what both models take, as of :func:`pyrepr.compare`.
         layers: where activations are matched in the first phase; as ``layers_a`` of :func:`pyrepr.compare`, names that
             both models have. By default the student's lookup layers.
         train: ``"lookup"`` (default): tables, biases and low-rank parts of the lookup layers; ``"all"``: every
@@ -100,7 +105,8 @@ def distill(
             of a tenth or more, and some 50 batches. One that is already close to its teacher gets worse at first and
             needs many steps to come back: take 0.001 or less, and compare the losses.
         loss: of the second phase, a function of (student's output, teacher's output, batch); by default the squared
-            error of the first floating-point output over its variance.
+            error of the model's output over its variance; of several outputs that of the same name in both (``logits``,
+            ``last_hidden_state``, …), never a loss.
         progress: a tqdm bar on stderr, where tqdm is installed.
 
     Returns:
@@ -121,11 +127,11 @@ def distill(
     names = _matched(student, teacher, layers) if epochs[0] else []
     trained = _trained(student, teacher, train)
     phases: tuple[Callable[[Any], Tensor], ...] = (
-        _LayerLoss(student, teacher, names),
-        _OutputLoss(student, teacher, loss),
+        _LayerLoss(student, teacher, names, inputs),
+        _OutputLoss(student, teacher, loss, inputs),
     )
     history: list[tuple[float, ...]] = []
-    with evaluating([student, teacher]), _only(student, trained), torch.enable_grad():
+    with evaluating([student, teacher]), plain_execution(), _only(student, trained), torch.enable_grad():
         for what, phase, count in zip(("layers", "output"), phases, epochs, strict=True):
             history.append(tuple(_run(phase, trained, data, count, lr, f"distill {what}", progress)))
             _warn_if_worse(what, history[-1])
@@ -133,8 +139,7 @@ def distill(
 
 
 def _check_options(data: object, epochs: object, lr: object, loss: object) -> None:
-    if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
-        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; one batch is [batch]")
+    check_data(data)
     if (
         not isinstance(epochs, Sequence)
         or len(epochs) != 2
@@ -156,7 +161,7 @@ def _matched(student: nn.Module, teacher: nn.Module, layers: Layers | None) -> l
         if not names:
             raise ValueError("student must hold LookupLinear layers, got none; see pyrepr.convert")
     else:
-        names = choose_layers(student, layers, "layers")
+        names = choose_modules(student, layers, "layers")
     table = layer_table(teacher)
     missing = [name for name in names if name not in table]
     if missing:
@@ -250,61 +255,71 @@ def _size(parameter: Tensor) -> float:
 
 
 class _Watch:
-    """Runs a model and keeps what some of its layers put out."""
+    """Runs a model and keeps what some of its layers put out, each with the streams it worked on."""
 
-    def __init__(self, model: nn.Module, names: list[str], argument: str) -> None:
-        self.model, self.names, self.argument = model, names, argument
-        self.table = layer_table(model)
+    def __init__(self, model: nn.Module, names: list[str], argument: str, inputs: Inputs | None) -> None:
+        table = layer_table(model)
+        self.model, self.argument, self.inputs = model, argument, inputs
+        self.modules = {name: table[name] for name in names}
+        self.streams = Streams(model)
 
-    def __call__(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
-        kept: dict[str, Tensor] = {}
+    def __call__(self, batch: Any) -> tuple[Any, dict[str, tuple[Tensor, list[Stream]]]]:
+        found: dict[str, tuple[Tensor, list[Stream]]] = {}
 
-        def hook(name: str) -> Callable:
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                tensor = first_tensor(output)
-                if tensor is not None:
-                    kept[name] = tensor
+        def sink(name: str, side: str, call: int, output: Any, given: Any) -> None:
+            for _, value in tensors_of(output)[:1]:
+                found[name] = (dense(value)[0], self.streams.current)
 
-            return keep
-
-        with hooked(partial(self.table[name].register_forward_hook, hook(name)) for name in self.names):
-            output = call(self.model, batch, self.argument)
-        missing = [name for name in self.names if name not in kept]
+        self.streams.begin(batch, taken(batch, self.inputs))
+        sides = {name: {"output"} for name in self.modules}
+        with hooked(chain(self.streams.hooks(), watched(self.modules, sides, sink))):
+            output = call(self.model, batch, self.argument, self.inputs)
+        missing = [name for name in self.modules if name not in found]
         if missing:
             raise ValueError(f"layers: {missing[0]} is not called in {self.argument}, or puts out no tensor")
-        return output, kept
+        return output, found
 
 
 class _LayerLoss:
     """Mean over the layers of what activations are off by."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, names: list[str]) -> None:
-        self.student, self.teacher = _Watch(student, names, "student"), _Watch(teacher, names, "teacher")
+    def __init__(self, student: nn.Module, teacher: nn.Module, names: list[str], inputs: Inputs | None) -> None:
+        self.student = _Watch(student, names, "student", inputs)
+        self.teacher = _Watch(teacher, names, "teacher", inputs)
 
     def __call__(self, batch: Any) -> Tensor:
         with torch.no_grad():
             _, truths = self.teacher(batch)
         _, values = self.student(batch)
-        losses = [_relative(values[name], truth, batch, f"layers: {name}") for name, truth in truths.items()]
+        losses = [
+            _relative(values[name][0], truth, streams, f"layers: {name}") for name, (truth, streams) in truths.items()
+        ]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 class _OutputLoss:
-    """The user's loss, or what the first output is off by."""
+    """The user's loss, or what the outputs of one name are off by."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, loss: Loss | None) -> None:
-        self.student, self.teacher, self.loss = student, teacher, loss
+    def __init__(self, student: nn.Module, teacher: nn.Module, loss: Loss | None, inputs: Inputs | None) -> None:
+        self.student = _Watch(student, [], "student", inputs)
+        self.teacher = _Watch(teacher, [], "teacher", inputs)
+        self.loss = loss
 
     def __call__(self, batch: Any) -> Tensor:
         with torch.no_grad():
-            truth = call(self.teacher, batch, "teacher")
-        value = call(self.student, batch, "student")
+            truth, _ = self.teacher(batch)
+        value, _ = self.student(batch)
         if self.loss is not None:
             return self._checked(self.loss(value, truth, batch))
-        tensor, true = first_tensor(value), first_tensor(truth)
-        if tensor is None or true is None:
+        mine, true = main_output(value), main_output(truth)
+        if mine is None or true is None:
             raise ValueError("student and teacher must put out a floating-point tensor, got none; give a loss")
-        return _relative(tensor, true, batch, "student and teacher")
+        if mine[0] != true[0]:
+            raise ValueError(
+                f"student and teacher must put out the same, got {mine[0] or 'a tensor'} and {true[0] or 'a tensor'}; "
+                "give a loss"
+            )
+        return _relative(mine[1], true[1], self.teacher.streams.current, "student and teacher")
 
     @staticmethod
     def _checked(value: Any) -> Tensor:
@@ -314,15 +329,11 @@ class _OutputLoss:
         return value
 
 
-def _relative(x: Tensor, truth: Tensor, batch: Any, name: str) -> Tensor:
+def _relative(x: Tensor, truth: Tensor, streams: list[Stream], name: str) -> Tensor:
     """Squared error over the variance of truth [..., d], without padding."""
     truth = truth.to(x.device, x.dtype)
     if x.shape != truth.shape:
         raise ValueError(f"{name} must put out one shape, got {list(x.shape)} and {list(truth.shape)}")
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() >= 3 and x.shape[:2] == mask.shape:
-        mask = mask.to(x.device).bool()
-        x, truth = x[mask], truth[mask]
-    truth = truth.reshape(-1, truth.shape[-1] if truth.dim() else 1)
+    x, truth = kept(x, streams), kept(truth, streams)
     variance = (truth - truth.mean(0)).square().sum()
-    return (x.reshape(truth.shape) - truth).square().sum() / torch.where(variance > 0, variance, 1)
+    return (x - truth).square().sum() / torch.where(variance > 0, variance, 1)

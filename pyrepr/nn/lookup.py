@@ -73,6 +73,18 @@ def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch
         )
 
 
+class _Described(Tensor):
+    """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "size", "dim", "numel", "element_size", "is_floating_point", "__repr__"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise TypeError(f"a lookup layer has no dense weight to compute with ({name}); call the layer")
+
+
 class LookupLinear(nn.Module):
     """:func:`pyrepr.lookup_linear` with its tables, in place of ``nn.Linear``.
 
@@ -239,6 +251,13 @@ class LookupLinear(nn.Module):
         if not self.packed:
             self.tables = nn.Parameter(lookup.pack_tables(self.tables), requires_grad=False)
         return self
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the dense weight it stands for, for code that asks its layers for them."""
+        dtype = self.tables.dtype if self.tables.is_floating_point() else torch.float32
+        nothing = torch.empty((), dtype=dtype, device=self.tables.device)
+        return nothing.expand(self.out_features, self.in_features).as_subclass(_Described)
 
     @property
     def packed(self) -> bool:
