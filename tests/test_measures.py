@@ -225,6 +225,15 @@ def test_rdms_are_scipys():
     close(rsa(*coarse, "spearman"), spearmanr(*(c.numpy() for c in coarse)).statistic)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_are_scipys(dtype):
+    from scipy.stats import rankdata
+
+    x = (torch.randn(3000) * 50).round().to(dtype) / 50
+    x[:4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
+    close(similarity.geometry._ranks(x) + 1, rankdata(x.numpy()))
+
+
 def test_geotopological():
     from rsatoolbox.rdm import RDMs
     from rsatoolbox.rdm.transform import geotopological_transform
