@@ -358,7 +358,7 @@ class _Run:
                 for (weight, bias), at in zip(fits, rows, strict=True):
                     for piece in at.split(ROWS):
                         logits = torch.addmm(bias, x[piece].to(weight.dtype), weight)
-                        answers = logits.view(len(piece), len(self.alphas), -1).argmax(2)
+                        answers = logits.unflatten(1, (len(self.alphas), self.classes)).argmax(2)
                         right[layer] += (answers == y[piece, None]).sum(0).cpu()
         n = float(self.counts.sum())
         share = right / n
