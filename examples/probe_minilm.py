@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts, origin = [], []
     for number, package in enumerate(PACKAGES):
-        found = [" ".join(text.split())[:240] for text in docstrings([package])]
+        found = [" ".join(text.split()).split(". ")[0][:120] for text in docstrings([package])]  # the first sentence
         texts += found[:: max(1, len(found) // count)][:count]
         origin += [number] * (len(texts) - len(origin))
     batches = [
