@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,40 @@ def progress_bar(
     try:
         from tqdm import tqdm
     except ImportError:
-        return items
+        return _reported(items, description, unit, total)
     return tqdm(items, desc=description, unit=unit, total=total, leave=False)
+
+
+def _reported(items: Iterable[Any], description: str, unit: str, total: int | None) -> Iterator[Any]:
+    """`items`, with a line on stderr every half minute: how many are done, and how long the rest will take."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    start = told = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - told >= 30:
+            told = now
+            left = "" if total is None else f" of {total}, {remaining((now - start) / done * (total - done))} left"
+            print(f"{description}: {done}{left or f' {unit}'}", file=sys.stderr)
+        yield item
+
+
+def remaining(seconds: float) -> str:
+    """A span of time for people: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def fixed(value: float, digits: int) -> str:
+    """`value` with so many digits after the point; what rounds to zero has no sign."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def plain(text: str) -> str:
+    """`text` without what a terminal would obey: control characters, escapes among them."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def versions() -> dict[str, str]:

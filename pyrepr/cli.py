@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 import pyrepr
+from pyrepr._reporting import fixed, plain
 from pyrepr.backend import build_info, native
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return plain(lines[0]) if lines else type(error).__name__
 
 
 def _show_warning(
@@ -86,7 +87,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UserWarning):
-        print(f"pyrepr: warning: {message}", file=sys.stderr)
+        print(f"pyrepr: warning: {plain(str(message))}", file=sys.stderr)
 
 
 def _positive(text: str) -> int:
@@ -109,9 +110,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     compare = commands.add_parser(
         "compare",
-        help="CKA between the layers of two models",
+        help="CKA and other similarities between the layers of two models",
         description="Compares two models layer by layer on the same data and writes comparison.npz (values and "
-        "metadata), values.csv, heatmap.png and heatmap.html.",
+        "metadata), values.csv, heatmap.png and heatmap.html; a table and a picture for every measure.",
         epilog=sources.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -141,10 +142,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    from pyrepr.models._layers import POOLS
+    from pyrepr.similarity import MEASURES
+
     add = parser.add_argument
     add("a", metavar="A", help="model or activations, see below")
     add("b", metavar="B", help="model or activations")
-    add("--data", type=Path, help="text file (a text a line), folder of images, or .npy/.npz/.safetensors of inputs")
+    add("--data", type=Path, help="texts, images or arrays, see below")
+    add("--column", metavar="NAME", help="which column of a .csv or .jsonl holds the texts")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
     for side in "ab":
         add(f"--name-{side}", metavar="NAME", help=f"what to call {side.upper()} in the results (default: the spec)")
@@ -156,12 +161,27 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
             "(default: the outermost repeated blocks and what stands around them)",
         )
     add("--samples", choices=("batch", "tokens"), help="what a sample is (default: tokens for text, else batch)")
+    add("--tokens", choices=("all", "no_special"), default="all", help="which tokens count (default: %(default)s)")
+    add("--pool", choices=POOLS, help="one row a sample from its tokens or positions; compares any two models")
+    add(
+        "--measure",
+        action="append",
+        metavar="NAME",
+        help=f"{', '.join(MEASURES)}, with options in brackets as in 'mutual_knn(k=5)'; may be repeated (default: cka)",
+    )
+    add("--stderr", action="store_true", help="standard errors; cells within two of chance are hatched")
     add("--batch-size", type=_positive, default=32, metavar="N", help="(default: %(default)s)")
     add("--max-samples", type=_positive, metavar="N", help="lines, images or rows at most (default: all)")
     add("--max-length", type=_positive, default=128, metavar="N", help="tokens a text at most (default: %(default)s)")
     add("--estimator", choices=("unbiased", "biased"), default="unbiased", help="(default: %(default)s)")
     add("--mode", choices=("auto", "exact", "minibatch"), default="auto", help="(default: %(default)s)")
-    add("--kernel", choices=("linear", "rbf", "laplacian", "polynomial", "cosine"), default="linear")
+    add("--kernel", choices=("linear", "rbf", "laplacian", "polynomial", "cosine"), default="linear", help="of CKA")
+    add("--bandwidth", type=float, metavar="F", help="σ of rbf and laplacian in medians of the distances (default: 1)")
+    add("--sigma", type=float, metavar="F", help="σ itself")
+    add("--title", help="above the pictures (default: the measure and the models)")
+    add("--format", action="append", choices=("png", "svg", "pdf"), help="of the pictures, repeatable (default: png)")
+    add("--dpi", type=_positive, default=150, metavar="N", help="of the pictures (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with a run into DIR that was interrupted")
     add("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     add("--device", default="cpu", help="where the models run (default: %(default)s)")
     add("--quiet", action="store_true", help="no progress bar, which a terminal gets otherwise")
@@ -280,11 +300,11 @@ def _compare(args: argparse.Namespace) -> None:
     from pyrepr.models import sources
 
     device = _device(args.device)
-    if args.data is not None:
-        kind = sources.kind_of(args.data)
-        samples = args.samples or ("tokens" if kind == "text" else "batch")
-    else:
-        samples = args.samples or "batch"
+    kind = None if args.data is None else sources.kind_of(args.data)
+    samples = args.samples or ("tokens" if kind == "text" and not args.pool else "batch")
+    kernel = pyrepr.Kernel(args.kernel, 1.0 if args.bandwidth is None else args.bandwidth, args.sigma)
+    if (args.bandwidth or args.sigma) and args.kernel not in ("rbf", "laplacian"):
+        raise ValueError(f"--bandwidth and --sigma are of --kernel rbf and laplacian, got {args.kernel}")
     with _results(args.out) as folder:
         require("matplotlib", PLOT)
         a = sources.resolve(args.a, args.seed)
@@ -301,28 +321,41 @@ def _compare(args: argparse.Namespace) -> None:
                 batch_size=args.batch_size,
                 max_samples=args.max_samples,
                 max_length=args.max_length,
+                column=args.column,
+                pool=args.pool,
+                tokens=args.tokens,
             )
         for model in models:
             model.to(device)
-        comparison = pyrepr.compare(
-            a.model,
-            b.model,
-            data,
-            layers_a=_split(args.layers_a),
-            layers_b=_split(args.layers_b),
-            samples=samples,
-            estimator=args.estimator,
-            mode=args.mode,
-            kernel=args.kernel,
-            progress=not args.quiet and sys.stderr.isatty(),
-            names=(args.name_a or args.a, args.name_b or args.b),
-        )
-        comparison.save(folder / "comparison.npz")
-        _write_csv(comparison, folder / "values.csv")
-        comparison.plot(folder / "heatmap.png")
-        comparison.to_html(folder / "heatmap.html")
+        shown = not args.quiet and sys.stderr.isatty()
+        if shown and data is not None:
+            print(f"{args.data}: read as {data.text}", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\d+ layers? left out")  # the summary has them all
+            comparison = pyrepr.compare(
+                a.model,
+                b.model,
+                None if data is None else data.batches,
+                layers_a=_split(args.layers_a),
+                layers_b=_split(args.layers_b),
+                samples=samples,
+                tokens=args.tokens,
+                pool=args.pool,
+                inputs=None if data is None else data.inputs,
+                measures=args.measure,
+                stderr=args.stderr,
+                estimator=args.estimator,
+                mode=args.mode,
+                kernel=kernel,
+                progress=shown,
+                names=(args.name_a or args.a, args.name_b or args.b),
+                checkpoint=_checkpoint(args) if models else None,
+            )
+        _write(comparison, folder, args)
         files = sorted(file.name for file in folder.iterdir())
     print(_summary(comparison))
+    if data is not None:
+        print(f"\nread {args.data} as {data.text}")
     print("\nwrote " + ", ".join(str(args.out / name) for name in files))
 
 
@@ -397,6 +430,31 @@ def _labels(path: Path, task: str) -> torch.Tensor | list[str]:
     return lines
 
 
+def _checkpoint(args: argparse.Namespace) -> Path | None:
+    """Where an interrupted run is kept; rows that are held are not."""
+    path = args.out / "unfinished.pt"
+    if args.measure or args.stderr:
+        if args.resume:
+            raise ValueError("--resume goes with CKA alone, without --measure and --stderr")
+        return None
+    if not args.resume:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _write(comparison: Comparison, folder: Path, args: argparse.Namespace) -> None:
+    """Everything a comparison is written as."""
+    comparison.save(folder / "comparison.npz")
+    for i, (key, score) in enumerate(comparison.scores.items()):
+        suffix = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in f"-{key}") if i else ""
+        _write_csv(comparison, score.values, folder / f"values{suffix}.csv")
+        if score.stderr is not None:
+            _write_csv(comparison, score.stderr, folder / f"stderr{suffix}.csv")
+        for form in dict.fromkeys(args.format or ["png"]):
+            comparison.plot(path=folder / f"heatmap{suffix}.{form}", measure=key, title=args.title, dpi=args.dpi)
+    comparison.to_html(folder / "heatmap.html", title=args.title)
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -411,23 +469,32 @@ def _split(values: list[str] | None) -> list[str] | None:
     return None if values is None else [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
-def _write_csv(comparison: Comparison, path: Path) -> None:
+def _write_csv(comparison: Comparison, values: torch.Tensor, path: Path) -> None:
     import csv
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["", *comparison.layers_b])
-        for name, line in zip(comparison.layers_a, comparison.values.tolist(), strict=True):
+        for name, line in zip(comparison.layers_a, values.tolist(), strict=True):
             writer.writerow([name, *line])
 
 
 def _summary(comparison: Comparison) -> str:
-    """For every layer of A, the layer of B most like it."""
+    """For every layer of A, the layer of B most like it, where one is beyond chance; then what was left out."""
     lines = [f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}", ""]
-    values, places = comparison.values.nan_to_num(nan=-torch.inf).max(1)
+    score = comparison.score()
+    candidates = score.values.nan_to_num(nan=-torch.inf)
+    if score.unsure is not None:
+        candidates = candidates.masked_fill(score.unsure, -torch.inf)
+    values, places = candidates.max(1)
     wide = max(len("layer of A"), *map(len, comparison.layers_a))
-    lines.append(f"{'layer of A':<{wide}}  {'CKA':>6}  most similar layer of B")
-    for name, value, place in zip(comparison.layers_a, values.tolist(), places.tolist(), strict=True):
-        found = (value, comparison.layers_b[place]) if value > -torch.inf else (torch.nan, "–")
-        lines.append(f"{name:<{wide}}  {found[0]:6.4f}  {found[1]}")
+    lines.append(f"{'layer of A':<{wide}}  {score.title:>6}  most similar layer of B")
+    for i, (name, value, place) in enumerate(zip(comparison.layers_a, values.tolist(), places.tolist(), strict=True)):
+        if value == -torch.inf:
+            why = "none is told from chance" if bool(score.values[i].isfinite().any()) else "–"
+            lines.append(f"{plain(name):<{wide}}  {'–':>6}  {why}")
+            continue
+        error = "" if score.stderr is None else f" ± {fixed(score.stderr[i, place], 4)}"
+        lines.append(f"{plain(name):<{wide}}  {fixed(value, 4):>6}{error}  {plain(comparison.layers_b[place])}")
+    lines += [f"left out: {plain(name)} {plain(why)}" for name, why in comparison.skipped.items()]
     return "\n".join(lines)

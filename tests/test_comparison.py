@@ -464,7 +464,8 @@ def test_a_failed_save_leaves_what_was_there(result, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_plot(result, tmp_path, suffix, start):
-    path = result.plot(tmp_path / f"heatmap{suffix}")
+    path = tmp_path / f"heatmap{suffix}"
+    result.plot(path=path, dpi=50)
     assert path.read_bytes().startswith(start)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -491,8 +492,9 @@ def test_page_is_self_contained(result, tmp_path):
     line = next(line for line in page.splitlines() if line.startswith("const data = "))
     data = json.loads(line.removeprefix("const data = ").removesuffix(";"))
     assert data["model_b"] == "</script><b>second"
-    assert data["values"][0][0] is None
-    assert data["values"][1][1] == pytest.approx(result.values[1, 1].item())
+    (measure,) = data["measures"]
+    assert measure["values"][0][0] is None and measure["stderr"] is None
+    assert measure["values"][1][1] == pytest.approx(result.values[1, 1].item())
 
 
 def test_wrong_shape_of_values_is_refused(result):

@@ -283,7 +283,9 @@ def test_a_block_that_puts_out_router_logits_and_hidden_states():
     assert value(a, b, [x], samples="tokens", **options) == pytest.approx(logits, rel=1e-9)
     gates = value(a, b, [x], samples="tokens", layers_a="blocks.0.gate", layers_b="blocks.0.gate")
     assert gates == pytest.approx(logits, rel=1e-9)  # rows (B·T, 2) are B samples' tokens
-    with pytest.raises(ValueError, match=r"layers_a: blocks\.0\.experts\.0 (has rows of its own|holds its samples in no)"):
+    with pytest.raises(
+        ValueError, match=r"layers_a: blocks\.0\.experts\.0 (has rows of its own|holds its samples in no)"
+    ):
         pyrepr.compare(a, b, [x], samples="tokens", layers_a="**.experts.0")
     with pytest.raises(ValueError, match=r"puts out nothing under 'hidden'; there is 0, 1"):
         pyrepr.compare(a, b, [x], layers_a=Layer("blocks.0", output="hidden"))
@@ -337,7 +339,12 @@ def test_albert_has_a_row_for_every_pass():
     import transformers
 
     config = transformers.AlbertConfig(
-        vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=20
+        vocab_size=50,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=20,
     )
     a, b = (seeded(seed, lambda: transformers.AlbertModel(config)) for seed in (0, 1))
     batch = {"input_ids": ids(7, 6), "attention_mask": lengths_mask([6, 2, 5, 3, 6, 4, 6])}
@@ -466,7 +473,7 @@ def test_models_with_different_tokenizers(berts):
         states = seen["x"][0] if isinstance(seen["x"], tuple) else seen["x"]
         rows.append(torch.stack([s[m.bool()].mean(0) for s, m in zip(states, fed["attention_mask"], strict=True)]))
     assert value(berts[0], gpt, [texts[:5], texts[5:]], pool="mean", **options) == pytest.approx(right(*rows), rel=1e-9)
-    with pytest.raises(ValueError, match="must give the same tokens for a batch, got .*; pool='mean' compares models"):
+    with pytest.raises(ValueError, match=r"must give the same tokens for a batch, got .*; pool='mean' compares models"):
         pyrepr.compare(berts[0], gpt, [texts], samples="tokens", **options)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyrepr._checks import memory
+from pyrepr._reporting import replacing
 from pyrepr.models._inputs import Inputs, Tokens
 from pyrepr.models._layers import Layer, Layers, choose_names
 from pyrepr.models._recording import Recorder
-from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, gram
+from pyrepr.models._scores import Score
+from pyrepr.similarity import DegenerateInputWarning, Kernel, Measure, StreamingCKA, cka_matrix, gram
 from pyrepr.similarity._hsic import hsic_table, normalise, warn_if_degenerate
+from pyrepr.stats import LayerMoments
 
 Stored = Mapping[str, Tensor]
 
@@ -84,6 +90,61 @@ def make_side(
     raise TypeError(f"{argument} must be a torch.nn.Module or a dict of stored activations, got {type(model).__name__}")
 
 
+class Held:
+    """The rows of every layer, for measures that moments do not determine and for standard errors."""
+
+    mode = "exact"
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self.samples, self.split, self.bytes = 0, 0, 0
+        self.parts: list[list[Tensor]] = []
+        self.groups: list[Tensor] = []
+
+    def update(self, xs: list[Tensor], ys: list[Tensor] | None = None) -> None:
+        layers = [*xs, *(ys or [])]
+        self.bytes += sum(x.numel() * x.element_size() for x in layers)
+        if layers[0].is_cpu and 2 * self.bytes > (have := memory()):
+            raise MemoryError(
+                f"{self.why} needs the rows of all samples: {self.bytes / 2**30:.1f} GiB so far, on a machine of "
+                f"{have / 2**30:.1f}; give fewer samples or layers, pool='mean', or a measure that streams"
+            )
+        self.split, self.samples = len(xs) if ys else 0, self.samples + len(xs[0])
+        self.parts.append(layers)
+
+    def layers(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Both sides' layers with all rows; the batches are let go one layer at a time."""
+        count = len(self.parts[0])
+        whole = []
+        for i in range(count):
+            whole.append(torch.cat([part[i] for part in self.parts]))
+            for part in self.parts:
+                part[i] = part[i][:0]
+        return whole[: self.split or None], whole[self.split :] if self.split else None
+
+
+class Streamed:
+    """Moments, for several measures that they determine."""
+
+    mode = "exact"
+
+    def __init__(self) -> None:
+        self.moments = LayerMoments()
+
+    @property
+    def samples(self) -> int:
+        return self.moments.samples
+
+    def update(self, xs: list[Tensor], ys: list[Tensor] | None = None) -> None:
+        self.moments.update(xs, ys)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments.load_state_dict(state)
+
+
 class Batchwise:
     """Mode "minibatch": a ratio of sums over batches (see :class:`pyrepr.StreamingCKA`), of which each batch's table
     [M, M] is kept: their spread gives the standard error. The layers' widths may differ between batches."""
@@ -131,46 +192,63 @@ class Batchwise:
 
 
 class Pass:
-    """Batches go in with :meth:`step`; what was recorded of one dies before the next.
+    """Batches go in with :meth:`step`; what was recorded of one dies before the next, unless rows are held.
 
     Args:
         a, b: the sides; one object twice for a model and itself.
         samples, estimator, mode, kernel: as of :func:`pyrepr.compare`.
+        measures: what to compute; ``None``: CKA with that kernel and estimator.
+        stderr: whether standard errors are asked for.
         limit: bytes that ``mode="auto"`` gives to exact moments.
     """
 
     def __init__(
-        self, a: Side, b: Side, *, samples: str, estimator: str, mode: str, kernel: Kernel, limit: int
+        self,
+        a: Side,
+        b: Side,
+        *,
+        samples: str,
+        estimator: str,
+        mode: str,
+        kernel: Kernel,
+        measures: Sequence[Measure] | None,
+        stderr: bool,
+        limit: int,
     ) -> None:
         self.sides = [a] if b is a else [a, b]
         self.samples, self.estimator, self.mode, self.kernel, self.limit = samples, estimator, mode, kernel, limit
+        self.measures, self.stderr = measures, stderr
         # Stored activations are one batch, of which the estimate is exact and costs no moments.
         self.whole = all(isinstance(side, StoredSide) for side in self.sides)
-        self.stream: StreamingCKA | Batchwise | None = None
+        self.stream: StreamingCKA | Batchwise | Held | Streamed | None = None
 
     @property
     def widths(self) -> list[dict[str, int]]:
         return [side.widths for side in self.sides]
 
+    def begin(self, batch: Any) -> None:
+        """Looks at the first batch: which layers there are, how they are read, what is kept of them."""
+        for side in self.sides:
+            if isinstance(side, Recorder):
+                side.prepare(batch)
+        self.stream = self.choose_stream()
+        if isinstance(self.stream, Batchwise) and not self.whole:
+            for side in self.sides:
+                if isinstance(side, Recorder):
+                    side.reduce = self.compact
+
     def step(self, batch: Any) -> None:
         """One batch through both sides."""
         if self.stream is None:
-            for side in self.sides:
-                if isinstance(side, Recorder):
-                    side.prepare(batch)
-            exact = self.choose_mode() == "exact"
-            self.stream = (
-                StreamingCKA(estimator=self.estimator, kernel=self.kernel)
-                if exact
-                else Batchwise(self.kernel, self.estimator)
-            )
-            if self.stream.mode == "minibatch" and not self.whole:
-                for side in self.sides:
-                    if isinstance(side, Recorder):
-                        side.reduce = self.compact
+            self.begin(batch)
+        assert self.stream is not None
         layers, split = self.rows(batch)
-        if self.stream.mode == "minibatch":
+        if isinstance(self.stream, Batchwise):
             self.check_batch(layers[0].shape[0])
+        if isinstance(self.stream, Held):
+            groups = next((g for side in self.sides if (g := getattr(side, "groups", None)) is not None), None)
+            first = int(self.stream.groups[-1].max()) + 1 if self.stream.groups else 0
+            self.stream.groups.append(first + (torch.arange(len(layers[0])) if groups is None else groups.cpu()))
         self.stream.update(layers[: split or None], layers[split:] if split else None)
 
     def rows(self, batch: Any) -> tuple[list[Tensor], int]:
@@ -208,20 +286,29 @@ class Pass:
                 + ("; pool='mean' compares models that cut their input differently" if unit == "tokens" else "")
             )
 
-    def choose_mode(self) -> str:
-        """The stated rule of mode="auto", and a refusal of exact moments that cannot fit."""
-        if self.mode == "minibatch" or self.whole:
-            return "minibatch"
+    def choose_stream(self) -> StreamingCKA | Batchwise | Held | Streamed:
+        """What is kept of the batches: by the measures, the stated rule of mode="auto", and a refusal of exact moments
+        that cannot fit."""
+        rows = [measure.key for measure in self.measures or () if not measure.streams]
+        if rows:
+            return Held(rows[0])
+        batchwise = self.mode == "minibatch" or (self.kernel.name != "linear" and self.measures is None)
+        if self.stderr and (self.whole or not batchwise):
+            return Held("stderr=True")
+        if self.measures is not None:
+            return Streamed()
+        if batchwise or self.whole:
+            return Batchwise(self.kernel, self.estimator)
         widths = [width for side in self.widths for width in side.values()]
         need = exact_bytes(widths, len(self.widths[0]) if len(self.widths) > 1 else 0)
-        if self.mode == "auto":
-            return "exact" if need <= self.limit and self.kernel.name == "linear" else "minibatch"
+        if self.mode == "auto" and need > self.limit:
+            return Batchwise(self.kernel, self.estimator)
         if need > (have := memory()):
             raise ValueError(
                 f"mode='exact' would keep {need / 2**30:.1f} GiB of moments (layers of up to {max(widths)} features), "
                 f"this machine has {have / 2**30:.1f} GiB; use mode='minibatch', pool='mean' or fewer layers"
             )
-        return "exact"
+        return StreamingCKA(estimator=self.estimator, kernel=self.kernel)
 
     def check_batch(self, n: int) -> None:
         least = 4 if self.estimator == "unbiased" else 2
@@ -233,8 +320,8 @@ class Pass:
                 f"estimator, got {n}; drop a short last batch (DataLoader's drop_last=True)"
             )
 
-    def values(self) -> Tensor:
-        """[La, Lb] of all batches."""
+    def scores(self) -> dict[str, Score]:
+        """By measure, of all batches."""
         for side in self.sides:
             if isinstance(side, StoredSide) and self.stream is not None:
                 side.check_end()
@@ -242,10 +329,32 @@ class Pass:
             raise ValueError("data must give at least one batch, got none")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            values = self.stream.compute().cpu()
+            scores = self._scores()
         for warning in caught:
             self.warn(warning)
-        return values
+        return scores
+
+    def _scores(self) -> dict[str, Score]:
+        chance = 0.0 if self.estimator == "unbiased" else None
+        if isinstance(self.stream, (StreamingCKA, Batchwise)):
+            values = self.stream.compute().cpu()
+            stderr = self.stream.stderr().cpu() if self.stderr and isinstance(self.stream, Batchwise) else None
+            return {"cka": Score(values, stderr, chance=chance)}
+        assert self.stream is not None
+        if isinstance(self.stream, Streamed):
+            moments = self.stream.moments
+            return {m.key: _score(m, m.of_moments(moments), None, moments.samples) for m in self.measures or ()}
+        (xs, ys), n = self.stream.layers(), self.stream.samples
+        groups = torch.cat(self.stream.groups).to(xs[0].device) if self.samples == "tokens" else None
+        if self.measures is None:
+            options: dict[str, Any] = {"kernel": self.kernel, "estimator": self.estimator}
+            values, errors = cka_matrix(xs, ys, return_stderr=True, groups=groups, **options)
+            return {"cka": Score(values.double().cpu(), errors.double().cpu(), chance=chance)}
+        found = {}
+        for measure in self.measures:
+            errors = measure.stderr(xs, ys, groups=groups) if self.stderr else None
+            found[measure.key] = _score(measure, measure.matrix(xs, ys), errors, n)
+        return found
 
     def warn(self, warning: warnings.WarningMessage) -> None:
         """The stream's warning again, with names of layers where it says xs[3]."""
@@ -255,6 +364,72 @@ class Pass:
                 message = message.replace(f"{list_name}[{i}]", f"{prefix} {name}")
         category = warning.category if issubclass(warning.category, DegenerateInputWarning) else UserWarning
         warnings.warn(message, category, stacklevel=4)
+
+
+SAVE_SECONDS = 60.0
+
+
+class Checkpoint:
+    """A pass that is saved every minute, and goes on from what was saved."""
+
+    def __init__(self, run: Pass, path: str | os.PathLike[str] | None) -> None:
+        self.run, self.path = run, None if path is None else Path(path)
+        self.done, self.seen, self.saved = 0, 0, time.monotonic()  # batches in the file, in this run, time
+        self.state: dict[str, Any] | None = None
+        if self.path is not None and self.path.exists():
+            try:
+                self.state = torch.load(self.path, weights_only=True)
+                self.done = int(self.state["done"])
+            except Exception as error:  # torch.load raises whatever its reader meets
+                raise ValueError(f"checkpoint must be a file that an interrupted compare left, got {path}") from error
+
+    def step(self, batch: Any) -> None:
+        if self.run.stream is None:
+            self.run.begin(batch)
+            if self.path is not None and isinstance(self.run.stream, Held):
+                raise ValueError(f"checkpoint cannot hold the rows that {self.run.stream.why} needs")
+            if self.state is not None:
+                self._restore(self.state)
+        if self.seen >= self.done:
+            self.run.step(batch)
+        self.seen += 1
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def _layout(self) -> list[Any]:
+        run = self.run
+        return [
+            run.samples,
+            run.estimator,
+            type(run.stream).__name__,
+            run.kernel.name,
+            [list(w.items()) for w in run.widths],
+        ]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["layout"] != self._layout():
+            raise ValueError(f"checkpoint {self.path} is of other layers or options; delete it to start again")
+        self.run.stream.load_state_dict(state["stream"])  # type: ignore[union-attr]
+
+    def save(self) -> None:
+        """Nothing without a path, or before a batch that the file does not have."""
+        stream = self.run.stream
+        if self.path is None or self.seen <= self.done or stream is None or isinstance(stream, Held):
+            return
+        with replacing(self.path) as temporary:
+            torch.save({"done": self.seen, "layout": self._layout(), "stream": stream.state_dict()}, temporary)
+        self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _score(measure: Measure, values: Tensor, stderr: Tensor | None, n: int) -> Score:
+    how = measure.describe() + ("" if measure.symmetric else ", asymmetric: rows explain columns")
+    low, high = measure.limits
+    errors = None if stderr is None else stderr.double().cpu()
+    return Score(values.double().cpu(), errors, measure.title, how, low, high, measure.chance(n))
 
 
 def _count(rows: dict[str, Tensor]) -> int:

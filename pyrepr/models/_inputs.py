@@ -141,7 +141,11 @@ def call(model: nn.Module, batch: Any, argument: str, inputs: Inputs | None = No
     known = parameters_of(model)
     if isinstance(fed, dict):
         open_ended = known is None or any(p.kind is p.VAR_KEYWORD for p in known.values())
-        chosen = {key: value for key, value in fed.items() if open_ended or (known and key in known)}
+        chosen = {
+            key: value
+            for key, value in fed.items()
+            if (known and key in known) or (open_ended and not key.endswith("special_tokens_mask"))
+        }
         if not chosen:
             raise ValueError(f"data: {argument} takes none of the batch's keys {', '.join(map(str, fed))}")
         return model(**_with_decoder_inputs(model, chosen, batch))

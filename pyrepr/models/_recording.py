@@ -122,6 +122,7 @@ class Recorder:
     Attributes:
         views: what is recorded, after :meth:`prepare`. widths: of their rows. skipped: name → why not.
         nonfinite: name → how many activations were NaN or infinite, where any were.
+        groups: of which sample each row of the last batch is, [n]; ``None`` where a row is a sample.
         reduce: what is done to a layer's rows as soon as they are there; ``None`` keeps them.
     """
 
@@ -145,6 +146,7 @@ class Recorder:
         self.widths: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
         self.nonfinite: dict[str, int] = {}
+        self.groups: Tensor | None = None
         self._by_default = wanted is None
         self._streams = Streams(self.model, tokens)
         table = layer_table(self.model)
@@ -345,6 +347,9 @@ class Recorder:
         if own is not None:
             counted = next((s.counted for s in streams if s.counted is not None and s.counted.shape == own.shape), None)
             streams = [Stream(own, counted)]
+        if self.samples == "tokens" and view is self.views[0] if self.views else False:
+            index = torch.arange(len(x), device=x.device).view(-1, *(1,) * (x.dim() - 1)).expand(*x.shape[:-1], 1)
+            self.groups = rows_of(index, view.features, streams, "tokens", None)[:, 0] if x.dim() > 2 else None
         return rows_of(x, view.features, streams, self.samples, view.pool)
 
 

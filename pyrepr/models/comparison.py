@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._modules import evaluating
-from pyrepr._reporting import progress_bar, replacing, versions
-from pyrepr.models._collecting import Pass, Side, Stored, make_side
+from pyrepr._optional import require
+from pyrepr._reporting import fixed, progress_bar, replacing, versions
+from pyrepr.models._collecting import Checkpoint, Pass, Side, Stored, make_side
 from pyrepr.models._inputs import TOKENS, Inputs, Tokens, check_data
 from pyrepr.models._layers import Layers, check_pool, unwrap
 from pyrepr.models._recording import SAMPLES, Recorder, plain_execution
-from pyrepr.similarity import Kernel, StreamingCKA
+from pyrepr.models._scores import Score
+from pyrepr.similarity import Kernel, Measure, StreamingCKA, as_measure
 
 __all__ = ["EXACT_BYTES", "Comparison", "compare"]
 
@@ -29,19 +33,20 @@ EXACT_BYTES = 1 << 30
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
-    """CKA of every layer of one network with every layer of another.
+    """Similarities of every layer of one network with every layer of another.
 
     Attributes:
-        values: [La, Lb] float64 on the CPU.
+        values: [La, Lb] float64 on the CPU, by the first measure. stderr: their standard errors, or ``None``.
         layers_a, layers_b: names of the rows and of the columns.
         model_a, model_b: what the networks are called.
         samples: ``"batch"`` or ``"tokens"``: what a sample was.
         count: number of samples.
-        estimator, mode, kernel: how the values were computed.
+        estimator, mode, kernel: how CKA was computed.
         tokens, pool: which tokens counted, and how positions became one row.
         skipped_a, skipped_b: from a layer that was left out to the reason.
         readings_a, readings_b: from a layer to how its tensor was read: which axis holds samples, which features.
         nonfinite_a, nonfinite_b: from a layer to how many of its activations were NaN or infinite, where any were.
+        scores: from the key of every measure to its :class:`Score`; the first is that of `values`.
         versions: of pyrepr, torch and Python.
     """
 
@@ -63,33 +68,47 @@ class Comparison:
     readings_b: dict[str, str] = field(default_factory=dict)
     nonfinite_a: dict[str, int] = field(default_factory=dict)
     nonfinite_b: dict[str, int] = field(default_factory=dict)
+    stderr: Tensor | None = None
+    scores: dict[str, Score] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if tuple(self.values.shape) != (len(self.layers_a), len(self.layers_b)):
-            raise ValueError(
-                f"values must have shape [La, Lb] = [{len(self.layers_a)}, {len(self.layers_b)}], "
-                f"got {list(self.values.shape)}"
-            )
+        first, *others = self.scores.items() or [("cka", Score(self.values, self.stderr))]
+        scores = {first[0]: replace(first[1], values=self.values, stderr=self.stderr), **dict(others)}
+        object.__setattr__(self, "scores", scores)
+        shape = (len(self.layers_a), len(self.layers_b))
+        for score in scores.values():
+            for name in ("values", "stderr"):
+                x = getattr(score, name)
+                if x is not None and tuple(x.shape) != shape:
+                    raise ValueError(f"{name} must have shape [La, Lb] = {list(shape)}, got {list(x.shape)}")
 
     def __repr__(self) -> str:
         finite = self.values[self.values.isfinite()]
-        span = f"{finite.min():.3f} to {finite.max():.3f}" if finite.numel() else "undefined"
+        span = f"{fixed(finite.min(), 3)} to {fixed(finite.max(), 3)}" if finite.numel() else "undefined"
+        title = next(iter(self.scores.values())).title
         return (
             f"Comparison({self.model_a} [{len(self.layers_a)} layers] × {self.model_b} [{len(self.layers_b)} layers], "
-            f"CKA {span}; {self.describe()})"
+            f"{title} {span}; {self.describe()})"
         )
 
     def __eq__(self, other: object) -> bool:
         """Whether all is the same, the values bit for bit (NaN equals NaN)."""
         if not isinstance(other, Comparison):
             return NotImplemented
-        same = self.values.shape == other.values.shape and bool(
-            ((self.values == other.values) | (self.values.isnan() & other.values.isnan())).all()
+        mine, theirs = self._arrays(), other._arrays()
+        return (
+            self.metadata() == other.metadata()
+            and list(mine) == list(theirs)
+            and all(torch.equal(x.nan_to_num(2e300), theirs[key].nan_to_num(2e300)) for key, x in mine.items())
         )
-        return same and self.metadata() == other.metadata()
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def measures(self) -> dict[str, Tensor]:
+        """From every measure to its values [La, Lb]."""
+        return {key: score.values for key, score in self.scores.items()}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -99,38 +118,181 @@ class Comparison:
             both[name] = why if both.get(name, why) == why else f"{both[name]} (in {self.model_b}: {why})"
         return both
 
-    def describe(self) -> str:
+    def score(self, measure: str | None = None) -> Score:
+        """Of a measure by its key; the first one by default.
+
+        Raises:
+            ValueError: for one that was not asked for, with those that were.
+        """
+        if measure is None:
+            return next(iter(self.scores.values()))
+        if measure not in self.scores:
+            raise ValueError(f"measure must be one of {', '.join(self.scores)}, got {measure!r}")
+        return self.scores[measure]
+
+    def describe(self, measure: str | None = None) -> str:
         """How the values came about, in a line: ``"2048 tokens, linear kernel, unbiased estimator, exact"``."""
+        score = self.score(measure)
         unit = "tokens" if self.samples == "tokens" else "samples"
         if self.tokens != "all":
             unit += " without special tokens" if self.tokens == "no_special" else f" chosen by {self.tokens}"
         if self.pool:
             unit += f" (pool {self.pool})"
         how = "exact" if self.mode == "exact" else "minibatch estimate"
-        return f"{self.count} {unit}, {self.kernel} kernel, {self.estimator} estimator, {how}"
+        text = score.how or f"{self.kernel} kernel, {self.estimator} estimator, {how}"
+        if score.chance:
+            text += f", chance {score.chance:.3g}"
+        if score.unsure is not None:
+            text += ", hatched: within two standard errors of unrelated layers"
+        return f"{self.count} {unit}, {text}"
 
     def metadata(self) -> dict[str, Any]:
         """Everything but the values, as JSON takes it."""
-        return {key: value for key, value in asdict(self).items() if key != "values"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("values", "stderr", "scores")}
+        told = ("title", "how", "low", "high", "chance")
+        scores = {key: {name: getattr(score, name) for name in told} for key, score in self.scores.items()}
+        return copy.deepcopy({**plain, "scores": scores})
 
-    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draws the heatmap to a file; PNG, SVG or PDF by its suffix. Needs matplotlib.
+    def _arrays(self) -> dict[str, Tensor]:
+        """Every table of numbers by the name it has in a file."""
+        found = {}
+        for i, (key, score) in enumerate(self.scores.items()):
+            for name in ("values", "stderr"):
+                if (x := getattr(score, name)) is not None:
+                    found[f"{name}:{key}" if i else name] = x
+        return found
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        measure: str | None = None,
+        vmin: float | None = None,
+        vmax: float | None = None,
+        origin: str = "upper",
+        annotate: bool | None = None,
+        title: str | None = None,
+        dpi: float = 150,
+    ) -> Any:
+        """Draws the heatmap with matplotlib and returns its axes.
+
+        Args:
+            ax: axes to draw on, or a path as `path`; ``None`` makes a figure of its own.
+            path: a file to write as well: PNG, SVG or PDF by its suffix, at `dpi` dots an inch.
+            measure: its key; the first by default.
+            vmin, vmax: what the colours span; by default the measure's range (0 to 1 for CKA), so that pictures can be
+                compared.
+            origin: ``"upper"``: the first layer is on top; ``"lower"``: at the bottom.
+            annotate: numbers in the cells; by default where there is room for them.
+            title: above the figure, by default the measure and the models; ``""`` for none.
 
         Raises:
-            ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
+            ValueError: for another suffix, origin or measure; ImportError: without matplotlib; OSError: if the file
+                cannot be written.
         """
-        from pyrepr.models._pages import save_heatmap
+        from pyrepr.models import _figures as figures
 
-        return save_heatmap(self, path, title=title)
+        if isinstance(ax, (str, os.PathLike)):
+            ax, path = None, ax
+        target = None if path is None else figures.check_path(path)
+        if origin not in ("upper", "lower"):
+            raise ValueError(f"origin must be 'upper' or 'lower', got {origin!r}")
+        score = self.score(measure)
+        own = ax is None
+        ax = figures.new_axes(*self.values.shape, target) if own else ax
+        figures.draw_table(
+            ax,
+            score.values,
+            self.layers_a,
+            self.layers_b,
+            row_title=self.model_a,
+            column_title=self.model_b,
+            measure=score.title,
+            low=score.low if vmin is None else vmin,
+            high=score.high if vmax is None else vmax,
+            origin=origin,
+            annotate=annotate,
+            unsure=score.unsure,
+            title=(f"{score.title}: {self.model_a} × {self.model_b}" if title is None else title) if own else "",
+            how=self.describe(measure) if own or title is None else title,
+        )
+        if target is not None:
+            figures.save_figure(ax, target, dpi)
+        return ax
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer."""
-        from pyrepr.models._pages import save_page
+        """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer, a switch between
+        measures, and what was left out."""
+        from pyrepr.models._pages import write_page
 
-        return save_page(self, path, title=title)
+        keys = list(self.scores)
+        first = self.scores[keys[0]]
+        title = title or f"{first.title}: {self.model_a} × {self.model_b}"
+        data = {
+            "title": title,
+            "model_a": self.model_a,
+            "model_b": self.model_b,
+            "rows": self.layers_a,
+            "columns": self.layers_b,
+            "skipped": list(self.skipped.items()),
+            "measures": [
+                {
+                    "name": self.scores[key].title if len(keys) == 1 else key,
+                    "how": self.describe(key),
+                    "low": self.scores[key].low,
+                    "high": self.scores[key].high,
+                    "values": _numbers(self.scores[key].values),
+                    "stderr": None if (e := self.scores[key].stderr) is None else _numbers(e),
+                    "unsure": None if (u := self.scores[key].unsure) is None else u.tolist(),
+                }
+                for key in keys
+            ],
+        }
+        return write_page(Path(path), "heatmap.html", title, data)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from pyrepr.models._pages import table_for_notebooks
+
+        score = self.score()
+        return table_for_notebooks(
+            repr(self), score.values, self.layers_a, self.layers_b, score.low, score.high, self.skipped
+        )
+
+    def to_pandas(self, measure: str | None = None) -> Any:
+        """A ``DataFrame`` of one measure, layers of A as its index and of B as its columns; the rest is in ``attrs``.
+
+        Raises:
+            ImportError: without pandas.
+        """
+        pandas = require("pandas", "pandas")
+        frame = pandas.DataFrame(
+            self.score(measure).values.numpy().copy(),
+            index=pandas.Index(self.layers_a, name=self.model_a),
+            columns=pandas.Index(self.layers_b, name=self.model_b),
+        )
+        frame.attrs.update(self.metadata())
+        return frame
+
+    def to_xarray(self) -> Any:
+        """A ``Dataset`` with a variable for every measure, and for its standard errors, over ``layer_a``, ``layer_b``.
+
+        Raises:
+            ImportError: without xarray.
+        """
+        xarray = require("xarray", "xarray")
+        variables = {}
+        for key, score in self.scores.items():
+            variables[key] = (("layer_a", "layer_b"), score.values.numpy().copy())
+            if score.stderr is not None:
+                variables[f"{key}_stderr"] = (("layer_a", "layer_b"), score.stderr.numpy().copy())
+        coordinates = {"layer_a": list(self.layers_a), "layer_b": list(self.layers_b)}
+        return xarray.Dataset(variables, coordinates, {"metadata": json.dumps(self.metadata())})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a ``.npz`` with ``values`` and, as JSON, the metadata; :meth:`load` reads it.
+        """Writes a ``.npz`` with ``values`` (and those of further measures) and, as JSON, the metadata; :meth:`load`
+        reads it.
 
         Raises:
             ValueError: for another suffix; OSError: if the file cannot be written (nothing is left behind).
@@ -142,7 +304,7 @@ class Comparison:
             raise ValueError(f"path must end in .npz, got {path.name!r}")
         with replacing(path) as temporary, temporary.open("wb") as file:
             metadata = json.dumps({"format": "pyrepr.Comparison", **self.metadata()})
-            np.savez(file, values=self.values.numpy(), metadata=np.array(metadata))
+            np.savez(file, metadata=np.array(metadata), **{key: x.numpy() for key, x in self._arrays().items()})
         return path
 
     @classmethod
@@ -158,12 +320,35 @@ class Comparison:
 
         try:
             with np.load(path, allow_pickle=False) as file:
-                values, metadata = torch.from_numpy(file["values"]), json.loads(str(file["metadata"]))
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+                metadata = json.loads(str(file["metadata"]))
+                arrays = {
+                    key: torch.from_numpy(file[key].astype(np.float64, casting="safe"))
+                    for key in file.files
+                    if key != "metadata"
+                }
+            metadata.pop("format", None)
+            told = metadata.pop("scores", {"cka": {}})
+            scores = {}
+            for i, (key, options) in enumerate(told.items()):
+                names = [f"{name}:{key}" if i else name for name in ("values", "stderr")]
+                scores[key] = Score(arrays[names[0]], arrays.get(names[1]), **options)
+            metadata["layers_a"], metadata["layers_b"] = map(_names, (metadata["layers_a"], metadata["layers_b"]))
+            first = next(iter(scores.values()))
+            result = cls(values=first.values, stderr=first.stderr, scores=scores, **metadata)
+            result.describe()
+            return result
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"path must be a file written by Comparison.save, got {os.fspath(path)!r}") from error
-        metadata.pop("format", None)
-        metadata["layers_a"], metadata["layers_b"] = tuple(metadata["layers_a"]), tuple(metadata["layers_b"])
-        return cls(values=values, **metadata)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("layers must be strings")
+    return tuple(value)
+
+
+def _numbers(values: Tensor) -> list[list[float | None]]:
+    return [[v if math.isfinite(v) else None for v in line] for line in values.tolist()]
 
 
 def compare(
@@ -177,13 +362,16 @@ def compare(
     tokens: Tokens = "all",
     pool: str | None = None,
     inputs: Inputs | tuple[Inputs | None, Inputs | None] | None = None,
+    measures: str | Measure | Sequence[str | Measure] | None = None,
+    stderr: bool = False,
     estimator: str = "unbiased",
     mode: str = "auto",
     kernel: str | Kernel = "linear",
     progress: bool = True,
     names: tuple[str, str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Comparison:
-    """CKA between the layers of two networks, in one pass over the data.
+    """CKA, or other measures, between the layers of two networks, in one pass over the data.
 
     Every batch goes to both models (so a shuffling loader is fine), in eval mode, eager and without gradients; its
     activations are folded into moments and freed before the next batch. Hooks are removed and the training flag of
@@ -221,6 +409,12 @@ def compare(
             of an image without the tokens before it.
         inputs: a function from a batch to what the models take, or a pair of them, one for each: a tensor, a tuple of
             positional arguments or a mapping of keyword arguments.
+        measures: what to compute beside or instead of CKA: names with options in brackets, or objects of
+            :mod:`pyrepr.similarity`, as in ``("cka", "mutual_knn(k=5)", RSA())``; all in one pass. ``None`` (default):
+            CKA with the options below. Measures that moments do not determine hold the rows of all layers.
+        stderr: also the standard error of every value, by the jackknife over samples (over texts or images where rows
+            are tokens), over blocks of them or, in mode "minibatch", over batches. Exact values hold the rows of all
+            layers for it. Cells within two standard errors of chance are hatched, and never called most similar.
         estimator: ``"unbiased"`` or ``"biased"``, see :func:`pyrepr.cka`.
         mode: ``"exact"``: the value of all samples at once; keeps 8·Σ d_a d_b bytes over the pairs of layers that are
             compared, each layer with itself included. ``"minibatch"``: keeps a few numbers, estimates from every
@@ -229,6 +423,9 @@ def compare(
         kernel: a name or a :class:`pyrepr.Kernel`; others than ``"linear"`` need minibatch.
         progress: a tqdm bar on stderr, where tqdm is installed.
         names: what to call the two networks in the result; by default their class names.
+        checkpoint: a file that the state is saved to every minute and when the run is cut short, and read from if it is
+            there: the run goes on after the batches it has seen. `data` must give the same batches in the same order.
+            Deleted at the end. Not with held rows.
 
     Returns:
         A :class:`Comparison`. Layers whose samples are all alike give NaN and a :class:`pyrepr.DegenerateInputWarning`.
@@ -252,17 +449,44 @@ def compare(
     one_side = model_b is model_a and layers_b is None and feeds[0] is feeds[1]
     side_a = make_side(model_a, layers_a, "model_a", inputs=feeds[0], **options)
     side_b = side_a if one_side else make_side(model_b, layers_b, "model_b", inputs=feeds[1], **options)
-    run = Pass(side_a, side_b, samples=samples, estimator=estimator, mode=mode, kernel=spec, limit=EXACT_BYTES)
+    chosen = None if measures is None else _measures(measures, mode)
+    run = Pass(
+        side_a,
+        side_b,
+        samples=samples,
+        estimator=estimator,
+        mode=mode,
+        kernel=spec,
+        measures=chosen,
+        stderr=stderr,
+        limit=EXACT_BYTES,
+    )
     models = [side.model for side in run.sides if isinstance(side, Recorder)]
     if data is None and models:
         raise ValueError("data must be an iterable of batches, got None")
     if data is not None and not models:
         raise ValueError("data must be None where both sides are stored activations")
     batches = [None] if data is None else check_data(data)
+    saved = Checkpoint(run, checkpoint)
     with evaluating(models), plain_execution(), torch.no_grad():
-        for batch in progress_bar(batches, progress, "compare", "batch"):
-            run.step(batch)
-    return _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
+        try:
+            for batch in progress_bar(batches, progress, "compare", "batch"):
+                saved.step(batch)
+        except BaseException:  # Ctrl-C above all
+            saved.save()
+            raise
+    result = _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
+    saved.remove()
+    return result
+
+
+def _measures(measures: str | Measure | Sequence[str | Measure], mode: str) -> list[Measure]:
+    wanted = [measures] if isinstance(measures, (str, Measure, type)) else list(measures)
+    if not wanted:
+        raise ValueError("measures must name at least one measure, got none")
+    if mode == "minibatch":
+        raise ValueError("mode='minibatch' is an estimate of CKA alone; leave measures out, or the mode")
+    return [as_measure(measure) for measure in wanted]
 
 
 def check_samples(samples: str, tokens: Tokens, pool: str | None) -> None:
@@ -280,11 +504,14 @@ def _name(model: nn.Module | Stored) -> str:
 
 
 def _result(run: Pass, names: tuple[str, str], tokens: Tokens, pool: str | None) -> Comparison:
-    values = run.values()
-    assert run.stream is not None  # values() saw to that
+    scores = run.scores()
+    assert run.stream is not None  # scores() saw to that
+    first = next(iter(scores.values()))
     a, b = run.sides[0], run.sides[-1]
     result = Comparison(
-        values=values,
+        values=first.values,
+        stderr=first.stderr,
+        scores=scores,
         layers_a=tuple(a.widths),
         layers_b=tuple(b.widths),
         model_a=names[0],

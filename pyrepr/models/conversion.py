@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._modules import evaluating
+from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_weighting
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
@@ -60,7 +62,7 @@ class ConvertedLayer:
     dead_rows: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Conversion:
     """The report of :func:`convert`; ``print`` shows it as a table.
 
@@ -149,9 +151,102 @@ class Conversion:
         Raises:
             OSError: if the file cannot be written (nothing is left behind).
         """
-        from pyrepr.models._pages import save_conversion_page
+        from pyrepr.models._pages import write_page
 
-        return save_conversion_page(self, path, title=title)
+        title = title or f"Lookup tables in {self.model}"
+        *lines, total = self.table() or [[]]
+        data = {
+            "title": title,
+            "how": self.describe(),
+            "columns": self.columns(),
+            "lines": lines,
+            "total": total,
+            "errors": [x.relative_mse if math.isfinite(x.relative_mse) else None for x in self.layers],
+            "skipped": list(self.skipped.items()),
+        }
+        return write_page(Path(path), "conversion.html", title, data)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and what was left alone."""
+        escape = html.escape
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in self.table()
+        )
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns())
+        left = "".join(f"<li>{escape(name)} {escape(why)}</li>" for name, why in self.skipped.items())
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{lines}</table>" + (
+            f"<details><summary>{len(self.skipped)} left alone</summary><ul>{left}</ul></details>" if left else ""
+        )
+
+    def to_pandas(self) -> Any:
+        """A ``DataFrame`` with a line for every layer; times are columns ``ms_before_64``, ``ms_after_64``, …
+
+        Raises:
+            ImportError: without pandas.
+        """
+        pandas = require("pandas", "pandas")
+        lines = []
+        for layer in self.layers:
+            line = {key: value for key, value in asdict(layer).items() if key not in ("ms_before", "ms_after")}
+            for i, size in enumerate(self.batch_sizes):
+                line |= {f"ms_before_{size}": layer.ms_before[i], f"ms_after_{size}": layer.ms_after[i]}
+            lines.append(line)
+        frame = pandas.DataFrame(lines).set_index("name") if lines else pandas.DataFrame()
+        frame.attrs.update({"model": self.model, "output_mse": self.output_mse, "skipped": dict(self.skipped)})
+        return frame
+
+    def to_xarray(self) -> Any:
+        """A ``Dataset`` over ``name`` with a variable for every column of :meth:`to_pandas`.
+
+        Raises:
+            ImportError: without xarray or pandas.
+        """
+        xarray = require("xarray", "xarray")
+        return xarray.Dataset.from_dataframe(self.to_pandas())
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        title: str | None = None,
+        dpi: float = 150,
+    ) -> Any:
+        """Draws the relative squared error of every layer as bars with matplotlib and returns the axes.
+
+        Args:
+            ax: axes to draw on, or a path as `path`; ``None`` makes a figure of its own.
+            path: a file to write as well: PNG, SVG or PDF by its suffix, at `dpi` dots an inch.
+            title: above the figure.
+
+        Raises:
+            ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
+        """
+        from pyrepr.models import _figures as figures
+
+        if isinstance(ax, (str, os.PathLike)):
+            ax, path = None, ax
+        target = None if path is None else figures.check_path(path)
+        ax = figures.new_axes(max(2, len(self.layers)), 8, target) if ax is None else ax
+        figures.draw_bars(
+            ax,
+            [layer.name for layer in self.layers],
+            [layer.relative_mse for layer in self.layers],
+            label="relative squared error",
+            title=title or f"Lookup tables in {self.model}",
+            how=self.describe(),
+        )
+        if target is not None:
+            figures.save_figure(ax, target, dpi)
+        return ax
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same; NaN equals NaN."""
+        if not isinstance(other, Conversion):
+            return NotImplemented
+        return _without_nan(asdict(self)) == _without_nan(asdict(other))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a ``.json``; :meth:`load` reads it. NaN becomes null.

@@ -3,17 +3,23 @@
 ========================  ==================================================================================
 ``hf:PATH``               a transformers model, from a folder, the hub, or ``@PACKAGE/folder`` of an installed package
 ``hf-random:PATH``        the same architecture, randomly initialised
+``st:PATH``               the transformer of a sentence-transformers folder
 ``timm:NAME``             a timm model, randomly initialised; ``timm:NAME?pretrained`` with its weights
 ``py:MODULE:FUNCTION``    what the function returns: a module, or a dict of activations
-``FILE``                  activations, ``.npz`` or ``.safetensors``: one array [N, …] a layer
+``FILE``                  activations, ``.npz``, ``.npy``, ``.safetensors`` or ``.pt``: one array [N, …] a layer
 ========================  ==================================================================================
+
+Data is a text file (a text a line), a ``.csv`` or ``.jsonl`` with a text column, a folder of images, or a file of
+arrays: ``.npy``, ``.npz``, ``.safetensors`` or ``.pt`` (tensors only).
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -27,8 +33,12 @@ from torch import Tensor, nn
 
 from pyrepr._optional import COMPARE, require
 
-FORMS = "hf:PATH, hf-random:PATH, timm:NAME, timm:NAME?pretrained, py:MODULE:FUNCTION, FILE.npz or FILE.safetensors"
-ARRAYS = (".npy", ".npz", ".safetensors")
+FORMS = (
+    "hf:PATH, hf-random:PATH, st:PATH, timm:NAME, timm:NAME?pretrained, py:MODULE:FUNCTION, or a file "
+    ".npz, .npy, .safetensors or .pt"
+)
+ARRAYS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
+TABLES = (".csv", ".jsonl")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
@@ -59,17 +69,17 @@ def resolve(spec: str, seed: int = 0) -> Source:
         ValueError, OSError, ImportError: one sentence that says what is wrong with the spec.
     """
     scheme, colon, rest = spec.partition(":")
-    makers = {"hf": _transformers, "hf-random": _transformers, "timm": _timm, "py": _function}
+    makers = {"hf": _transformers, "hf-random": _transformers, "st": _sentences, "timm": _timm, "py": _function}
     if colon and rest and scheme in makers:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return makers[scheme](spec, rest)
-    if Path(spec).suffix in (".npz", ".safetensors"):
+    if Path(spec).suffix in ARRAYS:
         return Source(spec, load_arrays(Path(spec)))
     raise ValueError(f"{spec!r} is no model; expected {FORMS}")
 
 
-def _folder(path: str) -> str:
+def _folder(path: str, holds: str = "config.json") -> str:
     """`path`, with ``@PACKAGE`` standing for the folder of an installed package."""
     if path.startswith("@"):
         package, _, inside = path[1:].partition("/")
@@ -79,8 +89,9 @@ def _folder(path: str) -> str:
         path = os.path.join(next(iter(found.submodule_search_locations)), inside)
     elif not path.startswith((".", "/", "~")) and not Path(path).exists():
         return path  # a name on the hub
-    if not (Path(path).expanduser() / "config.json").is_file():
-        raise ValueError(f"{path!r} must be a folder with a transformers model (a config.json), got none")
+    if not (Path(path).expanduser() / holds).is_file():
+        kind = "transformers" if holds == "config.json" else "sentence-transformers"
+        raise ValueError(f"{path!r} must be a folder with a {kind} model (a {holds}), got none")
     return str(Path(path).expanduser())
 
 
@@ -99,6 +110,15 @@ def _transformers(spec: str, rest: str) -> Source:
         raise ValueError(f"{spec!r} cannot be loaded: {error}") from error
     images = _transformers_images(path) if getattr(model, "main_input_name", "") == "pixel_values" else None
     return Source(spec, model, tokenizer=lambda: _tokenizer(path), images=images)
+
+
+def _sentences(spec: str, rest: str) -> Source:
+    path = Path(_folder(rest, "modules.json"))
+    modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+    inside = [m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Transformer")]
+    if not inside:
+        raise ValueError(f"{spec!r} has no transformer among its modules")
+    return _transformers(spec, str(path / inside[0]))
 
 
 def _tokenizer(path: str) -> Any:
@@ -165,7 +185,7 @@ def _function(spec: str, rest: str) -> Source:
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of a ``.npy``, ``.npz`` or ``.safetensors`` file by name; nothing is unpickled."""
+    """The arrays of a ``.npy``, ``.npz``, ``.safetensors`` or ``.pt`` file by name; nothing is run in reading it."""
     import zipfile
 
     import numpy as np
@@ -175,6 +195,11 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             arrays = require("safetensors.torch", COMPARE).load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            arrays = {path.stem: loaded} if isinstance(loaded, Tensor) else dict(loaded)
+            if not all(isinstance(x, Tensor) for x in arrays.values()):
+                raise ValueError("it must hold a tensor, or a dict of them")
         elif path.suffix == ".npy":
             arrays = {path.stem: torch.from_numpy(np.load(path, allow_pickle=False))}
         else:
@@ -224,68 +249,155 @@ def kind_of(path: Path) -> str:
     return "arrays" if path.suffix in ARRAYS else "text"
 
 
+@dataclass
+class Data:
+    """Batches, what each side is fed of one (``inputs=`` of :func:`pyrepr.compare`), and what they were read as."""
+
+    batches: Batches
+    inputs: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]
+    text: str
+
+
 def load_data(
-    path: Path, sources: list[Source], *, samples: str, batch_size: int, max_samples: int | None, max_length: int
-) -> Batches:
-    """Batches of a text file (one line a sequence), a folder of images or a file of arrays.
+    path: Path,
+    sources: list[Source],
+    *,
+    samples: str,
+    batch_size: int,
+    max_samples: int | None,
+    max_length: int,
+    column: str | None = None,
+    pool: str | None = None,
+    tokens: str = "all",
+) -> Data:
+    """A text file (a line, or a row of a table, a sequence), a folder of images or a file of arrays.
+
+    Every side tokenizes with its own tokenizer, and gets images of its own size.
 
     Raises:
         ValueError, OSError: if it is missing, empty, unreadable, or does not suit the models.
     """
     kind = kind_of(path)
     if kind == "text":
-        return _texts(path, sources, samples == "batch", batch_size, max_samples, max_length)
+        texts, what = read_texts(path, column)
+        texts = texts[:max_samples]
+        feeds = _tokenizing(sources, samples, pool, tokens, max_length)
+        bounds = _even(len(texts), batch_size)
+        return Data(Batches(bounds, lambda i, j: texts[i:j]), feeds, f"{len(texts)} {what}")
     if kind == "images":
         return _images(path, sources, batch_size, max_samples)
     arrays = load_arrays(path)
     lengths = {len(x) for x in arrays.values()}
     if len(lengths) > 1:
         raise ValueError(f"--data: the arrays of {path} must have one number of rows, got {sorted(lengths)}")
-    single = next(iter(arrays.values())) if len(arrays) == 1 else None
-    if single is not None:
-        return Batches(_even(_limited(lengths.pop(), max_samples), batch_size), lambda i, j: single[i:j])
-    return Batches(
-        _even(_limited(lengths.pop(), max_samples), batch_size), lambda i, j: {k: x[i:j] for k, x in arrays.items()}
-    )
+    n = _limited(lengths.pop(), max_samples)
+    bounds = _even(n, batch_size)
+    shapes = ", ".join(f"{name} {[n, *x.shape[1:]]}" for name, x in arrays.items())
+    if len(arrays) == 1:
+        single = next(iter(arrays.values()))
+        return Data(Batches(bounds, lambda i, j: single[i:j]), (None, None), f"the array {shapes}")
+    batches = Batches(bounds, lambda i, j: {k: x[i:j] for k, x in arrays.items()})
+    return Data(batches, (None, None), f"arrays by keyword: {shapes}")
 
 
 def _limited(n: int, max_samples: int | None) -> int:
     return n if max_samples is None else min(n, max_samples)
 
 
-def _texts(
-    path: Path, sources: list[Source], fixed: bool, batch_size: int, max_samples: int | None, max_length: int
-) -> Batches:
+def read_texts(path: Path, column: str | None) -> tuple[list[str], str]:
+    """The texts of a file, and what they are: lines, or a column of a ``.csv`` or ``.jsonl``.
+
+    Raises:
+        ValueError: if it is not UTF-8, empty, or has no such column.
+    """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"--data: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not lines:
+    what = "texts, one a line"
+    if path.suffix in TABLES:
+        records = _records(path, lines)
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        if column is None and len(columns) == 1:
+            column = columns[0]
+        if column is None or column not in columns:
+            came = "no --column" if column is None else f"{column!r}"
+            raise ValueError(
+                f"--column must name the texts of {path}, one of {', '.join(columns) or 'none'}; got {came}"
+            )
+        texts = [str(record[column]) for record in records if record.get(column) is not None]
+        what = f"texts, column {column!r} of a {path.suffix} table"
+    elif column is not None:
+        raise ValueError(f"--column is for .csv and .jsonl files, got {path}")
+    else:
+        texts = [line.rstrip("\r\n") for line in lines]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise ValueError(f"--data: {path} is empty; expected one text a line")
-    tokenizers = {source.spec: source.tokenizer() for source in sources if source.tokenizer}
-    if not tokenizers:
+    return texts, what
+
+
+def _records(path: Path, lines: list[str]) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        return list(csv.DictReader(lines))
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"--data: line {number} of {path} is no JSON: {error}") from None
+            records.append(record if isinstance(record, dict) else {"text": record})
+    return records
+
+
+def _tokenizing(
+    sources: list[Source], samples: str, pool: str | None, tokens: str, max_length: int
+) -> tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]:
+    """How each side turns texts into tokens: by its own tokenizer, or the other's where it has none."""
+    known = {source.spec: source.tokenizer() for source in sources if source.tokenizer}
+    if not known:
         raise ValueError("--data: a text file needs a tokenizer, so at least one hf: model; give arrays of token ids")
-    (first, tokenizer), *others = tokenizers.items()
-    for spec, other in others:
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"--data: {first} and {spec} have different vocabularies, so tokens cannot be paired")
-    most = min(max_length, tokenizer.model_max_length)
+    (first, tokenizer), *others = known.items()
+    same = all(other.get_vocab() == tokenizer.get_vocab() for _, other in others)
+    if not same and samples == "tokens" and not pool:
+        raise ValueError(
+            f"--data: {first} and {others[0][0]} have different vocabularies, so tokens cannot be paired; --pool mean "
+            "compares texts"
+        )
+    padding = "max_length" if samples == "batch" and not pool else True
 
-    def tokens(start: int, stop: int) -> Any:
-        padding = "max_length" if fixed else True
-        return tokenizer(lines[start:stop], padding=padding, truncation=True, max_length=most, return_tensors="pt")
+    def feed(tokenizer: Any) -> Callable[[list[str]], Any]:
+        most = min(max_length, tokenizer.model_max_length)
+        options = {"padding": padding, "truncation": True, "max_length": most, "return_tensors": "pt"}
+        return lambda texts: tokenizer(texts, **options, return_special_tokens_mask=tokens == "no_special")
 
-    return Batches(_even(_limited(len(lines), max_samples), batch_size), tokens)
+    feeds = {spec: feed(tokenizer if same else other) for spec, other in known.items()}
+    if same:
+        feeds = dict.fromkeys(feeds, feeds[first])
+    a, b = (
+        feeds.get(source.spec, feeds[first]) if isinstance(source.model, nn.Module) else None
+        for source in (sources[0], sources[-1])
+    )
+    return a, b
 
 
-def _images(path: Path, sources: list[Source], batch_size: int, max_samples: int | None) -> Batches:
+def _images(path: Path, sources: list[Source], batch_size: int, max_samples: int | None) -> Data:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
     if not files:
         raise ValueError(f"--data: {path} holds no images ({', '.join(IMAGES)})")
     require("PIL", "pillow")
-    shape = next((source.images for source in sources if source.images), ImageShape())
-    bounds = _even(_limited(len(files), max_samples), batch_size)
-    return Batches(bounds, lambda i, j: torch.stack([load_image(file, shape) for file in files[i:j]]))
+    files = files[:max_samples]
+    usual = next((source.images for source in sources if source.images), ImageShape())
+
+    def feed(shape: ImageShape) -> Callable[[list[Path]], Tensor]:
+        return lambda batch: torch.stack([load_image(file, shape) for file in batch])
+
+    shapes = [source.images or usual for source in (sources[0], sources[-1])]
+    first = feed(shapes[0])
+    feeds = (first, first if shapes[1] == shapes[0] else feed(shapes[1]))
+    sizes = " and ".join(dict.fromkeys(f"{shape.size}×{shape.size}" for shape in shapes))
+    return Data(Batches(_even(len(files), batch_size), lambda i, j: files[i:j]), feeds, f"{len(files)} images, {sizes}")
 
 
 def load_image(path: Path, shape: ImageShape) -> Tensor:  # [3, size, size]

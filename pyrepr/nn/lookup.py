@@ -74,7 +74,7 @@ def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch
 
 
 class _Described(Tensor):
-    """What a dense weight would be, by shape, dtype and device; it holds no values, and computing with it is refused."""
+    """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

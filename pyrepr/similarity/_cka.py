@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +54,19 @@ class CKA(Measure):
 
     def _values(self, left: list[Tensor], right: list[Tensor] | None) -> Tensor:
         return cka_matrix(left, right, kernel=self._kernel, estimator=self.estimator)
+
+    def stderr(
+        self,
+        xs: Sequence[Tensor] | Tensor,
+        ys: Sequence[Tensor] | Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+        draws: int = 20,
+        seed: int = 0,
+    ) -> Tensor:
+        """[La, Lb] float64: the exact jackknife of :func:`pyrepr.cka_matrix`; nothing is drawn."""
+        options = {"kernel": self._kernel, "estimator": self.estimator, "groups": groups}
+        return cka_matrix(xs, ys, return_stderr=True, **options)[1].double()
 
     def of_moments(self, moments: LayerMoments) -> Tensor:
         if not self.streams:

@@ -24,6 +24,7 @@ from pyrepr.similarity._hsic import (
     out_dtype,
     warn_if_degenerate,
 )
+from pyrepr.similarity._stderr import check_groups, cka_stderr
 from pyrepr.similarity.kernels import Kernel, as_kernel
 
 log = logging.getLogger("pyrepr")
@@ -133,7 +134,9 @@ def cka(
     sigma: float | None = None,
     estimator: str = "unbiased",
     mask: Tensor | None = None,  # [n] bool
-) -> Tensor:
+    return_stderr: bool = False,
+    groups: Tensor | None = None,  # [n] integers
+) -> Tensor | tuple[Tensor, Tensor]:
     """Centred kernel alignment HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) (Kornblith et al. 2019).
 
     Args:
@@ -142,11 +145,12 @@ def cka(
         estimator: of HSIC. ``"unbiased"`` is the default because the biased value of independent Gaussians is about
             d / (d + n − 1): 0.99 for n = 100, d = 10⁴. It needs n ≥ 4, and may leave [0, 1]; it is not clamped.
         mask: [n] bool, the rows that count (tokens that are not padding); ``None`` counts all.
+        return_stderr, groups: as of :func:`cka_matrix`.
 
     Returns:
-        Scalar, float64 for float64 inputs, else float32. Differentiable in x and y; only what requires a gradient is
-        computed, so a frozen guide costs its forward. No epsilon: a layer whose samples are all alike gives NaN and a
-        :class:`pyrepr.DegenerateInputWarning`.
+        Scalar, float64 for float64 inputs, else float32; with `return_stderr` (value, standard error). The value is
+        differentiable in x and y; only what requires a gradient is computed, so a frozen guide costs its forward. No
+        epsilon: a layer whose samples are all alike gives NaN and a :class:`pyrepr.DegenerateInputWarning`.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -158,7 +162,13 @@ def cka(
         check_mask(mask, xs[0].shape[0], xs[0].device)
     table, floor = hsic_table(xs, spec, estimator, mask, split=1)
     own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
-    return normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
+    value = normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
+    if not return_stderr:
+        return value
+    if mask is not None:
+        xs = [x[mask] for x in xs]
+        groups = groups[mask] if isinstance(groups, Tensor) and groups.shape == mask.shape else groups
+    return value, _stderr(xs, spec, estimator, groups, 1)[0, 0].to(value)
 
 
 def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None = None) -> str:
@@ -179,7 +189,9 @@ def cka_matrix(
     bandwidth: float = 1.0,
     sigma: float | None = None,
     estimator: str = "unbiased",
-) -> Tensor:  # [Lx, Ly]
+    return_stderr: bool = False,
+    groups: Tensor | None = None,  # [n] integers
+) -> Tensor | tuple[Tensor, Tensor]:  # [Lx, Ly]
     """CKA of all layers of one network with all layers of another (or with each other), in one pass.
 
     Every layer's Gram tiles are made once, whatever the number of pairs, and only their symmetric half. With a linear
@@ -189,9 +201,15 @@ def cka_matrix(
         xs: Lx layers as a list of [n, d_l] (widths may differ) or one tensor [Lx, n, d].
         ys: the same for the other network; ``None`` compares xs with itself.
         kernel, bandwidth, sigma, estimator: as in :func:`cka`; σ = bandwidth × median is chosen for each layer.
+        return_stderr: also give the standard error of every value: the exact jackknife over samples, σ held, from the
+            values without each of them (``_stderr.py`` has the formulas). Default: no. With the unbiased estimator 0
+            means independence, so value / standard error says how far from it a pair is.
+        groups: [n] integers: what is left out at a time where rows are not independent, such as the tokens of one
+            text. ``None`` (default): single rows. Not differentiable.
 
     Returns:
-        [Lx, Ly], float64 for float64 inputs, else float32. Differentiable in every layer. Memory beside the inputs:
+        [Lx, Ly], float64 for float64 inputs, else float32; with `return_stderr` (values, standard errors), both of that
+        shape. The values are differentiable in every layer. Memory beside the inputs:
         a few tiles a thread, independent of n.
 
     Raises:
@@ -212,9 +230,18 @@ def cka_matrix(
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
     table, floor = hsic_table(layers, spec, estimator, split=split)
     own = warn_if_degenerate(table.diagonal(), floor, names)
-    if ys is None:
-        return normalise(table, own, own).to(out_dtype(layers))
-    return normalise(table[:split, split:], own[:split], own[split:]).to(out_dtype(layers))
+    values = normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
+    values = values.to(out_dtype(layers))
+    return (values, _stderr(layers, spec, estimator, groups, split).to(values)) if return_stderr else values
+
+
+def _stderr(layers: list[Tensor], spec: Kernel, estimator: str, groups: object, split: int) -> Tensor:
+    n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
+    route = choose_route(n, widths[: split or None], widths[split:] if split else None)
+    features = spec.name == "linear" and route == "features"
+    return cka_stderr(
+        [x.detach() for x in layers], spec, estimator, check_groups(groups, n, estimator), split, features
+    )
 
 
 __all__ = ["SHIFT_INVARIANT", "DegenerateInputWarning", "choose_route", "cka", "cka_matrix", "gram", "hsic"]

@@ -1,0 +1,252 @@
+"""The standard error of CKA: its exact leave-one-out (or leave-one-group-out) jackknife.
+
+CKA is a ratio of U-statistics, so the values without each group cost hardly more than the value. For kernel matrices K
+and L with row sums r and s, and a group g of rows that is left out, with κ_j = Σ_{i∈g} K_ij, λ likewise:
+
+    Σ_{ij} K_ij L_ij      falls by 2 Σ_{i∈g} P_i − W     P_i = Σ_j K_ij L_ij, W = Σ_{i,j∈g} K_ij L_ij
+    Σ_j r_j s_j           falls by Σ_{j∈g} r_j s_j + Σ_{j∉g} (κ_j s_j + λ_j r_j − κ_j λ_j)
+    Σ_j r_j               falls by Σ_{j∈g} r_j + Σ_{j∉g} κ_j
+
+K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
+n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
+x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrepr.ops.gram import matrix_op
+from pyrepr.similarity.kernels import Kernel
+
+Pair = tuple[int, int]
+BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
+
+
+@dataclass
+class _Layer:
+    """What one layer contributes, whatever the other. Rows are sorted by group."""
+
+    x: Tensor  # [n, d] centred where the kernel allows
+    r: Tensor  # [n] row sums
+    diagonal: Tensor  # [n]
+    inside: Tensor  # [n], Σ_{i∈g(j), i≠j} K_ij
+    blocks: Tensor  # K_ij of all pairs i ≠ j of one group, one after the other
+
+
+@dataclass
+class _Groups:
+    sizes: Tensor  # [G]
+    index: Tensor  # [n], the group of each row; ascending
+    left: Tensor  # first and second row of every ordered pair of different rows in one group
+    right: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor | None, n: int, device: torch.device) -> tuple[_Groups, Tensor]:
+        """The groups, and the order that sorts rows by them."""
+        if groups is None:
+            alone = torch.arange(n, device=device)
+            empty = alone[:0]
+            return cls(torch.ones_like(alone), alone, empty, empty), alone
+        _, index, sizes = groups.to(device).unique(return_inverse=True, return_counts=True)
+        order = torch.argsort(index, stable=True)
+        index = index[order]
+        start = sizes.cumsum(0) - sizes
+        left = torch.arange(n, device=device).repeat_interleave(sizes[index])
+        right = torch.arange(len(left), device=device) - (sizes[index].cumsum(0) - sizes[index]).repeat_interleave(
+            sizes[index]
+        )
+        right = right + start[index[left]]
+        return cls(sizes, index, left[left != right], right[left != right]), order
+
+    @property
+    def single(self) -> bool:
+        """Whether every row is a group of its own."""
+        return len(self.sizes) == len(self.index)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[..., n] summed over the rows of each group: [..., G]."""
+        if self.single:
+            return values
+        out = values.new_zeros(*values.shape[:-1], len(self.sizes))
+        return out.index_add_(-1, self.index, values)
+
+
+def check_groups(groups: object, n: int, estimator: str) -> Tensor | None:
+    """Groups [n] that can be left out one by one."""
+    least = 4 if estimator == "unbiased" else 2
+    if groups is None:
+        if n <= least:
+            raise ValueError(f"return_stderr leaves out one sample at a time and needs at least {least + 1}, got {n}")
+        return None
+    if not isinstance(groups, Tensor) or groups.is_floating_point() or tuple(groups.shape) != (n,):
+        came = f"{list(groups.shape)} {groups.dtype}" if isinstance(groups, Tensor) else type(groups).__name__
+        raise ValueError(f"groups must be integers of shape [n] = [{n}], got {came}")
+    sizes = groups.unique(return_counts=True)[1]
+    if len(sizes) < 2 or n - int(sizes.max()) < least:
+        raise ValueError(
+            f"groups must leave at least {least} samples when one of them is left out, got {len(sizes)} "
+            f"group{'s' * (len(sizes) != 1)} of up to {int(sizes.max())} among {n} samples"
+        )
+    return groups
+
+
+@torch.no_grad()
+def cka_stderr(
+    xs: list[Tensor], spec: Kernel, estimator: str, groups: Tensor | None, split: int, features: bool
+) -> Tensor:
+    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route."""
+    n = xs[0].shape[0]
+    parts, order = _Groups.of(groups, n, xs[0].device)
+    scales = spec.scales(xs).tolist()
+    layers = [_prepare(x[order], spec, scale, parts, estimator) for x, scale in zip(xs, scales, strict=True)]
+    left = range(split or len(xs))
+    right = range(split, len(xs)) if split else range(len(xs))
+    pairs = [(a, b) for a in left for b in right if split or a <= b]
+    every = [*pairs, *((a, a) for a in range(len(xs)) if split)]
+    route = _along_features if features else _along_rows
+    rest = dict(route(layers, every, spec, scales, parts, estimator))
+    out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64)
+    g = len(parts.sizes)
+    for a, b in pairs:
+        value = rest[a, b] / (rest[a, a].sqrt() * rest[b, b].sqrt())
+        out[a, b] = out[b, a] = ((g - 1) / g * (value - value.mean()).square().sum()).sqrt()
+    return out[:split, split:] if split else out
+
+
+def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: str) -> _Layer:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide)
+    if spec.name in ("linear", "rbf", "laplacian"):
+        x = x - x[:1]
+        x = x - x.mean(0)
+    n = x.shape[0]
+    if spec.name == "linear":
+        diagonal = x.double().square().sum(1)
+        r = -diagonal if estimator == "unbiased" else torch.zeros_like(diagonal)
+    else:
+        rows = [_kernel(x[i : i + 256], x, spec, scale) for i in range(0, n, 256)]
+        computed = torch.cat([block.diagonal(256 * i) for i, block in enumerate(rows)]).double()
+        diagonal = torch.ones_like(computed) if spec.name in ("rbf", "laplacian") else computed
+        r = torch.cat([block.sum(1, dtype=torch.float64) for block in rows]) - computed
+        r = r if estimator == "unbiased" else r + diagonal
+    blocks = torch.cat(
+        [
+            _pairs(x[i], x[j], spec, scale)
+            for i, j in zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
+        ]
+    ).double()
+    inside = torch.zeros(n, dtype=torch.float64, device=x.device).index_add_(0, parts.right, blocks)
+    return _Layer(x, r, diagonal, inside, blocks)
+
+
+def _kernel(x: Tensor, y: Tensor, spec: Kernel, scale: float) -> Tensor:
+    """k(x_i, y_j): x: [b, d], y: [n, d] -> [b, n]."""
+    value = torch.tensor([scale], dtype=torch.float64, device=x.device)
+    return matrix_op(x, y, value, spec.name, spec.degree, spec.coef0, False)
+
+
+def _pairs(x: Tensor, y: Tensor, spec: Kernel, scale: float) -> Tensor:
+    """k(x_i, y_i): [m, d] twice -> [m]."""
+    if spec.name in ("rbf", "laplacian"):
+        squared = (x - y).square().sum(1)
+        return torch.exp(-squared / (2 * scale**2)) if spec.name == "rbf" else torch.exp(-squared.sqrt() / scale)
+    dots = (x * y).sum(1)
+    if spec.name == "cosine":
+        norms = x.norm(dim=1) * y.norm(dim=1)
+        return dots / torch.where(norms == 0, 1, norms)
+    return (scale * dots + spec.coef0) ** spec.degree if spec.name == "polynomial" else dots
+
+
+def _hsic(
+    one: _Layer,
+    two: _Layer,
+    p: Tensor,  # [n], Σ_j K_ij L_ij with the diagonal as the estimator has it
+    both: Tensor,  # [G], Σ_{j∉g} κ_j λ_j
+    one_r: Tensor,  # [G], Σ_{j∉g} κ_j s_j
+    two_r: Tensor,  # [G], Σ_{j∉g} λ_j r_j
+    parts: _Groups,
+    estimator: str,
+) -> Tensor:
+    """[G] float64: HSIC without each group."""
+    r, s = one.r, two.r
+    within = torch.zeros_like(both)
+    if not parts.single:
+        within = parts.sum(torch.zeros_like(r).index_add_(0, parts.left, one.blocks * two.blocks))
+    inside = [one.inside, two.inside]
+    if estimator == "biased":
+        within = within + parts.sum(one.diagonal * two.diagonal)
+        inside = [one.inside + one.diagonal, two.inside + two.diagonal]
+    total = p.sum() - 2 * parts.sum(p) + within
+    # Σ_{j∉g} κ_j = Σ_{i∈g} (row sum − what is inside the group)
+    sums = [v.sum() - 2 * parts.sum(v) + parts.sum(w) for v, w in ((r, inside[0]), (s, inside[1]))]
+    products = (r * s).sum() - parts.sum(r * s) - one_r - two_r + both
+    n = len(r) - parts.sizes.double()
+    if estimator == "biased":
+        return (total - 2 / n * products + sums[0] * sums[1] / n**2) / (n - 1) ** 2
+    return (total + sums[0] * sums[1] / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
+
+
+def _along_features(
+    layers: list[_Layer], pairs: list[Pair], spec: Kernel, scales: list[float], parts: _Groups, estimator: str
+) -> Iterator[tuple[Pair, Tensor]]:
+    """Linear kernels: (pair, HSIC without each group)."""
+    sums = torch.stack([layer.r for layer in layers]).T  # [n, M]
+    kept = [layer.inside + layer.diagonal for layer in layers]
+    summed = [layer.x if parts.single else parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
+    outside = [  # [G, M], Σ_{j∉g} κ_j r_j
+        (y @ (layer.x.T @ sums.to(layer.x))).double() - parts.sum((k[:, None] * sums).T).T
+        for layer, y, k in zip(layers, summed, kept, strict=True)
+    ]
+    for a, b in pairs:
+        one, two = layers[a], layers[b]
+        cross = one.x.T @ two.x  # [d_a, d_b]
+        p = (one.x @ cross).mul_(two.x).sum(1).double()
+        bare = p - one.diagonal * two.diagonal
+        both = bare
+        if not parts.single:
+            both = ((summed[a] @ cross) * summed[b]).sum(1).double() - parts.sum(kept[a] * kept[b])
+        p = bare if estimator == "unbiased" else p
+        yield (a, b), _hsic(one, two, p, both, outside[a][:, b], outside[b][:, a], parts, estimator)
+
+
+def _along_rows(
+    layers: list[_Layer], pairs: list[Pair], spec: Kernel, scales: list[float], parts: _Groups, estimator: str
+) -> Iterator[tuple[Pair, Tensor]]:
+    """Any kernel: (pair, HSIC without each group), from blocks of kernel rows that hold whole groups."""
+    m, n, g = len(layers), len(layers[0].r), len(parts.sizes)
+    device = layers[0].r.device
+    single = parts.single
+    narrow = torch.stack([layer.r for layer in layers]).T.to(layers[0].x)  # [n, M]
+    p = torch.zeros(m, m, n, dtype=torch.float64, device=device)
+    both = torch.zeros(m, m, 0 if single else g, dtype=torch.float64, device=device)
+    other = torch.zeros(m, m, g, dtype=torch.float64, device=device)  # Σ_{j∉g} κ_j(a) r_j(b)
+    per_row = m * n * layers[0].x.element_size()
+    ends = parts.sizes.cumsum(0)
+    start = first = 0
+    while start < n:
+        last = int(torch.searchsorted(ends, start + max(1, BLOCK_BYTES // per_row), right=True))
+        last = max(last, first + 1)
+        stop = int(ends[last - 1])
+        block = torch.stack([_kernel(x.x[start:stop], x.x, spec, s) for x, s in zip(layers, scales, strict=True)])
+        own = torch.arange(start, stop, device=device)
+        diagonal = torch.stack([layer.diagonal[start:stop] for layer in layers]).to(block)
+        block[:, own - start, own] = diagonal if estimator == "biased" else 0
+        p[:, :, start:stop] = torch.bmm(block.transpose(0, 1), block.permute(1, 2, 0)).permute(1, 2, 0)
+        local = parts.index[start:stop] - first
+        kappa = block if single else block.new_zeros(m, last - first, n).index_add_(1, local, block)
+        kappa = kappa.clone() if single and estimator == "biased" else kappa
+        kappa[:, local, own] = 0  # Σ over j∉g only
+        other[:, :, first:last] = (kappa @ narrow).transpose(1, 2)
+        if not single:
+            both[:, :, first:last] = torch.bmm(kappa.transpose(0, 1), kappa.permute(1, 2, 0)).permute(1, 2, 0)
+        start, first = stop, last
+    for a, b in pairs:
+        one, two = layers[a], layers[b]
+        own = one.diagonal * two.diagonal if estimator == "biased" else 0
+        shared = p[a, b] - own if single else both[a, b]
+        yield (a, b), _hsic(one, two, p[a, b], shared, other[a, b], other[b, a], parts, estimator)

@@ -1,0 +1,111 @@
+"""Standard errors: the jackknife's formulas against leaving rows out, and against the spread of draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyrepr
+from pyrepr.reference.gram import hsic_of_kernels, kernel_matrix
+from pyrepr.similarity._stderr import cka_stderr
+from pyrepr.similarity.kernels import Kernel
+
+
+def layers(n: int = 40) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(n, d, generator=generator, dtype=torch.float64) for d in (5, 9, 70)]
+    xs[1][:, :5] += xs[0]
+    return xs
+
+
+def left_out(xs: list[torch.Tensor], spec: Kernel, estimator: str, groups: torch.Tensor) -> torch.Tensor:
+    """By its definition: CKA of what is left without each group, σ held."""
+    moved = [x - x.mean(0) for x in xs] if spec.name in ("linear", "rbf", "laplacian") else xs
+    ks = [
+        kernel_matrix(x, x, spec.name, s, spec.degree, spec.coef0)
+        for x, s in zip(moved, spec.scales(xs).tolist(), strict=True)
+    ]
+    values = []
+    for group in groups.unique():
+        kept = [k[groups != group][:, groups != group] for k in ks]
+        table = torch.stack([torch.stack([hsic_of_kernels(k, l, estimator) for l in kept]) for k in kept])
+        own = table.diagonal().sqrt()
+        values.append(table / torch.outer(own, own))
+    every, g = torch.stack(values), len(values)
+    return ((g - 1) / g * (every - every.mean(0)).square().sum(0)).sqrt()
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "laplacian", "polynomial", "cosine"])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_equal_to_leaving_out(kernel, estimator, grouped):
+    xs, spec = layers(), Kernel(kernel)
+    groups = torch.randint(0, 9, (40,), generator=torch.Generator().manual_seed(1)) if grouped else None
+    exact = left_out(xs, spec, estimator, torch.arange(40) if groups is None else groups)
+    for features in (False, True) if kernel == "linear" else (False,):
+        whole = cka_stderr(xs, spec, estimator, groups, 0, features)
+        torch.testing.assert_close(whole, exact, rtol=1e-9, atol=1e-9)  # 2e-10 seen, of the laplacian's square roots
+        across = cka_stderr(xs, spec, estimator, groups, 1, features)
+        torch.testing.assert_close(across, exact[:1, 1:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [64, 700])
+def test_public_functions_on_both_routes_and_in_float32(n):
+    xs = layers(n)
+    values, errors = pyrepr.cka_matrix(xs, return_stderr=True)
+    torch.testing.assert_close(values, pyrepr.cka_matrix(xs), rtol=0, atol=0)
+    torch.testing.assert_close(errors, left_out(xs, Kernel(), "unbiased", torch.arange(n)), rtol=1e-8, atol=1e-12)
+    single = [x.float() for x in xs]
+    torch.testing.assert_close(pyrepr.cka_matrix(single, return_stderr=True)[1].double(), errors, rtol=1e-3, atol=1e-6)
+    value, error = pyrepr.cka(xs[0], xs[1], return_stderr=True)
+    assert (value.item(), error.item()) == pytest.approx((values[0, 1].item(), errors[0, 1].item()), rel=1e-9)
+    mask = torch.arange(n) % 3 > 0
+    masked = pyrepr.cka(xs[0], xs[1], mask=mask, return_stderr=True)
+    plain = pyrepr.cka(xs[0][mask], xs[1][mask], return_stderr=True)
+    torch.testing.assert_close(masked, plain, rtol=1e-9, atol=0)
+
+
+def test_blocks_of_rows_hold_whole_groups(monkeypatch):
+    from pyrepr.similarity import _stderr
+
+    xs, groups = layers(), torch.arange(40) // 7
+    whole = cka_stderr(xs, Kernel("rbf"), "unbiased", groups, 0, False)
+    monkeypatch.setattr(_stderr, "BLOCK_BYTES", 3 * 40 * 8 * 9)  # nine rows: one group a block
+    torch.testing.assert_close(cka_stderr(xs, Kernel("rbf"), "unbiased", groups, 0, False), whole, rtol=1e-12, atol=0)
+    monkeypatch.setattr(_stderr, "BLOCK_BYTES", 1)
+    torch.testing.assert_close(cka_stderr(xs, Kernel("rbf"), "unbiased", groups, 0, False), whole, rtol=1e-12, atol=0)
+
+
+def test_the_estimate_is_the_spread_of_draws():
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    values, errors = [], []
+    for _ in range(400):
+        x = torch.randn(60, 20, generator=generator, dtype=torch.float64)
+        y = x @ mixing + 8 * torch.randn(60, 20, generator=generator, dtype=torch.float64)
+        value, error = pyrepr.cka(x, y, return_stderr=True)
+        values.append(value)
+        errors.append(error)
+    spread = torch.stack(values).std().item()
+    assert torch.stack(errors).mean().item() == pytest.approx(spread, rel=0.15)  # 400 draws tell it to 3.5 %
+
+
+@pytest.mark.parametrize(
+    ("groups", "n", "message"),
+    [
+        (None, 4, "leaves out one sample at a time and needs at least 5, got 4"),
+        (
+            torch.zeros(9, dtype=torch.int64),
+            9,
+            "groups must leave at least 4 samples .* got 1 group of up to 9 among 9",
+        ),
+        (torch.arange(9) // 6, 9, "got 2 groups of up to 6 among 9 samples"),
+        (torch.zeros(8, dtype=torch.int64), 9, r"groups must be integers of shape \[n\] = \[9\], got \[8\]"),
+        (torch.zeros(9), 9, r"groups must be integers of shape \[n\] = \[9\], got \[9\] torch.float32"),
+        ([0] * 9, 9, "groups must be integers .* got list"),
+    ],
+)
+def test_bad_groups(groups, n, message):
+    xs = layers(n)
+    with pytest.raises(ValueError, match=message):
+        pyrepr.cka_matrix(xs, return_stderr=True, groups=groups)
