@@ -376,10 +376,11 @@ def _probe(args: argparse.Namespace) -> None:
         data = sources.load_data(
             args.data,
             [source],
-            samples="tokens" if pool else "batch",
+            samples="batch",
             batch_size=args.batch_size,
             max_samples=args.max_samples,
             max_length=args.max_length,
+            pool=pool,
         )
         labels = _labels(args.labels, args.task)[: args.max_samples]
         source.model.to(device)
@@ -389,8 +390,9 @@ def _probe(args: argparse.Namespace) -> None:
             raise ValueError(f"--alphas must be numbers separated by commas, got {args.alphas!r}") from None
         found = probe(
             source.model,
-            data,
+            data.batches,
             labels,
+            inputs=data.inputs[0],
             layers=_split(args.layers),
             pool=pool,
             alphas=alphas,
