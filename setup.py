@@ -221,6 +221,7 @@ def main() -> None:
         packages=[
             *find_packages(include=["pyrepr", "pyrepr.*"]),
             *(f"pyrepr.{name}" for name in find_packages(include=["kernels*", "benchmarks*"])),
+            "pyrepr.papers",
         ],
         ext_modules=[Extension("pyrepr._C", sources=[])] if native else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": PyBuild},

@@ -1,4 +1,4 @@
-"""The command ``pyrepr``: info, compare, bench."""
+"""The command ``pyrepr``: info, compare, probe, bench."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _positive(text: str) -> int:
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyrepr", description=pyrepr.__doc__)
     parser.add_argument("--version", action="version", version=f"pyrepr {pyrepr.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{info,compare,bench}")
+    commands = parser.add_subparsers(required=True, metavar="{info,compare,probe,bench}")
 
     info = commands.add_parser(
         "info", help="what a bug report needs: versions, build, backends, instruction set, threads, GPU, environment"
@@ -119,13 +119,24 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_compare_arguments(compare)
     compare.set_defaults(run=_compare)
 
+    probe = commands.add_parser(
+        "probe",
+        help="what can be read out of a model's layers by linear maps",
+        description="Probes a model layer by layer and writes probe.csv, probe.json and depth.png: held-out accuracy "
+        "(or R²) with its standard error.",
+        epilog=sources.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_probe_arguments(probe)
+    probe.set_defaults(run=_probe)
+
     bench = commands.add_parser("bench", help="speed, memory and error of every op on this machine")
     if "bench" in argv[:1]:
         from pyrepr.benchmarks import command
 
         command.add_arguments(bench)
         bench.set_defaults(run=command.main)
-    for each in (info, compare, bench):
+    for each in (info, compare, probe, bench):
         each.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -173,6 +184,31 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with a run into DIR that was interrupted")
     add("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     add("--device", default="cpu", help="where the models run (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, which a terminal gets otherwise")
+
+
+def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model, see below")
+    add("--data", type=Path, required=True, help="text file (a text a line), folder of images, or file of arrays")
+    add("--labels", type=Path, required=True, help="text file (a label a line) or .npy, in the order of the data")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
+    add("--layers", action="append", metavar="NAMES", help="names or patterns, separated by commas")
+    add("--pool", choices=("mean", "max", "last", "cls", "spatial", "none"), help="(default: mean for text, else none)")
+    add("--task", choices=("classification", "regression"), default="classification", help="(default: %(default)s)")
+    add(
+        "--alphas",
+        default="1,100,10000",
+        metavar="NUMBERS",
+        help="λ to try, separated by commas (default: %(default)s)",
+    )
+    add("--folds", type=_positive, default=5, metavar="N", help="(default: %(default)s)")
+    add("--batch-size", type=_positive, default=32, metavar="N", help="(default: %(default)s)")
+    add("--max-samples", type=_positive, metavar="N", help="lines, images or rows at most (default: all)")
+    add("--max-length", type=_positive, default=128, metavar="N", help="tokens a text at most (default: %(default)s)")
+    add("--title", help="of the picture")
+    add("--seed", type=int, default=0, help="of folds and random weights (default: %(default)s)")
+    add("--device", default="cpu", help="where the model runs (default: %(default)s)")
     add("--quiet", action="store_true", help="no progress bar, which a terminal gets otherwise")
 
 
@@ -321,6 +357,79 @@ def _compare(args: argparse.Namespace) -> None:
     if data is not None:
         print("\n" + printable(f"read {args.data} as {data.text}"))
     print("\nwrote " + printable(", ".join(str(args.out / name) for name in files)))
+
+
+def _probe(args: argparse.Namespace) -> None:
+    import json
+
+    from pyrepr._optional import PLOT, require
+    from pyrepr.models import probe, sources
+
+    device = _device(args.device)
+    pool = args.pool or ("mean" if sources.kind_of(args.data) == "text" else "none")
+    pool = None if pool == "none" else pool
+    with _results(args.out) as folder:
+        require("matplotlib", PLOT)
+        source = sources.resolve(args.model, args.seed)
+        if not isinstance(source.model, torch.nn.Module):
+            raise ValueError(f"{args.model} holds activations; pyrepr.stats.linear_probe takes them")
+        data = sources.load_data(
+            args.data,
+            [source],
+            samples="batch",
+            batch_size=args.batch_size,
+            max_samples=args.max_samples,
+            max_length=args.max_length,
+            pool=pool,
+        )
+        labels = _labels(args.labels, args.task)[: args.max_samples]
+        source.model.to(device)
+        try:
+            alphas = [float(number) for number in args.alphas.split(",")]
+        except ValueError:
+            raise ValueError(f"--alphas must be numbers separated by commas, got {args.alphas!r}") from None
+        found = probe(
+            source.model,
+            data.batches,
+            labels,
+            inputs=data.inputs[0],
+            layers=_split(args.layers),
+            pool=pool,
+            alphas=alphas,
+            folds=args.folds,
+            task=args.task,
+            seed=args.seed,
+            progress=not args.quiet and sys.stderr.isatty(),
+        )
+        found.plot(folder / "depth.png", title=args.title or f"{args.model}: linear probes, {found.samples} samples")
+        rows = [dict(zip(("layer", "score", "stderr", "alpha"), row, strict=True)) for row in found.table()]
+        report = {"model": args.model, "metric": found.metric, "chance": found.chance, "samples": found.samples}
+        (folder / "probe.json").write_text(json.dumps({**report, "layers": rows}, indent=2) + "\n", encoding="utf-8")
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        (folder / "probe.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files = sorted(file.name for file in folder.iterdir())
+    print(found)
+    print("\nwrote " + ", ".join(str(args.out / name) for name in files))
+
+
+def _labels(path: Path, task: str) -> torch.Tensor | list[str]:
+    """Labels of a file: .npy, or a text file with one a line."""
+    if path.suffix == ".npy":
+        import numpy as np
+
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"--labels: {path} is not a .npy file of numbers ({error})") from error
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if task == "regression":
+            return torch.tensor([float(line) for line in lines])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise ValueError(f"--labels: {path} must hold a number a line for --task regression ({error})") from error
+    return lines
 
 
 def _checkpoint(args: argparse.Namespace) -> Path | None:

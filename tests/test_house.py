@@ -1,6 +1,6 @@
 """The rooms of the package and the arrows between them: imports run one way, and never in a circle.
 
-``kernels/`` and ``benchmarks/`` count under their installed names, ``pyrepr.kernels`` and ``pyrepr.benchmarks``.
+``kernels/``, ``benchmarks/`` and ``examples/papers/`` count under their installed names, ``pyrepr.kernels`` and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[1]
-FOLDERS = {"pyrepr": "pyrepr", "kernels": "pyrepr.kernels", "benchmarks": "pyrepr.benchmarks"}
+FOLDERS = {
+    "pyrepr": "pyrepr",
+    "kernels": "pyrepr.kernels",
+    "benchmarks": "pyrepr.benchmarks",
+    "examples/papers": "pyrepr.papers",
+}
 
 # Every room, from the ground up; rooms of one floor stand side by side. A room may import from floors below its own,
 # and what is listed in BESIDE from its own.

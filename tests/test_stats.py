@@ -57,6 +57,8 @@ def test_a_loader_gives_what_tensors_give():
     loader = [({k: x[i : i + 97] for k, x in layers.items()}, y[i : i + 97]) for i in range(0, 600, 97)]
     streamed = linear_probe(loader, classes=10)
     assert torch.equal(streamed.scores, whole.scores) and streamed.layers == whole.layers
+    small = [({k: x[i : i + 3] for k, x in layers.items()}, y[i : i + 3]) for i in range(0, 600, 3)]  # not all folds
+    assert torch.equal(linear_probe(small, classes=10).scores, whole.scores)
     with pytest.raises(ValueError, match="an iterable that starts anew every time"):
         linear_probe(iter(loader), classes=10)
     with pytest.raises(ValueError, match="classes must be given"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,18 +97,26 @@ def _quantile(order: Tensor, q: float) -> float:
     return value + (at - below) * (above - value)
 
 
+def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers that grow with those of x, ascending, and where they stood."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return x.sort()
+    # Bits of a float32 in the order of their values, and its place, in one integer: NumPy sorts integers with AVX-512.
+    bits = (x + 0.0).view(torch.int32)  # −0 + 0 is 0
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(len(x))
+    keys = torch.from_numpy(np.sort(keys.numpy()))
+    return keys >> 32, keys & 0xFFFFFFFF
+
+
 def _ranks(x: Tensor) -> Tensor:
     """Ranks from 0, equal numbers with the mean of theirs. x: [N] -> [N] in x's dtype or float64 from 2²⁴ on."""
-    values, order = x.sort()
-    place = torch.arange(len(x), device=x.device)
+    values, order = _sorted(x)
     new = torch.ones_like(values, dtype=torch.bool)
-    new[1:] = values[1:] != values[:-1]
+    torch.ne(values[1:], values[:-1], out=new[1:])
     starts = new.nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_tensor([len(x)])])
     dtype = torch.float64 if len(x) >= 1 << 24 else x.dtype
-    if len(starts) == len(x):
-        return torch.empty(len(x), dtype=dtype, device=x.device).scatter_(0, order, place.to(dtype))
-    ends = torch.cat([starts[1:], starts.new_tensor([len(x)])]) - 1
-    means = ((starts + ends).double() / 2)[new.cumsum(0) - 1].to(dtype)
+    means = torch.repeat_interleave((starts + ends - 1).to(dtype) / 2, ends - starts)
     return torch.empty(len(x), dtype=dtype, device=x.device).scatter_(0, order, means)
 
 

@@ -12,11 +12,12 @@ from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._layer_moments import whole_block
 
 PAIRS = [(0, 0), (0, 1)]
+SHIFT_ROWS = 4096  # of a batch give the provisional means: they need to be near, not exact
 
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Sums over samples, each minus its own class's shift s_c: a mean of the first batch that had the class.
+    """Sums over samples, each minus its own class's shift s_c: near the mean of the first batch that had the class.
 
     The scatter within classes then is the block minus Σ_c n_c e_c e_cᵀ, where e_c, the class mean around the shift, is
     small: no digits are lost, however much smaller it is than that between classes.
@@ -41,10 +42,12 @@ class ClassSums:
         new = self.shift[:, 0].isnan() & (counts > 0) if self.shift.shape[1] else counts < 0
         if not bool(new.any()):
             return self
-        x, y = (a[new[y]] for a in (x, y))
+        rows = new[y].nonzero()[:, 0]
         first = _first_rows(x, y, len(counts)).double()
+        some = rows[:SHIFT_ROWS]
+        x, y = x[some], y[some]
         rest = torch.zeros_like(first).index_add_(0, y, x.double() - first[y])
-        mean = first + rest / counts[:, None].clamp_min(1)
+        mean = first + rest / torch.bincount(y, minlength=len(counts))[:, None].clamp_min(1)
         rounded = mean.to(compute_dtype(x.dtype)).double()  # so that x − s is exact nearby
         return replace(self, shift=torch.where(new[:, None], rounded, self.shift))
 

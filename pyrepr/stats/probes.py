@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,12 +293,7 @@ class _Run:
             hard = self.task == "classification" and y.dim() == 1
             y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y)
             if not parts:
-                parts = [[Moments(self.classes if hard else None) for _ in range(folds)] for _ in xs]
-                if hard:  # one provisional mean for all folds: what is added and taken away needs no moving
-                    for x, row in zip(xs, parts, strict=True):
-                        row[0].shift_to(x, y)
-                        for other in row[1:]:
-                            other.shift_to(x, y)
+                parts = [self.start(x, y, folds, hard) for x in xs]
             rows = self.rows(dealer(len(y)), folds, y.device)
             for x, row in zip(xs, parts, strict=True):
                 for moments, at in zip(row, rows, strict=True):
@@ -306,6 +302,15 @@ class _Run:
         if not parts:
             raise ValueError(f"{data.argument} must give at least one batch, got none")
         return parts
+
+    def start(self, x: Tensor, y: Tensor, folds: int, hard: bool) -> list[Moments]:
+        """Empty moments of a layer's folds. With classes they have one provisional mean: then adding them up and taking
+        one away again moves nothing."""
+        if not hard:
+            return [Moments() for _ in range(folds)]
+        first = Moments(self.classes)
+        first.shift_to(x[:ROWS], y[:ROWS])
+        return [copy.copy(first) for _ in range(folds)]  # what moments hold are values
 
     @staticmethod
     def rows(dealt: Tensor, folds: int, device: torch.device) -> list[Tensor]:
@@ -353,7 +358,7 @@ class _Run:
                 for (weight, bias), at in zip(fits, rows, strict=True):
                     for piece in at.split(ROWS):
                         logits = torch.addmm(bias, x[piece].to(weight.dtype), weight)
-                        answers = logits.view(len(piece), len(self.alphas), -1).argmax(2)
+                        answers = logits.unflatten(1, (len(self.alphas), self.classes)).argmax(2)
                         right[layer] += (answers == y[piece, None]).sum(0).cpu()
         n = float(self.counts.sum())
         share = right / n
