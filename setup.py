@@ -39,7 +39,7 @@ TOOLS = ("cmake ninja-build", "cmake ninja-build", "brew install cmake ninja", "
 MISSING = (
     (r"No CMAKE_CXX_COMPILER could be found", "there is no C++ compiler", COMPILER),
     (
-        r"is not a full path (and was not found|to an existing compiler)",
+        r"is not a full path|Could not find the compiler",
         "the C++ compiler {CXX} is not there",
         COMPILER,
     ),
@@ -78,8 +78,8 @@ def what_failed(step: str, output: str) -> str:
             compiler = os.environ.get("CXX")
             meaning = meaning.replace("{CXX}", f"{compiler} (from CXX)" if compiler else "that was found")
             return (
-                f"{meaning}. Debian and Ubuntu bring it with apt install {debian}, Fedora with dnf install {fedora}, macOS "
-                f"with {macos}, conda with conda install -c conda-forge {conda}"
+                f"{meaning}. Debian and Ubuntu bring it with apt install {debian}, Fedora with dnf install {fedora}, "
+                f"macOS with {macos}, conda with conda install -c conda-forge {conda}"
             )
     lines = [line.strip() for line in output.splitlines()]
     at = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 1))
@@ -210,8 +210,8 @@ class CMakeBuild(build_ext):
 def main() -> None:
     if int(setuptools.__version__.split(".")[0]) < 77:
         refuse(
-            f"it needs setuptools 77 or newer, and this is {setuptools.__version__}: pip install -U setuptools, or leave "
-            "build isolation on."
+            f"it needs setuptools 77 or newer, and this is {setuptools.__version__}: pip install -U setuptools, or "
+            "leave build isolation on."
         )
     if not os.access(ROOT, os.W_OK):
         refuse(f"{ROOT} cannot be written, and a build puts its files there: copy it to where it can.")

@@ -97,7 +97,16 @@ def gpu_markdown(run: dict[str, Any]) -> str:
     """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
     records = run["records"]
     aims, order = _gpu_aims(run.get("aims", [])), _gpu_order(run)
-    parts = (_gpu_head(run), aims, _gpu_times(records), _gpu_notes(records), _gpu_checks(records), order)
+    parts = (
+        _gpu_head(run),
+        _gpu_assemblers(run),
+        aims,
+        _gpu_ops(run.get("ops", [])),
+        _gpu_times(records),
+        _gpu_notes(records),
+        _gpu_checks(records),
+        order,
+    )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -152,6 +161,29 @@ def _gpu_head(run: dict[str, Any]) -> str:
     return (
         f"{facts.get('device', 'unknown device')}, driver {run['driver']}, {versions}, commit {run['commit']}, "
         f"{run['date']}. Measured in the same run: {bounds or 'nothing'}.{note}"
+    )
+
+
+def _gpu_assemblers(run: dict[str, Any]) -> str:
+    """Under which assemblers the products were right, and which one everything else ran with."""
+    from pyrepr.benchmarks.gpu.verdict import state
+
+    lines = []
+    for name in run.get("assemblers", []):
+        states = [state(r) for r in run["records"] if r["section"] == "right" and r.get("assembler") == name]
+        counts = ", ".join(f"{states.count(s)} {s}" for s in ("right", "failed", "unmeasured") if states.count(s))
+        taken = "; what follows ran with it" if name == run.get("assembler") else ""
+        lines.append(f"- {name}: {counts or 'unmeasured'}{taken}")
+    return "\n".join(lines)
+
+
+def _gpu_ops(ops: list[dict[str, Any]]) -> str:
+    """Every leaf op by itself: in how many checks it was right, failed, or is unmeasured."""
+    lines = [f"| {o['op']} | {o['backend']} | {o['right']} | {o['failed']} | {o['unmeasured']} |" for o in ops]
+    return (
+        "\n".join(["| leaf op | backend | right | failed | unmeasured |", "|---|---|---:|---:|---:|", *lines])
+        if ops
+        else ""
     )
 
 
@@ -213,7 +245,12 @@ def _gpu_case(record: dict[str, Any]) -> tuple:
     return record["family"], record["op"], record.get("shape", ""), record.get("dtype", "")
 
 
-CHECKS = {"check": "against float64", "behaviour": "inside torch", "sanitize": "compute-sanitizer"}
+CHECKS = {
+    "right": "under an assembler",
+    "check": "against float64",
+    "behaviour": "inside torch",
+    "sanitize": "compute-sanitizer",
+}
 
 
 def _gpu_checks(records: list[dict[str, Any]]) -> str:

@@ -48,6 +48,27 @@ def check_shape(name: str, x: Tensor, symbols: str, shape: tuple[int, ...]) -> N
         raise ValueError(f"{name} must have shape {symbols} = [{', '.join(map(str, shape))}], got {shape_of(x)}")
 
 
+def _strides_overlap(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements may stand at one address: no axis reaches beyond what the axes inside it span."""
+    if 0 in sizes:
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(sizes, strides, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def check_written(name: str, x: Tensor) -> None:
+    """An argument that is written in place: each of its elements has a place of its own."""
+    if not torch.compiler.is_compiling() and _strides_overlap(tuple(x.shape), x.stride()):
+        raise ValueError(
+            f"{name} is written in place, so its elements must not share memory, got {shape_of(x)} with strides "
+            f"{list(x.stride())}"
+        )
+
+
 def check_layer(name: str, x: object) -> Tensor:
     """x as a [n, d] tensor of a dtype the kernels take."""
     x = check_tensor(name, x)

@@ -108,14 +108,13 @@ def native() -> tuple[ModuleType | None, str]:
         _C = importlib.import_module("pyrepr._C")
     except ImportError as error:
         raise ImportError(f"pyrepr._C cannot be loaded ({error}); build it again with {remedy()}") from error
-    build = getattr(_C, "build", {})
-    stale = build.get("version") != __version__
-    stale |= in_clone() and build.get("interface") != hash_of("csrc/bindings/*.*", "csrc/common.h")
-    if stale:
-        raise ImportError(
-            f"{_C.__file__} was built for other Python files than these (it is of version {build.get('version')}, they "
-            f"are of {__version__}); build it again with {remedy()}"
-        )
+    build, other = getattr(_C, "build", {}), ""
+    if build.get("version") != __version__:
+        other = f"version {build.get('version', 'unknown')}, and the Python files are of {__version__}"
+    elif in_clone() and build["interface"] != hash_of("csrc/bindings/*.*", "csrc/common.h"):
+        other = "bindings that are not those in csrc"
+    if other:
+        raise ImportError(f"{_C.__file__} was built from {other}; build it again with {remedy()}")
     _C.simd_level()
     return _C, ""
 
@@ -123,7 +122,7 @@ def native() -> tuple[ModuleType | None, str]:
 def behind() -> str:
     """Said of a module whose interface fits and which was built from other sources than lie beside it; else empty."""
     module, _ = native()
-    if module is None or not in_clone() or module.build["sources"] == hash_of("csrc/*/*.*", "csrc/common.h"):
+    if module is None or not in_clone() or module.build["sources"] == hash_of("csrc/*/*.*", "csrc/*.h"):
         return ""
     return f"; csrc has changed since it was built: {remedy()}"
 

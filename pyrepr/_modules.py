@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+# Each change is made by the call that promises to take it back, so that an interrupt finds no line between the two.
 
 
 @contextmanager
 def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule has the training flag it had."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
+    with ExitStack() as stack:
         for model in models:
+            for module in model.modules():
+                stack.callback(setattr, module, "training", module.training)
             model.eval()
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
+
+
+@contextmanager
+def restored(changes: Iterable[tuple[object, str, object]]) -> Iterator[None]:
+    """Attributes (object, name, value) have other values inside, and afterwards those they had."""
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+@contextmanager
+def hooked(registrations: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
+    """Each of `registrations` adds a hook, which is there inside only."""
+    with ExitStack() as stack:
+        for register in registrations:
+            stack.callback(register().remove)
+        yield

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pyrepr import _ptxas
 from pyrepr._install import behind, build_info, native, way_to_native
 
 __all__ = ["Backend", "backends", "use_backend"]
@@ -106,7 +107,9 @@ def _triton() -> tuple[bool, str]:
     name = torch.cuda.get_device_name()
     if major < 8:
         return False, f"{version} is installed; the kernels need sm_80 or newer, {name} is sm_{major}{minor}"
-    return True, f"{version}; device {name} (sm_{major}{minor})"
+    doubt = _ptxas.doubted(major)
+    off = f"; without the delta rule's backward: {doubt}" if doubt else ""
+    return True, f"{version}; device {name} (sm_{major}{minor}){off}"
 
 
 def _cuda() -> tuple[bool, str]:

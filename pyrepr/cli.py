@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 import pyrepr
+from pyrepr._reporting import ending, printable
 from pyrepr.backend import build_info, native
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pyrepr.benchmarks.harness import restart_pinned
 
             restart_pinned()
-        with warnings.catch_warnings():
+        with ending(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = args.run(args) or 0
         sys.stdout.flush()  # here, where a broken pipe is still caught
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
         hint = "" if isinstance(error, EXPECTED) else " (--traceback shows where)"
-        print(f"pyrepr: error: {kind}{_one_line(error)}{hint}", file=sys.stderr)
+        print(printable(f"pyrepr: error: {kind}{_one_line(error)}{hint}"), file=sys.stderr)
         return 2
 
 
@@ -86,7 +87,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, UserWarning):
-        print(f"pyrepr: warning: {message}", file=sys.stderr)
+        print(printable(f"pyrepr: warning: {message}"), file=sys.stderr)
 
 
 def _positive(text: str) -> int:
@@ -287,7 +288,7 @@ def _compare(args: argparse.Namespace) -> None:
         comparison.to_html(folder / "heatmap.html")
         files = sorted(file.name for file in folder.iterdir())
     print(_summary(comparison))
-    print("\nwrote " + ", ".join(str(args.out / name) for name in files))
+    print("\nwrote " + printable(", ".join(str(args.out / name) for name in files)))
 
 
 def _device(name: str) -> torch.device:
@@ -305,22 +306,28 @@ def _split(values: list[str] | None) -> list[str] | None:
 
 
 def _write_csv(comparison: Comparison, path: Path) -> None:
+    """A row a layer. A name that a spreadsheet would take for a formula gets the apostrophe that says it is none."""
     import csv
+
+    def cell(name: str) -> str:
+        return f"'{name}" if name.lstrip().startswith(("=", "+", "-", "@")) else name
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["", *comparison.layers_b])
+        writer.writerow(["", *map(cell, comparison.layers_b)])
         for name, line in zip(comparison.layers_a, comparison.values.tolist(), strict=True):
-            writer.writerow([name, *line])
+            writer.writerow([cell(name), *line])
 
 
 def _summary(comparison: Comparison) -> str:
     """For every layer of A, the layer of B most like it."""
-    lines = [f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}", ""]
+    described = (f"A  {comparison.model_a}", f"B  {comparison.model_b}", f"   {comparison.describe()}")
+    lines = [*map(printable, described), ""]
+    layers_a, layers_b = ([printable(name) for name in names] for names in (comparison.layers_a, comparison.layers_b))
     values, places = comparison.values.nan_to_num(nan=-torch.inf).max(1)
-    wide = max(len("layer of A"), *map(len, comparison.layers_a))
+    wide = max(len("layer of A"), *map(len, layers_a))
     lines.append(f"{'layer of A':<{wide}}  {'CKA':>6}  most similar layer of B")
-    for name, value, place in zip(comparison.layers_a, values.tolist(), places.tolist(), strict=True):
-        found = (value, comparison.layers_b[place]) if value > -torch.inf else (torch.nan, "–")
+    for name, value, place in zip(layers_a, values.tolist(), places.tolist(), strict=True):
+        found = (value, layers_b[place]) if value > -torch.inf else (torch.nan, "–")
         lines.append(f"{name:<{wide}}  {found[0]:6.4f}  {found[1]}")
     return "\n".join(lines)

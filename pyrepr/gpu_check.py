@@ -27,6 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyrepr.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and gpu.md go")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help="only these, as they are called in kernels/")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="STAGE", help="only these, in this order (benchmarks/gpu/plan.py)"
+    )
+    parser.add_argument("--ptxas", type=Path, metavar="FILE", help="an assembler to try beside Triton's and CUDA's own")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS:.0f})")
     parser.add_argument(
         "--autotune", action="store_true", help="search the tables of launch configurations (DIR/autotune.json)"
@@ -141,8 +145,13 @@ def main(argv: list[str] | None = None) -> int:
             return subprocess.run(command, cwd=elsewhere, env=environment, check=False).returncode
     from pyrepr.benchmarks.gpu import runner
 
-    work = runner.autotune if args.autotune else runner.run
-    return work(args.out, args.families, args.seconds, args.dry_run)
+    try:
+        if args.autotune:
+            return runner.autotune(args.out, args.families, args.seconds, args.dry_run)
+        return runner.run(args.out, args.families, args.seconds, args.dry_run, args.stages, args.ptxas)
+    except (OSError, RuntimeError, ValueError) as failure:
+        print(f"gpu_check: {failure}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -13,9 +13,17 @@ import pyrepr
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz", "tests/fuzz, run by -m fuzz")
+    group.addoption("--fuzz-seconds", type=float, default=120, help="for all families together (default: %(default)s)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="what the cases are drawn from (default: %(default)s)")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "fuzz: random calls for a time; left out unless -m fuzz asks for them")
     config.addinivalue_line("markers", "levels: run again at every SIMD level that this machine has (test_native.py)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
+    config.addinivalue_line("markers", "build: runs CMake and compilers; left out unless asked for by -m build")
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +35,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    fuzzed = [found for r in reports if "calls" in (found := dict(getattr(r, "user_properties", ())))]
+    if fuzzed:
+        sums = {key: sum(one[key] for one in fuzzed) for key in ("cases", "calls", "values", "refused")}
+        terminalreporter.write_line(
+            "fuzzed: {cases} cases, {calls} calls, {values} values, {refused} refusals".format(**sums)
+        )
     terminalreporter.write_line("pyrepr backends:")
     terminalreporter.write_line(str(pyrepr.backends()))
 

@@ -6,6 +6,7 @@ _STATE = "the state, what it is multiplied with and two results take all 255 reg
 _BLOCKS = "sixteen blocks of 16 × 16 stay in registers while the inverse is made: factors written before are read after"
 _SUMS = "five sums of a block are carried through the value columns: addresses wait in local memory"
 _MAP = "a segment's map is read whole, 64 registers a thread, while the state and N arrive"
+_KEPT = "two words where the logits of several prefixes are kept, which are few"
 _FEW = "four words a thread, in float32 on sm_100 alone; which they are was not looked into"
 
 # (family, kernel) → why.
@@ -16,6 +17,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("delta_rule", "prepare"): _BLOCKS,
     ("delta_rule", "gradient"): _SUMS,
     ("delta_rule", "kda prepare"): _FEW,
+    ("pairs", "logsumexp"): _KEPT,
 }
 
 # (family, kernel, dtype, padded K of the scans, else 0) → architecture → bytes a thread of the worst variant.
@@ -45,9 +47,10 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
     ("delta_rule", "scan", "fp32", 64): {80: 40, 90: 48, 100: 32},
     ("delta_rule", "scan", "fp32", 128): {80: 8, 90: 16, 100: 16},
     ("delta_rule", "scan", "fp32", 256): {80: 504, 90: 536, 100: 528},
+    ("pairs", "logsumexp", "fp32", 0): {80: 8, 100: 8},
 }
 
-# Other versions of Triton with a record → (variants that spill, bytes a thread of the worst).
+# Other versions of Triton with a record, by architecture → (variants that spill, bytes a thread of the worst).
 ELSEWHERE: dict[str, tuple[int, int]] = {}
 
 DTYPES = ("fp32", "bf16", "fp16", "i8", "i64", "odd")

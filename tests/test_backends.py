@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -102,9 +101,7 @@ def test_environment_variable_forces_and_is_checked():
 
 def test_without_a_native_module_everything_works_on_the_reference():
     code = """
-import sys, torch
-sys.modules["pyrepr._C"] = None
-import pyrepr
+import torch, pyrepr
 assert not pyrepr.backends()["cpu"].available, pyrepr.backends()
 x = torch.randn(20, 4, requires_grad=True)
 pyrepr.cka(x, torch.randn(20, 3), kernel="rbf").backward()
@@ -113,23 +110,9 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    status, out, error = run(code)
+    status, out, error = run(code, PYREPR_NATIVE="0")
     assert status == 0, error
-    assert "backend 'cpu', which is unavailable: pyrepr._C could not be imported" in out
-
-
-def test_a_failed_builds_reason_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
-    monkeypatch.setitem(sys.modules, "pyrepr._C", None)
-    (tmp_path / "_build_info.json").write_text(json.dumps({"native": False, "reason": "compiling failed: no g++"}))
-    for cached in (backend.native, backend.build_info, backend._cpu):
-        cached.cache_clear()
-    try:
-        assert pyrepr.backends()["cpu"].detail == "compiling failed: no g++"
-    finally:
-        monkeypatch.undo()
-        for cached in (backend.native, backend.build_info, backend._cpu):
-            cached.cache_clear()
+    assert "backend 'cpu', which is unavailable: PYREPR_NATIVE=0 is set" in out
 
 
 def test_import_costs_little_beside_torch():
@@ -178,3 +161,33 @@ def test_why_triton_can_or_cannot_run(monkeypatch, found, cuda, capability, said
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     available, detail = backend._triton()
     assert said in detail and available == (capability == (9, 0))
+
+
+def test_an_assembler_in_doubt_is_named(monkeypatch, tmp_path):
+    from pyrepr import _ptxas
+
+    def assembler(version):
+        path = tmp_path / "ptxas"
+        path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version[:4]}, V{version}'\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
+        _ptxas.in_use.cache_clear()
+
+    assembler("12.8.93")
+    assert _ptxas.version_of(str(tmp_path / "ptxas")) == (12, 8, 93) and _ptxas.version_of("/none") == ()
+    assert _ptxas.doubted(9).startswith("ptxas 12.8.93 is known for wrong code on sm_90; set TRITON_PTXAS_PATH")
+    assert _ptxas.doubted(8) is None and _ptxas.doubted(10) is None
+    for name, version in (("available", (9, 0)), ("get_device_name", "H200")):
+        monkeypatch.setattr(torch.cuda, {"available": "is_available"}.get(name, name), lambda *_, v=version: v)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(pyrepr.backend, "_INTERPRETED", False)
+    assert "without the delta rule's backward: ptxas 12.8.93" in pyrepr.backends()["triton"].detail
+    monkeypatch.setenv("PYREPR_ANY_PTXAS", "1")
+    assert _ptxas.doubted(9) is None
+    monkeypatch.delenv("PYREPR_ANY_PTXAS")
+    monkeypatch.setattr(_ptxas, "PROVEN", ((12, 8, 93),))
+    assert _ptxas.doubted(9) is None
+    assembler("13.1.80")
+    assert _ptxas.doubted(9) is None
+    _ptxas.in_use.cache_clear()

@@ -360,3 +360,117 @@ def test_null_pointers_and_rows_that_run_over_are_refused_by_the_native_code():
         _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [2, 2, 3, 4], 0, 0, [0, 3, 4], True, 1)
     with pytest.raises(ValueError, match="weight and bias must be float32 or of x's dtype"):
         _C.CausalConv([64, 64, 0, 0], [1, 1, 1], [1, 2, 3, 4], 0, 2, [0, 2], True, 1)
+
+
+def test_an_update_skips_the_index_minus_one(backend):
+    x, weight, bias, _ = inputs(4, 37, 2)
+    for tokens in (x, x[..., 0]):
+        cache = torch.randn(6, 37, 5)
+        before, index = cache.clone(), torch.tensor([-1, 4, -1, 0])
+        expected = pyrepr.causal_conv1d_update(tokens[[1, 3]], cache[[4, 0]], weight, bias, "silu")
+        out = pyrepr.causal_conv1d_update(tokens, cache, weight, bias, "silu", conv_state_indices=index)
+        assert not out[[0, 2]].any()
+        torch.testing.assert_close(out[[1, 3]], expected)
+        assert torch.equal(cache[[1, 2, 3, 5]], before[[1, 2, 3, 5]]) and not torch.equal(cache[[4, 0]], before[[4, 0]])
+        cache, lengths = before.clone(), torch.tensor([3, 1, 0, 7])
+        out = pyrepr.causal_conv1d_update(tokens, cache, weight, bias, "silu", lengths, index.int())
+        alone = before.clone()
+        expected = pyrepr.causal_conv1d_update(
+            tokens[[1, 3]], alone, weight, bias, "silu", lengths[[1, 3]], torch.tensor([4, 0])
+        )
+        torch.testing.assert_close(out[[1, 3]], expected)
+        assert torch.equal(cache, alone) and not out[[0, 2]].any()
+        cache = before.clone()
+        skipped = torch.full((4,), -1)
+        assert not pyrepr.causal_conv1d_update(tokens, cache, weight, bias, conv_state_indices=skipped).any()
+        assert torch.equal(cache, before)
+        assert not pyrepr.causal_conv1d_update(tokens, cache[:0], weight, conv_state_indices=skipped).any()
+
+
+@pytest.mark.parametrize("tokens", [(3,), (3, 1), (3, 2)])
+def test_a_state_that_shares_memory_is_refused_or_kept_apart(backend, tokens):
+    x, weight = torch.randn(2, *tokens), torch.randn(3, 4)
+    for state in (torch.zeros(1, 3, 4).expand(2, 3, 4), torch.zeros(30).as_strided((2, 3, 4), (3, 3, 1))):
+        with pytest.raises(ValueError, match="conv_state is written in place, so its elements must not share memory"):
+            pyrepr.causal_conv1d_update(x, state, weight)
+    # x within the state: read before the state is written.
+    memory = torch.randn(2, 3, 6)
+    state, inside = memory[..., :4], memory[..., 2 : 2 + (tokens[1] if len(tokens) > 1 else 1)]
+    inside = inside if len(tokens) > 1 else inside[..., 0]
+    alone = state.clone()
+    expected = pyrepr.causal_conv1d_update(inside.clone(), alone, weight)
+    assert torch.equal(pyrepr.causal_conv1d_update(inside, state, weight), expected)
+    assert torch.equal(state, alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conv_state_indices": torch.tensor([0, 0])}, "conv_state_indices must name a row of conv_state once at most"),
+        ({"conv_state_indices": torch.tensor([0, -2])}, "conv_state_indices must be from -1 to 4, the rows"),
+        ({"conv_state_indices": torch.tensor([5, 0])}, "conv_state_indices must be from -1 to 4, the rows"),
+        (
+            {"conv_state_indices": torch.tensor([3, 0]), "cache_seqlens": torch.tensor([0, -1])},
+            "cache_seqlens must not be negative",
+        ),
+    ],
+)
+def test_places_of_an_update_are_checked_before_anything_is_written(backend, change, words):
+    state = torch.randn(5, 3, 4)
+    before = state.clone()
+    with pytest.raises(ValueError, match=words):
+        pyrepr.causal_conv1d_update(torch.randn(2, 3), state, torch.randn(3, 4), **change)
+    assert torch.equal(state, before)
+    compiled = torch.compile(pyrepr.causal_conv1d_update, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=words):
+        compiled(torch.randn(2, 3), state, torch.randn(3, 4), **change)
+    assert torch.equal(state, before)
+
+
+def test_tokens_of_no_sequence_yield_zero_and_get_no_gradient(backend):
+    x, weight, bias, _ = inputs(2, 37, 9)
+    seq_idx = torch.tensor([[0, 0, -1, 1, 1, 1, -1, -2, 2], [-1, -1, 0, 0, 0, -1, 0, 0, -3]])
+    x[:, :, 2][0] = float("nan")  # what stands in padding is not read
+    kept = (seq_idx >= 0)[:, None].expand_as(x)
+    weights = torch.randn(x.shape, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out = pyrepr.causal_conv1d_fn(*leaves, seq_idx, activation="silu")
+    assert not out[~kept].any()
+    grads = torch.autograd.grad((out.double() * weights).sum(), leaves)
+    assert not grads[0][~kept].any()
+    # Each run alone.
+    alone = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    total = 0
+    for row, start, stop in ((0, 0, 2), (0, 3, 6), (0, 8, 9), (1, 2, 5), (1, 6, 8)):
+        part = pyrepr.causal_conv1d_fn(alone[0][row : row + 1, :, start:stop], *alone[1:], activation="silu")
+        torch.testing.assert_close(out[row : row + 1, :, start:stop], part)
+        total = total + (part.double() * weights[row : row + 1, :, start:stop]).sum()
+    for a, b in zip(grads, torch.autograd.grad(total, alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(pyrepr.causal_conv1d_fn, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight, bias, seq_idx, activation="silu"), out)
+
+
+@pytest.mark.parametrize("which", ["x", "conv_state", "weight", "bias"])
+@pytest.mark.parametrize("tokens", [(3,), (3, 2)])
+def test_tensors_without_memory(which, tokens):
+    """Zeros that torch keeps without memory are zeros, and a freed storage is refused, both the short way and long."""
+    given = {
+        "x": torch.randn(2, *tokens),
+        "conv_state": torch.randn(2, 3, 4),
+        "weight": torch.randn(3, 4),
+        "bias": torch.randn(3),
+    }
+    zeros = given | {which: torch.zeros_like(given[which])}
+    expected = pyrepr.causal_conv1d_update(**{name: t.clone() for name, t in zeros.items()})
+    if which != "conv_state":
+        assert torch.equal(
+            pyrepr.causal_conv1d_update(**given | {which: torch._efficientzerotensor(given[which].shape)}), expected
+        )
+    size = given[which].untyped_storage().nbytes()
+    given[which].untyped_storage().resize_(0)
+    try:
+        with pytest.raises((ValueError, RuntimeError), match=r"has no memory|out of bounds for storage"):
+            pyrepr.causal_conv1d_update(**given)
+    finally:
+        given[which].untyped_storage().resize_(size)  # a failing test prints it

@@ -80,7 +80,20 @@ def test_info(capsys):
     out = capsys.readouterr().out
     assert f"pyrepr        {pyrepr.__version__}" in out
     assert torch.__version__ in out
-    for word in ("SIMD level", "threads", "GPU", "reference", "triton", "cuda"):
+    for word in (
+        "commit",
+        "module",
+        "compiler",
+        "SIMD built",
+        "SIMD left out",
+        "SIMD level",
+        "package",
+        "threads",
+        "GPU",
+        "reference",
+        "triton",
+        "cuda",
+    ):
         assert word in out
 
 

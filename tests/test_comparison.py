@@ -356,6 +356,7 @@ def test_constant_layer_is_named_in_the_warning():
         ({"mode": "exact", "kernel": "rbf"}, ValueError, "kernel must be 'linear' in mode 'exact'"),
         ({"data": []}, ValueError, "data must give at least one batch, got none"),
         ({"data": None}, ValueError, "data must be an iterable of batches, got None"),
+        ({"data": 3}, TypeError, "data must be an iterable of batches, got int"),
         ({"data": batches(1, n=3)}, ValueError, "the stream must have at least 4 samples"),
         (
             {"data": batches(1, n=3), "mode": "minibatch"},

@@ -465,7 +465,10 @@ def shared():
         (lambda: {"data": []}, ValueError, "data must give at least one batch, got none"),
         (lambda: {"data": iter(batches())}, ValueError, "data must be a list or a DataLoader for 2 passes"),
         (lambda: {"epochs": (1, -1)}, ValueError, "epochs must be two ints of at least 0"),
-        (lambda: {"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
+        (lambda: {"epochs": 1}, ValueError, "epochs must be two ints of at least 0, .*, got 1"),
+        (lambda: {"loss": 3}, TypeError, "loss must be a function of .*, got 3"),
+        (lambda: {"lr": "1"}, ValueError, "lr must be a positive and finite number, got '1'"),
+        (lambda: {"lr": 0.0}, ValueError, "lr must be a positive and finite number, got 0.0"),
         (lambda: {"student": network()}, ValueError, "student must hold LookupLinear layers, got none"),
         (lambda: {"layers": "1.upp"}, ValueError, r"layers: the model has no layer '1\.upp'; near matches"),
         (lambda: {"teacher": network()[:2]}, ValueError, r"layers must be names that teacher has too, got 2\.up"),
@@ -487,3 +490,12 @@ def test_distilling_for_the_worse_warns():
     student, teacher = pair()
     with pytest.warns(UserWarning, match=r"the loss of the layers rose from .* try a smaller lr, or more data"):
         distill(student, teacher, epochs=(1, 0), lr=1.0)
+
+
+def test_few_rows_have_an_error_that_is_a_number():
+    """An eighth of fewer than 16 rows is one row, which has no variance to compare an error with."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    report = pyrepr.convert(model, torch.randn(9, 4), bits=2, batch_sizes=(), progress=False)
+    assert all(0 <= layer.relative_mse < 10 for layer in report.layers)
+    constant = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(4, 3), torch.ones(20, 4), bits=2)
+    assert math.isnan(constant.conversion.relative_mse)

@@ -183,6 +183,13 @@ def test_forward_is_the_plain_computation(name, T):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_float64_is_float64_throughout(name):
+    layer = build(name).double()
+    x = hidden(layer, 1, 20).double()
+    assert error(layer(x)[0][0], plain_forward(name, layer.state_dict(), x[0])) < 1e-13
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_gradients_flow_to_every_parameter(name):
     layer = build(name).train()
     x = hidden(layer, 2, 33).requires_grad_()
@@ -360,6 +367,40 @@ for name, (kind, arguments, _) in t.LAYERS.items():
 )
 def test_bad_input_is_one_clear_sentence(make, words):
     with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: DeltaNet(hidden_size=0), ValueError, "hidden_size must be a positive integer, got 0"),
+        (lambda: DeltaNet(hidden_size="4"), ValueError, "hidden_size must be a positive integer, got '4'"),
+        (lambda: GatedDeltaNet(hidden_size=7.5), ValueError, "hidden_size must be a positive integer, got 7.5"),
+        (lambda: KimiDeltaAttention(conv_size=0), ValueError, "conv_size must be a positive integer, got 0"),
+        (lambda: GatedDeltaNet(num_v_heads=-2), ValueError, "num_v_heads must be a positive integer, got -2"),
+        (lambda: GatedDeltaNet(expand_v="2"), TypeError, "expand_v must be a number, got '2'"),
+        (lambda: pyrepr.nn.ShortConvolution(4, 0), ValueError, "kernel_size must be a positive integer, got 0"),
+        (lambda: DeltaNet(hidden_size=32)(None), TypeError, "hidden_states must be a torch.Tensor, got NoneType"),
+        (lambda: DeltaNet(hidden_size=32)("x"), TypeError, "hidden_states must be a torch.Tensor, got str"),
+        (
+            lambda: DeltaNet(hidden_size=32)(torch.zeros(2, 5, 32).to_sparse()),
+            TypeError,
+            "hidden_states must be a dense tensor, got layout sparse_coo",
+        ),
+        (
+            lambda: DeltaNet(hidden_size=32)(torch.zeros(2, 5, 32, dtype=torch.float64)),
+            TypeError,
+            "hidden_states must have the dtype of the layer, float32, got float64",
+        ),
+        (
+            lambda: DeltaNet(hidden_size=32)(torch.zeros(2, 5, 32), [[1]]),
+            TypeError,
+            "attention_mask must be a torch.Tensor, got list",
+        ),
+    ],
+)
+def test_sizes_and_inputs_of_another_kind_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
         make()
 
 

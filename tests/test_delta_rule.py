@@ -121,17 +121,57 @@ CUTS |= {"packed": (150, [0, 0, 3, 90, 150])}
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("rule", RULES)
 def test_chunks_of_the_reference_and_their_derivative_are_the_recurrences(rule, cut, monkeypatch):
-    """In float64 the op is the chunk form in plain PyTorch, with the derivative written out by hand."""
+    """In float64 both the chunk form in plain PyTorch and the kernel are the recurrence, gradients too."""
     monkeypatch.setattr(reference, "SEGMENT", 70)
     T, cu = CUTS[cut]
     x = double(inputs(rule, T, B=1 if cu else 2, N=4 if cu else 2))
     options = {"cu_seqlens": None if cu is None else torch.tensor(cu), "use_qk_l2norm_in_kernel": True}
     expected = call(reference_function, x, **options)
-    assert all(error(a, b) < 1e-13 for a, b in zip(call(CHUNKED[rule], x, **options), expected, strict=True))
     weights = weights_of(*expected)
-    got = gradients(CHUNKED[rule], x, weights, **options)
-    for name, grad in gradients(reference_function, x, weights, **options).items():
-        assert error(got[name], grad) < 1e-13, name
+    gradient = gradients(reference_function, x, weights, **options)
+    for backend in ("reference", "cpu"):
+        with pyrepr.use_backend(backend):
+            assert all(error(a, b) < 1e-13 for a, b in zip(call(CHUNKED[rule], x, **options), expected, strict=True))
+            got = gradients(CHUNKED[rule], x, weights, **options)
+        for name, grad in gradient.items():
+            assert error(got[name], grad) < 1e-13, name
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_no_output_before_it(backend, rule, dtype, value):
+    """Chunks that hold such a number are taken token by token: the same up to the rounding of either form."""
+    x = {name: None if t is None else t.detach() for name, t in inputs(rule, 100).items()}
+    x = {name: t if t is None or name not in "qkv" else t.to(dtype) for name, t in x.items()}
+    x["initial_state"] = None
+    for name in ("q", "k", "v", "beta", "g"):
+        for t in (3, 40, 61):
+            if x[name] is None:
+                continue
+            changed = x | {name: x[name].clone()}
+            changed[name][0, t].view(-1)[0] = value
+            for grad in (False, True):
+                q = {"q": changed["q"].clone().requires_grad_(grad)}
+                before = call(CHUNKED[rule], x)[0][0, :t].double()
+                after = call(CHUNKED[rule], changed | q)[0].detach()[0, :t].double()
+                # Worst seen: 3.4e-7, 3.3e-3 (a rounding of the output) and 0; times 1.5.
+                limit = {torch.float32: 6e-7, torch.bfloat16: 5e-3, torch.float64: 1e-14}[dtype]
+                assert after.isfinite().all() and (before - after).abs().max() <= limit * before.abs().max(), (name, t)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float64_has_the_same_bits_for_any_number_of_threads(rule):
+    x = double(inputs(rule, 150, B=3, N=3))
+    weights = weights_of(*call(CHUNKED[rule], x))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append((*call(CHUNKED[rule], x), *gradients(CHUNKED[rule], x, weights).values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for row in results[1:] for a, b in zip(results[0], row, strict=True))
 
 
 @pytest.mark.parametrize("rule", ["gated", "kda"])
@@ -562,10 +602,6 @@ def test_what_cannot_be_differentiated_says_so():
     x["q"].requires_grad_()
     with pytest.raises(RuntimeError, match="out_state is written in place"):
         call(pyrepr.fused_recurrent_delta_rule, x, out_state=x["initial_state"].clone())
-    o, _ = call(pyrepr.chunk_delta_rule, x)
-    (grad,) = torch.autograd.grad(o.sum(), x["q"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
 
 
 # What torch does with the ops

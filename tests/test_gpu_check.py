@@ -3,9 +3,11 @@ fails, ends its process or hangs."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from pyrepr.benchmarks import report
-from pyrepr.benchmarks.gpu import GpuCase, Problem, runner, timing, verdict, worker
+from pyrepr.benchmarks.gpu import GpuCase, Problem, plan, runner, timing, verdict, worker
+
+from pyrepr import _ptxas
 
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
@@ -113,7 +117,8 @@ def test_failures_are_recorded_and_do_not_end_the_run(fake_family, tmp_path):
     assert "| poor | ValueError: made to fail |" in text
 
 
-def test_time_that_is_over_is_said(fake_family):
+def test_time_that_is_over_is_said(fake_family, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 60.0)  # a busy machine takes long to start a worker
     state = runner.Run([], 60, dry=True)
     state.most = None
     state.section("check", fake_family, -1)
@@ -228,12 +233,121 @@ def test_unknown_family_is_refused():
         runner.Run(["grams"], 1, dry=True)
 
 
+def test_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match=r"--stages must be among machine, right, .*got 'rigth'"):
+        runner.Run(None, 1, dry=True, names=["rigth"])
+    assert [stage.name for stage in runner.Run(None, 1, dry=True, names=["cka", "machine"]).stages] == [
+        "cka",
+        "machine",
+    ]
+
+
+def test_every_timed_case_has_one_stage_and_every_aim_a_timed_case():
+    timed = {}
+    for family in runner.FAMILIES:
+        for case in importlib.import_module(f"pyrepr.benchmarks.gpu.{family}").cases():
+            if case.timed:
+                timed[family, case.op, case.shape] = case.timed_dtypes or tuple(case.tolerance)
+    patterns = [(family, pattern) for stage in plan.STAGES for family, pattern in stage.timed]
+    for family, op, _ in timed:
+        assert sum(family == f and re.match(p, op) is not None for f, p in patterns) == 1, (family, op)
+    aimed = {(family, op, shape) for family, op, shape, *_ in verdict._aims()}
+    assert {rule for _, op, _ in aimed for rule in ("plain", "gated", "kda") if op.startswith(rule)} == {
+        "plain",
+        "gated",
+        "kda",
+    }
+    assert [aim for aim in sorted(aimed) if torch.bfloat16 not in timed.get(aim, ())] == []
+
+
+def test_a_report_of_nothing_shows_every_aim(tmp_path):
+    state = runner.Run(None, 60, dry=True)
+    runner.write(tmp_path, state.report(finished=False))
+    text = (tmp_path / "gpu.md").read_text()
+    assert "The run did not finish." in text
+    assert text.count("unmeasured: pyrepr has no time") == len(list(verdict._aims()))
+
+
+def record(section, op="cka", failure=None, assembler=None, **more):
+    found = {"family": "gram", "section": section, "op": op, "shape": "n=9", "failure": failure, **more}
+    return found if assembler is None else {**found, "assembler": assembler}
+
+
+def test_a_check_that_did_not_run_disqualifies_nothing():
+    took = {"ops": ["gram_stats"]}
+    right = record("check", backend="triton", **took)
+    times = [
+        record("time", implementation="pyrepr triton", milliseconds=1.0, **took),
+        record("time", implementation="pyrepr reference", milliseconds=2.0, ops=[]),
+    ]
+    unmeasured = record("check", failure="not run: the section's time was over", backend="triton")
+    stopped = record("check", failure="it was still running when the section's time was over", backend="triton")
+    assert verdict.order([right, *times, unmeasured, stopped]) == {"gram_stats": ["triton"]}
+    assert verdict.ops([right, *times, unmeasured, stopped]) == [
+        {"op": "gram_stats", "backend": "triton", "right": 2, "failed": 0, "unmeasured": 2}
+    ]
+    # What failed is enough, whichever ops it would have taken.
+    assert verdict.order([right, *times, record("check", failure="it hung", backend="triton")]) == {}
+    assert verdict.order([right, *times, record("check", "other", "it hung", backend="triton")]) == {}
+    other = record("check", "other", backend="triton", ops=["gram_median"])
+    assert verdict.order([right, *times, other, record("check", "other", "it hung", backend="triton")]) != {}
+
+
+def test_only_the_assembler_that_was_timed_counts():
+    took = {"ops": ["gram_stats"], "backend": "triton"}
+    times = [
+        record("time", implementation="pyrepr triton", milliseconds=1.0, assembler="new", ops=["gram_stats"]),
+        record("time", implementation="pyrepr reference", milliseconds=2.0, assembler="new", ops=[]),
+    ]
+    old = record("right", failure="3 of 20 runs gave different bits", assembler="old", **took)
+    assert verdict.order([old, record("right", assembler="new", **took), *times]) == {"gram_stats": ["triton"]}
+    assert verdict.order([{**old, "assembler": "new"}, *times]) == {}
+
+
+def test_the_newest_assembler_that_is_right_is_taken(monkeypatch):
+    found = [plan.Assembler("bundled", None, (12, 8, 93)), plan.Assembler("carried", "/p", (13, 1, 80))]
+    monkeypatch.setattr(plan, "assemblers", lambda carried: found)
+    for wrong, expected in (("bundled", "carried"), ("carried", "bundled"), ("", "carried"), ("both", "carried")):
+        state = runner.Run(None, 60, dry=True, names=["right"])
+        state.assemblers = found
+
+        def check(seconds, kind, state=state, wrong=wrong):
+            failure = "wrong" if wrong in (state.assembler.name, "both") else None
+            state._add(record("right", failure=failure, backend="triton", ops=["x"]))
+
+        monkeypatch.setattr(state, "check", check)
+        state.right(1.0)
+        assert state.assembler.name == expected
+    assert state._environment("time")["TRITON_PTXAS_PATH"] == "/p"
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    with runner._alone(tmp_path), pytest.raises(RuntimeError, match="another gpu_check is at work"):
+        runner.run(tmp_path, None, 1, True)
+
+
+def test_an_out_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "pyrepr.gpu_check", "--dry-run", "--built", "--out", tmp_path / "file"]
+    result = subprocess.run(command, text=True, capture_output=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("gpu_check: ")
+
+
 def test_every_gpu_default_has_its_measurement():
     """The rule of pyrepr/backend.py: what a recorded run of gpu_check proves, by its records, not by what it says."""
     from pyrepr.backend import GPU_ORDER
 
     results = Path(__file__).parents[1] / "benchmarks/results"
     assert unproven(GPU_ORDER, results) == []
+
+
+def test_every_trusted_assembler_has_its_run():
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    runs = [json.loads(path.read_text()) for path in results.glob("gpu*.json")]
+    tried = [r for run in runs for r in run["records"] if r["section"] == "right"]
+    right = {r["assembler"].split()[-1] for r in tried if verdict.state(r) == "right"}
+    right -= {r["assembler"].split()[-1] for r in tried if verdict.state(r) == "failed"}
+    assert [version for version in _ptxas.PROVEN if ".".join(map(str, version)) not in right] == []
 
 
 def unproven(order, results):

@@ -1,10 +1,10 @@
 """Every GPU kernel, in every configuration it may be launched with, compiles for every architecture; without a GPU.
 
 Compiling all Triton variants takes many minutes. So what came out of it is kept in tests/compiled.json, by version of
-Triton and under a fingerprint of source, options, architecture and compiler: a variant that is on record is not
-compiled again. PYREPR_COMPILE_ALL=1 compiles everything that is not, and adds each as it is done, so that a run that is
-cut short is gone on with by the next. With a version of Triton that has no complete record, the variants that a family
-names to stand for the rest are compiled, and what is left out is counted and shown as skipped.
+Triton and architecture, and under a fingerprint of source, options, architecture and compiler: a variant that is on
+record is not compiled again. PYREPR_COMPILE_ALL=1 compiles everything that is not, and adds each as it is done, so that
+a run that is cut short is gone on with by the next. With a version of Triton that has no complete record, the variants
+that a family names to stand for the rest are compiled, and what is left out is counted and shown as skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import spills
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
     name
-    for name in ("gram", "delta_rule", "causal_conv1d", "lookup")
+    for name in ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
     if importlib.util.find_spec(f"pyrepr.kernels.{name}")
 ]
 ARCHITECTURES = (80, 90, 100)
@@ -80,7 +80,7 @@ def cases():
 
 VERSION = importlib.metadata.version("triton") if HAS_TRITON else ""
 EVERY_RECORD = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-RECORDED = EVERY_RECORD.get(VERSION, {})
+RECORDED = {key: use for a in ARCHITECTURES for key, use in EVERY_RECORD.get(f"{VERSION} sm_{a}", {}).items()}
 CASES, LEFT_OUT = cases()
 
 
@@ -97,7 +97,10 @@ def compiled(case):
 
 def keep(record):
     """Writes the record of this version of Triton, the others as they were: all of the file or nothing."""
-    every = {**EVERY_RECORD, VERSION: record}
+    architecture_of = {fingerprint(case): case[1] for case in CASES}
+    every = {**EVERY_RECORD, **{f"{VERSION} sm_{a}": {} for a in ARCHITECTURES}}
+    for key, use in record.items():
+        every[f"{VERSION} sm_{architecture_of[key]}"][key] = use
     texts = []
     for version in sorted(every):
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(use)}" for key, use in sorted(every[version].items()))
@@ -137,9 +140,11 @@ def test_what_is_on_record_for_other_versions_is_complete():
     """As far as this version can tell: there are as many variants. And what they spill is what tests/spills.py says."""
     if LEFT_OUT or VERSION != TRITON:
         pytest.skip(f"the variants are known as those of triton {TRITON}")
-    here = len({fingerprint(case) for case in CASES})
-    assert {version: len(record) for version, record in EVERY_RECORD.items()} == dict.fromkeys(EVERY_RECORD, here)
-    others = {version: record for version, record in EVERY_RECORD.items() if version != TRITON}
+    here = {f"sm_{a}": len({fingerprint(case) for case in CASES if case[1] == a}) for a in ARCHITECTURES}
+    assert {place: len(record) for place, record in EVERY_RECORD.items()} == {
+        p: here[p.split()[1]] for p in EVERY_RECORD
+    }
+    others = {place: record for place, record in EVERY_RECORD.items() if place.split()[0] != TRITON}
     found = {v: (sum(use[2] > 0 for use in r.values()), max(use[2] for use in r.values())) for v, r in others.items()}
     assert found == spills.ELSEWHERE
 

@@ -236,12 +236,12 @@ def fake_family(tmp_path, monkeypatch):
 
 
 def test_an_implementation_that_dies_or_hangs_is_left_out_and_the_others_measured(fake_family, monkeypatch):
-    monkeypatch.setitem(runner.SILENCE, "time", 4.0)
+    monkeypatch.setitem(runner.SILENCE, "time", 10.0)
     state = runner.Run([], 60, dry=True)
     state.section("time", fake_family, 60)
     rows = {r["implementation"]: r for r in state.records}
     assert rows["dying"]["failure"].startswith("its process ended with code 7")
-    assert rows["hanging"]["failure"] == "it hung: no sign for 4 s" and rows["hanging"]["shape"] == "n=3"
+    assert rows["hanging"]["failure"] == "it hung: no sign for 10 s" and rows["hanging"]["shape"] == "n=3"
     assert rows["good"]["milliseconds"] > 0 and rows["pyrepr cpu"]["milliseconds"] > 0
     assert len(state.records) == 5
 
@@ -288,15 +288,8 @@ def test_aims_are_met_missed_or_unmeasured():
     assert times["value"] == pytest.approx(1.92) and times["met"] is False and times["peer_error"] == 1e-5
     assert found["memory", pair]["value"] == pytest.approx(100 / 64) and found["memory", pair]["met"] is True
     broken = [time_row("pyrepr triton", 1.0, failure="error 1e+0 is more than 1e-4")]
-    assert {(a["met"], a["why"]) for a in verdict.aims(broken)} == {(None, "error 1e+0 is more than 1e-4")}
-
-
-def test_every_aim_is_about_a_case_that_is_timed():
-    for family in ("gram", "delta_rule", "lookup"):
-        timed = {(c.op, c.shape) for c, dtype in worker.time_items(family, False) if dtype == torch.bfloat16}
-        aims = {aim[1:3] for aim in verdict._aims() if aim[0] == family}
-        plain = {aim for aim in aims if not aim[0].startswith(("gated", "kda"))}
-        assert plain and plain <= timed, plain - timed
+    of_pair = [a for a in verdict.aims(broken) if (a["op"], a["shape"]) == ("cka", pair)]
+    assert {(a["met"], a["why"]) for a in of_pair} == {(None, "error 1e+0 is more than 1e-4")}
 
 
 def test_a_kernel_earns_its_default_by_passing_and_being_faster():
@@ -306,7 +299,7 @@ def test_a_kernel_earns_its_default_by_passing_and_being_faster():
     wrong = {**records[1], "failure": "two runs gave different bits"}
     assert verdict.order([*records, wrong]) == {"gram_stats": ["cuda"]}
     never_ran = {"section": "check", "family": "gram", "backend": "cuda", "failure": "not run: no time"}
-    assert verdict.order([*records, never_ran]) == {"gram_stats": ["triton"]}
+    assert verdict.order([*records, never_ran]) == {"gram_stats": ["triton", "cuda"]}  # unmeasured, not failed
     slower = [time_row("pyrepr triton", 10.0) if r.get("implementation") == "pyrepr triton" else r for r in records]
     assert verdict.order(slower) == {"gram_stats": ["cuda"]}
 

@@ -10,7 +10,7 @@ import torch
 
 import pyrepr
 from pyrepr.ops import gram as ops
-from pyrepr.ops._gram_gradient import gram_stats
+from pyrepr.ops.gram import gram_stats
 from pyrepr.reference import gram as reference
 
 KERNELS = reference.KERNELS
@@ -259,13 +259,6 @@ def test_a_frozen_guide_gets_no_gradient():
     assert x.grad is not None and y.grad is None
 
 
-def test_double_backward_is_refused_not_zero():
-    x, y = pair()
-    (g,) = torch.autograd.grad(pyrepr.cka(x.requires_grad_(), y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
-
-
 @pytest.mark.levels
 @pytest.mark.parametrize("n", [2, 3, 5, 60, 301])
 def test_median_distance_is_exact(n):
@@ -438,3 +431,43 @@ def test_compiled_for_any_number_of_samples():
     for n in (8, 40):
         x, y = torch.randn(n, 3), torch.randn(n, 5)
         assert torch.equal(compiled(x, y), pyrepr.cka(x, y))
+
+
+@pytest.mark.parametrize("beside", [{"sigma": 2.0}, {"bandwidth": 0.5}])
+def test_options_beside_a_kernel_are_not_ignored(beside):
+    x, y, kernel = torch.randn(9, 3), torch.randn(9, 4), pyrepr.Kernel("rbf", sigma=1.0)
+    (name,) = beside
+    calls = (
+        lambda: pyrepr.cka(x, y, kernel=kernel, **beside),
+        lambda: pyrepr.hsic(x, y, kernel=kernel, **beside),
+        lambda: pyrepr.cka_matrix([x], [y], kernel=kernel, **beside),
+        lambda: pyrepr.gram(x, kernel=kernel, **beside),
+        lambda: pyrepr.StreamingCKA(mode="minibatch", kernel=kernel, **beside),
+        lambda: pyrepr.nn.CKALoss(kernel=kernel, **beside),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{name} belongs into the Kernel"):
+            call()
+
+
+@pytest.mark.parametrize("degree", [0, -1, 2.0, True, 10**10])
+def test_degrees_that_no_kernel_takes(degree):
+    with pytest.raises(ValueError, match="degree must be an integer from 1 to 1000"):
+        pyrepr.Kernel("polynomial", degree=degree)
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
+    """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""
+    x, nothing = torch.randn(500, 3), torch.zeros(500, dtype=torch.bool)
+    one = torch.ones(1, dtype=torch.float64)
+    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
+    assert s.item() == 0 and not r.any() and not d.any()
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_a_median_of_zero_leaves_no_number(kernel, backend):
+    x = torch.randn(1, 7).expand(5, 7)
+    for y in (None, torch.randn(2, 7)):
+        with pytest.warns(UserWarning, match="median distance is 0"):
+            assert pyrepr.gram(x, y, kernel=kernel).isnan().all()

@@ -69,15 +69,6 @@ def test_functional_gradient_export_and_autocast():
         assert pyrepr.lookup_linear(torch.nn.functional.linear(x, x), tables[:, :8]).dtype == torch.bfloat16
 
 
-def test_second_derivative_and_bare_leaf_op_are_refused():
-    x, tables = torch.randn(4, 12, requires_grad=True), torch.randn(3, 16, 5)
-    (grad,) = torch.autograd.grad(pyrepr.lookup_linear(x, tables).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-    with pytest.raises(RuntimeError, match="leaf op"):
-        ops.linear_op(x, tables, None, None, "l1", 1.0, 0)
-
-
 X, TABLES = torch.zeros(2, 12), torch.zeros(3, 16, 5)
 CODES = torch.zeros(2, 3, dtype=torch.int64)
 
@@ -86,6 +77,11 @@ CODES = torch.zeros(2, 3, dtype=torch.int64)
     ("call", "error", "message"),
     [
         (lambda: pyrepr.hash_codes(X, 5), ValueError, "multiple of bits = 5, got 12"),
+        (
+            lambda: pyrepr.segment_sum(torch.ones(3, 2), torch.ones(3, dtype=torch.int64).to_sparse(), 2),
+            TypeError,
+            "codes must be a dense tensor, got layout sparse_coo",
+        ),
         (lambda: pyrepr.hash_codes(X, 0), ValueError, "from 1 to 16, got 0"),
         (lambda: pyrepr.hash_codes(X, 17), ValueError, "from 1 to 16, got 17"),
         (lambda: pyrepr.hash_codes(X.int(), 4), TypeError, "x must be float32"),

@@ -173,7 +173,7 @@ def test_state_of_a_converted_layer_fits_a_new_one():
     loaded.load_state_dict(converted.state_dict())
     assert torch.equal(loaded(x), converted(x))
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in converted.named_parameters()]
-    with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got 63"):
+    with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got shape"):
         loaded(x[:, 1:])
 
 
@@ -317,3 +317,28 @@ def test_no_tokens_with_any_strides():
     x = torch.empty(16, 0).T.requires_grad_()
     pyrepr.nn.LookupLinear(16, 8, bits=4)(x).sum().backward()
     assert x.grad.shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: pyrepr.nn.LookupLinear(8, -1), ValueError, "out_features must be positive, got -1"),
+        (lambda: pyrepr.nn.LookupLinear(8.0, 4), TypeError, "in_features must be an int, got float"),
+        (lambda: pyrepr.nn.LookupLinear(8, "a"), TypeError, "out_features must be an int, got str"),
+        (lambda: pyrepr.nn.LookupLinear(8, 4)(None), TypeError, "x must be a torch.Tensor, got NoneType"),
+        (lambda: pyrepr.nn.LookupLinear(8, 4)([1.0]), TypeError, "x must be a torch.Tensor, got list"),
+        (
+            lambda: pyrepr.nn.LookupLinear(8, 4)(torch.zeros(())),
+            ValueError,
+            r"x must have a last axis of in_features = 8, .* \[\]",
+        ),
+        (
+            lambda: pyrepr.nn.LookupLinear.from_mlp(torch.nn.Identity(), torch.zeros(20, 0)),
+            ValueError,
+            r"calibration must have shape \[\.\.\., d\]",
+        ),
+    ],
+)
+def test_sizes_and_inputs_of_another_kind_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -43,15 +43,19 @@ def cut_short(make, function):
             sys.settrace(before)
 
 
+def equal(a, b):
+    return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
 def same_state(one, two):
     for key, value in one.items():
         other = two[key]
         if isinstance(value, dict):
             same_state(value, other)
         elif isinstance(value, (list, tuple)) and value and torch.is_tensor(value[0]):
-            assert all(torch.equal(a, b) for a, b in zip(value, other, strict=True)), key
+            assert all(equal(a, b) for a, b in zip(value, other, strict=True)), key
         elif torch.is_tensor(value):
-            assert torch.equal(value, other), key
+            assert equal(value, other), key
         else:
             assert value == other, key
 

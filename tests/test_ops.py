@@ -60,7 +60,7 @@ def test_cpu_equals_reference(name):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if not n.endswith("_")])
+@pytest.mark.parametrize("name", ["gram_median", "gram_apply"])
 def test_leaf_ops_refuse_to_be_differentiated(name):
     op, args = CALLS[name]()
     first = args[0]

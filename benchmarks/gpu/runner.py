@@ -1,7 +1,7 @@
 """Runs the sections of the GPU check, each in processes of its own, and keeps the report written while they run.
 
-Correctness comes first, then compiling what is timed, then the times, alone on the device, and last what takes long:
-the ops' behaviour inside PyTorch and compute-sanitizer.
+The stages and their order are in ``plan``: what decides most comes first. Each works in processes of its own within its
+share of the time, what is timed is alone on the device, and what was found is on disk at any moment.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import datetime
+import fcntl
 import importlib.util
 import json
 import os
@@ -23,37 +24,47 @@ from pathlib import Path
 from typing import Any
 
 from pyrepr.benchmarks import report as reports
-from pyrepr.benchmarks.gpu import verdict
+from pyrepr.benchmarks.gpu import plan, verdict
 
 import pyrepr
 from pyrepr.backend import build_info, cuda_tool
 
-FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup")
-# Shares of the time that is left when a stage's turn comes. The delta rule's peer tunes itself for every head count.
-SHARES = {"machine": 1.0, "check": 8.0, "prepare": 8.0, "time": 4.0, "last": 9.0, "autotune": 10.0}
-TIME_SHARES = {"gram": 6.0, "delta_rule": 16.0}
+FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
+COMPILING = 0.4  # most of a timed stage's time that goes into compiling beforehand
 TOOLS = ("memcheck", "racecheck")
 # Longest that a worker may give no sign: a kernel that hangs must not take the section's time.
-SILENCE = {"check": 60.0, "prepare": 120.0, "time": 100.0, "behaviour": 120.0, "sanitize": 150.0, "autotune": 200.0}
+SILENCE = {
+    "right": 60.0,
+    "check": 60.0,
+    "prepare": 120.0,
+    "time": 100.0,
+    "behaviour": 120.0,
+    "sanitize": 150.0,
+    "autotune": 200.0,
+}
 GRACE = 5.0  # seconds for a worker to see for itself that its time is over
 WRITE_EVERY = 10.0
-
-Stage = tuple[str, float, Callable[[float], None]]
 
 
 class Run:
     """The state of one run: what there is to do, what came out, and when it must end."""
 
-    def __init__(self, families: list[str] | None, seconds: float, dry: bool) -> None:
+    def __init__(
+        self, families: list[str] | None, seconds: float, dry: bool, ptxas: Path | None = None, names: Any = None
+    ) -> None:
         known = [f for f in FAMILIES if importlib.util.find_spec(f"pyrepr.benchmarks.gpu.{f}")]
         for family in families or []:
             if family not in known:
                 raise ValueError(f"--families must be among {', '.join(known)}, got {family!r}")
         self.families = families or known
+        self.stages = plan.chosen(names)
+        self.assemblers = [] if dry else plan.assemblers(ptxas)
+        self.assembler: plan.Assembler | None = None  # the one that the stages after `right` take
         self.started, self.dry = time.monotonic(), dry
         self.end = self.started + seconds
         self.most = 1 if dry else None  # items of a section: a dry run tests this command, the kernels have their tests
-        self.environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if dry else {})}
+        # What is doubted is what the run is to find out.
+        self.environment = {**os.environ, "PYREPR_ANY_PTXAS": "1", **({"TRITON_INTERPRET": "1"} if dry else {})}
         self.records: list[dict[str, Any]] = []
         self.live: dict[Path, dict[str, Any]] = {}  # files of running workers → what their lines lack
         self.lock = threading.Lock()
@@ -79,6 +90,7 @@ class Run:
         """
         end, (first, step), count = time.monotonic() + seconds, place, place[0] + 1
         shared: dict[str, Any] = {"section": kind, "family": family, **({"tool": tool} if tool else {})}
+        shared |= {"assembler": str(self.assembler)} if self.assembler else {}
         without: list[str] = []
         while first < count:
             asked = [f"--first={first}", f"--step={step}", *(f"--without={name}" for name in without), *options]
@@ -151,7 +163,11 @@ class Run:
             "prepare": {"FLA_CACHE_RESULTS": "0"},  # nothing is timed: there is no result to keep
             "autotune": {"PYREPR_AUTOTUNE": "1"},
         }
-        return {**self.environment, **special.get(kind, {})}
+        found = {**self.environment, **special.get(kind, {})}
+        if self.assembler is not None:
+            found.pop("TRITON_PTXAS_PATH", None)
+            found |= {"TRITON_PTXAS_PATH": self.assembler.path} if self.assembler.path else {}
+        return found
 
     def _watch(self, process: subprocess.Popen, path: Path, silence: float, end: float) -> str | None:
         """Waits for a worker; one that hangs is ended with all it started, and the reason returned."""
@@ -182,37 +198,63 @@ class Run:
                 except Exception as failure:
                     self._add(_failure("check", "all", failure))
 
-    def check(self, seconds: float) -> None:
+    def check(self, seconds: float, kind: str = "check") -> None:
         """Every family's cases, in as many processes as there are processors: a first launch compiles."""
-        shards = 1 if self.dry else max(1, min(5, self.processors // len(self.families)))
-        calls = [
-            lambda f=f, i=i: self.section("check", f, seconds, (i, shards))
-            for i in range(shards)
-            for f in self.families
-        ]
+        families = [f for f in self.families if kind == "check" or f in plan.MULTIPLY]
+        shards = 1 if self.dry else max(1, min(5, self.processors // max(1, len(families))))
+        calls = [lambda f=f, i=i: self.section(kind, f, seconds, (i, shards)) for i in range(shards) for f in families]
         self.together(calls, self.processors)
 
-    def prepare(self, seconds: float) -> None:
+    def right(self, seconds: float) -> None:
+        """The kernels that multiply, under each assembler; what follows takes the newest that was right."""
+        end, good = time.monotonic() + seconds, []
+        for i, assembler in enumerate(self.assemblers or [None]):
+            self.assembler, before = assembler, len(self.records)
+            self.check((end - time.monotonic()) / max(1, len(self.assemblers) - i), "right")
+            if not any(verdict.state(r) == "failed" for r in self.records[before:]):
+                good.append(assembler)
+        self.assembler = (good or [None, *self.assemblers])[-1]
+
+    def time(self, stage: plan.Stage, seconds: float) -> None:
+        """A stage's timed cases, each family's alone on the device."""
+        end = time.monotonic() + seconds
+        timed = [(family, pattern) for family, pattern in stage.timed if family in self.families]
+        self.prepare(timed, COMPILING * seconds)
+        for i, (family, pattern) in enumerate(timed):
+            share = (end - time.monotonic()) / (len(timed) - i)
+            self.section("time", family, share, options=("--ops", pattern))
+
+    def prepare(self, timed: list[tuple[str, str]], seconds: float) -> None:
         """Compiles what is timed, and what its peers tune; what fails here fails again where it is recorded."""
         if self.dry:
             return
         count = min(12, self.processors)
         before = len(self.records)
-        shards = [(f, i) for i in range(count) for f in self.families]
         calls = [
-            lambda f=f, i=i: self.section("prepare", f, seconds, options=("--shard", str(i), str(count)))
-            for f, i in shards
+            lambda f=f, p=p, i=i: self.section(
+                "prepare", f, seconds, options=("--shard", str(i), str(count), "--ops", p)
+            )
+            for i in range(count)
+            for f, p in timed
             if f == "delta_rule" or i < 3
         ]
-        self.together(calls, max(count, len(self.families)))
+        self.together(calls, max(count, len(timed)))
         with self.lock:
             self.records[before:] = []
 
-    def last(self, seconds: float) -> None:
-        """compute-sanitizer, a process for each family and tool, and the ops' behaviour: nothing of it is timed."""
-        calls = [lambda: self.section("behaviour", "all", seconds)]
-        calls += [lambda f=f, t=t: self.sanitize(f, t, seconds) for t in TOOLS for f in self.families]
+    def sanitize_all(self, seconds: float) -> None:
+        """compute-sanitizer, a process for each family and tool: nothing of it is timed."""
+        calls = [lambda f=f, t=t: self.sanitize(f, t, seconds) for t in TOOLS for f in self.families]
         self.together(calls, len(calls) if self.processors > 4 else 2)
+
+    def work(self, stage: plan.Stage, seconds: float) -> None:
+        """Does a stage within so many seconds."""
+        if stage.timed:
+            self.time(stage, seconds)
+        elif stage.name in ("machine", "behaviour"):
+            self.section(stage.name, "all", max(seconds, 30.0) if stage.name == "machine" else seconds)
+        else:
+            {"right": self.right, "check": self.check, "sanitize": self.sanitize_all}[stage.name](seconds)
 
     def sanitize(self, family: str, tool: str, seconds: float) -> None:
         if not self.dry and cuda_tool("compute-sanitizer"):
@@ -223,20 +265,6 @@ class Run:
         note = "not run: " + ("dry run" if self.dry else "there is no compute-sanitizer")
         shared = {"section": "sanitize", "family": family, "tool": tool, "failure": note}
         self._add(*({**shared, **describe(item)} for item in sanitize_items(family, self.dry)))
-
-    def stages(self) -> list[Stage]:
-        """(name, share of the time, what does it)."""
-        timed = [
-            (f"time {f}", TIME_SHARES.get(f, SHARES["time"]), lambda s, f=f: self.section("time", f, s))
-            for f in self.families
-        ]
-        return [
-            ("machine", SHARES["machine"], lambda s: self.section("machine", "all", max(s, 30.0))),
-            ("check", SHARES["check"], self.check),
-            ("prepare", SHARES["prepare"], self.prepare),
-            *timed,
-            ("last", SHARES["last"], self.last),
-        ]
 
     def report(self, finished: bool) -> dict[str, Any]:
         with self.lock:
@@ -254,7 +282,11 @@ class Run:
             "machine": facts,
             "clocks": _clocks(),
             "build": build_info(),
+            "stages": [stage.name for stage in self.stages],
+            "assemblers": [str(assembler) for assembler in self.assemblers],
+            "assembler": None if self.assembler is None else str(self.assembler),
             "aims": _concluded(verdict.aims, records, []),
+            "ops": _concluded(verdict.ops, records, []),
             "order": _concluded(verdict.order, records, {}),
             "records": records,
         }
@@ -379,27 +411,51 @@ def _ended_by_signals(state: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int:
-    """All stages; 1 if something of pyrepr's failed."""
-    state = Run(families, seconds, dry)
-    stages = state.stages()
-    with _ended_by_signals(state), _kept_written(out, state):
-        for i, (name, share, work) in enumerate(stages):
+def run(
+    out: Path,
+    families: list[str] | None,
+    seconds: float,
+    dry: bool,
+    stages: list[str] | None = None,
+    ptxas: Path | None = None,
+) -> int:
+    """All stages; 1 if something of pyrepr's failed, 2 if it could not run."""
+    state = Run(families, seconds, dry, ptxas, stages)
+    with _alone(out), _ended_by_signals(state), _kept_written(out, state):
+        write(out, state.report(finished=False))  # that it can be written is known before anything is measured
+        for i, stage in enumerate(state.stages):
             if state.stopped:
                 break
             before = len(state.records)
+            rest = sum(later.share for later in state.stages[i:])
             try:
-                work(max(0.0, state.left() - GRACE) * share / sum(later for _, later, _ in stages[i:]))
+                state.work(stage, max(0.0, state.left() - GRACE) * stage.share / rest)
             except Exception as failure:
-                state._add(_failure(name.split()[0], "all", failure))
-            new = state.records[before:]
-            failed = sum(1 for record in new if record.get("failure"))
-            print(f"{name}: {len(new)} results, {failed} failed or not run, {state.left():.0f} s left", flush=True)
+                state._add(_failure(stage.name, "all", failure))
+            states = [verdict.state(record) for record in state.records[before:]]
+            failed, missing = states.count("failed"), states.count("unmeasured")
+            told = f"{len(states)} results, {failed} failed, {missing} unmeasured, {state.left():.0f} s left"
+            print(f"{stage.name}: {told}", flush=True)
     write(out, state.report(finished=not state.stopped))
     print((out / "gpu.md").read_text())
-    bad = [r for r in state.records if r.get("failure") and not str(r["failure"]).startswith("not run")]
+    bad = [r for r in state.records if verdict.state(r) == "failed"]
     ours = (None, "pyrepr triton", "pyrepr cuda")  # a peer that cannot do it is a finding, no failure
     return 1 if state.stopped or any(r.get("implementation") in ours for r in bad) else 0
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds DIR's lock: two runs would spoil each other's times, and their report."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".gpu_check.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another gpu_check is at work in {out}") from None
+        try:
+            yield
+        finally:
+            (out / ".gpu_check.lock").unlink(missing_ok=True)
 
 
 def autotune(out: Path, families: list[str] | None, seconds: float, dry: bool) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 OURS = ("pyrepr triton", "pyrepr cuda")
 FLA = "flash-linear-attention"
 DELTA_SHAPES = ("B=1 T=8192 H=8", "B=1 T=32768 H=8", "B=8 T=2048 H=16", "B=4 T=4096 H=64")
+# The float64 truth of a gate per key goes token by token, and its gradient keeps a state per token.
+KDA_SHAPES = {"kda forward": DELTA_SHAPES[::2], "kda forward + backward": ("B=1 T=2048 H=8",)}
 LOOKUP = tuple(f"T={tokens} d=h=4096 τ=8" for tokens in (1, 64, 1024, 8192))
 
 Aim = tuple[str, str, str, str, float, str]
@@ -33,10 +35,18 @@ def _aims() -> Iterator[Aim]:
     yield "gram", "cka", pair, "memory", 4.0, "the inputs"
     yield "gram", "cka_matrix", "L=24 n=16 384 d=1 024", "memory", 4.0, "the inputs"
     for rule in ("plain", "gated", "kda"):
-        for shape in DELTA_SHAPES:
-            for op, factor in ((f"{rule} forward", 1.5), (f"{rule} forward + backward", 1.3)):
+        for op, factor in ((f"{rule} forward", 1.5), (f"{rule} forward + backward", 1.3)):
+            for shape in DELTA_SHAPES if rule != "kda" else KDA_SHAPES[op]:
                 yield "delta_rule", op, f"{shape} K=V=128", "times", factor, FLA
                 yield "delta_rule", op, f"{shape} K=V=128", "error", 1.0, FLA
+    for shape in ("n=8192 d=512", "n=32768 d=1024"):
+        yield "pairs", "info_nce", shape, "times", 1.3, "plain torch"
+        yield "pairs", "info_nce", shape, "product", 0.4, "a plain matrix product"
+    yield "pairs", "info_nce", "n=8192 d=512", "times", 1.5, "open_clip"
+    yield "pairs", "info_nce prefixes", "n=2048 d=768", "times", 2.0, "plain torch"
+    for shape in ("n=20000 m=20000 d=384 k=10", "n=16 m=1000000 d=384 k=10", "n=20000 m=20000 d=384 k=100"):
+        yield "pairs", "top-k", shape, "times", 2.0, "torch mm + topk"
+        yield "pairs", "top-k", shape, "error", 1.0, "torch mm + topk"
     yield "lookup", "lookup forward", LOOKUP[0], "times", 4.0, "F.linear"
     for shape in LOOKUP:
         yield "lookup", "lookup forward", shape, "bandwidth", 0.8, "a copy"
@@ -57,16 +67,20 @@ def _timed(records: list[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any
     return found
 
 
+def state(record: dict[str, Any]) -> str:
+    """What came of a record: "right", "failed", or "unmeasured": not run, or stopped as its time was over."""
+    failure = str(record.get("failure") or "")
+    if failure.startswith("not run") or failure.endswith("time was over"):
+        return "unmeasured"
+    return "failed" if failure else "right"
+
+
 def aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every aim that the run could have measured, with what it measured; ``met`` is ``None`` where it did not."""
+    """Every aim with what the run measured; ``met`` is ``None`` where it measured nothing."""
     timed = _timed(records)
     rates = {r["bound"]: r["value"] for r in records if "bound" in r}
-    asked = {_case(r)[:3] for r in records if r["section"] == "time"}
-    families = {r["family"] for r in records}
     found = []
     for family, op, shape, kind, limit, peer in _aims():
-        if family not in families or (asked and family in {a[0] for a in asked} and (family, op, shape) not in asked):
-            continue
         rows = timed.get((family, op, shape, "bfloat16"), {})
         entry: dict[str, Any] = {"family": family, "op": op, "shape": shape, "kind": kind, "limit": limit, "peer": peer}
         entry.update(_measured(rows, kind, peer, rates))
@@ -107,18 +121,47 @@ def _measured(rows: dict[str, dict[str, Any]], kind: str, peer: str, rates: dict
     return {**made, "value": amount / best["milliseconds"] / rate}
 
 
-def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """GPU_ORDER as this run proves it: op → the backends that passed every check in which the op took part, and were
-    faster than the reference in the cases timed with it (in the geometric mean), the fastest first."""
-    checks: dict[tuple[str, str], list[bool]] = {}
+def _under_one_assembler(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All but what was found under another assembler than the times were taken with."""
+    timed = {r.get("assembler") for r in records if r["section"] == "time"}
+    return (r for r in records if r["section"] != "right" or not timed or r.get("assembler") in timed)
+
+
+def _judged(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, int]]:
+    """(leaf op, backend) → how many checks and times it was right in, failed in, and is unmeasured in.
+
+    Of what failed before it was known which ops it takes, those that other records of its case took, or all of its
+    family, may be wrong. What was found under another assembler than the times were taken with does not count.
+    """
+    of_case: dict[tuple[str, str], set[str]] = {}
+    of_family: dict[str, set[str]] = {}
     for r in records:
-        if r["section"] in ("check", "time") and (r.get("backend") or r.get("implementation") in OURS):
-            backend = r.get("backend") or r["implementation"].removeprefix("pyrepr ")
-            for op in r.get("ops", ()):
-                checks.setdefault((op, backend), []).append(not r.get("failure"))
-    unsure = {(r["family"], r["backend"]) for r in records if r["section"] == "check" and _unknown(r)}
+        of_case.setdefault((r["family"], r.get("op", "")), set()).update(r.get("ops", ()))
+        of_family.setdefault(r["family"], set()).update(r.get("ops", ()))
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for r in _under_one_assembler(records):
+        backend = r.get("backend") or str(r.get("implementation", "")).removeprefix("pyrepr ")
+        ours = r.get("backend") or r.get("implementation") in OURS
+        if r["section"] not in ("right", "check", "time") or not ours:
+            continue
+        known = of_case[r["family"], r.get("op", "")]
+        for op in r.get("ops") or known or (of_family[r["family"]] if state(r) == "failed" else ()):
+            found.setdefault((op, backend), dict.fromkeys(("right", "failed", "unmeasured"), 0))[state(r)] += 1
+    return found
+
+
+def ops(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every leaf op and backend that took part: how often it was right, failed, and is unmeasured."""
+    return [{"op": op, "backend": b, **counts} for (op, b), counts in sorted(_judged(records).items())]
+
+
+def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """GPU_ORDER as this run proves it: op → the backends that were right, failed in no check in which the op took part
+    (times are checked too), and were faster than the reference in the cases timed with it (in the geometric mean), the
+    fastest first.
+    """
+    judged = _judged(records)
     ratios: dict[tuple[str, str], list[float]] = {}
-    families: dict[str, str] = {r_op: r["family"] for r in records for r_op in r.get("ops", ())}
     for rows in _timed(records).values():
         base = rows.get("pyrepr reference")
         for name in OURS:
@@ -129,15 +172,9 @@ def order(records: list[dict[str, Any]]) -> dict[str, list[str]]:
     found: dict[str, list[tuple[float, str]]] = {}
     for (op, backend), logs in sorted(ratios.items()):
         mean = sum(logs) / len(logs)
-        passed = all(checks.get((op, backend), [False])) and (families[op], backend) not in unsure
-        if passed and mean > 0:
+        if judged[op, backend]["right"] and not judged[op, backend]["failed"] and mean > 0:
             found.setdefault(op, []).append((mean, backend))
     return {op: [backend for _, backend in sorted(backends, reverse=True)] for op, backends in found.items()}
-
-
-def _unknown(record: dict[str, Any]) -> bool:
-    """A check that failed before it was known which ops it takes, or was not run: any op of its family may be wrong."""
-    return bool(record.get("failure")) and "ops" not in record and "backend" in record
 
 
 def order_lines(found: dict[str, list[str]]) -> list[str]:

@@ -1,12 +1,15 @@
 // Memory for large results that are made anew in every step and freed soon after, such as the gradient of tables. Fresh
 // pages are zeroed by the system, which costs as much as computing that gradient; so a freed block waits for the next
-// result of its size. Meanwhile the system may take its pages when memory runs short (MADV_FREE).
+// result of its size. Meanwhile the system may take its pages when memory runs short (MADV_FREE). The blocks that wait
+// are a sixteenth of the machine's memory at most, the longest unused go first; all of them go when a block cannot be
+// had, or when somebody asks for it (`release`).
 #pragma once
 
 #include "bindings/common.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <mutex>
 
@@ -21,16 +24,34 @@ class Block {
   void* data() const { return data_; }
   int64_t size() const { return size_; }
 
+  // Bytes of the blocks that wait, and how many those may be at most.
+  static int64_t waiting() {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    return pool().bytes;
+  }
+  static int64_t limit() { return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 16; }
+  static void release() { pool().shrink(0); }
+
  private:
   static constexpr int64_t kPage = int64_t(2) << 20;
-  static constexpr size_t kMostKept = 64;
   struct Kept {
     void* data;
     int64_t size;
   };
   struct Pool {
     std::mutex mutex;
-    std::vector<Kept> kept;
+    std::vector<Kept> kept;  // the longest unused first
+    int64_t bytes = 0;
+
+    void shrink(int64_t most) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      size_t gone = 0;
+      for (; bytes > most; gone++) {
+        munmap(kept[gone].data, static_cast<size_t>(kept[gone].size));
+        bytes -= kept[gone].size;
+      }
+      kept.erase(kept.begin(), kept.begin() + static_cast<std::ptrdiff_t>(gone));
+    }
   };
   static Pool& pool() {
     static Pool& pool = *new Pool;  // outlives every block
@@ -45,12 +66,16 @@ class Block {
         if (kept[i].size == size) {
           void* const data = kept[i].data;
           kept.erase(kept.begin() + static_cast<std::ptrdiff_t>(i));
+          pool().bytes -= size;
           return data;
         }
     }
     // A page more than needed, of which what does not belong to whole pages goes back.
-    void* const all =
-        mmap(nullptr, static_cast<size_t>(size + kPage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* all = map(size + kPage);
+    if (all == MAP_FAILED) {
+      release();
+      all = map(size + kPage);
+    }
     if (all == MAP_FAILED) throw std::bad_alloc();
     const auto address = reinterpret_cast<uintptr_t>(all), page = static_cast<uintptr_t>(kPage);
     const uintptr_t start = (address + page - 1) / page * page, end = start + static_cast<uintptr_t>(size);
@@ -60,15 +85,18 @@ class Block {
     return reinterpret_cast<void*>(start);
   }
 
+  static void* map(int64_t size) {
+    return mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+
   static void give(void* data, int64_t size) {
     madvise(data, static_cast<size_t>(size), MADV_FREE);
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    std::vector<Kept>& kept = pool().kept;
-    if (kept.size() == kMostKept) {
-      munmap(kept.front().data, static_cast<size_t>(kept.front().size));
-      kept.erase(kept.begin());
+    {
+      const std::lock_guard<std::mutex> lock(pool().mutex);
+      pool().kept.push_back({data, size});
+      pool().bytes += size;
     }
-    kept.push_back({data, size});
+    pool().shrink(limit());
   }
 
   const int64_t size_;

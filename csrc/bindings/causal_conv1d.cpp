@@ -107,6 +107,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
       !(weight.is(DType::f32) || weight.code() == x.code()))
     return py::none();
   if (bias.data && !(bias.has_shape({D}) && bias.code() == weight.code() && bias.dense())) return py::none();
+  if (!is_apart(state, {&x, &weight, &bias})) return py::none();
   const py::object out = new_empty(x_, x.shape, x.dims);
   if (!Reader(false).read(out, to)) return py::none();
   std::vector<int64_t> bounds(static_cast<size_t>(B) + 1);
@@ -128,6 +129,7 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
                                        silu,
                                        threads};
   const cpu::CausalConvStep step{state.data, state.stride(0), state.stride(1), state.stride(2), S};
+  tell_written(state_);
   py::gil_scoped_release release;
   check(current_level().causal_conv1d().update(problem, step, to.data));
   return out;

@@ -48,7 +48,7 @@ struct DeltaRuleArguments {
       if (size < 0) throw std::invalid_argument("a size is negative");
     const int64_t batch = sizes[0], total = sizes[1], heads = sizes[2], value_heads = sizes[4];
     if (heads < 1 || value_heads % heads) throw std::invalid_argument("HV must be a multiple of H");
-    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 runs in the reference");
+    if (dtype_of(dtype) == DType::f64) throw std::invalid_argument("float64 is for DeltaRuleWide");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
     if (!bounds.empty()) {
       if (batch != 1 || bounds.front() != 0 || bounds.back() != total)
@@ -122,14 +122,61 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
-bool overlap(const Tensor& a, const Tensor& b, int64_t bytes) {
-  const auto from = reinterpret_cast<uintptr_t>(a.data), to = reinterpret_cast<uintptr_t>(b.data);
-  return from != to && (from > to ? from - to : to - from) < static_cast<uintptr_t>(bytes);
-}
+// The float64 rule: addresses of q, k, v, g, beta and the initial state, of o and the final state for the forward, and
+// of the seven gradients in the order of the struct for the backward; sizes: HV, K, V.
+struct DeltaRuleWideArguments {
+  std::vector<int64_t> bounds;
+  cpu::DeltaRuleWide problem;
+
+  DeltaRuleWideArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 3>& sizes,
+                         std::vector<int64_t> bounds_, int gate, int threads)
+      : bounds(std::move(bounds_)) {
+    for (int64_t size : sizes)
+      if (size < 0) throw std::invalid_argument("a size is negative");
+    if (bounds.empty() || bounds.front() != 0) throw std::invalid_argument("the sequences must start at 0");
+    for (size_t i = 1; i < bounds.size(); i++)
+      if (bounds[i] < bounds[i - 1]) throw std::invalid_argument("the sequences must not decrease");
+    if (threads < 1) throw std::invalid_argument("threads must be positive");
+    const int64_t gates = bounds.back() * sizes[0];
+    const auto data = [&](size_t i, const char* name, bool may_be_null) {
+      return pointer<const double>(addresses[i], name, may_be_null);
+    };
+    problem = {data(0, "q", gates * sizes[1] == 0),
+               data(1, "k", gates * sizes[1] == 0),
+               data(2, "v", gates * sizes[2] == 0),
+               data(3, "g", gates == 0 || gate_of(gate) == Gate::none),
+               data(4, "beta", gates == 0),
+               data(5, "initial_state", true),
+               sizes[0],
+               sizes[1],
+               sizes[2],
+               bounds.data(),
+               static_cast<int64_t>(bounds.size()) - 1,
+               gate_of(gate),
+               threads};
+  }
+  bool empty() const { return problem.heads * problem.width * problem.value_width * problem.sequences == 0; }
+
+  void forward(uintptr_t o, uintptr_t final) {
+    double* const out = pointer<double>(o, "o", empty() || bounds.back() == 0);
+    double* const state = pointer<double>(final, "final_state", empty());
+    py::gil_scoped_release release;
+    if (!empty()) check(current_level().delta_rule().forward_wide(problem, out, state));
+  }
+  void backward(const std::array<uintptr_t, 7>& grads) {
+    const auto data = [&](size_t i) { return reinterpret_cast<double*>(grads[i]); };
+    const cpu::DeltaRuleWideGradients out{data(0), data(1), data(2), data(3), data(4), data(5), data(6)};
+    if (!empty() && bounds.back() > 0)
+      for (size_t i = 0; i < grads.size(); i++)
+        if (!grads[i] && (i != 4 || problem.g)) throw std::invalid_argument("a gradient has no memory");
+    py::gil_scoped_release release;
+    if (!empty()) check(current_level().delta_rule().backward_wide(problem, out));
+  }
+};
 
 // The tensors of a step, read and found to be as the kernel takes them.
 struct DeltaRuleStep {
-  Tensor q, k, v, g, beta, initial, final;
+  Tensor q, k, v, g{}, beta, initial, final;
   bool has_gate, has_initial, has_final;
   std::vector<float> wide_beta;
   Gate gate = Gate::none;
@@ -158,7 +205,8 @@ struct DeltaRuleStep {
     if (has_gate && !(g.is(DType::f32) && g.dense())) return false;
     for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
       if (state && !(state->has_shape({B, HV, K, V}) && state->is(DType::f32) && state->dense())) return false;
-    if (has_initial && has_final && overlap(initial, final, 4 * B * HV * K * V)) return false;
+    if (has_final && !is_apart(final, {&q, &k, &v, &g, &beta})) return false;
+    if (has_initial && has_final && initial.data != final.data && !is_apart(final, {&initial})) return false;
     gate = wanted;
     return widen_beta() && B * T * HV > 0;
   }
@@ -204,6 +252,7 @@ py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle 
   const int64_t sizes[] = {step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
   const py::object state = final.is_none() ? new_empty(v, sizes, 4, true) : py::reinterpret_borrow<py::object>(final);
   if (!Reader(false).read(o, to) || !(step.has_final || Reader(false).read(state, step.final))) return py::none();
+  if (step.has_final) tell_written(final);
   step.run(factor, l2norm, threads, to.data, step.final.data);
   return py::make_tuple(o, state);
 }
@@ -259,6 +308,10 @@ void bind_delta_rule(py::module_& m) {
                     int, std::vector<int64_t>, double, bool, int>())
       .def("forward", &delta_rule_forward)
       .def("backward", &delta_rule_backward);
+  py::class_<DeltaRuleWideArguments>(m, "DeltaRuleWide")
+      .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 3>&, std::vector<int64_t>, int, int>())
+      .def("forward", &DeltaRuleWideArguments::forward)
+      .def("backward", &DeltaRuleWideArguments::backward);
   m.def("delta_rule_step", &delta_rule_step);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);

@@ -25,10 +25,13 @@ struct GramArguments {
     if (kernel < 0 || kernel > 4) throw std::invalid_argument("kernel code " + std::to_string(kernel) + " is unknown");
     if (scale.size() != layers.size()) throw std::invalid_argument("scale must have one number per layer");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
+    // An empty tensor has no address, and none stands for all rows.
+    static const int64_t no_row = 0;
+    if (!index && n != layers.front().rows && n) throw std::invalid_argument("index is missing");
     problem = {layers.data(),
                static_cast<int64_t>(layers.size()),
                dtype_of(dtype),
-               pointer<const int64_t>(index, "index", true),
+               !index && n != layers.front().rows ? &no_row : pointer<const int64_t>(index, "index", true),
                n,
                static_cast<cpu::GramKernel>(kernel),
                scale.data(),

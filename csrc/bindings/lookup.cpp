@@ -215,9 +215,14 @@ void bind_lookup(py::module_& m) {
       .def("backward", &lookup_backward);
 
 #if defined(__linux__)
-  py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](const Block& block) {
-    return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
-  });
+  py::class_<Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<int64_t>())
+      .def_buffer([](const Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
+      })
+      .def_static("waiting", &Block::waiting)
+      .def_static("limit", &Block::limit)
+      .def_static("release", &Block::release);
 #endif
   m.def("lookup_linear", &lookup_linear);
   m.def("lookup_linear_direct", &lookup_linear_direct);

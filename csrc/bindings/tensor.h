@@ -33,6 +33,11 @@ struct Tensor {
       if (shape[i] != sizes.begin()[i]) return false;
     return true;
   }
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int32_t i = 0; i < dims; i++) count *= shape[i];
+    return count;
+  }
   int64_t stride(int32_t axis) const { return shape[axis] == 1 ? 0 : strides[axis]; }
   bool rows_dense() const { return dims > 0 && (shape[dims - 1] == 1 || strides[dims - 1] == 1); }
   bool dense() const {
@@ -43,12 +48,40 @@ struct Tensor {
   }
 };
 
+// The addresses [from, to) that a tensor with elements reaches.
+struct Reach {
+  uintptr_t from, to;
+  explicit Reach(const Tensor& x) {
+    int64_t low = 0, high = 0;
+    for (int32_t i = 0; i < x.dims; i++) (x.strides[i] < 0 ? low : high) += (x.shape[i] - 1) * x.strides[i];
+    const int64_t item = x.bits / 8;
+    from = reinterpret_cast<uintptr_t>(x.data) + static_cast<uintptr_t>(low * item);
+    to = reinterpret_cast<uintptr_t>(x.data) + static_cast<uintptr_t>((high + 1) * item);
+  }
+  bool meets(const Reach& other) const { return from < other.to && other.from < to; }
+};
+
+// Whether x, which is to be written, has a place of its own for each element, and none in common with the others. Every
+// axis must step over what the axes with shorter strides reach.
+inline bool is_apart(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  for (int32_t i = 0; i < x.dims; i++) {
+    int64_t reach = 0;
+    for (int32_t j = 0; j < x.dims; j++)
+      if (x.strides[j] < x.strides[i] || (x.strides[j] == x.strides[i] && j < i))
+        reach += (x.shape[j] - 1) * x.strides[j];
+    if (x.shape[i] > 1 && x.strides[i] <= reach) return false;
+  }
+  for (const Tensor* other : others)
+    if (other->data && Reach(x).meets(Reach(*other))) return false;
+  return true;
+}
+
 constexpr int kMostDims = 8;  // of a new tensor
 
 // What has to be known of PyTorch, told once by pyrepr/ops/_native.py; never freed.
 struct Torch {
   int (*read)(void* object, Tensor* out) = nullptr;
-  py::handle tensor, parameter, is_neg, new_empty;
+  py::handle tensor, parameter, is_neg, new_empty, written;
   py::handle is_cpu, requires_grad;  // names of attributes
   py::handle dtype_name, float32;    // a keyword, as a tuple, and a value of it
 };
@@ -76,6 +109,7 @@ inline bool learn_torch(const py::object& torch_module) {
   known.parameter = py::object(torch_module.attr("nn").attr("Parameter")).release();
   known.is_neg = py::object(tensor.attr("is_neg")).release();
   known.new_empty = py::object(tensor.attr("new_empty")).release();
+  known.written = py::object(torch_module.attr("autograd").attr("graph").attr("increment_version")).release();
   known.float32 = py::object(torch_module.attr("float32")).release();
   const auto name = [](const char* text) { return py::handle(PyUnicode_InternFromString(text)); };
   known.is_cpu = name("is_cpu");
@@ -106,6 +140,8 @@ class Reader {
       return false;
     }
     constexpr int32_t kCpu = 1;
+    // Zeros that torch keeps without memory, and tensors whose storage was freed.
+    if (!out.data && out.elements()) return false;
     out.data = static_cast<char*>(out.data) + out.offset;
     return out.device_type == kCpu;
   }
@@ -120,6 +156,14 @@ class Reader {
   const bool grad_;
   bool first_ = true;
 };
+
+// Tells autograd that a tensor is about to be overwritten, so that it notices if it was kept for a backward.
+inline void tell_written(py::handle x) {
+  PyObject* object = x.ptr();
+  PyObject* const done = PyObject_Vectorcall(torch().written.ptr(), &object, 1, nullptr);
+  if (!done) throw py::error_already_set();
+  Py_DECREF(done);
+}
 
 // A new tensor [sizes] on the device of `like` and of its dtype, or of float32.
 inline py::object new_empty(py::handle like, const int64_t* sizes, int count, bool float32 = false) {

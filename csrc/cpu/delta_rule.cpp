@@ -12,6 +12,7 @@
 
 #include "cpu/delta_rule_backward.h"
 #include "cpu/delta_rule_chunk.h"
+#include "cpu/delta_rule_wide.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
 #include "cpu/delta_rule_dot.h"
 #endif
@@ -198,7 +199,7 @@ class DeltaRule {
   static int64_t short_size(const DeltaRuleProblem& p) { return Token::size(p.width) + Panels::size(p.width, NR); }
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
     const int64_t padded = round_up(p.width, NR);
-    return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR;
+    return larger(Forward::size(padded), FloatForward::size(padded)) + padded * slice + 3 * C * NR + Token::size(p.width);
   }
 
   static void walk(const Columns& at, const DeltaRuleStates& states, float* scratch) {
@@ -233,8 +234,10 @@ class DeltaRule {
         const int64_t n = smaller<int64_t>(NR, at.columns - c);
         Requests requests = at.requests(t0, rows, c, n);
         load_matrix<S>(at.v(t0, c), p.v.token, rows, C, n, v);
-        engine.advance(n, v, values, o, slice, requests);
-        store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
+        if (engine.advance(n, v, values, o, slice, requests))
+          store_matrix<S>(o, rows, n, at.out(t0, c), p.value_heads * p.value_width);
+        else
+          recur(at, t0, rows, c, slice.data, o.data + C * NR);
       }
     }
     store_matrix<StoreF32>(state, p.width, at.columns, at.final, p.value_width);
@@ -247,6 +250,15 @@ class DeltaRule {
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(t, c + j * W), at.columns - c - j * W));
     token.step<NV>(at.p.width, from, to, stride, v, o);
     for (int j = 0; j < NV; j++) store_some<S>(at.out(t, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
+  }
+
+  // A chunk with numbers that are not finite, token by token: they reach no output before them. state: a panel [K, NR].
+  static void recur(const Columns& at, int64_t t0, int64_t rows, int64_t c, float* state, float* scratch) {
+    Token token(scratch, at.p.width);
+    for (int64_t t = t0; t < t0 + rows; t++) {
+      token.load<S>(at.p, at.s, t);
+      step_columns<2>(at, token, t, c, state, state, NR);
+    }
   }
 
   // A few tokens: every one is a pass over the state, the first from the initial to the final one, the others in place.
@@ -285,6 +297,8 @@ Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const 
 
 }  // namespace
 
-DeltaRuleFunctions delta_rule_functions() { return {forward, backward}; }
+DeltaRuleFunctions delta_rule_functions() { 
+  return {forward, backward, WideRule::forward, WideRule::backward};
+}
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

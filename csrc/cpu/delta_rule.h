@@ -73,11 +73,36 @@ struct DeltaRuleGradients {
   float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
 
+// The same in float64: everything dense, q scaled, q and k given for every value head.
+struct DeltaRuleWide {
+  const double *q, *k;    // [B, T, HV, K]
+  const double* v;        // [B, T, HV, V]
+  const double* g;        // [B, T, HV], [B, T, HV, K] per key; null: no decay
+  const double* beta;     // [B, T, HV]
+  const double* initial;  // [N, HV, K, V]; null: zero
+  int64_t heads, width, value_width;  // HV, K, V
+  const int64_t* bounds;              // [N + 1] where sequences start and end, counting tokens through the batch
+  int64_t sequences;                  // N
+  Gate gate;
+  int threads;
+};
+
+struct DeltaRuleWideGradients {
+  const double* o;  // [B, T, HV, V] given
+  double *q, *k;    // [B, T, HV, K]
+  double* v;        // [B, T, HV, V]
+  double* g;        // like g
+  double* beta;     // [B, T, HV]
+  double* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
+};
+
 struct DeltaRuleFunctions {
   // o [B, T, HV, V] in the problem's dtype, final [N, HV, K, V]; `final` may be `initial`.
   Status (*forward)(const DeltaRuleProblem&, void* o, float* final, const DeltaRuleStates&);
   // `states` as the forward left them.
   Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
+  Status (*forward_wide)(const DeltaRuleWide&, double* o, double* final);  // `final` may be `initial`
+  Status (*backward_wide)(const DeltaRuleWide&, const DeltaRuleWideGradients&);
 };
 
 }  // namespace pyrepr::cpu

@@ -129,29 +129,37 @@ inline float pair_rows(const int16_t* in, int64_t padded, const Pairs& out) {
   return __builtin_sqrtf(_mm512_reduce_max_ps(reinterpret_cast<__m512>(longest)));
 }
 
-// A panel x [rows, NR] as pairs along the rows, to be multiplied with vectors no longer than `other`; `back` [NR] takes
-// the integers back. Rows are a multiple of 2.
-inline void pair_panel(const float* x, int64_t rows, float other, const Pairs& out, float* back) {
-  V even[2] = {}, odd[2] = {}, largest[2] = {}, to[2];
+// A panel x [rows, NV * W], rows of NR, as pairs along the rows, to be multiplied with vectors no longer than `other`;
+// `back` [NV * W] takes the integers back. Rows are a multiple of 2.
+template <int NV>
+void pair_panel(const float* x, int64_t rows, float other, const Pairs& out, float* back) {
+  V even[NV] = {}, odd[NV] = {}, largest[NV] = {}, to[NV];
   for (int64_t r = 0; r < rows; r += 2)
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < NV; j++) {
       const V first = load<float>(x + r * NR + j * W), second = load<float>(x + (r + 1) * NR + j * W);
       even[j] += first * first;
       odd[j] += second * second;
       largest[j] =
           reinterpret_cast<V>(_mm512_max_ps(largest[j], _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))));
     }
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < NV; j++) {
     const Scales scales = value_scales(even[j] + odd[j], largest[j], other);
     to[j] = scales.to;
     store<float>(back + j * W, scales.back);
   }
   for (int64_t r = 0; r < rows; r += 2)
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < NV; j++)
       _mm512_storeu_si512(out.at(r / 2, j * W), pair(whole(load<float>(x + r * NR + j * W), to[j]),
                                                      whole(load<float>(x + (r + 1) * NR + j * W), to[j])));
+}
+// Of a panel of n columns; what stands beyond them in x was perhaps never written.
+inline void pair_panel(const float* x, int64_t rows, int64_t n, float other, const Pairs& out, float* back) {
+  if (n > W)
+    pair_panel<2>(x, rows, other, out, back);
+  else
+    pair_panel<1>(x, rows, other, out, back);
 }
 
 // What becomes of a product, of row i and column j: row_i col_j times it, that added to c, or col_j times it added to
@@ -257,20 +265,22 @@ class DotForward {
     mask_upper(gamma, pt);
   }
 
-  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch.
-  void advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
+  // As FloatForward::advance.
+  bool advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
                Requests& requests) {
     requests.spread((2 * C + p.width) / Panels::MR);
-    pair_panel(state.data, padded, kKeyLength, state16, state_back);
+    pair_panel(state.data, padded, n, kKeyLength, state16, state_back);
     scale_rows(v, n, gates.beta);
     dot_panels<Part::all, Into::add>(kt, C, state16, n, k_reads, state_back, v, 1, &requests);
     multiply_panels<Part::terms_upto, true>(xt, C, v, n, C, values);
     dot_panels<Part::all, Into::fresh>(qt, C, state16, n, q_reads, state_back, o, 1, &requests);
     multiply_panels<Part::terms_upto, false>(pt, C, values, n, C, o);
+    if (!all_finite(o, n)) return false;
     scale_rows(values, n, writes);
-    pair_panel(values.data, C, k_longest, values16, values_back);
+    pair_panel(values.data, C, n, k_longest, values16, values_back);
     dot_panels<Part::all, Into::decay>(k, round_up(p.width, Panels::MR), values16, n, nullptr, values_back, state,
                                        gates.last, &requests);
+    return true;
   }
 
  private:

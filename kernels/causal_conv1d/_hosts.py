@@ -1,7 +1,7 @@
 """Family `causal_conv1d` in Triton: the leaf ops of ``pyrepr/ops/causal_conv1d.py`` on the GPU. Maths and names as in
 csrc/cpu/causal_conv1d.h; sums are float32, in one order, without atomics: the same bits every time.
 
-What each kernel moves and computes at best, s being the bytes of an element; no time here was measured on a GPU:
+What each kernel moves and computes at best, s being the bytes of an element:
 
 - forward (W = 4): 2 s bytes an element, x once and out once. A program owns BLOCK_D channels of a span of tokens and
   walks down it with the last W − 1 tokens in registers, so an element is loaded once, but for the W − 1 tokens before a

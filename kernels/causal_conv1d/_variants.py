@@ -24,7 +24,7 @@ PAIRS = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
 
 
 def _table(name: str, config: Config, *candidates: Config) -> Table:
-    """One config for every architecture: estimates from bytes in flight and registers, no GPU has run them yet."""
+    """One config for every architecture: an estimate from bytes in flight and registers."""
     return Table(f"causal_conv1d.{name}", dict.fromkeys(ARCHITECTURES, config), candidates)
 
 

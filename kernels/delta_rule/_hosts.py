@@ -26,6 +26,7 @@ from pyrepr.kernels.delta_rule._shared import ALIGNMENT, cut, dense, filled, row
 from pyrepr.kernels.delta_rule._variants import CHUNK, WIDTHS, representative_variants, variants
 from torch import Tensor
 
+from pyrepr import _ptxas
 from pyrepr.backend import Unsupported, triton_interprets
 
 __all__ = ["backward", "forward", "representative_variants", "update_", "variants"]
@@ -289,7 +290,7 @@ def _recur(p: Problem, o: Tensor, final: Tensor) -> None:
 
     if p.packed:
         Layout(p)  # checks the bounds
-    if p.initial is final:  # written in place, so a search could not repeat it
+    if p.initial is not None and p.initial.data_ptr() == final.data_ptr():  # in place: a search could not repeat it
         run(table.RECURRENT[p.width].rows[architecture(p.device)])
     else:
         table.RECURRENT[p.width].run(p.device, run)
@@ -302,22 +303,25 @@ def update_(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
+    initial_state: Tensor | None,  # [N, HV, K, V], which is `state`, or no part of it
     cu_seqlens: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     segment: int,
 ) -> Tensor:  # [B, T, HV, V]
-    """o; `state` is the initial state before and the final state after."""
-    p = Problem(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, segment)
-    if p.T * p.B <= SHORT * p.N:
-        o, final = p.new(p.B, p.T, p.HV, p.V), p.initial
-        _recur(p, o, final)
-        o, final, _ = p.returned(o, final, p.new_states(0))
-    else:
-        o, final, _ = forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, 0, segment)
-    if final is not state:
+    """o; `state` is the final state after. Decoding reads the initial state and writes the final one, each once."""
+    p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment)
+    if p.T * p.B > SHORT * p.N:
+        o, final, _ = forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0, segment)
         state.copy_(final)
-    return o
+        return o
+    there = state.is_contiguous() and state.data_ptr() % ALIGNMENT == 0 and p.asked == (p.K, p.V)
+    final = state if there else p.new_states(p.N)
+    o = p.new(p.B, p.T, p.HV, p.V)
+    _recur(p, o, final)
+    if final is not state:
+        state.copy_(cut(final, *p.asked))
+    return cut(o, p.asked[1])
 
 
 def backward(
@@ -337,6 +341,8 @@ def backward(
     split: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta and the initial state, in their dtypes."""
+    if v.is_cuda and (doubt := _ptxas.doubted(torch.cuda.get_device_capability(v.device)[0])):
+        raise Unsupported(f"backend 'triton' does not run the delta rule's backward here: {doubt}")
     slots = checkpoints.shape[0]
     p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
     split = _worth_splitting(p) if split is None else split

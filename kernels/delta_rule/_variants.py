@@ -1,6 +1,6 @@
 """Launch configurations of the family's kernels, and what each is compiled to.
 
-Not measured on a GPU yet: the values are estimates from registers and shared memory, to be replaced by what
+The values are estimates from registers and shared memory, to be replaced by what
 ``PYREPR_AUTOTUNE=1`` finds.
 """
 

@@ -38,7 +38,7 @@ def _table(
     return Table(name, {80: sm80, 90: sm90, 100: sm100 or sm90}, search)
 
 
-# PARTS → table. Blocks that fit registers and shared memory; not one of these rows has been measured on a GPU yet.
+# PARTS → table. Estimates: blocks that fit registers and shared memory.
 PAIR = {
     1: _table("PAIR[1]", _square(128, 32, 8, 3), _square(128, 64, 8, 3)),
     2: _table("PAIR[2]", _square(64, 64, 4, 3), _square(128, 64, 8, 3), sm100=_square(128, 64, 8, 2)),

@@ -4,7 +4,7 @@
     dots[t, k] = ⟨grad[t], T_k[code[t, k]]⟩               codes and weights as in csrc/cpu/lookup.h
 
 Sums are in float32 and in one order, without atomics: the same bits every time. What each kernel moves and computes at
-best, s being the bytes of a table element; no time here was measured on a GPU:
+best, s being the bytes of a table element:
 
 - rows (few tokens): a program makes the codes of BLOCK_K chunks of a token and adds up their rows; K is split over
   programs until the GPU is full, and `finish` adds the parts up in their order. K h s bytes a token from memory, 2 K h

@@ -23,7 +23,7 @@ from pyrepr.kernels.lookup._shared import ONE_HOT_ROWS, Kernel
 def _table(name: str, config: Config, *candidates: Config, **rows: Config) -> Table:
     """One config for every architecture, but for those in `rows` (``sm_80=…``).
 
-    All are estimates from bytes in flight, registers and shared memory: no GPU has run them yet. ``PYREPR_AUTOTUNE=1``
+    All are estimates from bytes in flight, registers and shared memory. ``PYREPR_AUTOTUNE=1``
     tries the candidates, and `python -m pyrepr.gpu_check` tells what the rows give.
     """
     return Table(f"lookup.{name}", {a: rows.get(f"sm_{a}", config) for a in ARCHITECTURES}, candidates)

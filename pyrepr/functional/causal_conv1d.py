@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import DTYPES, INTEGERS, check_cu_seqlens, check_device, check_shape, check_tensor, shape_of
+from pyrepr._checks import (
+    DTYPES,
+    INTEGERS,
+    check_cu_seqlens,
+    check_device,
+    check_shape,
+    check_tensor,
+    check_written,
+    shape_of,
+)
+from pyrepr.ops._leaf import at_hand, require
 from pyrepr.ops.causal_conv1d import causal_conv1d, step, update_op_
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
@@ -52,6 +62,13 @@ def _check_packing(x: Tensor, seq_idx: object, cu_seqlens: object, has_states: b
     return x.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "x", x)
 
 
+def _padding(seq_idx: Tensor | None) -> Tensor | None:
+    """[B, 1, T] where seq_idx is negative: tokens of no sequence. ``None`` where there are none to be seen."""
+    if seq_idx is None or (at_hand(seq_idx) and not bool((seq_idx < 0).any())):
+        return None
+    return (seq_idx < 0)[:, None]
+
+
 def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last `kept` tokens of every sequence, [N, D, kept], with the initial state before them. x: [B, D, T]."""
     if cu_seqlens is None:
@@ -86,7 +103,8 @@ def causal_conv1d_fn(
         x: [B, D, T]; float32, bfloat16 or float16 on the kernels, float64 in the reference. Any strides are read in
             place: contiguous ones, and [B, T, D] seen through ``transpose(1, 2)``, which is a little faster.
         weight: [D, W], any floating dtype, any W from 1; the last tap meets the token itself. bias: [D]; default none.
-        seq_idx: [B, T] int32 or int64; a new sequence starts where the number changes. Default: every row is one.
+        seq_idx: [B, T] int32 or int64; a new sequence starts where the number changes. Default: every row is one. A
+            negative number marks padding: it yields 0, and neither is read nor gets a gradient.
         initial_states: [N, D, W − 1], the tokens before each sequence. Default zero.
         return_final_states: return the last W − 1 tokens of each sequence as well, what the next call takes as
             initial_states. final_states_out: if given, they are written there.
@@ -112,13 +130,20 @@ def causal_conv1d_fn(
     for name, state in states.items():
         if state is not None:
             check_shape(name, _check_like(name, state, x), "[N, D, W - 1]", (sequences, x.shape[1], kept))
+    if final_states_out is not None:
+        check_written("final_states_out", final_states_out)
+    padding = _padding(seq_idx)
+    if padding is not None:
+        x = x.masked_fill(padding, 0)  # what stands there may be no number
     out = causal_conv1d(x.mT, weight, bias, initial_states, seq_idx, cu_seqlens, silu).mT
+    if padding is not None:
+        out = out.masked_fill(padding, 0)
     if not wanted:
         return out
     final = _final_states(x, kept, initial_states, cu_seqlens)
-    if final_states_out is not None:
-        final = final_states_out.copy_(final)
-    return (out, final) if return_final_states else out
+    if final_states_out is None:
+        return out, final
+    return (out, final_states_out.copy_(final)) if return_final_states else (out, final_states_out.copy_(final))[0]
 
 
 def causal_conv1d_update(
@@ -135,10 +160,10 @@ def causal_conv1d_update(
     Args:
         x: [B, D, T], or [B, D] for one token. weight, bias, activation: as in :func:`causal_conv1d_fn`.
         conv_state: [B, D, S] in x's dtype, S ≥ W − 1, the last S tokens with the newest at the end.
-        cache_seqlens: [B] int32 or int64. If given, the state is a ring: x is written from place cache_seqlens mod S
-            on, and the tokens before stand before it. Default: it is shifted.
+        cache_seqlens: [B] int32 or int64, not negative. If given, the state is a ring: x is written from place
+            cache_seqlens mod S on, and the tokens before stand before it. Default: it is shifted.
         conv_state_indices: [B] int32 or int64. If given, conv_state has any number of rows, and row i of x uses row
-            conv_state_indices[i]. Default: row i.
+            conv_state_indices[i], a different one for each i; with −1 it is skipped and yields 0. Default: row i.
 
     Returns:
         out in the shape and dtype of x. Not differentiable.
@@ -147,10 +172,15 @@ def causal_conv1d_update(
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
         RuntimeError: if an input requires a gradient and gradients are enabled.
     """
+    given = (x, conv_state, weight, bias)
     if cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:
-        out = step(x, conv_state, weight, bias, activation is not None)
-        if out is not None:
-            return out
+        # In one line: nothing may go wrong between the state's move and the return.
+        return out if (out := step(*given, bool(activation))) is not None else _update(*given, activation)
+    return _update(*given, activation, cache_seqlens, conv_state_indices)
+
+
+def _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices) -> bool:
+    """Whether SiLU follows."""
     silu = _check_filter(x, weight, bias, activation)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [B, D] or [B, D, T], got {shape_of(x)}")
@@ -164,21 +194,47 @@ def causal_conv1d_update(
             f"conv_state must have shape [B, D, S] = [{rows}, {x.shape[1]}, S] with S of at least W - 1 = "
             f"{weight.shape[1] - 1}, got {shape_of(conv_state)}"
         )
+    check_written("conv_state", conv_state)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv_state, weight, bias)):
         raise RuntimeError("conv_state is written in place and cannot be differentiated; use it under torch.no_grad()")
+    if cache_seqlens is not None:
+        require((cache_seqlens >= 0).all(), "cache_seqlens must not be negative")
+    if conv_state_indices is not None:
+        inside = ((conv_state_indices >= -1) & (conv_state_indices < rows)).all()
+        require(inside, f"conv_state_indices must be from -1 to {rows - 1}, the rows of conv_state")
+        ordered = conv_state_indices.sort().values
+        twice = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
+        require(~twice.any(), "conv_state_indices must name a row of conv_state once at most")
+    return silu
+
+
+def _update(x, conv_state, weight, bias, activation, cache_seqlens=None, conv_state_indices=None) -> Tensor:
+    silu = _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     tokens = (x[..., None] if x.dim() == 2 else x).mT
     if cache_seqlens is None and conv_state_indices is None:
         return update_op_(conv_state, tokens, weight, bias, silu).mT.reshape(x.shape)
-    index = torch.arange(rows, device=x.device) if conv_state_indices is None else conv_state_indices.long()
-    state, order = conv_state[index], None
+    if x.shape[0] == 0 or conv_state.shape[0] == 0:
+        return torch.zeros_like(x)
+    index = torch.arange(x.shape[0], device=x.device) if conv_state_indices is None else conv_state_indices.long()
+    # A row that is skipped stands in for the first that is not: it reads what that one reads and writes the same.
+    used = index >= 0
+    first = used.int().argmax()
+    source = torch.where(used, torch.arange(len(index), device=x.device), first)
+    index = index[source].clamp_min(0)
+    before, order = conv_state[index], None
+    state = before.clone()
     if cache_seqlens is not None:
         length = conv_state.shape[2]
-        ring = cache_seqlens.long()[:, None, None] + torch.arange(length, device=x.device)  # [B, 1, S] oldest first
-        order = (ring % length).expand_as(state)
+        ring = cache_seqlens.long()[source, None, None] + torch.arange(
+            length, device=x.device
+        )  # [B, 1, S] oldest first
+        order = (ring % max(1, length)).expand_as(state)
         state = state.gather(2, order)
-    out = update_op_(state, tokens, weight, bias, silu).mT.reshape(x.shape)
+    out = update_op_(state, tokens[source], weight, bias, silu).mT.reshape(x.shape)
     if order is not None:
         # Shifted by T, the tokens stand T places earlier than in the ring.
-        state = torch.empty_like(state).scatter_(2, (order + tokens.shape[1]) % conv_state.shape[2], state)
-    conv_state[index] = state
-    return out
+        places = (order + tokens.shape[1]) % max(1, conv_state.shape[2])
+        state = torch.empty_like(state).scatter_(2, places, state)
+    state = torch.where(used.any(), state, before)
+    out = out.masked_fill(~used.view(-1, *[1] * (x.dim() - 1)), 0)
+    return (out, conv_state.index_copy_(0, index, state))[0]

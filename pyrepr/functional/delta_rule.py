@@ -12,7 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_cu_seqlens, check_device, check_shape, check_tensor, name_of, shape_of
+from pyrepr._checks import (
+    check_cu_seqlens,
+    check_device,
+    check_shape,
+    check_tensor,
+    check_written,
+    name_of,
+    shape_of,
+)
 from pyrepr.ops.delta_rule import delta_rule, step, update_op_
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.delta_rule import Gate
@@ -83,25 +91,38 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _run(
     q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
 ) -> tuple[Tensor, Tensor | None]:
-    if cu_seqlens is None:
-        done = step(q, k, v, g, beta, scale, initial_state, out_state, bool(use_qk_l2norm), gate)
-        if done is not None:
-            return done if output_final_state or out_state is not None else (done[0], None)
+    l2norm = bool(use_qk_l2norm)
+    given = (q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate)
+    if out_state is not None:
+        if cu_seqlens is not None:
+            return _update(*given, cu_seqlens)
+        # In one line: nothing may go wrong between the state's move and the return.
+        return done if (done := step(*given)) is not None else _update(*given)
+    done = None if cu_seqlens is not None else step(*given)
+    if done is None:
+        q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+        done = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, shape)
+    return done if output_final_state else (done[0], None)
+
+
+def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
+    """q, k and v of one dtype, the scale as a number and the shape of the state, all of it checked."""
     shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
     q, k, v = _one_dtype(q, k, v)
     if scale is not None and not hasattr(scale, "__float__"):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    scale = shape[2] ** -0.5 if scale is None else float(scale)
-    if out_state is None:
-        o, state = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm), shape)
-        return o, state if output_final_state else None
+    return q, k, v, shape[2] ** -0.5 if scale is None else float(scale), shape
+
+
+def _update(q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate, cu_seqlens=None) -> tuple[Tensor, Tensor]:
+    q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
     _check_state("out_state", out_state, v, shape)
+    check_written("out_state", out_state)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
     ):
         raise RuntimeError("out_state is written in place and cannot be differentiated; use it under torch.no_grad()")
-    o = update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm))
-    return o, out_state
+    return update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm), out_state
 
 
 def chunk_delta_rule(

@@ -72,6 +72,8 @@ def _check_precision(name: str, x: Tensor, tables: Tensor) -> None:
 def _check_codes(codes: object, n: int) -> Tensor:
     """codes as int32; what does not fit stays out of range, so that the kernels refuse it."""
     codes = check_is_tensor("codes", codes)
+    if codes.layout is not torch.strided:
+        raise TypeError(f"codes must be a dense tensor, got layout {str(codes.layout).removeprefix('torch.')}")
     if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
         raise TypeError(f"codes must have an integer dtype, got {name_of(codes.dtype)}")
     if codes.dtype in (torch.int64, torch.uint32):

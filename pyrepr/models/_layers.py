@@ -11,10 +11,13 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pyrepr._modules import hooked
 
 ROOT = "(model)"  # what the model itself is called among its layers
 SAMPLES = ("batch", "tokens")
@@ -258,12 +261,8 @@ class Recorder:
 
             return keep
 
-        handles = [self._table[name].register_forward_hook(hook(name)) for name in self.layers]
-        try:
+        with hooked(partial(self._table[name].register_forward_hook, hook(name)) for name in self.layers):
             call(self.model, batch, self.argument)
-        finally:
-            for handle in handles:
-                handle.remove()
         return self._checked({name: raw[name] for name in self.layers if name in raw}, failed)
 
     def _checked(self, rows: dict[str, Tensor], failed: dict[str, str]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from pyrepr._checks import memory
 from pyrepr._modules import evaluating
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.models._layers import SAMPLES, Layers, Recorder, choose_names, unwrap
+from pyrepr.models._saved import read
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA
 
 __all__ = ["EXACT_BYTES", "Comparison", "compare"]
@@ -115,20 +116,9 @@ class Comparison:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is something else.
+            ValueError: if the file is something else. OSError: if it cannot be read.
         """
-        import zipfile
-
-        import numpy as np
-
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                values, metadata = torch.from_numpy(file["values"]), json.loads(str(file["metadata"]))
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-            raise ValueError(f"path must be a file written by Comparison.save, got {os.fspath(path)!r}") from error
-        metadata.pop("format", None)
-        metadata["layers_a"], metadata["layers_b"] = tuple(metadata["layers_a"]), tuple(metadata["layers_b"])
-        return cls(values=values, **metadata)
+        return read(path, cls, "Comparison")
 
 
 def compare(
@@ -198,6 +188,8 @@ def compare(
     models = [side.model for side in sides if isinstance(side, Recorder)]
     if data is None and models:
         raise ValueError("data must be an iterable of batches, got None")
+    if data is not None and (not isinstance(data, Iterable) or isinstance(data, (str, bytes))):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
     if data is not None and not models:
         raise ValueError("data must be None where both sides are stored activations")
     with evaluating(models), torch.no_grad():

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import evaluating
+from pyrepr._modules import evaluating, hooked
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_weighting
 from pyrepr.models._layers import Layers, call, first_tensor, layer_table, unwrap
@@ -249,35 +250,34 @@ def convert(
     _check_options(rank, quantize, batch_sizes, max_rows)
     names, skipped = choose_linears(model, select, bits)
     job = _Job(unwrap(model), _batches(calibration_data), max_rows)
-    with evaluating([job.model]), torch.no_grad():
-        groups = job.groups(names, skipped)
-        truth = job.output()
-        options = {"bits": bits, "rank": rank, "weighting": weighting}
-        done: list[ConvertedLayer] = []
-        try:
+    done: list[ConvertedLayer] = []
+    try:
+        with evaluating([job.model]), torch.no_grad():
+            groups = job.groups(names, skipped)
+            truth = job.output()
+            options = {"bits": bits, "rank": rank, "weighting": weighting}
             for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
                 layer = job.replace(name, rows, options, quantize, tuple(batch_sizes))
                 if isinstance(layer, str):
                     skipped[name] = layer
                 else:
                     done.append(layer)
-            error = relative_mse(job.output(), truth)
-        except BaseException:
-            job.swaps.undo()
-            raise
-    return Conversion(
-        model=type(job.model).__name__,
-        layers=tuple(done),
-        skipped=skipped,
-        output_mse=error,
-        bits=bits,
-        rank=rank,
-        weighting=weighting,
-        quantize=quantize,
-        batch_sizes=tuple(batch_sizes),
-        calibration_rows=job.most_rows,
-        versions=versions(),
-    )
+            return Conversion(
+                model=type(job.model).__name__,
+                layers=tuple(done),
+                skipped=skipped,
+                output_mse=relative_mse(job.output(), truth),
+                bits=bits,
+                rank=rank,
+                weighting=weighting,
+                quantize=quantize,
+                batch_sizes=tuple(batch_sizes),
+                calibration_rows=job.most_rows,
+                versions=versions(),
+            )
+    except BaseException:
+        job.swaps.undo()
+        raise
 
 
 def _check_options(rank: int, quantize: str | None, batch_sizes: Sequence[int], max_rows: int) -> None:
@@ -349,12 +349,10 @@ class _Job:
         def watch(name: str):
             return lambda module, args, kwargs: seen.append((name, args[0] if args else kwargs["input"]))
 
-        handles = [self.table[name].register_forward_pre_hook(watch(name), with_kwargs=True) for name in names]
-        try:
+        with hooked(
+            partial(self.table[name].register_forward_pre_hook, watch(name), with_kwargs=True) for name in names
+        ):
             self.call(self.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
         calls = [name for name, _ in seen]
         skipped.update({name: "is not called in the model's forward" for name in names if name not in calls})
         groups: list[list[str]] = []
@@ -389,8 +387,7 @@ class _Job:
 
         found, linear = [], self.linear(name)
         nothing = linear.weight.new_empty(0, linear.in_features)  # a batch need not reach the layer
-        handle = linear.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with hooked([partial(linear.register_forward_pre_hook, keep, with_kwargs=True)]):
             for batch in self.batches:
                 with suppress(_Enough):
                     self.call(batch)
@@ -398,8 +395,6 @@ class _Job:
                 collected.clear()
                 count = min(self.quota, len(rows))
                 found.append(rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)])
-        finally:
-            handle.remove()
         return torch.cat(found)
 
     def replace(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import evaluating
+from pyrepr._modules import evaluating, hooked, restored
 from pyrepr._reporting import progress_bar, versions
 from pyrepr.models._layers import Layers, call, choose_layers, first_tensor, layer_table, unwrap
 from pyrepr.nn.lookup import LookupLinear
@@ -115,7 +116,7 @@ def distill(
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
-    _check_options(data, epochs, lr)
+    _check_options(data, epochs, lr, loss)
     student, teacher = unwrap(student), unwrap(teacher)
     names = _matched(student, teacher, layers) if epochs[0] else []
     trained = _trained(student, teacher, train)
@@ -131,15 +132,21 @@ def distill(
     return Distillation(history[0], history[1], tuple(names), tuple(trained), versions())
 
 
-def _check_options(data: object, epochs: tuple[int, int], lr: float) -> None:
+def _check_options(data: object, epochs: object, lr: object, loss: object) -> None:
     if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
         raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; one batch is [batch]")
-    if len(epochs) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs):
+    if (
+        not isinstance(epochs, Sequence)
+        or len(epochs) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in epochs)
+    ):
         raise ValueError(f"epochs must be two ints of at least 0, for the layers and for the output, got {epochs!r}")
     if sum(epochs) > 1 and isinstance(data, Iterator):
         raise ValueError(f"data must be a list or a DataLoader for {sum(epochs)} passes, got a {type(data).__name__}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be a positive and finite number, got {lr!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of (student's output, teacher's output, batch), got {loss!r}")
 
 
 def _matched(student: nn.Module, teacher: nn.Module, layers: Layers | None) -> list[str]:
@@ -188,21 +195,12 @@ def _trained(
 def _only(student: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
     """Gradients, dense ones, for these parameters and no other; flags are restored and gradients dropped."""
     wanted = {id(p) for p in trained.values()}
-    flags = [(p, p.requires_grad) for p in student.parameters()]
-    sparse = [m for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)
-        for module in sparse:
-            module.sparse = False
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    changes: list[tuple[object, str, object]] = [(p, "requires_grad", id(p) in wanted) for p in student.parameters()]
+    changes += [(m, "sparse", False) for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
+    with restored(changes), ExitStack() as stack:
         for p in trained.values():
-            p.grad = None
-        for module in sparse:
-            module.sparse = True
+            stack.callback(setattr, p, "grad", None)
+        yield
 
 
 def _run(
@@ -269,12 +267,8 @@ class _Watch:
 
             return keep
 
-        handles = [self.table[name].register_forward_hook(hook(name)) for name in self.names]
-        try:
+        with hooked(partial(self.table[name].register_forward_hook, hook(name)) for name in self.names):
             output = call(self.model, batch, self.argument)
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = [name for name in self.names if name not in kept]
         if missing:
             raise ValueError(f"layers: {missing[0]} is not called in {self.argument}, or puts out no tensor")

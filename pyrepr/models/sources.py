@@ -95,7 +95,7 @@ def _transformers(spec: str, rest: str) -> Source:
             model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(path))
         else:
             model = transformers.AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers, its configuration checks and safetensors have classes of their own
         raise ValueError(f"{spec!r} cannot be loaded: {error}") from error
     images = _transformers_images(path) if getattr(model, "main_input_name", "") == "pixel_values" else None
     return Source(spec, model, tokenizer=lambda: _tokenizer(path), images=images)

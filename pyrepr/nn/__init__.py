@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from pyrepr.nn.contrastive import ClipLoss, MatryoshkaLoss
 from pyrepr.nn.delta_rule import DeltaCache, DeltaNet, GatedDeltaNet, KimiDeltaAttention, ShortConvolution
 from pyrepr.nn.gram import CKALoss
 from pyrepr.nn.lookup import LookupLinear
@@ -7,12 +8,14 @@ from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 
 __all__ = [
     "CKALoss",
+    "ClipLoss",
     "DeltaCache",
     "DeltaNet",
     "GatedDeltaNet",
     "KimiDeltaAttention",
     "LookupLinear",
     "LookupQKV",
+    "MatryoshkaLoss",
     "MemoryFormerBlock",
     "MemoryFormerMLP",
     "ShortConvolution",

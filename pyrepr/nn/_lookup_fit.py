@@ -38,15 +38,19 @@ class Parts:
 
 
 def hold_out(count: int) -> Tensor:
-    """[count] bool: an eighth of the rows in evenly spread runs, since neighbours (tokens of a sentence) are alike."""
+    """[count] bool: an eighth of the rows in evenly spread runs, since neighbours (tokens of a sentence) are alike.
+
+    None of fewer than 16: one row has no variance to compare an error with.
+    """
     run = max(1, min(64, count // 64))
-    return torch.arange(count) // run % 8 == 7
+    return (torch.arange(count, device="cpu") // run % 8 == 7) & (count >= 16)
 
 
 def relative_mse(y: Tensor, truth: Tensor) -> float:
     """‖y − truth‖² over the variance of truth [N, h]; NaN where truth does not vary."""
     truth = truth.double()
-    return float((y.double() - truth).square().sum() / (truth - truth.mean(0)).square().sum())
+    error, variance = (y.double() - truth).square().sum(), (truth - truth.mean(0)).square().sum()
+    return float(error / torch.where(variance > 0, variance, torch.nan))
 
 
 def regression(x: Tensor, y: Tensor, ridge: float) -> Tensor:

@@ -7,6 +7,7 @@ same call and result. What a layer computes between its projections is in :mod:`
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrepr._checks import check_is_tensor, check_tensor, name_of
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from pyrepr.reference._dtypes import compute_dtype
 
 _MODES = ("chunk", "fused_recurrent")
 
@@ -24,46 +27,79 @@ class DeltaCache:
     """What the layers of a model keep between calls, by the number of the layer (``layer_idx``).
 
     ``cache[layer_idx]`` is a dict with ``recurrent_state`` [B, HV, K, V] in float32 and ``conv_state``, a tuple of
-    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients the
-    tensors are written in place.
+    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients two
+    sets of tensors take turns: a layer writes the one while the other holds, and hands it over when its output is
+    done. So a call that fails or is interrupted leaves the cache of its layer as it was.
     """
 
     def __init__(self) -> None:
-        self.states: dict[int, dict[str, Any]] = {}
-        self._seen: dict[int, int] = {}
+        # Of a layer: its states, how many tokens it has seen, and the states before, whose memory is free.
+        self._layers: dict[int, tuple[dict[str, Any], int, dict[str, Any] | None]] = {}
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self._layers)
 
     def __getitem__(self, layer_idx: int) -> dict[str, Any]:
-        return self.states[layer_idx]
+        return self._layers[layer_idx][0]
+
+    @property
+    def states(self) -> dict[int, dict[str, Any]]:
+        """What all layers left, by their number."""
+        return {layer_idx: state for layer_idx, (state, _, _) in self._layers.items()}
 
     def get(self, layer_idx: int) -> dict[str, Any] | None:
         """What a layer left, or ``None``."""
-        return self.states.get(layer_idx)
+        return self[layer_idx] if layer_idx in self._layers else None
+
+    def spare(self, layer_idx: int) -> list[Tensor]:
+        """A recurrent state and convolutions' states to write and hand to :meth:`update`; they hold nothing yet."""
+        state, _, old = self._layers[layer_idx]
+        pairs = itertools.zip_longest(_tensors(state), _tensors(old))
+        return [y if _takes_turns(x, y) else torch.empty_like(x) for x, y in pairs if x is not None]
 
     def update(
         self, layer_idx: int, recurrent_state: Tensor, conv_state: tuple[Tensor, ...] | None, offset: int
     ) -> None:
         """The states of a layer after `offset` more tokens."""
-        self.states[layer_idx] = {"recurrent_state": recurrent_state, "conv_state": conv_state}
-        self._seen[layer_idx] = self._seen.get(layer_idx, 0) + offset
+        state = {"recurrent_state": recurrent_state, "conv_state": conv_state}
+        self._layers[layer_idx] = (state, self.get_seq_length(layer_idx) + offset, self.get(layer_idx))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens a layer has seen, padding included."""
-        return self._seen.get(layer_idx, 0)
+        return self._layers[layer_idx][1] if layer_idx in self._layers else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch picked anew, as beam search does. beam_idx: [B] int64."""
-        for state in self.states.values():
-            state["recurrent_state"] = state["recurrent_state"].index_select(0, beam_idx)
-            if state["conv_state"] is not None:
-                state["conv_state"] = tuple(x.index_select(0, beam_idx) for x in state["conv_state"])
+        picked = {}
+        for layer_idx, (state, seen, _) in self._layers.items():
+            conv_state = state["conv_state"]
+            if conv_state is not None:
+                conv_state = tuple(x.index_select(0, beam_idx) for x in conv_state)
+            recurrent_state = state["recurrent_state"].index_select(0, beam_idx)
+            picked[layer_idx] = ({"recurrent_state": recurrent_state, "conv_state": conv_state}, seen, None)
+        self._layers = picked
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.states.clear()
-        self._seen.clear()
+        self._layers = {}
+
+
+def _tensors(state: dict[str, Any] | None) -> tuple[Tensor, ...]:
+    return () if state is None else (state["recurrent_state"], *(state["conv_state"] or ()))
+
+
+def _takes_turns(x: Tensor, y: Tensor | None) -> bool:
+    """Whether y may be overwritten with what follows x."""
+    if y is None or y is x or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) or y.requires_grad:
+        return False
+    return torch.is_inference_mode_enabled() or not y.is_inference()
+
+
+def _sizes(**sizes: object) -> None:
+    """Checks the sizes that a layer is made with: positive integers, or ``None`` for a default."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
 class ShortConvolution(nn.Conv1d):
@@ -74,6 +110,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, hidden_size: int, kernel_size: int, bias: bool = False, activation: str | None = "silu") -> None:
+        _sizes(hidden_size=hidden_size, kernel_size=kernel_size)
         super().__init__(hidden_size, hidden_size, kernel_size, padding=kernel_size - 1, groups=hidden_size, bias=bias)
         self.activation = activation
 
@@ -105,7 +142,7 @@ class ShortConvolution(nn.Conv1d):
 
 
 class _Norm(nn.Module):
-    """x / √(mean x² + eps) · weight over the last axis, in float32; with a gate then times its activation."""
+    """x / √(mean x² + eps) · weight over the last axis, then with a gate times its activation; at least in float32."""
 
     def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
         super().__init__()
@@ -113,9 +150,10 @@ class _Norm(nn.Module):
         self.eps, self.activation = eps, activation
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:  # [..., V], [..., V] -> [..., V]
-        wide = functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        dtype = compute_dtype(x.dtype)
+        wide = functional.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps)
         if gate is not None:
-            gate = gate.float()
+            gate = gate.to(dtype)
             wide = wide * (torch.sigmoid(gate) if self.activation == "sigmoid" else functional.silu(gate))
         return wide.to(x.dtype)
 
@@ -124,7 +162,11 @@ class _Norm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}{gate}"
 
 
-def _whole(name: str, value: float) -> int:
+def _whole(name: str, size: int, expand: object) -> int:
+    """size · expand, which has to be an integer; `name` says both."""
+    if isinstance(expand, bool) or not isinstance(expand, (int, float)):
+        raise TypeError(f"{name.split()[-1]} must be a number, got {expand!r}")
+    value = size * expand
     if not math.isclose(value, round(value), rel_tol=1e-5):
         raise ValueError(f"{name} must be an integer, got {value}")
     return round(value)
@@ -238,6 +280,12 @@ class _DeltaLayer(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None, DeltaCache | None]:  # [B, T, hidden]
         """See :class:`DeltaNet`."""
+        check_tensor("hidden_states", hidden_states)
+        if type(self.q_proj) is nn.Linear:  # what took its place, tables for one, may take other dtypes
+            dtype, device = self.q_proj.weight.dtype, hidden_states.device.type
+            if dtype != hidden_states.dtype and not torch.is_autocast_enabled(device):
+                came = name_of(hidden_states.dtype)
+                raise TypeError(f"hidden_states must have the dtype of the layer, {name_of(dtype)}, got {came}")
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
             came = list(hidden_states.shape)
             raise ValueError(f"hidden_states must have shape [B, T, {self.hidden_size}], got {came}")
@@ -250,22 +298,27 @@ class _DeltaLayer(nn.Module):
             x, places, cu_seqlens = _without_padding(hidden_states, attention_mask)
         keep = bool(use_cache)
         before, state = (last["conv_state"], last["recurrent_state"]) if last else (None, None)
+        options = {"initial_state": state, "output_final_state": keep, "cu_seqlens": cu_seqlens}
+        if past_key_values is not None and last is not None and keep and not torch.is_grad_enabled():
+            options["out_state"], *spare = past_key_values.spare(self.layer_idx)
+            if before is not None and cu_seqlens is None:  # the convolutions write where they read
+                before = tuple(new.copy_(old) for new, old in zip(spare, before, strict=True))
         q, k, v, conv_states = self._q_k_v(x, before, keep, cu_seqlens)
         q, k = self._activate(q, k)
-        options = {"initial_state": state, "output_final_state": keep, "cu_seqlens": cu_seqlens}
-        if state is not None and keep and not torch.is_grad_enabled():
-            options["out_state"] = state
         o, state = self._attend(x, q, k, v, self._step_sizes(x), options)
-        if past_key_values is not None and state is not None and self.layer_idx is not None:
-            past_key_values.update(self.layer_idx, state, conv_states, total)
         o = self.o_proj(self.o_norm(o, self._gate(x)).flatten(-2))
         if places is not None:
             o = o.new_zeros(batch * total, o.shape[2]).index_copy(0, places, o[0]).unflatten(0, (batch, total))
-        return o, None, past_key_values
+        done = (o, None, past_key_values)
+        if past_key_values is None or state is None or self.layer_idx is None:
+            return done
+        # In one line: nothing may go wrong between the cache's move and the return.
+        return (done, past_key_values.update(self.layer_idx, state, conv_states, total))[0]
 
 
 def _without_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The tokens that count, packed [1, sum of lengths, hidden], where they were [sum], and their borders [B + 1]."""
+    check_is_tensor("attention_mask", mask)
     batch, total = x.shape[:2]
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < total:
         raise ValueError(
@@ -338,13 +391,14 @@ class DeltaNet(_DeltaLayer):
     ) -> None:
         super().__init__()
         hidden_size = hidden_size if d_model is None else d_model
+        _sizes(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
         if qk_activation not in ("silu", "relu", "elu", "identity"):
             raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {qk_activation!r}")
         if qk_norm not in ("l2", "sum"):
             raise ValueError(f"qk_norm must be l2 or sum, got {qk_norm!r}")
         widths = []
         for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
-            whole = _whole(f"hidden_size · {name}", hidden_size * expand)
+            whole = _whole(f"hidden_size · {name}", hidden_size, expand)
             if whole % num_heads:
                 raise ValueError(f"hidden_size · {name} must be a multiple of num_heads = {num_heads}, got {whole}")
             widths.append(whole // num_heads)
@@ -391,7 +445,8 @@ class DeltaNet(_DeltaLayer):
 class GatedDeltaNet(_DeltaLayer):
     """The gated delta rule as a layer: Yang et al. 2025, arXiv 2412.06464; the layer of flash-linear-attention 0.6.
 
-    The decay of a head's state is g = −exp(A_log) · softplus(a_proj(x) + dt_bias), computed in float32.
+    The decay of a head's state is g = −exp(A_log) · softplus(a_proj(x) + dt_bias), computed in float32
+    (float64 for float64 inputs).
 
     Args:
         hidden_size: width of input and output. Default 2048.
@@ -425,9 +480,11 @@ class GatedDeltaNet(_DeltaLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        _sizes(conv_size=conv_size)
         if output_gate_activation not in ("swish", "silu", "sigmoid"):
             raise ValueError(f"output_gate_activation must be swish, silu or sigmoid, got {output_gate_activation!r}")
-        value_width = _whole("head_dim · expand_v", head_dim * expand_v)
+        value_width = _whole("head_dim · expand_v", head_dim, expand_v)
         self._set_sizes(hidden_size, num_heads, num_v_heads or num_heads, head_dim, value_width, mode)
         self.use_gate, self.use_short_conv, self.layer_idx = use_gate, use_short_conv, layer_idx
         self.allow_neg_eigval = allow_neg_eigval
@@ -448,7 +505,8 @@ class GatedDeltaNet(_DeltaLayer):
         return beta * 2 if self.allow_neg_eigval else beta
 
     def _attend(self, x, q, k, v, beta, options):
-        g = -self.A_log.float().exp() * functional.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        dtype = compute_dtype(x.dtype)
+        g = -self.A_log.to(dtype).exp() * functional.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
         rule = rules.fused_recurrent_gated_delta_rule if "out_state" in options else rules.chunk_gated_delta_rule
         return rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, **options)
 
@@ -460,7 +518,7 @@ class KimiDeltaAttention(_DeltaLayer):
     """Kimi Delta Attention as a layer: Kimi Team 2025, arXiv 2510.26692; the layer of flash-linear-attention 0.6.
 
     Every key channel has its own decay, g = −exp(A_log) · softplus(f_proj(x) + dt_bias), or with a lower_bound
-    lower_bound · sigmoid(exp(A_log) · (f_proj(x) + dt_bias)), computed in float32.
+    lower_bound · sigmoid(exp(A_log) · (f_proj(x) + dt_bias)), computed in float32 (float64 for float64 inputs).
 
     Args:
         hidden_size: width of input and output. Default 2048.
@@ -494,11 +552,13 @@ class KimiDeltaAttention(_DeltaLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        _sizes(conv_size=conv_size)
         if lower_bound is not None and lower_bound >= 0:
             raise ValueError(f"lower_bound must be negative, got {lower_bound}")
         if safe_gate and lower_bound is None:
             raise ValueError("safe_gate needs a lower_bound, got None")
-        value_width = _whole("head_dim · expand_v", head_dim * expand_v)
+        value_width = _whole("head_dim · expand_v", head_dim, expand_v)
         self._set_sizes(hidden_size, num_heads, num_v_heads or num_heads, head_dim, value_width, mode)
         self.use_short_conv, self.layer_idx = use_short_conv, layer_idx
         self.allow_neg_eigval, self.safe_gate, self.lower_bound = allow_neg_eigval, safe_gate, lower_bound
@@ -525,8 +585,9 @@ class KimiDeltaAttention(_DeltaLayer):
 
     def _attend(self, x, q, k, v, beta, options):
         heads = (self.num_v_heads, self.head_k_dim)
-        raw = self.f_proj(x).float().unflatten(-1, heads) + self.dt_bias.float().view(heads)
-        rate = self.A_log.float().exp()[:, None]
+        dtype = compute_dtype(x.dtype)
+        raw = self.f_proj(x).to(dtype).unflatten(-1, heads) + self.dt_bias.to(dtype).view(heads)
+        rate = self.A_log.to(dtype).exp()[:, None]
         if self.lower_bound is None:
             g = -rate * functional.softplus(raw)
         else:

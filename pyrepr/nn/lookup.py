@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr._checks import memory
+from pyrepr._checks import check_tensor, memory, shape_of
 from pyrepr._modules import evaluating
 from pyrepr.functional import lookup
 from pyrepr.functional.lookup import check_bits, check_weighting
@@ -48,7 +48,7 @@ class Fit:
 
 def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
     """Root mean square of w over chunks of independent standard normal elements, by quadrature."""
-    z = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    z = torch.linspace(0, 12, 24001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z * z / 2) * math.sqrt(2 / math.pi)
 
     def mean(values: Tensor) -> float:
@@ -125,8 +125,13 @@ class LookupLinear(nn.Module):
         super().__init__()
         check_bits(bits)
         check_weighting(weighting, temperature)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if in_features < 1 or in_features % bits:
             raise ValueError(f"in_features must be a positive multiple of bits = {bits}, got {in_features}")
+        if out_features < 1:
+            raise ValueError(f"out_features must be positive, got {out_features}")
         table_dtype = table_dtype or torch.float32
         if table_dtype not in TABLE_DTYPES:
             raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
@@ -165,10 +170,15 @@ class LookupLinear(nn.Module):
         to_huge_pages(self.tables)
         return self
 
+    def _rows(self, x: object) -> Tensor:
+        """x [..., in_features] as [T, in_features], checked."""
+        x = check_tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got shape {shape_of(x)}")
+        return x.reshape(math.prod(x.shape[:-1]), self.in_features)
+
     def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got {x.shape[-1]}")
         z, inner = x, None
         if self.shift is not None and self.scale is not None:
             z = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
@@ -192,9 +202,9 @@ class LookupLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Every attribute that is looked for in a module's dictionaries costs half a µs, a key in one of them nothing.
         plain = self._buffers["shift"] is None and self._parameters["down"] is None
-        if plain and x.shape[-1] == self.in_features:
+        if plain and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
             return self._looked_up(x)
-        z, inner = self._hashed(x.reshape(-1, x.shape[-1]))
+        z, inner = self._hashed(self._rows(x))
         out = self._looked_up(z)
         if inner is not None and self.up is not None:
             out = torch.addmm(out, inner, self.up.to(out.dtype).T)
@@ -263,7 +273,7 @@ class LookupLinear(nn.Module):
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
         """Which rows the tokens x [..., in_features] read."""
-        codes = lookup.hash_codes(self._hashed(x.reshape(-1, x.shape[-1]))[0], self.bits)  # [T, K]
+        codes = lookup.hash_codes(self._hashed(self._rows(x))[0], self.bits)  # [T, K]
         n = 1 << self.bits
         flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
         counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
@@ -325,8 +335,7 @@ class LookupLinear(nn.Module):
         y = functional.linear(x, weight, bias)
         parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
         layer._take(parts)
-        error = float(left.square().sum() / (y - y.mean(0)).square().sum())
-        layer._report(x, linear.weight.numel() * linear.weight.element_size(), error)
+        layer._report(x, linear.weight.numel() * linear.weight.element_size(), fit.relative_mse(y - left, y))
         return layer
 
     @classmethod
@@ -419,7 +428,7 @@ def _calibration_rows(calibration: Tensor, d: int | None = None) -> Tensor:
     if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
         came = str(getattr(calibration, "dtype", type(calibration).__name__)).removeprefix("torch.")
         raise TypeError(f"calibration must be a floating-point tensor, got {came}")
-    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1]):
+    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1] or 1):
         expected = "[..., d]" if d is None else f"[..., in_features] = [..., {d}]"
         raise ValueError(f"calibration must have shape {expected}, got {list(calibration.shape)}")
     d = calibration.shape[-1]

@@ -1,15 +1,15 @@
-"""Family `gram`: the one differentiable function on its leaf ops, :func:`gram_stats`, and its derivative."""
+"""Family `gram`: the gradients of its leaf ops, made of two of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import triton_interprets
-from pyrepr.ops.gram import apply_op, matrix_op, stats_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
 
@@ -34,44 +34,117 @@ def route_costs(n: int, widths: Sequence[int], split: int = 0) -> tuple[float, f
     return gram, n * (own / 2 + cross)
 
 
-class _GramStats(torch.autograd.Function):
-    """(S, R, D, shift) of M layers, with the derivative of the first three; the shift counts as a constant."""
+class Products(NamedTuple):
+    """The two products of the family that gradients are made of; the ops of ``gram.py``."""
 
-    @staticmethod
-    def forward(mask, scale, kernel, degree, coef0, by_features, split, keep_dots, *xs):
-        return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, keep_dots)
+    dots: Callable[[Tensor, Tensor | None, bool], Tensor]  # (x [n, d], y [m, d] or None, centre) -> [n, m]
+    apply: Callable[[Tensor, Tensor, bool], Tensor]  # (weights [m, n], x [n, d], centre) -> [m, d]
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        mask, scale, kernel, degree, coef0, by_features, split, keep_dots, *xs = inputs
-        _, _, d, shift, dots = output
-        ctx.options = (kernel, degree, coef0, by_features, split, keep_dots)
-        ctx.mark_non_differentiable(shift, dots)
-        ctx.set_materialize_grads(True)
-        ctx.save_for_backward(mask, scale, d, shift, dots, *xs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_s, grad_r, grad_d, _shift, _dots):
-        mask, scale, d, shift, dots, *xs = ctx.saved_tensors
-        kernel, degree, coef0, by_features, split, keep_dots = ctx.options
-        wanted = ctx.needs_input_grad[8:]
-        if mask is not None:
-            rows = mask.nonzero()[:, 0]
-            xs, full = [x[rows] for x in xs], xs
-            d, grad_r, grad_d = d[:, rows], grad_r[:, rows], grad_d[:, rows]
-        if by_features:
-            pairs = layer_pairs(len(xs), split)
-            grads = _features_backward(xs, d, pairs, wanted, grad_s, grad_d - grad_r)
-        else:
-            backward = _TilesBackward(xs, scale, kernel, degree, coef0, d, shift, dots if keep_dots else None)
-            grads = backward(wanted, grad_s, grad_r, grad_d)
-        if mask is not None:
-            grads = [
-                g if g is None else torch.zeros_like(x).index_copy_(0, rows, g)
-                for g, x in zip(grads, full, strict=True)
-            ]
-        return (None,) * 8 + tuple(grads)
+@dataclass
+class Slopes:
+    """A kernel k as a function of inner products p = ⟨x, y⟩ and squared norms q, and its derivatives."""
+
+    kernel: str
+    scale: Tensor  # []
+    degree: int
+    coef0: float
+
+    def value(self, p: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """k [n, m]. p: [n, m], rows: [n] and columns: [m], their squared norms."""
+        if self.kernel == "linear":
+            return p
+        if self.kernel == "rbf":
+            return _distance(p, rows, columns).mul_(-1 / (2 * self.scale**2)).exp_()
+        if self.kernel == "laplacian":
+            return _distance(p, rows, columns).sqrt_().mul_(-1 / self.scale).exp_()
+        if self.kernel == "polynomial":
+            return (self.scale * p + self.coef0) ** self.degree
+        return p * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+
+    def weights(self, pull: Tensor, p: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """pull · dk/dp, [n, m]: how much of y_j is in the gradient of x_i."""
+        if self.kernel == "linear":
+            return pull
+        if self.kernel == "polynomial":
+            return pull * (self.degree * self.scale) * (self.scale * p + self.coef0) ** (self.degree - 1)
+        if self.kernel == "cosine":
+            return pull * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+        if self.kernel == "rbf":
+            return pull * k / self.scale**2
+        distance = _distance(p, rows, columns).sqrt_()
+        return torch.where(distance > 0, pull * k / (self.scale * distance), 0)
+
+    def own(self, pull: Tensor, weights: Tensor, k: Tensor, q: Tensor, along: int) -> Tensor | None:
+        """2 Σ pull · dk/dq, how much of x_i itself is in its gradient; the sum over columns (along 1) or rows (0)."""
+        if self.kernel == "cosine":
+            return -(pull * k).sum(along) * _inverse_norm(q) ** 2
+        return -weights.sum(along) if self.kernel in ("rbf", "laplacian") else None
+
+
+def _distance(p: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return (rows[:, None] + columns - 2 * p).clamp_min_(0)
+
+
+def _inverse_norm(q: Tensor) -> Tensor:
+    return torch.where(q == 0, 0, q.rsqrt())
+
+
+def stats_backward(products: Products, args: tuple, kept: tuple, grads: tuple, wanted: tuple) -> tuple:
+    """The gradients of `stats_op` in mask, scale (none) and every layer; the shift counts as a constant."""
+    xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots = args
+    d, shift, dots = kept
+    grad_s, grad_r, grad_d = grads
+    wanted, full = wanted[2:], xs
+    if mask is not None:
+        rows = mask.nonzero()[:, 0]
+        xs = [x[rows] for x in xs]
+        d, grad_r, grad_d = d[:, rows], grad_r[:, rows], grad_d[:, rows]
+    if by_features:
+        pairs = layer_pairs(len(xs), split)
+        found = _features_backward(products, xs, d, pairs, wanted, grad_s, grad_d - grad_r)
+    else:
+        slopes = [Slopes(kernel, s, degree, coef0) for s in scale.to(compute_dtype(xs[0].dtype))]
+        found = _TilesBackward(products, xs, slopes, d, shift, dots if keep_dots else None)(
+            wanted, grad_s, grad_r, grad_d
+        )
+    if mask is not None:
+        found = [
+            g if g is None else torch.zeros_like(x).index_copy_(0, rows, g) for g, x in zip(found, full, strict=True)
+        ]
+    return None, None, *found
+
+
+def matrix_backward(products: Products, args: tuple, kept: tuple, grads: tuple, wanted: tuple) -> tuple:
+    """The gradients of `matrix_op` in x, y and scale (none)."""
+    x, y, scale, kernel, degree, coef0, centre = args
+    (pull,) = grads
+    dtype = pull.dtype
+    mean = x.to(dtype)[:1] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
+    left = x.to(dtype) - mean
+    right = left if y is None else y.to(dtype) - mean
+    slopes = Slopes(kernel, scale.to(dtype)[0], degree, coef0)
+    weights, own_left, own_right = pull, None, None
+    if kernel != "linear":
+        p = products.dots(left, None if y is None else right, False)
+        rows, columns = (a.double().square().sum(1).to(dtype) for a in (left, right))
+        k = slopes.value(p, rows, columns)
+        weights = slopes.weights(pull, p, k, rows, columns)
+        if y is None and kernel in SHIFT_INVARIANT:
+            weights.diagonal().zero_()  # k(x, x) is 1, whatever rounding makes of it
+        own_left = slopes.own(pull, weights, k, rows, 1)
+        own_right = slopes.own(pull, weights, k, columns, 0)
+    if y is None:
+        own = None if own_left is None else own_left + own_right
+        return _pulled(products, weights + weights.T, left, own, left).to(x.dtype), None, None
+    dx = _pulled(products, weights, right, own_left, left).to(x.dtype) if wanted[0] else None
+    dy = _pulled(products, weights.T, left, own_right, right).to(y.dtype) if wanted[1] else None
+    return dx, dy, None
+
+
+def _pulled(products: Products, weights: Tensor, others: Tensor, own: Tensor | None, x: Tensor) -> Tensor:
+    grad = products.apply(weights, others, False)
+    return grad if own is None else grad.addcmul_(own[:, None], x)
 
 
 def layer_pairs(m: int, split: int) -> list[tuple[int, int]]:
@@ -79,15 +152,15 @@ def layer_pairs(m: int, split: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
 
 
-def _times(a: Tensor, b: Tensor, x: Tensor | None = None) -> Tensor:
+def _times(products: Products, a: Tensor, b: Tensor, x: Tensor | None = None) -> Tensor:
     """a @ b, where b may be what centring x gave. On the CPU by torch; on a GPU by the op, whose kernels get float32's
     accuracy out of tensor cores, and take a narrow x as it is."""
     if a.device.type == "cpu" and not triton_interprets():
         return a @ b
-    return apply_op(a, b, False) if x is None else apply_op(a, x, True)
+    return products.apply(a, b, False) if x is None else products.apply(a, x, True)
 
 
-def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
+def _features_backward(products, xs, d, pairs, wanted, grad_s, grad_q):
     """Linear kernel: S_ab = ‖X_aᵀX_b‖² − q_a·q_b gives dX_a = Σ_b 2 (g_ab + g_ba) [X_b (X_bᵀX_a) − diag(q_b) X_a].
 
     Everything here has the size of the inputs (n > D on this route), so plain matrix products do.
@@ -98,11 +171,11 @@ def _features_backward(xs, d, pairs, wanted, grad_s, grad_q):
     diagonal = 2 * grad_q
     grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
-        product = _times(centred[b].T, centred[a], xs[a])  # [d_b, d_a]
+        product = _times(products, centred[b].T, centred[a], xs[a])  # [d_b, d_a]
         for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
             if wanted[left]:
                 weight = 2 * symmetric[left, right]
-                part, so_far = _times(centred[right], cross * weight.to(dtype)), grads[left]
+                part, so_far = _times(products, centred[right], cross * weight.to(dtype)), grads[left]
                 grads[left] = part if so_far is None else so_far.add_(part)
                 diagonal[left] -= weight * d[right]
     for a, grad in enumerate(grads):
@@ -121,14 +194,13 @@ class _TilesBackward:
     Every kernel here depends on a pair by ⟨x_i, x_j⟩ and the norms, so dF/dx_i = Σ_j w_ij x_j + v_i x_i.
     """
 
-    def __init__(self, xs, scale, kernel, degree, coef0, d, shift, dots):
-        self.xs, self.kernel, self.degree, self.coef0, self.d, self.dots = xs, kernel, degree, coef0, d, dots
-        self.dtype = compute_dtype(xs[0].dtype)
-        self.centre = kernel in SHIFT_INVARIANT
+    def __init__(self, products, xs, slopes, d, shift, dots):
+        self.products, self.xs, self.slopes, self.d, self.dots = products, xs, slopes, d, dots
+        self.dtype, self.kernel = compute_dtype(xs[0].dtype), slopes[0].kernel
+        self.centre = self.kernel in SHIFT_INVARIANT
         self.n = xs[0].shape[0]
-        self.scale, self.shift = scale.to(self.dtype), shift.to(self.dtype)
-        self.none = scale.new_ones(1)
-        if kernel == "linear":
+        self.shift = shift.to(self.dtype)
+        if self.kernel == "linear":
             self.q = d
         elif dots is not None:
             self.q = dots.diagonal(dim1=1, dim2=2)
@@ -149,7 +221,7 @@ class _TilesBackward:
         for start in range(0, self.n, max(1, step)):
             rows = slice(start, min(start + step, self.n))
             dots = [self._dots(b, rows) for b in range(m)]  # [rows, n] each
-            kernels = [self._kernel(b, dots[b], rows) for b in range(m)]
+            kernels = [self.slopes[b].value(dots[b], self.q[b][rows], self.q[b]) for b in range(m)]
             for a in range(m):
                 if wanted[a]:
                     pull = self._pull(a, symmetric[a], kernels, grad_r[a], rows)
@@ -160,26 +232,7 @@ class _TilesBackward:
         if self.dots is not None:
             return self.dots[b][rows]
         x = self.xs[b]
-        return matrix_op(x, x[rows], self.none, "linear", 1, 0.0, self.centre).T
-
-    def _distance(self, b: int, dots: Tensor, rows: slice) -> Tensor:
-        return (self.q[b][rows, None] + self.q[b][None, :] - 2 * dots).clamp_min_(0)
-
-    def _inverse_norm(self, b: int) -> Tensor:
-        return torch.where(self.q[b] == 0, 0, self.q[b].rsqrt())
-
-    def _kernel(self, b: int, dots: Tensor, rows: slice) -> Tensor:
-        """k_b of these rows, without the shift."""
-        if self.kernel == "linear":
-            return dots
-        if self.kernel == "rbf":
-            return self._distance(b, dots, rows).mul_(-1 / (2 * self.scale[b] ** 2)).exp_()
-        if self.kernel == "laplacian":
-            return self._distance(b, dots, rows).sqrt_().mul_(-1 / self.scale[b]).exp_()
-        if self.kernel == "polynomial":
-            return (self.scale[b] * dots + self.coef0) ** self.degree
-        inverse = self._inverse_norm(b)
-        return dots * inverse[rows, None] * inverse
+        return self.products.dots(x, x[rows], self.centre).T
 
     def _pull(self, a: int, symmetric: Tensor, kernels: list[Tensor], grad_r: Tensor, rows: slice) -> Tensor:
         """c [rows, n], zero where i = j."""
@@ -193,26 +246,16 @@ class _TilesBackward:
         return pull
 
     def _gradient(self, a: int, pull: Tensor, dots: Tensor, kernel: Tensor, grad_d: Tensor, rows: slice) -> Tensor:
-        x = self.xs[a]
+        slopes, q = self.slopes[a], self.q[a]
+        weights = slopes.weights(pull, dots, kernel, q[rows], q)
         if self.kernel == "linear":
             weights, own = pull, 2 * grad_d[rows]
         elif self.kernel == "polynomial":
-            slope = self.degree * self.scale[a]
-            weights = pull * slope * (self.scale[a] * dots + self.coef0) ** (self.degree - 1)
-            own = 2 * grad_d[rows] * slope * (self.scale[a] * self.q[a][rows] + self.coef0) ** (self.degree - 1)
-        elif self.kernel == "cosine":
-            inverse = self._inverse_norm(a)
-            weights = pull * inverse[rows, None] * inverse
-            own = -(pull * kernel).sum(1) * inverse[rows] ** 2
+            own = 2 * slopes.weights(grad_d[rows], q[rows], q[rows], q[rows], q[rows])
         else:
-            if self.kernel == "rbf":
-                weights = pull * kernel / self.scale[a] ** 2
-            else:
-                distance = self._distance(a, dots, rows).sqrt_()
-                weights = torch.where(distance > 0, pull * kernel / (self.scale[a] * distance), 0)
-            own = -weights.sum(1)
+            own = slopes.own(pull, weights, kernel, q[rows], 1)
         weights.diagonal(rows.start).copy_(own)  # Σ_j w_ij x_j + v_i x_i in one product
-        return apply_op(weights, x, self.centre)
+        return self.products.apply(weights, self.xs[a], self.centre)
 
     def _finish(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         grad = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -226,33 +269,3 @@ def _row_norms(x: Tensor, centre: bool) -> Tensor:
     if centre:
         x = x - x.mean(0)
     return x.square().sum(1)
-
-
-def gram_stats(
-    xs: Sequence[Tensor],
-    mask: Tensor | None,
-    scale: Tensor,
-    kernel: str,
-    degree: int = 1,
-    coef0: float = 0.0,
-    split: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, R, D and shift (see ``gram.py``), differentiable in every layer by S, R and D.
-
-    Args:
-        xs: M layers, [n, d_l] each, of one floating dtype and device.
-        mask: [n] bool, the rows that count; R and D are 0 elsewhere. ``None`` counts all.
-        scale: [M] float64; σ of rbf and laplacian, γ of polynomial, unused otherwise.
-        kernel: one of :data:`KERNELS`; ``degree`` and ``coef0`` belong to ``"polynomial"``.
-        split: if positive, only S of (a < split, b ≥ split) and (a, a) is wanted; others may be NaN.
-    """
-    n = xs[0].shape[0]
-    widths = [x.shape[1] for x in xs]
-    gram, features = route_costs(n, widths, split)
-    by_features = kernel == "linear" and features < gram
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-        return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, False)[:4]
-    # The inner products save the backward a recomputation; kept where they are no larger than the inputs.
-    keep_dots = not by_features and mask is None and len(xs) * n <= sum(widths)
-    s, r, d, shift, _ = _GramStats.apply(mask, scale, kernel, degree, coef0, by_features, split, keep_dots, *xs)
-    return s, r, d, shift

@@ -5,6 +5,11 @@ under ``torch.func.grad``. Being behind the dispatcher also means that lazily ne
 before an implementation reads a pointer. Where nobody could tell the difference – ordinary CPU tensors, nothing
 tracing, transforming or profiling – the implementation is called directly: the dispatcher's way through Python costs
 7 µs, more than a decoding step computes.
+
+What an op's derivative is, ``_differentiable.py`` says; here is how the modes of differentiation reach it. An op under
+a transform of ``torch.func`` is taken at the first key of the dispatcher, before the transform takes it apart; dual
+numbers and ordinary autograd, also of a graph that ``torch.compile`` or ``torch.export`` made, at the key Autograd. An
+op without a derivative refuses at the same places, and under ``vmap`` loops over the axis.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 import torch
 
 from pyrepr.backend import Unsupported, choose
+from pyrepr.ops._differentiable import Derivative, Derived, has_derivative, looped, transformed
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((bool, int, float, str, type(None)))  # asking whether these are tensors takes longer
@@ -25,9 +31,12 @@ LIBRARY = torch.library.Library("pyrepr", "DEF")
 # Looked up once: at one token, the way to these functions costs as much as they do.
 _is_compiling = torch.compiler.is_dynamo_compiling  # torch.export without it has a dispatch mode
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _profiler = torch.autograd.profiler
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_batchedtensor
+_unwrapped = torch._C._functorch.get_unwrapped
 
 _autocast_exists = torch.amp.is_autocast_available
 _autocast_is_on = torch.is_autocast_enabled
@@ -41,10 +50,34 @@ def watched() -> bool:
     return (
         _is_compiling()
         or _dispatch_modes() > 0
-        or _transforms() is not None
+        or transformed()
         or _tracing() is not None
         or _profiler._is_profiler_enabled
     )
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether x has numbers to look at: no graph is being made, and no axis of x is hidden by ``vmap``."""
+    if _is_compiling() or _tracing() is not None:
+        return False
+    while _wrapped(x):
+        if _batched(x):
+            return False
+        x = _unwrapped(x)
+    return type(x) in _PLAIN
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether a look at the numbers of x costs no waiting for a GPU and leaves no trace in a graph."""
+    return type(x) in _PLAIN and x.is_cpu and not watched()
+
+
+def require(good: torch.Tensor, message: str) -> None:
+    """Raises ValueError where `good`, a bool scalar, is false; RuntimeError on a GPU or in a graph, when it runs."""
+    if not at_hand(good):
+        torch._assert_async(good, message)
+    elif not good:
+        raise ValueError(message)
 
 
 def _autocasts(device: str) -> bool:
@@ -62,7 +95,7 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
-    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation.
+    """The tensors among them, if the dispatcher would add nothing: in real CPU memory, and no lazy negation or zeros.
 
     Lazy conjugation is complex numbers' alone, which no op takes.
     """
@@ -70,7 +103,7 @@ def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
     for arg in args:
         kind = type(arg)
         if kind in _PLAIN:
-            if not arg.is_cpu or arg.is_neg():
+            if not arg.is_cpu or arg.is_neg() or arg._is_zerotensor():
                 return None
             found.append(arg)
         elif kind is list or kind is tuple:
@@ -83,27 +116,34 @@ def _ordinary(args: Iterable) -> list[torch.Tensor] | None:
     return found
 
 
-def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Callable[..., Any]:
+def derives(*tensors: torch.Tensor | None) -> bool:
+    """Whether the results of a call may be differentiated with respect to these tensors, now or when a graph runs.
+
+    A graph that is being made shows neither the transforms around it nor, if exported, who will call it.
+    """
+    if _is_compiling() or torch.compiler.is_exporting():
+        return torch.is_grad_enabled() or torch.compiler.is_exporting()
+    return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or transformed()
+
+
+def leaf_op(
+    schema: str, *, fake: Callable, derivative: Derivative | None = None, **implementations: Callable
+) -> Callable[..., Any]:
     """Registers ``pyrepr::<schema>`` and returns the function to call; its attribute `overload` is torch's op.
 
     Args:
         schema: name and signature in torch's schema language, without the namespace. An op that writes to its first
             argument, and only such a one, has a name that ends with an underscore.
         fake: allocates the outputs, with the shapes, dtypes and strides of the real ones.
+        derivative: default none; then whoever differentiates the op is refused.
         implementations: backend name → function with the op's arguments. ``reference`` must be among them.
     """
     name = schema.split("(", 1)[0]
 
     def run(*args: Any) -> Any:
-        return checked(_tensors(args), args)
+        return run_on(_tensors(args), args)
 
-    def checked(tensors: list[torch.Tensor], args: tuple) -> Any:
-        # Grad mode is off inside autograd.Function.forward, so this meets direct calls only.
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(
-                f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
-                "which is differentiable"
-            )
+    def run_on(tensors: list[torch.Tensor], args: tuple) -> Any:
         if name.endswith("_"):
             written(args[0])
         device = tensors[0].device.type
@@ -122,14 +162,39 @@ def leaf_op(schema: str, *, fake: Callable, **implementations: Callable) -> Call
                 continue
         return last(*args)
 
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyrepr::{name}", fake, lib=LIBRARY)
-    overload = getattr(torch.ops.pyrepr, name).default
+    def derive(args: tuple) -> Any:
+        if derived is None:
+            raise RuntimeError(
+                f"torch.ops.pyrepr.{name} is a leaf op without a derivative; call the public pyrepr function, "
+                "which is differentiable"
+            )
+        return derived.apply(args)
+
+    def at_autograd(keys: Any, *args: Any) -> Any:
+        # Grad modes are off inside Function.forward, from where this is called again.
+        if has_derivative(_tensors(args)):
+            return derive(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def call(*args: Any) -> Any:
         tensors = None if watched() else _ordinary(args)
-        return overload(*args) if tensors is None else checked(tensors, args)
+        if tensors is None:
+            return overload(*args)
+        return derive(args) if has_derivative(tensors) else run_on(tensors, args)
+
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, at_autograd, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"pyrepr::{name}", fake, lib=LIBRARY)
+    overload = getattr(torch.ops.pyrepr, name).default
+    derived = None if derivative is None else Derived(derivative, call, overload._schema)
+    if derived is None:
+        torch.library.register_vmap(
+            f"pyrepr::{name}", lambda info, dims, *args: looped(overload, info.batch_size, dims, args), lib=LIBRARY
+        )
+    else:
+        LIBRARY.impl(name, lambda *args: derived.apply(args), "FuncTorchDynamicLayerFrontMode")
 
     call.overload = overload  # type: ignore[attr-defined]
     return call

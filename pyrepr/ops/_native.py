@@ -39,6 +39,30 @@ def direct() -> ModuleType | None:
     return None if watched() or forced_backend() not in (None, "cpu") else _reader()
 
 
+def optional(name: str, x: Tensor | None) -> int:
+    """The address of an argument that may be left out, 0 without it."""
+    address = 0 if x is None else x.data_ptr()
+    if address == 0 and x is not None and x.numel():
+        raise ValueError(f"{name} has no memory (a fake or meta tensor, or a freed storage)")
+    return address
+
+
 def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
     """A 2-D tensor as (address, rows, columns, row stride, column stride)."""
     return (x.data_ptr(), *x.shape, *x.stride())
+
+
+def _reach(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last; strides are not negative."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() if x.numel() else x.data_ptr()
+
+
+def apart(state: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they have memory in common with `state`, which is about to be overwritten."""
+    start, end = _reach(state)
+    reaches = (None if x is None else _reach(x) for x in tensors)
+    return tuple(
+        x.clone() if x is not None and reach[0] < end and start < reach[1] else x
+        for x, reach in zip(tensors, reaches, strict=True)
+    )

@@ -10,10 +10,10 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pyrepr.ops._leaf import leaf_op, written
-from pyrepr.ops._native import DTYPE_CODES, direct, module
+from pyrepr.ops._differentiable import SHARED, Derivative, Fold
+from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import causal_conv1d as reference
 from pyrepr.reference._dtypes import compute_dtype
 
@@ -30,7 +30,12 @@ class _Problem:
             initial_states = initial_states.to(x.dtype).contiguous()
         self.tensors = (x, weight, bias, initial_states)
         self.native = module().CausalConv(
-            [0 if t is None else t.data_ptr() for t in self.tensors],
+            [
+                x.data_ptr(),
+                weight.data_ptr(),
+                optional("bias", bias),
+                optional("initial_states", initial_states),
+            ],
             x.stride(),
             (*x.shape, weight.shape[1]),
             DTYPE_CODES[x.dtype],
@@ -67,11 +72,21 @@ def _forward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
     return out
 
 
+def _backward(args, kept, grads, wanted):
+    found = backward_op(*args[:-1], *grads, args[-1])
+    return (*(x if want else None for x, want in zip(found, wanted, strict=False)), None, None)
+
+
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
 
 forward_op = leaf_op(
     f"causal_conv1d_forward({_INPUTS}bool silu) -> Tensor",
     fake=_forward_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (_forward_reference(*args),),
+        backward=_backward,
+        fold=Fold((-1, 0, 0, 1, SHARED, SHARED), (-1,)),
+    ),
     reference=_forward_reference,
     cpu=_forward_cpu,
     triton=_triton("forward"),
@@ -96,7 +111,7 @@ def _backward_cpu(x, weight, bias, initial_states, seq_idx, cu_seqlens, grad, si
     problem = _Problem(x, weight, bias, initial_states, bounds, silu)
     grad = grad.to(x.dtype).contiguous()
     sums = [dweight, dbias, dinitial]
-    wide = [torch.zeros(t.shape, dtype=torch.float32) for t in sums]
+    wide = [t.new_zeros(t.shape, dtype=torch.float32) for t in sums]
     addresses = [0 if t.numel() == 0 else t.data_ptr() for t in wide]
     problem.native.backward(grad.data_ptr(), dx.data_ptr(), *addresses)
     return (dx, *(t.to(narrow.dtype) for t, narrow in zip(wide, sums, strict=True)))
@@ -119,9 +134,10 @@ def _update_cpu(conv_state, x, weight, bias, silu):
     if x.dtype == torch.float64:
         return reference.causal_conv1d_update_(conv_state, x, weight, bias, silu)
     out = x.new_empty(x.shape)
+    x, weight, bias = apart(conv_state, x, weight, bias)
     problem = _Problem(x, weight, bias, None, reference.bounds_of(x, None, None), silu)
-    problem.native.update(conv_state.data_ptr(), (*conv_state.stride(), conv_state.shape[2]), out.data_ptr())
-    return out
+    layout = (*conv_state.stride(), conv_state.shape[2])
+    return (out, problem.native.update(conv_state.data_ptr(), layout, out.data_ptr()))[0]
 
 
 update_op_ = leaf_op(
@@ -138,29 +154,9 @@ def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, sil
     native = direct()
     if native is None:
         return None
-    grad = torch.is_grad_enabled()
-    out = native.causal_conv1d_step(x, conv_state, weight, bias, silu, grad, torch.get_num_threads())
-    if out is not None:
-        written(conv_state)
-    return out
-
-
-class _CausalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu):
-        return forward_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.silu = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grads = backward_op(*ctx.saved_tensors, grad, ctx.silu)
-        grads = [x if needed else None for x, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]
-        return (*grads, None, None, None)
+    return native.causal_conv1d_step(
+        x, conv_state, weight, bias, silu, torch.is_grad_enabled(), torch.get_num_threads()
+    )
 
 
 def causal_conv1d(
@@ -173,7 +169,4 @@ def causal_conv1d(
     silu: bool,
 ) -> Tensor:  # [B, T, D]
     """The convolution, differentiable in every floating input; the public function checks the arguments."""
-    inputs = (x, weight, bias, initial_states)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _CausalConv.apply(*inputs, seq_idx, cu_seqlens, silu)
-    return forward_op(*inputs, seq_idx, cu_seqlens, silu)
+    return forward_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, silu)

@@ -11,11 +11,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op, written
-from pyrepr.ops._native import DTYPE_CODES, direct, module
+from pyrepr.ops._differentiable import ALONE, Derivative, Fold
+from pyrepr.ops._leaf import derives, leaf_op
+from pyrepr.ops._native import DTYPE_CODES, apart, direct, module, optional
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.delta_rule import Gate, sequence_bounds
@@ -72,9 +72,9 @@ def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
-            0 if g is None else g.data_ptr(),
+            optional("g", g),
             beta.data_ptr(),
-            0 if state is None else state.data_ptr(),
+            optional("initial_state", state),
         ),
         (*k.shape, *v.shape[2:]),
         (*q_stride, *k_stride, *v_stride),
@@ -88,10 +88,28 @@ def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     return problem, (q, k, v, g, beta, state)
 
 
+def _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
+    """The float64 rule, and the tensors that must live while it runs."""
+    prepared = reference.prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = [None if x is None else x.contiguous() for x in (*prepared, initial_state)]
+    batch, total = v.shape[:2]
+    bounds = [i * total for i in range(batch + 1)] if cu_seqlens is None else sequence_bounds(cu_seqlens, total)
+    problem = module().DeltaRuleWide(
+        [optional(name, x) for name, x in zip(("q", "k", "v", "g", "beta", "initial_state"), tensors, strict=True)],
+        (v.shape[2], k.shape[3], v.shape[3]),
+        bounds,
+        _gate(g),
+        torch.get_num_threads(),
+    )
+    return problem, tensors
+
+
 def _forward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
-    if v.dtype == torch.float64:
-        return reference.delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
     o, state, checkpoints = _forward_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
+    if v.dtype == torch.float64:  # keeps no states
+        problem, _alive = _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+        problem.forward(o.data_ptr(), state.data_ptr())
+        return o, state, checkpoints.zero_()
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     kept = checkpoints.data_ptr() if slots else 0
     problem.forward(o.data_ptr(), state.data_ptr(), kept, slots, segment_length(v.shape[1]))
@@ -111,15 +129,6 @@ def _forward_triton(q, k, v, *rest):
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
 
-forward_op = leaf_op(
-    f"delta_rule_forward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, "
-    "SymInt slots) -> (Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    reference=reference.delta_rule_forward,
-    cpu=_forward_cpu,
-    triton=_forward_triton,
-)
-
 
 def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     return v.new_empty(v.shape)
@@ -127,65 +136,65 @@ def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_
 
 def _update_cpu(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_update_(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+        rest = (cu_seqlens, scale, use_qk_l2norm, 0)
+        o, last, _ = _forward_cpu(q, k, v, g, beta, initial_state, *rest)
+        return (o, state.copy_(last))[0]
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
-    if initial_state is not None:
-        initial_state = _dense(initial_state)
-        # The kernel may read the state that it writes, but not one that merely overlaps it.
-        if 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel():
-            initial_state = initial_state.clone()
+    q, k, v, g, beta = apart(final, q, k, v, g, beta)
+    initial_state = _apart(initial_state, final)
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
-    problem.forward(o.data_ptr(), final.data_ptr(), 0, 0, 1)
-    if final is not state:
-        state.copy_(final)
-    return o
+    kept = (o.data_ptr(), final.data_ptr(), 0, 0, 1)
+    # In one line: nothing may go wrong between the state's move and the return.
+    return (o, problem.forward(*kept), None if final is state else state.copy_(final))[0]
 
 
-def _start(state: Tensor, initial_state: Tensor | None) -> None:
-    """For kernels that know an update in place only."""
+def _apart(initial_state: Tensor | None, final: Tensor) -> Tensor | None:
+    """The initial state as a kernel may read it that writes `final`: that very state, or one that overlaps no part."""
     if initial_state is None:
-        state.zero_()
-    elif initial_state is not state:
-        state.copy_(initial_state)
+        return None
+    initial_state = _dense(initial_state)
+    overlaps = 0 < abs(initial_state.data_ptr() - final.data_ptr()) < 4 * final.numel()
+    return initial_state.clone() if overlaps else initial_state
 
 
 def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    _start(state, initial_state)
-    return kernels.update_(state, q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
+    initial_state = _apart(initial_state, state)
+    return kernels.update_(state, q, k, v, g, beta, initial_state, *rest, _kept_tokens(v.shape[1]))
 
 
 def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
-    """The recurrence in csrc/cuda/delta_rule.cu. Compiled, not yet run on a GPU."""
+    """The recurrence in csrc/cuda/delta_rule.cu."""
     if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:
         raise Unsupported(f"backend 'cuda' takes K up to 256, got {k.shape[3]}")
-    _start(state, initial_state)
-    o, dense = torch.empty_like(v, memory_format=torch.contiguous_format), state.contiguous()
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = state if state.is_contiguous() else torch.empty_like(state, memory_format=torch.contiguous_format)
+    initial = _apart(initial_state, final)
     (q, _), (k, _), (v, _) = _rows(q), _rows(k), _rows(v)
     beta, g = (None if x is None else x.to(torch.float32).contiguous() for x in (beta, g))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
         good = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == v.shape[1])
         torch._assert_async(good, f"cu_seqlens must start at 0, never decrease, and end at T = {v.shape[1]}")
-    tensors = (q, k, v, g, beta, dense, dense, o, cu_seqlens)
+    tensors = (q, k, v, g, beta, initial, final, o, cu_seqlens)
     with torch.cuda.device(v.device):
         module().cuda_delta_rule_step(
             [0 if x is None else x.data_ptr() for x in tensors],
             [s for x in (q, k, v) for s in x.stride()[:3]],
             (*k.shape, v.shape[2], v.shape[3]),
-            dense.shape[0],
+            final.shape[0],
             DTYPE_CODES[v.dtype],
             _gate(g),
             scale,
             use_qk_l2norm,
             torch.cuda.current_stream().cuda_stream,
         )
-    if dense is not state:
-        state.copy_(dense)
+    if final is not state:
+        state.copy_(final)
     return o
 
 
@@ -209,12 +218,10 @@ def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, gra
 
 def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
     if v.dtype == torch.float64:
-        return reference.delta_rule_backward(
-            q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm
-        )
+        return _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_state, scale, use_qk_l2norm)
     problem, _alive = _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     batch, total, heads, width = k.shape
-    grad_o = grad_o.to(torch.float32).contiguous()
+    grad_o, checkpoints = grad_o.to(torch.float32).contiguous(), checkpoints.contiguous()
     per_value_head = (batch, total, v.shape[2], width)
     # Value heads that share a query and key head each write a gradient of it; their sum is taken here.
     dq, dk = (v.new_empty(per_value_head, dtype=torch.float32) for _ in range(2))
@@ -228,6 +235,21 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
     dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
+
+
+def _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_state, scale, use_qk_l2norm):
+    problem, tensors = _wide(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    grad_o, ds = grad_o.to(v.dtype).contiguous(), grad_state.to(v.dtype).clone(memory_format=torch.contiguous_format)
+    dq, dk, dv, dg, dbeta = (None if x is None else torch.empty_like(x) for x in tensors[:5])
+    problem.backward([0 if x is None else x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds)])
+    return (
+        reference.heads_backward(q, dq * scale, use_qk_l2norm),
+        reference.heads_backward(k, dk, use_qk_l2norm),
+        dv,
+        v.new_empty(0) if g is None else dg.to(g.dtype),
+        dbeta.to(beta.dtype),
+        ds,
+    )
 
 
 def _backward_triton(q, k, v, *rest):
@@ -246,28 +268,31 @@ backward_op = leaf_op(
 )
 
 
-class _DeltaRule(torch.autograd.Function):
-    """(o, final state); the kept states come out too and count as constants."""
+def _backward(args, kept, grads, wanted):
+    *tensors, scale, use_qk_l2norm, slots = args
+    v, cu_seqlens = tensors[2], tensors[6]
+    if slots == 0 and v.dtype != torch.float64:  # a graph made for inference, say
+        sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        kept = forward_op(*args[:-1], kept_states(v.shape[0], v.shape[1], sequences))[2:]
+    *found, ds = backward_op(*tensors, *kept, *grads, scale, use_qk_l2norm)
+    return (*(x if want else None for x, want in zip((*found, ds), wanted, strict=False)), None)
 
-    @staticmethod
-    def forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots):
-        return forward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, slots)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, scale, use_qk_l2norm, _ = inputs
-        checkpoints = output[2]
-        ctx.options = (scale, use_qk_l2norm)
-        ctx.mark_non_differentiable(checkpoints)
-        ctx.set_materialize_grads(True)
-        ctx.save_for_backward(*tensors, checkpoints)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_o, grad_state, _):
-        *grads, ds = backward_op(*ctx.saved_tensors, grad_o, grad_state, *ctx.options)
-        grads = [x if needed else None for x, needed in zip((*grads, ds), ctx.needs_input_grad[:6], strict=True)]
-        return (*grads, None, None, None, None)
+forward_op = leaf_op(
+    f"delta_rule_forward({_INPUTS}Tensor? initial_state, Tensor? cu_seqlens, float scale, bool use_qk_l2norm, "
+    "SymInt slots) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.delta_rule_chunks(*args[:-1]),
+        backward=_backward,
+        outputs=(0, 1),
+        kept=(2,),
+        fold=Fold((0, 0, 0, 0, 0, 0, ALONE), (0, 0, 0), lambda size, options: (*options[:-1], size * options[-1])),
+    ),
+    reference=reference.delta_rule_forward,
+    cpu=_forward_cpu,
+    triton=_forward_triton,
+)
 
 
 def step(
@@ -286,7 +311,7 @@ def step(
     native = direct()
     if native is None:
         return None
-    done = native.delta_rule_step(
+    return native.delta_rule_step(
         q,
         k,
         v,
@@ -300,9 +325,6 @@ def step(
         torch.is_grad_enabled(),
         torch.get_num_threads(),
     )
-    if done is not None and out_state is not None:
-        written(out_state)
-    return done
 
 
 def delta_rule(
@@ -319,13 +341,11 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; the public function checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        if not v.is_cpu:
-            o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, 0)
-            return o, state
+    if not derives(*inputs) and v.is_cpu:
         # Without the kept states the update is the same, and has one tensor less to allocate.
         state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
-    slots = 0 if v.dtype == torch.float64 else kept_states(v.shape[0], v.shape[1], state_shape[0])
-    o, state, _ = _DeltaRule.apply(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
+    keeps = v.dtype != torch.float64 and any(x is not None and x.requires_grad for x in inputs)
+    slots = kept_states(v.shape[0], v.shape[1], state_shape[0]) if keeps else 0
+    o, state, _ = forward_op(*inputs, cu_seqlens, scale, use_qk_l2norm, slots)
     return o, state

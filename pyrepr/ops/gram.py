@@ -1,4 +1,4 @@
-"""Family `gram`: the leaf ops and their implementations; ``_gram_gradient.py`` is the differentiable function on top.
+"""Family `gram`: the leaf ops, their implementations, and the differentiable function on top, :func:`gram_stats`.
 
 Every measure of the family is a function of four statistics, in float64 (maths in ``csrc/cpu/gram.h``):
 
@@ -10,13 +10,16 @@ so one derivative, that of (S, R, D), makes all of them differentiable, for any 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
-from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._differentiable import Derivative
+from pyrepr.ops._gram_gradient import Products, matrix_backward, route_costs, stats_backward
+from pyrepr.ops._leaf import derives, leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import gram as reference
 from pyrepr.reference._dtypes import compute_dtype
@@ -59,9 +62,9 @@ def _stats_fake(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
 def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
     m, total, index = len(xs), xs[0].shape[0], _index(mask)
     n = total if index is None else index.numel()
-    s, r, d = (torch.empty(shape, dtype=torch.float64) for shape in ((m, m), (m, n), (m, n)))
-    shift = torch.empty(m, dtype=torch.float64)
-    dots = torch.empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
+    new = functools.partial(xs[0].new_empty, dtype=torch.float64)
+    s, r, d, shift = new((m, m)), new((m, n)), new((m, n)), new(m)
+    dots = xs[0].new_empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
     problem = native_problem(xs, index, kernel, scale.tolist(), degree, coef0)
     pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr())
     if by_features:
@@ -85,7 +88,7 @@ def _centred_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
-    """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu. Compiled, not yet run on a GPU."""
+    """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
         raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
     with torch.cuda.device(xs[0].device):
@@ -124,10 +127,25 @@ def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return flat @ flat.T, -d, d, d.new_zeros(len(d))
 
 
+def _dots(x: Tensor, y: Tensor | None, centre: bool) -> Tensor:
+    return matrix_op(x, y, torch.ones(1, dtype=torch.float64, device=x.device), "linear", 1, 0.0, centre)
+
+
+def _products() -> Products:
+    return Products(_dots, apply_op)
+
+
 stats_op = leaf_op(
     "gram_stats(Tensor[] xs, Tensor? mask, Tensor scale, str kernel, int degree, float coef0, bool by_features, "
     "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_stats_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.statistics(*args[:-1], shift=kept[1]),
+        backward=lambda *given: stats_backward(_products(), *given),
+        outputs=(0, 1, 2),
+        kept=(2, 3, 4),
+        fixed=("scale",),
+    ),
     reference=reference.gram_stats,
     cpu=_stats_cpu,
     triton=_stats_triton,
@@ -155,6 +173,11 @@ def _matrix_triton(x, y, scale, kernel, degree, coef0, centre):
 matrix_op = leaf_op(
     "gram_matrix(Tensor x, Tensor? y, Tensor scale, str kernel, int degree, float coef0, bool centre) -> Tensor",
     fake=_matrix_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.gram_matrix(*args),),
+        backward=lambda *given: matrix_backward(_products(), *given),
+        fixed=("scale",),
+    ),
     reference=reference.gram_matrix,
     cpu=_matrix_cpu,
     triton=_matrix_triton,
@@ -166,7 +189,7 @@ def _median_fake(xs, mask):
 
 
 def _median_cpu(xs, mask):
-    out = torch.empty(len(xs), dtype=torch.float64)
+    out = xs[0].new_empty(len(xs), dtype=torch.float64)
     index = _index(mask)
     native_problem(xs, index).median(out.data_ptr())
     return out
@@ -211,3 +234,30 @@ apply_op = leaf_op(
     cpu=_apply_cpu,
     triton=_apply_triton,
 )
+
+
+def gram_stats(
+    xs: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    kernel: str,
+    degree: int = 1,
+    coef0: float = 0.0,
+    split: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S, R, D and shift (see ``gram.py``), differentiable in every layer by S, R and D.
+
+    Args:
+        xs: M layers, [n, d_l] each, of one floating dtype and device.
+        mask: [n] bool, the rows that count; R and D are 0 elsewhere. ``None`` counts all.
+        scale: [M] float64; σ of rbf and laplacian, γ of polynomial, unused otherwise.
+        kernel: one of :data:`KERNELS`; ``degree`` and ``coef0`` belong to ``"polynomial"``.
+        split: if positive, only S of (a < split, b ≥ split) and (a, a) is wanted; others may be NaN.
+    """
+    n = xs[0].shape[0]
+    widths = [x.shape[1] for x in xs]
+    gram, features = route_costs(n, widths, split)
+    by_features = kernel == "linear" and features < gram
+    # The inner products save the backward a recomputation; kept where they are no larger than the inputs.
+    keep_dots = not by_features and mask is None and n * len(xs) <= sum(widths) and derives(*xs)
+    return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, keep_dots)[:4]

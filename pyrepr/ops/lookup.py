@@ -5,7 +5,7 @@ are in float32, in float64 for float64. The maths is in ``csrc/cpu/lookup.h`` an
 
 With w the weights, c the codes and g the gradient of out, everything is one of three maps, linear in each argument:
 sum Σ_k w T[k, c] -> [T, h]; segments Σ_t w g by code -> [K, n, h]; dots ⟨g, T[k, c]⟩ -> [T, K]. Each derivative of one
-is another, so two autograd functions cover the family.
+is another. `sparse` asks for the gradient of tables as a sparse tensor; nothing else reads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrepr.backend import Unsupported, forced_backend, native
+from pyrepr.ops._differentiable import SHARED, Derivative, Fold
 from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module
+from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module, optional
 from pyrepr.reference import lookup as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.lookup import WEIGHTINGS, sizes, unpack
@@ -37,7 +37,7 @@ CUDA_TOKENS = 64
 
 
 def _tables(tables: Tensor, scales: Tensor | None):
-    scales_address = 0 if scales is None else scales.data_ptr()
+    scales_address = optional("scales", scales)
     code, packed = TABLE_CODES[tables.dtype], tables.dim() == 4
     return module().LookupTables(
         tables.data_ptr(), code, scales_address, *sizes(tables), packed, torch.get_num_threads()
@@ -66,11 +66,12 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x.contiguous() if x.numel() else x.new_empty(x.shape)  # an empty tensor is contiguous with any strides
 
 
-def _triton(function: str):
-    """A Triton implementation by name, imported when it is first called. Packed tables are the CPU kernels' order."""
+def _triton(function: str, count: int | None = None):
+    """A Triton implementation by name, imported when it is first called, of the first `count` arguments. Packed tables
+    are the CPU kernels' order."""
 
     def run(*args):
-        plain = (unpack(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args)
+        plain = (unpack(x) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args[:count])
         return getattr(importlib.import_module("pyrepr.kernels.lookup"), function)(*plain)
 
     return run
@@ -100,18 +101,61 @@ hash_op = leaf_op(
 )
 
 
-def _linear_fake(x, tables, scales, bias, weighting, temperature, route):
+def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_dots):
+    """(gradient of the tables or None, dots or None); the former as sparse COO over its rows under `sparse`."""
+    k, n, h = sizes(tables)
+    if want_dots and tables.dim() == 4:
+        tables = unpack(tables)
+    rows = None
+    if want_tables and sparse:
+        rows = (codes.long() + n * torch.arange(k, device=codes.device)).unique()
+    read = tables if want_dots else None
+    scales, dtype = scales if want_dots else None, tables.dtype if want_tables else None
+    segments, dots = backward_op(grad, codes, weights, read, scales, n, rows, want_tables, dtype)
+    if not want_tables:
+        return None, dots
+    if rows is None:
+        return segments.view(k, n, h), dots
+    indices = torch.stack([rows // n, rows % n])
+    return torch.sparse_coo_tensor(indices, segments, (k, n, h), is_coalesced=True, check_invariants=False), dots
+
+
+def _linear_backward(args, kept, grads, wanted):
+    """Hashes x again: that costs less than keeping codes and weights."""
+    x, tables, scales, bias, weighting, temperature, _, sparse = args
+    (grad,), (want_x, want_tables, _, want_bias) = grads, wanted
+    bits = sizes(tables)[1].bit_length() - 1
+    if not grad.is_cuda:  # GPU kernels read fewer bytes and widen them themselves
+        grad = grad.to(compute_dtype(x.dtype))
+    grad_x = grad_tables = None
+    if want_x or want_tables:
+        codes, weights = hash_op(x, bits, weighting, temperature)
+        grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
+        if want_x:
+            grad_x = hash_backward_op(x, dots, bits, weighting, temperature)
+    grad_bias = grad.sum(0, dtype=compute_dtype(x.dtype)).to(bias.dtype) if want_bias else None
+    return grad_x, grad_tables, None, grad_bias
+
+
+def _sum_backward(args, kept, grads, wanted):
+    codes, weights, tables, scales, _, sparse = args
+    _, want_weights, want_tables, _ = wanted
+    grad_tables, dots = _table_gradient(*grads, codes, weights, tables, scales, sparse, want_tables, want_weights)
+    return None, dots if want_weights else None, grad_tables, None
+
+
+def _linear_fake(x, tables, scales, bias, weighting, temperature, route, sparse=False):
     return x.new_empty(x.shape[0], sizes(tables)[2])
 
 
-def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
+def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=False):
     dtype = x.dtype
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     packed = tables.dim() == 4
     k, n, h = sizes(tables) if packed else tables.shape
     x, tables = _rows_contiguous(x), tables.contiguous()
     rows, stride = x.shape[0], x.stride(0)
-    out = torch.empty(rows, h, dtype=compute)
+    out = x.new_empty(rows, h, dtype=compute)
     if bias is not None and (bias.dtype is not compute or not bias.is_contiguous()):
         bias = bias.to(compute).contiguous()
     if scales is not None:
@@ -119,7 +163,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     module().lookup_linear(
         tables.data_ptr(),
         TABLE_CODES[tables.dtype],
-        0 if scales is None else scales.data_ptr(),
+        optional("scales", scales),
         k,
         n,
         h,
@@ -131,7 +175,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
         n.bit_length() - 1,
         WEIGHTING_CODES[weighting],
         temperature,
-        0 if bias is None else bias.data_ptr(),
+        optional("bias", bias),
         route,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -139,8 +183,8 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route):
     return out if dtype is compute else out.to(dtype)
 
 
-def _linear_cuda(x, tables, scales, bias, weighting, temperature, route):
-    """Few tokens. Compiled, not yet run on a GPU."""
+def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=False):
+    """Few tokens."""
     if torch.float64 in (x.dtype, tables.dtype):
         raise Unsupported("backend 'cuda' computes lookup_linear in float32 and refuses float64 tensors")
     if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
@@ -176,21 +220,27 @@ def _linear_cuda(x, tables, scales, bias, weighting, temperature, route):
 
 
 linear_op = leaf_op(
-    "lookup_linear(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, str weighting, float temperature, int route)"
-    " -> Tensor",
+    "lookup_linear(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, str weighting, float temperature, int route, "
+    "bool sparse=False) -> Tensor",
     fake=_linear_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.linear_op(*args),),
+        backward=_linear_backward,
+        fixed=("scales",),
+        fold=Fold((0, SHARED, SHARED, SHARED), (0,)),
+    ),
     reference=reference.linear_op,
     cpu=_linear_cpu,
-    triton=_triton("linear"),
+    triton=_triton("linear", count=7),
     cuda=_linear_cuda,
 )
 
 
-def _sum_fake(codes, weights, tables, scales, route):
+def _sum_fake(codes, weights, tables, scales, route, sparse=False):
     return weights.new_empty(codes.shape[0], sizes(tables)[2])
 
 
-def _sum_cpu(codes, weights, tables, scales, route):
+def _sum_cpu(codes, weights, tables, scales, route, sparse=False):
     codes, weights, tables = codes.contiguous(), weights.contiguous(), tables.contiguous()
     out = _sum_fake(codes, weights, tables, scales, route)
     scales = scales if scales is None else scales.contiguous()
@@ -199,11 +249,17 @@ def _sum_cpu(codes, weights, tables, scales, route):
 
 
 sum_op = leaf_op(
-    "lookup_sum(Tensor codes, Tensor weights, Tensor tables, Tensor? scales, int route) -> Tensor",
+    "lookup_sum(Tensor codes, Tensor weights, Tensor tables, Tensor? scales, int route, bool sparse=False) -> Tensor",
     fake=_sum_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.sum_op(*args, check=False),),
+        backward=_sum_backward,
+        fixed=("scales",),
+        fold=Fold((0, 0, SHARED, SHARED), (0,)),
+    ),
     reference=reference.sum_op,
     cpu=_sum_cpu,
-    triton=_triton("sum"),
+    triton=_triton("sum", count=5),
 )
 
 
@@ -220,7 +276,7 @@ REUSED_FROM = 32 << 20
 def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     count = rows * columns
     if count * dtype.itemsize < REUSED_FROM or not hasattr(module(), "Block"):
-        return torch.empty(rows, columns, dtype=dtype)
+        return torch.empty(rows, columns, dtype=dtype, device="cpu")
     return torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype, count=count).view(rows, columns)
 
 
@@ -239,7 +295,7 @@ def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments, 
         native = _tables(tables, scales)
     first = None
     if rows is not None:
-        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1))
+        first = torch.searchsorted(rows, n * torch.arange(codes.shape[1] + 1, device=rows.device))
     native.backward(
         matrix(grad),
         codes.data_ptr(),
@@ -266,7 +322,7 @@ def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
 
 
 def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
-    grad = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
+    grad = x.new_empty(x.shape, dtype=compute_dtype(x.dtype))
     x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
     code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
     module().lookup_hash_backward(
@@ -284,103 +340,37 @@ hash_backward_op = leaf_op(
 )
 
 
-def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_dots):
-    """(gradient of the tables or None, dots or None); the former as sparse COO over its rows under `sparse`."""
-    k, n, h = sizes(tables)
-    if want_dots and tables.dim() == 4:
-        tables = unpack(tables)
-    rows = None
-    if want_tables and sparse:
-        rows = (codes.long() + n * torch.arange(k, device=codes.device)).unique()
-    read = tables if want_dots else None
-    scales, dtype = scales if want_dots else None, tables.dtype if want_tables else None
-    segments, dots = backward_op(grad, codes, weights, read, scales, n, rows, want_tables, dtype)
-    if not want_tables:
-        return None, dots
-    if rows is None:
-        return segments.view(k, n, h), dots
-    indices = torch.stack([rows // n, rows % n])
-    return torch.sparse_coo_tensor(indices, segments, (k, n, h), is_coalesced=True, check_invariants=False), dots
+def _segments_fake(values, codes, weights, n):
+    return weights.new_empty(codes.shape[1], n, values.shape[1])
 
 
-class _LookupLinear(torch.autograd.Function):
-    """The fused layer. The backward hashes x again: that costs less than keeping codes and weights."""
+def _segments(backward):
+    """An implementation of the segments alone, by one of `backward_op`."""
 
-    @staticmethod
-    def forward(x, tables, scales, bias, weighting, temperature, sparse):
-        return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
+    def run(values, codes, weights, n):
+        found, _ = backward(values, codes, weights, None, None, n, None, True)
+        return found.view(codes.shape[1], n, values.shape[1])
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, tables, scales, bias, weighting, temperature, sparse = inputs
-        ctx.options = (weighting, temperature, sparse)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, tables, scales)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, tables, scales = ctx.saved_tensors
-        weighting, temperature, sparse = ctx.options
-        want_x, want_tables, _, want_bias = ctx.needs_input_grad[:4]
-        bits = sizes(tables)[1].bit_length() - 1
-        if not grad.is_cuda:  # GPU kernels read fewer bytes and widen them themselves
-            grad = grad.to(compute_dtype(x.dtype))
-        grad_x = grad_tables = None
-        if want_x or want_tables:
-            codes, weights = hash_op(x, bits, weighting, temperature)
-            grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
-            if want_x:
-                grad_x = hash_backward_op(x, dots, bits, weighting, temperature)
-        grad_bias = grad.sum(0, dtype=compute_dtype(x.dtype)).to(ctx.bias_dtype) if want_bias else None
-        return grad_x, grad_tables, None, grad_bias, None, None, None
+    return run
 
 
-class _LookupSum(torch.autograd.Function):
-    @staticmethod
-    def forward(codes, weights, tables, scales, sparse):
-        return sum_op(codes, weights, tables, scales, ROUTES["auto"])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        codes, weights, tables, scales, sparse = inputs
-        ctx.sparse = sparse
-        ctx.save_for_backward(codes, weights, tables, scales)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        codes, weights, tables, scales = ctx.saved_tensors
-        _, want_weights, want_tables = ctx.needs_input_grad[:3]
-        grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, ctx.sparse, want_tables, want_weights)
-        return None, dots if want_weights else None, grad_tables, None, None
+def _segments_backward(args, kept, grads, wanted):
+    (values, codes, weights, n), (grad,) = args, grads
+    grad_values = sum_op(codes, weights, grad, None, ROUTES["auto"]) if wanted[0] else None
+    grad_weights = backward_op(values, codes, weights, grad, None, n, None, False)[1] if wanted[2] else None
+    return grad_values, None, grad_weights
 
 
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(values, codes, weights, n):
-        segments, _ = backward_op(values, codes, weights, None, None, n, None, True)
-        return segments.view(codes.shape[1], n, values.shape[1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        values, codes, weights, _ = inputs
-        ctx.save_for_backward(values, codes, weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        values, codes, weights = ctx.saved_tensors
-        want_values, _, want_weights = ctx.needs_input_grad[:3]
-        grad_values = sum_op(codes, weights, grad, None, ROUTES["auto"]) if want_values else None
-        grad_weights = None
-        if want_weights:
-            _, grad_weights = backward_op(values, codes, weights, grad, None, grad.shape[1], None, False)
-        return grad_values, None, grad_weights, None
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+segments_op = leaf_op(
+    "lookup_segments(Tensor values, Tensor codes, Tensor weights, int n) -> Tensor",
+    fake=_segments_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.segments_op(*args, check=False),), backward=_segments_backward
+    ),
+    reference=reference.segments_op,
+    cpu=_segments(_backward_cpu),
+    triton=_segments(_triton("backward")),
+)
 
 
 def lookup_linear_direct(
@@ -412,22 +402,16 @@ def lookup_linear(
     """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables and bias."""
     if tables.dim() == 4 and not tables.is_cpu:
         tables = unpack(tables)
-    if _wants_grad(x, tables, bias):
-        return _LookupLinear.apply(x, tables, scales, bias, weighting, temperature, sparse)
-    return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"])
+    return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"], sparse)
 
 
 def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, sparse: bool) -> Tensor:
     """codes [T, K] int32, weights [T, K] in the compute dtype -> [T, h]; differentiable in weights and tables."""
     if tables.dim() == 4 and not tables.is_cpu:
         tables = unpack(tables)
-    if _wants_grad(weights, tables):
-        return _LookupSum.apply(codes, weights, tables, scales, sparse)
-    return sum_op(codes, weights, tables, scales, ROUTES["auto"])
+    return sum_op(codes, weights, tables, scales, ROUTES["auto"], sparse)
 
 
 def segment_sum(values: Tensor, codes: Tensor, weights: Tensor, n: int) -> Tensor:
     """values [T, h] and weights [T, K] in the compute dtype -> [K, n, h]; differentiable in values and weights."""
-    if _wants_grad(values, weights):
-        return _SegmentSum.apply(values, codes, weights, n)
-    return backward_op(values, codes, weights, None, None, n, None, True)[0].view(codes.shape[1], n, values.shape[1])
+    return segments_op(values, codes, weights, n)

@@ -11,11 +11,13 @@ and :func:`softmax_weights` makes G, H and W of the gradients of what the forwar
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
 from torch import Tensor
 
+from pyrepr.ops._differentiable import Derivative
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import pairs as reference
@@ -26,6 +28,15 @@ from pyrepr.reference.pairs import METRICS
 def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:
     """Whether the forward should keep the logits for the backward: where they take no more memory than x and y."""
     return prefixes * n * m <= (n + m) * d
+
+
+def _triton(function: str):
+    """A Triton implementation by name, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module("pyrepr.kernels.pairs"), function)(*args)
+
+    return run
 
 
 def _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
@@ -75,11 +86,26 @@ def _logsumexp_cpu(x, y, scale, labels, normalize, prefixes, rows, columns, keep
     return out
 
 
+def _backward(args, kept, grads, wanted):
+    x, y, scale, labels, normalize, prefixes, *_ = args
+    r, c, row_gaps, column_gaps, logits = kept
+    weights = softmax_weights(labels, r, c, row_gaps, column_gaps, *grads)
+    dx, dy, dscale = logsumexp_backward_op(x, y, scale, labels, normalize, prefixes, r, c, logits, *weights)
+    return dx, dy, dscale, None
+
+
 logsumexp_op = leaf_op(
     "pairs_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? labels, bool normalize, int[] prefixes, bool rows, "
     "bool columns, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_logsumexp_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: reference.pairs_logsumexp(*args[:-1], False)[:4],
+        backward=_backward,
+        outputs=(0, 1, 2, 3),
+        kept=(0, 1, 2, 3, 4),
+    ),
     reference=reference.pairs_logsumexp,
+    triton=_triton("logsumexp"),
     cpu=_logsumexp_cpu,
 )
 
@@ -106,6 +132,7 @@ logsumexp_backward_op = leaf_op(
     "-> (Tensor, Tensor, Tensor)",
     fake=_logsumexp_backward_fake,
     reference=reference.pairs_logsumexp_backward,
+    triton=_triton("logsumexp_backward"),
     cpu=_logsumexp_backward_cpu,
 )
 
@@ -153,9 +180,13 @@ def _topk_cpu(x, y, k, metric, exclude_self, return_logsumexp, offset, values, i
     if x.dtype == torch.float64 or k == 0 or x.shape[0] == 0:
         return reference.pairs_topk(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp)
     shape = (x.shape[0], k)
-    best = torch.full(shape, -math.inf) if values is None else torch.empty(shape).copy_(values)
-    at = torch.full(shape, -1) if indices is None else indices.clone(memory_format=torch.contiguous_format)
-    lse = torch.full((x.shape[0] if return_logsumexp else 0,), -math.inf)
+    best = x.new_full(shape, -math.inf, dtype=torch.float32) if values is None else values.float().contiguous().clone()
+    at = (
+        x.new_full(shape, -1, dtype=torch.int64)
+        if indices is None
+        else indices.clone(memory_format=torch.contiguous_format)
+    )
+    lse = x.new_full((x.shape[0] if return_logsumexp else 0,), -math.inf, dtype=torch.float32)
     if return_logsumexp and logsumexp is not None:
         lse.copy_(logsumexp)
     nearest = metric == "sqeuclidean"  # the native score is minus the distance
@@ -183,5 +214,6 @@ topk_op = leaf_op(
     "Tensor? values, Tensor? indices, Tensor? logsumexp) -> (Tensor, Tensor, Tensor)",
     fake=_topk_fake,
     reference=reference.pairs_topk,
+    triton=_triton("topk"),
     cpu=_topk_cpu,
 )

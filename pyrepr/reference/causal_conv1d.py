@@ -27,7 +27,7 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
         return sequence_bounds(cu_seqlens, total)
     if seq_idx is None:
         return [row * total for row in range(batch + 1)]
-    starts = torch.ones(batch, total, dtype=torch.bool)
+    starts = torch.ones(batch, total, dtype=torch.bool, device="cpu")
     starts[:, 1:] = (seq_idx[:, 1:] != seq_idx[:, :-1]).cpu()
     return [*starts.flatten().nonzero().flatten().tolist(), batch * total]
 
@@ -35,7 +35,8 @@ def bounds_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> l
 def _positions(bounds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Of every token: its sequence, and how many tokens of that come before it."""
     edges = torch.tensor(bounds, device=device)
-    number = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=device), edges.diff())
+    sequences = torch.arange(len(bounds) - 1, device=device)
+    number = torch.repeat_interleave(sequences, edges.diff(), output_size=bounds[-1])
     return number, torch.arange(bounds[-1], device=device) - edges[number]
 
 
@@ -51,7 +52,9 @@ def _seen(
         inside = (position >= back)[:, None]
         moved = torch.cat([rows.new_zeros(min(back, len(rows)), rows.shape[1]), rows[: max(0, len(rows) - back)]])
         place = (number, (position + j).clamp_max(max(0, taps - 2)))
-        before = torch.zeros_like(moved) if initial is None or not back else initial.mT[place]
+        before = torch.zeros_like(moved)
+        if initial is not None and back:
+            before = initial.mT.flatten(0, 1).index_select(0, place[0] * initial.shape[2] + place[1])
         yield j, torch.where(inside, moved, before), inside, place
 
 
@@ -72,7 +75,7 @@ def causal_conv1d(
         y = y + bias.to(dtype)
     for j, seen, _, _ in _seen(x.to(dtype), weight.shape[1], initial, bounds_of(x, seq_idx, cu_seqlens)):
         y = y + weight[:, j].to(dtype) * seen
-    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).view(x.shape)
+    return (y * torch.sigmoid(y) if silu else y).to(x.dtype).reshape(x.shape)
 
 
 # The leaf ops of pyrepr/ops/causal_conv1d.py, same arguments, same results.
@@ -124,5 +127,5 @@ def causal_conv1d_update_(
     """out; `conv_state` holds the last S tokens before and after."""
     kept = weight.shape[1] - 1
     out = causal_conv1d(x, weight, bias, conv_state[..., conv_state.shape[2] - kept :], silu=silu)
-    conv_state.copy_(torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :])
-    return out
+    after = torch.cat([conv_state, x.mT], -1)[..., x.shape[1] :]
+    return (out, conv_state.copy_(after))[0]

@@ -136,7 +136,7 @@ def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else x[:, tokens] for x in tensors)
 
 
-def _prepared(
+def prepared(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool
 ) -> tuple[Any, ...]:
     """q (scaled), k, v, g and beta as the recurrence takes them."""
@@ -145,23 +145,32 @@ def _prepared(
     return q * scale, k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)
 
 
-def _forward(
+def delta_rule_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    state: Tensor,  # [N, HV, K, V]; becomes the final state
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
-) -> Tensor:
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
-    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+) -> tuple[Tensor, Tensor]:
+    """:func:`delta_rule` in chunks, as differentiable as that: what second derivatives go through."""
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is None:
+        state = tensors[2].new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
+    else:
+        state = initial_state.to(tensors[2].dtype)
+    states = [state] if cu_seqlens is None else list(state.split(1))
+    outputs = []
     for tokens, row in _segments(v, cu_seqlens):
-        own = (*_at(tokens, *tensors), state[row])
-        o[:, tokens], state[row] = _recur(*own) if own[0].shape[1] <= FEW else Chunks(*own[:5]).forward(own[5])
-    return o.to(v.dtype)
+        *own, i = *_at(tokens, *tensors), row.start or 0
+        o, states[i] = _recur(*own, states[i]) if own[0].shape[1] <= FEW else Chunks(*own).forward(states[i])
+        outputs.append(o)
+    o = torch.cat(outputs, 1) if outputs else torch.zeros_like(tensors[2])
+    return o.to(v.dtype), torch.cat(states) if states else state
 
 
 def delta_rule_forward(
@@ -177,12 +186,11 @@ def delta_rule_forward(
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, final state, and the states the backward starts from (zero here: this backward starts from the beginning)."""
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    state = v.new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v.dtype))
-    if initial_state is not None:
-        state.copy_(initial_state)
-    o = _forward(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm)
-    return o, state, state.new_zeros(slots, *state.shape[1:])
+    o, state = delta_rule_chunks(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
+    if o.is_cpu and not bool(o.isfinite().all()):
+        # Products of chunks carry what is not finite to the tokens before it. (Looking at it on a GPU would wait.)
+        o, state = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
+    return o.contiguous(), state, state.new_zeros(slots, *state.shape[1:])
 
 
 def delta_rule_update_(
@@ -199,11 +207,10 @@ def delta_rule_update_(
 ) -> Tensor:
     """o; `state` becomes the final state. `initial_state` may be `state`; None is zero."""
     o, last, _ = delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, 0)
-    state.copy_(last)
-    return o
+    return (o, state.copy_(last))[0]
 
 
-def _heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
+def heads_backward(x: Tensor, grad: Tensor, normalize: bool) -> Tensor:
     """The gradient of :func:`_heads`. x: [B, T, H, K], grad: [B, T, HV, K] -> [B, T, H, K] in x's dtype."""
     grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
     if normalize:
@@ -230,7 +237,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g (empty without one), beta, and the initial state, each in its input's dtype."""
     dtype = compute_dtype(v.dtype)
-    tensors = _prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
     ds = grad_state.to(dtype, copy=True)
     grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
@@ -246,8 +253,8 @@ def delta_rule_backward(
         ds[row] = first
     dq, dk, dv, dg, dbeta = grads
     return (
-        _heads_backward(q, dq * scale, use_qk_l2norm),
-        _heads_backward(k, dk, use_qk_l2norm),
+        heads_backward(q, dq * scale, use_qk_l2norm),
+        heads_backward(k, dk, use_qk_l2norm),
         dv.to(v.dtype),
         v.new_empty(0, dtype=dtype) if g is None else dg.to(g.dtype),
         dbeta.to(beta.dtype),

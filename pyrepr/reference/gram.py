@@ -23,7 +23,13 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return distances * (1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)) if y is x else distances
 
 
-def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float, degree: int, coef0: float) -> Tensor:
+def _unit_rows(x: Tensor) -> Tensor:
+    """x / |x|; a zero row stays one, and has no derivative of any order."""
+    zero = (x == 0).all(1, keepdim=True)
+    return torch.where(zero, 0, x / torch.where(zero, 1, x).norm(dim=1, keepdim=True))
+
+
+def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float | Tensor, degree: int, coef0: float) -> Tensor:
     """k(x_i, y_j). x: [n, d], y: [m, d] -> [n, m].
 
     ``scale`` is σ of rbf, exp(−|x−y|²/(2σ²)), and of laplacian, exp(−|x−y|/σ) with the Euclidean norm, and γ of
@@ -34,8 +40,7 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float, degree: int, 
     if kernel == "polynomial":
         return (scale * (x @ y.T) + coef0) ** degree
     if kernel == "cosine":
-        x_norm, y_norm = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
-        return (x / torch.where(x_norm == 0, 1, x_norm)) @ (y / torch.where(y_norm == 0, 1, y_norm)).T
+        return _unit_rows(x) @ _unit_rows(y).T
     centred = x - x.mean(0)
     distance = squared_distances(centred, centred if y is x else y - x.mean(0))
     if kernel == "rbf":
@@ -105,23 +110,66 @@ def gram_stats(
     keep_dots: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """S [M, M], R [M, n], D [M, n], shift [M] in float64 and the inner products [M, n, n] (or [0]); see `ops.gram`."""
-    m, n = len(xs), xs[0].shape[0]
-    rows = torch.arange(n, device=xs[0].device) if mask is None else mask.nonzero()[:, 0]
-    dtype = compute_dtype(xs[0].dtype)
-    inputs = [x[rows].to(dtype) for x in xs]
-    if kernel in SHIFT_INVARIANT:
-        inputs = [_centred(x) for x in inputs]
-    kernels = torch.stack(
-        [kernel_matrix(x, x, kernel, s, degree, coef0) for x, s in zip(inputs, scale.tolist(), strict=True)]
-    ).double()
-    d = kernels.diagonal(dim1=1, dim2=2).clone()
-    off = kernels - torch.diag_embed(d)
-    s = torch.einsum("aij,bij->ab", off, off)
-    r = -d if kernel == "linear" else off.sum(2)
-    dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else kernels.new_empty(0, dtype=dtype)
-    if mask is not None:
-        r, d = (a.new_zeros(m, n).index_copy(1, rows, a) for a in (r, d))
-    return s, r, d, s.new_zeros(m), dots
+    inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, kernel)
+    found = _over_rows(mask, *_by_pairs(inputs, scale, kernel, degree, coef0, torch.zeros_like(scale)))
+    dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else inputs[0].new_empty(0)
+    return *found, torch.zeros_like(scale), dots
+
+
+def statistics(
+    xs: list[Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    kernel: str,
+    degree: int,
+    coef0: float,
+    by_features: bool,
+    split: int,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, R and D of :func:`gram_stats`, of kernels minus `shift` [M]: what derivatives of higher order go through.
+
+    In float64, whatever the inputs are. With `by_features` the memory is that of the inputs, else M n × n matrices.
+    """
+    inputs = _counted([x.double() for x in xs], mask, kernel)
+    if by_features:
+        return _over_rows(mask, *_by_features(inputs, split))
+    return _over_rows(mask, *_by_pairs(inputs, scale, kernel, degree, coef0, shift))
+
+
+def _counted(xs: list[Tensor], mask: Tensor | None, kernel: str) -> list[Tensor]:
+    """The rows that count, centred where the kernel does not notice."""
+    xs = xs if mask is None else [x[mask.nonzero()[:, 0]] for x in xs]
+    return [_centred(x) for x in xs] if kernel in SHIFT_INVARIANT else xs
+
+
+def _by_pairs(
+    xs: list[Tensor], scale: Tensor, kernel: str, degree: int, coef0: float, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = [kernel_matrix(x, x, kernel, s, degree, coef0) for x, s in zip(xs, scale.unbind(), strict=True)]
+    k = torch.stack(kernels).double() - shift[:, None, None]
+    d = k.diagonal(dim1=1, dim2=2).clone()
+    off = k - torch.diag_embed(d)
+    return torch.einsum("aij,bij->ab", off, off), -d if kernel == "linear" else off.sum(2), d
+
+
+def _by_features(xs: list[Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The linear kernel's, in O(n d²): S_ab = ‖X_aᵀX_b‖² − Σ_i |x_ai|² |x_bi|², zero for pairs `split` leaves out."""
+    d = torch.stack([x.square().sum(1) for x in xs])
+    rows = [[d.new_zeros(()) for _ in xs] for _ in xs]
+    for a, x in enumerate(xs):
+        for b, y in enumerate(xs[a:], a):
+            if a == b or not split or a < split <= b:
+                rows[a][b] = rows[b][a] = (x.T @ y).square().sum() - (d[a] * d[b]).sum()
+    return torch.stack([torch.stack(row) for row in rows]), -d, d
+
+
+def _over_rows(mask: Tensor | None, s: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """R and D with zeros where rows do not count."""
+    if mask is None:
+        return s, r, d
+    rows = mask.nonzero()[:, 0]
+    return s, *(a.new_zeros(len(a), len(mask)).index_copy(1, rows, a) for a in (r, d))
 
 
 def gram_matrix(
@@ -131,7 +179,7 @@ def gram_matrix(
     dtype = compute_dtype(x.dtype)
     mean = x.to(dtype)[0] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
     x = x.to(dtype) - mean
-    return kernel_matrix(x, x if y is None else y.to(dtype) - mean, kernel, float(scale[0]), degree, coef0)
+    return kernel_matrix(x, x if y is None else y.to(dtype) - mean, kernel, scale[0], degree, coef0)
 
 
 def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:

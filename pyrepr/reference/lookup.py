@@ -74,12 +74,15 @@ def _check_codes(codes: Tensor, n: int) -> None:
         raise IndexError(f"codes must be from 0 to n - 1 = {n - 1}, got {int(codes.min())} to {int(codes.max())}")
 
 
-def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None = None) -> Tensor:
+def lookup_sum(
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None = None, check: bool = True
+) -> Tensor:
     """Σ_k weights[..., k] · tables[k, codes[..., k]]; codes, weights: [..., K], tables: [K, n, h] -> [..., h].
 
-    `scales` [K, n] multiplies the rows of integer tables.
+    `scales` [K, n] multiplies the rows of integer tables. `check`: look at the codes first, which vmap cannot.
     """
-    _check_codes(codes, tables.shape[1])
+    if check:
+        _check_codes(codes, tables.shape[1])
     k = torch.arange(tables.shape[0], device=tables.device)
     rows = tables[k, codes.long()].to(weights.dtype)  # [..., K, h]
     if scales is not None:
@@ -87,12 +90,13 @@ def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | 
     return (weights[..., None] * rows).sum(-2)
 
 
-def segment_sum(values: Tensor, codes: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
+def segment_sum(values: Tensor, codes: Tensor, n: int, weights: Tensor | None = None, check: bool = True) -> Tensor:
     """Adjoint of :func:`lookup_sum` in the tables: out[k, c] = Σ over rows with codes[..., k] = c of weights · values.
 
     values: [..., h], codes, weights: [..., K] -> [K, n, h].
     """
-    _check_codes(codes, n)
+    if check:
+        _check_codes(codes, n)
     tokens, count = math.prod(values.shape[:-1]), codes.shape[-1]
     values = values.to(compute_dtype(values.dtype)).reshape(tokens, 1, values.shape[-1])
     rows = (codes.long() + n * torch.arange(count, device=codes.device)).reshape(-1)  # [T K]
@@ -115,7 +119,7 @@ def lookup_linear(
     """bias + Σ_k w(z_k) tables[k, h(z_k)]; x: [..., d], tables: [K, 2^τ, h], bias: [h] -> [..., h] in x's dtype."""
     tables = unpack(tables) if tables.dim() == 4 else tables
     bits = tables.shape[1].bit_length() - 1
-    out = lookup_sum(hash_codes(x, bits), weights(x, bits, weighting, temperature), tables, scales)
+    out = lookup_sum(hash_codes(x, bits), weights(x, bits, weighting, temperature), tables, scales, check=False)
     return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
 
 
@@ -135,15 +139,29 @@ def linear_op(
     weighting: str,
     temperature: float,
     route: int,
+    sparse: bool = False,
 ) -> Tensor:
-    """The leaf op of :func:`lookup_linear`; `route` picks between kernels and means nothing here."""
+    """The leaf op of :func:`lookup_linear`; `route` and `sparse` mean nothing here."""
     return lookup_linear(x, tables, bias, weighting=weighting, temperature=temperature, scales=scales)
 
 
-def sum_op(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int) -> Tensor:
-    """The leaf op of :func:`lookup_sum`; `route` picks between kernels and means nothing here."""
+def sum_op(
+    codes: Tensor,
+    weights: Tensor,
+    tables: Tensor,
+    scales: Tensor | None,
+    route: int,
+    sparse: bool = False,
+    check: bool = True,
+) -> Tensor:
+    """The leaf op of :func:`lookup_sum`; `route` and `sparse` mean nothing here."""
     tables = unpack(tables) if tables.dim() == 4 else tables
-    return lookup_sum(codes, weights, tables, scales)
+    return lookup_sum(codes, weights, tables, scales, check)
+
+
+def segments_op(values: Tensor, codes: Tensor, weights: Tensor, n: int, check: bool = True) -> Tensor:
+    """The leaf op of :func:`segment_sum`."""
+    return segment_sum(values, codes, n, weights, check)
 
 
 def backward_op(

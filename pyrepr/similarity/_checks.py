@@ -18,8 +18,8 @@ def check_estimator(estimator: str) -> None:
 
 
 def check_mask(mask: object, n: int, device: torch.device) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        came = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
+        came = f"{mask.dtype}, {mask.layout}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor of shape [n], got {came}")
     check_shape("mask", mask, "[n]", (n,))
     if mask.device != device:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrepr.ops._gram_gradient import gram_stats
+from pyrepr.ops._leaf import readable
+from pyrepr.ops.gram import gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
 from pyrepr.similarity.kernels import Kernel
@@ -28,7 +29,7 @@ def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> T
         check_count(xs[0].shape[0], estimator)
         return xs[0].shape[0]
     count = mask.sum()
-    if not torch.compiler.is_compiling():
+    if readable(count):
         check_count(int(count), estimator, "mask")
     return count.double()
 
@@ -44,7 +45,7 @@ def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: 
     found = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
     d = found[2].detach()
     wide = compute_dtype(xs[0].dtype) == torch.float64
-    if wide or spec.name != "linear" or not d.is_cpu or torch.compiler.is_compiling():
+    if wide or spec.name != "linear" or not d.is_cpu or not readable(d):
         return found
     norms = d.amax(1).tolist()
     if all(NORMS[0] <= norm <= NORMS[1] or norm == 0 or not math.isfinite(norm) for norm in norms):
@@ -52,7 +53,7 @@ def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: 
     units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
     xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
     s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    squares = torch.tensor(units, dtype=torch.float64).square()
+    squares = torch.tensor(units, dtype=torch.float64, device=d.device).square()
     return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
 
 
@@ -92,7 +93,7 @@ def normalise(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Tensor:
     """Self-HSIC that is no more than rounding becomes NaN, with a warning that names the layer."""
     degenerate = own <= floor
-    if not torch.compiler.is_compiling() and own.device.type == "cpu" and degenerate.any():
+    if own.device.type == "cpu" and readable(degenerate) and degenerate.any():
         which = ", ".join(name for name, bad in zip(names, degenerate.tolist(), strict=True) if bad)
         warnings.warn(
             f"{which}: all samples have the same features, or what sets them apart is no more than rounding errors, so "

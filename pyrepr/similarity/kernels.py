@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import median_op
 from pyrepr.reference.gram import KERNELS
+
+MAX_DEGREE = 1000  # a larger one would be a mistake, and take as many multiplications per entry
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Kernel:
             value = getattr(self, option)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{option} must be a positive finite number, got {value!r}")
-        if not isinstance(self.degree, int) or self.degree < 1:
-            raise ValueError(f"degree must be a positive integer, got {self.degree!r}")
+        if not isinstance(self.degree, int) or isinstance(self.degree, bool) or not 1 <= self.degree <= MAX_DEGREE:
+            raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {self.degree!r}")
         if not isinstance(self.coef0, (int, float)) or not math.isfinite(self.coef0):
             raise ValueError(f"coef0 must be a finite number, got {self.coef0!r}")
 
@@ -61,7 +64,7 @@ class Kernel:
         if self.name in ("rbf", "laplacian"):
             if self.sigma is None:
                 scale = self.bandwidth * median_op([x.detach() for x in xs], mask)
-                if not torch.compiler.is_compiling() and scale.is_cpu and bool((scale == 0).any()):
+                if scale.is_cpu and readable(scale) and bool((scale == 0).any()):
                     layer = (scale == 0).tolist().index(True)
                     warnings.warn(
                         f"layer {layer} of {len(xs)}: most samples have the same features, so the median distance is 0 "
@@ -84,6 +87,11 @@ class Kernel:
 def as_kernel(kernel: str | Kernel, bandwidth: float, sigma: float | None) -> Kernel:
     """`kernel=`, `bandwidth=` and `sigma=` of the public functions as one :class:`Kernel`."""
     if isinstance(kernel, Kernel):
+        if bandwidth != 1.0 or sigma is not None:
+            name, value = ("bandwidth", bandwidth) if sigma is None else ("sigma", sigma)
+            raise ValueError(
+                f"{name} belongs into the Kernel(...) that is given as kernel, got {name}={value!r} beside it"
+            )
         return kernel
     if not isinstance(kernel, str):
         raise TypeError(f"kernel must be a name or a pyrepr.Kernel, got {type(kernel).__name__}")

@@ -50,12 +50,10 @@ def gram(
 
     Returns:
         [n, m], float64 for float64 inputs, else float32 (products of 16-bit inputs accumulate in float32).
-        Differentiable in x and y for ``"linear"``; for the other kernels see Raises.
+        Differentiable in x and y any number of times, as :func:`cka` is; σ = bandwidth × median counts as a constant.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
-        RuntimeError: if a gradient is asked of a kernel other than ``"linear"``; the measures are differentiable in
-            all kernels, and ``pyrepr.reference.gram.kernel_matrix`` is plain differentiable PyTorch.
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_layer("x", x)
@@ -69,28 +67,21 @@ def gram(
             raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
     if spec.name in ("rbf", "laplacian") and spec.sigma is None and x.shape[0] < 2:
         raise ValueError(f"x must have at least 2 rows for a median distance, got {x.shape[0]}; or give sigma")
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
-    if spec.name == "linear" and (wants_grad or center):
+    if spec.name == "linear" and center:  # H X (H Y)ᵀ = H X Yᵀ H, without the cancellation of centring the products
         dtype = compute_dtype(x.dtype)
-        left, right = x.to(dtype), (x if y is None else y).to(dtype)
-        if center:  # H X (H Y)ᵀ = H X Yᵀ H, without the cancellation of centring the products
-            left, right = left - left.mean(0), right - right.mean(0)
-        return left @ right.T if wants_grad else matrix_op(left, None if y is None else right, *_linear(x))
-    if wants_grad:
-        raise RuntimeError(
-            f"gram is differentiable for kernel='linear' only, got kernel={spec.name!r}; cka and hsic are "
-            "differentiable in every kernel"
-        )
+        left, right = (None if a is None else a.to(dtype) - a.to(dtype).mean(0) for a in (x, y))
+        return matrix_op(left, right, spec.scales([x]), "linear", 1, 0.0, False)
     centre = spec.name in ("rbf", "laplacian")
-    k = matrix_op(x, y, spec.scales([x]), spec.name, spec.degree, spec.coef0, centre)
+    scale = spec.scales([x])
+    if centre:
+        scale = torch.where(scale > 0, scale, torch.nan)  # a median of 0 leaves the kernel undefined everywhere
+    k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    if centre and y is None:
+        k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
     if center:
         rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
         k = (k - rows - columns + rows.mean()).to(k.dtype)
     return k
-
-
-def _linear(x: Tensor) -> tuple[Tensor, str, int, float, bool]:
-    return torch.ones(1, dtype=torch.float64, device=x.device), "linear", 1, 0.0, False
 
 
 def hsic(

@@ -22,33 +22,40 @@ class ClassSums:
     small: no digits are lost, however much smaller it is than that between classes.
     """
 
-    shift: Tensor  # [C, d] float64
+    shift: Tensor  # [C, d] float64, NaN for a class that has none yet
     counts: Tensor  # [C] float64
     blocks: Blocks  # Σ (x − s)ᵀ (x − s) [d, d] upper triangle, Σ (x − s)ᵀ one-hot [d, C]
 
     @classmethod
     def zeros(cls, classes: int, d: int, device: torch.device) -> ClassSums:
-        shift = torch.zeros(classes, d, dtype=torch.float64, device=device)
+        shift = torch.full((classes, d), torch.nan, dtype=torch.float64, device=device)
         return cls(shift, shift.new_zeros(classes), Blocks.zeros(PAIRS, (d, classes), device))
 
     @property
     def n(self) -> int:
         return int(self.counts.sum())
 
+    def shifted(self, x: Tensor, y: Tensor) -> ClassSums:
+        """The same sums, with the shifts of classes that come first in x: [n, d] with labels y: [n]."""
+        counts = torch.bincount(y, minlength=len(self.counts))
+        new = self.shift[:, 0].isnan() & (counts > 0) if self.shift.shape[1] else counts < 0
+        if not bool(new.any()):
+            return self
+        x, y = (a[new[y]] for a in (x, y))
+        first = _first_rows(x, y, len(counts)).double()
+        rest = torch.zeros_like(first).index_add_(0, y, x.double() - first[y])
+        mean = first + rest / counts[:, None].clamp_min(1)
+        rounded = mean.to(compute_dtype(x.dtype)).double()  # so that x − s is exact nearby
+        return replace(self, shift=torch.where(new[:, None], rounded, self.shift))
+
     def plus_batch(self, x: Tensor, y: Tensor) -> ClassSums:
         """x: [n, d], y: [n] int64."""
-        dtype, classes = compute_dtype(x.dtype), len(self.counts)
-        counts = torch.bincount(y, minlength=classes)
-        shift, new = self.shift, (self.counts == 0) & (counts > 0)
-        if bool(new.any()):
-            x_new, y_new = (a[new[y]] for a in (x, y))
-            first = _first_rows(x_new, y_new, classes).double()
-            rest = torch.zeros_like(shift).index_add_(0, y_new, x_new.double() - first[y_new])
-            mean = first + rest / counts[:, None].clamp_min(1)
-            shift = torch.where(new[:, None], mean.to(dtype).double(), shift)  # rounded: x − s is exact nearby
-        centred = x.to(dtype) - shift.to(dtype)[y]
+        dtype, start = compute_dtype(x.dtype), self.shifted(x, y)
+        classes = len(start.counts)
+        centred = x.to(dtype) - start.shift.to(dtype)[y]
         members = torch.zeros(len(y), classes, dtype=dtype, device=x.device).scatter_(1, y[:, None], 1)
-        return ClassSums(shift, self.counts + counts, self.blocks.plus([centred, members]))
+        counts = start.counts + torch.bincount(y, minlength=classes)
+        return ClassSums(start.shift, counts, start.blocks.plus([centred, members]))
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Σ (x − s)(x − s)ᵀ [d, d] and Σ_{class} (x − s) [C, d]."""
@@ -57,7 +64,9 @@ class ClassSums:
 
     def moved(self, shift: Tensor) -> ClassSums:
         """The same around other shifts."""
-        e = self.shift - shift
+        e = torch.where(self.counts[:, None] > 0, self.shift - shift, 0)
+        if not bool((e != 0).any()):
+            return replace(self, shift=shift)
         square, sums = self.parts()
         cross = sums.T @ e
         square = square + cross + cross.T + (e * self.counts[:, None]).T @ e
@@ -67,14 +76,14 @@ class ClassSums:
 
     def plus(self, other: ClassSums, sign: int = 1) -> ClassSums:
         """The sums of both; with sign −1 the sums without the other's samples."""
-        shift = torch.where(self.counts[:, None] > 0, self.shift, other.shift)
-        one, two = self.moved(shift), other.moved(torch.where(other.counts[:, None] > 0, shift, other.shift))
+        shift = torch.where(self.shift.isnan(), other.shift, self.shift)
         add = torch.add if sign > 0 else torch.sub
-        return ClassSums(shift, add(one.counts, two.counts), one.blocks.map(add, two.blocks.sums()))
+        blocks = self.blocks.map(add, other.moved(shift).blocks.sums())
+        return ClassSums(shift, add(self.counts, other.counts), blocks)
 
     def means(self) -> Tensor:
         """[C, d], NaN for a class without samples."""
-        return self.shift + self.parts()[1] / self.counts[:, None]
+        return torch.where(self.counts[:, None] > 0, self.shift + self.parts()[1] / self.counts[:, None], torch.nan)
 
     def within(self) -> Tensor:
         """Σ (x − μ_class)(x − μ_class)ᵀ, [d, d]."""
@@ -83,10 +92,9 @@ class ClassSums:
 
     def mean(self) -> Tensor:
         """[d], the mean of all samples."""
-        means = torch.where(self.counts[:, None] > 0, self.means(), 0)
-        centre = self.shift.mean(0)  # near enough that weights do not cost digits
-        weights = self.counts / self.counts.sum()
-        return centre + weights @ torch.where(self.counts[:, None] > 0, means - centre, 0)
+        means, has = self.means(), self.counts > 0
+        centre = means[has].mean(0)  # near enough that weights do not cost digits
+        return centre + self.counts[has] / self.counts.sum() @ (means[has] - centre)
 
 
 def _first_rows(x: Tensor, y: Tensor, classes: int) -> Tensor:

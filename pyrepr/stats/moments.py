@@ -85,6 +85,14 @@ class Moments:
             self._labelled = sums.plus_batch(x, labels)
         return self
 
+    def shift_to(self, x: Tensor, y: Tensor) -> None:
+        """With classes: takes the provisional means of classes from this batch without adding it. Moments with the same
+        provisional means are added and subtracted faster; results do not depend on them."""
+        if self.classes is None:
+            raise ValueError("shift_to needs Moments(classes=…)")
+        sums = self._labelled or ClassSums.zeros(self.classes, x.shape[1], x.device)
+        self._labelled = sums.shifted(x, y.to(x.device))
+
     @torch.no_grad()
     def merge(self, other: Moments) -> Moments:
         """Adds the samples another has seen; `other` is not changed.
@@ -263,15 +271,26 @@ class Moments:
 
     def r2_of(self, model: Ridge, multioutput: str = "uniform_average") -> Tensor:
         """R² of a linear map on these samples, which may be others than it was fitted to: held-out R² needs no rows."""
-        n, mean_x, sxx, mean_y, sxy, syy = self._both()
-        b = model.coef.mT.to(sxx)  # [.., d, q]
-        offset = model.coef.to(sxx) @ mean_x + model.intercept.to(sxx) - mean_y
-        total = syy.diagonal()
-        error = total - 2 * (b * sxy).sum(-2) + (b * (sxx @ b)).sum(-2) + n * offset.square()
+        error, total = self._errors(model)
         if multioutput == "variance_weighted":
             return 1 - error.sum(-1) / total.sum()
         raw = 1 - error / total
         return raw if multioutput == "raw_values" else raw.mean(-1)
+
+    def errors_of(self, model: Ridge, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ |y − model(x)|² [...] and Σ |y − mean|² [] over these samples and all targets; mean: [q]."""
+        error, total = self._errors(model)
+        n, _, _, mean_y, *_ = self._both(1)
+        return error.sum(-1), total.sum() + n * (mean_y - mean).square().sum()
+
+    def _errors(self, model: Ridge) -> tuple[Tensor, Tensor]:
+        """Of every target: Σ (y − model(x))² [..., q] and Σ (y − ȳ)² [q]."""
+        n, mean_x, sxx, mean_y, sxy, syy = self._both(1)
+        b = model.coef.mT.to(sxx)  # [..., d, q]
+        offset = model.coef.to(sxx) @ mean_x + model.intercept.to(sxx) - mean_y
+        total = syy.diagonal()
+        error = total - 2 * (b * sxy).sum(-2) + (b * (sxx @ b)).sum(-2) + n * offset.square()
+        return error, total
 
     def pca(self, k: int | None = None) -> PCA:
         """The k (default: all) principal components of x, largest first."""
@@ -352,7 +371,7 @@ class Moments:
             return n, state.shift[0], blocks[0, 0], state.shift[1], blocks[0, 1], blocks[1, 1]
         sums = self._of_classes()
         n, counts, mean = sums.n, sums.counts, sums.mean()
-        deviation = torch.where(counts[:, None] > 0, sums.means() - mean, 0)
+        deviation = torch.where(counts[:, None] > 0, sums.means() - mean, 0)  # [C, d]
         sxy = (counts[:, None] * deviation).T
         sxx = sums.within() + sxy @ deviation
         return n, mean, sxx, counts / n, sxy, counts.diag() - torch.outer(counts, counts) / n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ def convolve(
     return silu(out) if activation else out
 
 
-def final_states(x: np.ndarray, kept: int, initial: np.ndarray | None, bounds: list[tuple[int, int, int]]) -> np.ndarray:
+def final_states(
+    x: np.ndarray, kept: int, initial: np.ndarray | None, bounds: list[tuple[int, int, int]]
+) -> np.ndarray:
     found = np.zeros((len(bounds), x.shape[1], kept), dtype=x.dtype)
     for number, (row, start, end) in enumerate(bounds):
         before = np.zeros((x.shape[1], kept)) if initial is None else initial[number]
@@ -54,7 +57,7 @@ def runs(marks: np.ndarray) -> list[tuple[int, int, int]]:
     found = []
     for row, line in enumerate(marks):
         edges = [0, *(np.nonzero(np.diff(line))[0] + 1), len(line)] if len(line) else []
-        found += [(row, int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]
+        found += [(row, int(a), int(b)) for a, b in itertools.pairwise(edges)]
     return found
 
 
@@ -67,7 +70,11 @@ def size_bound(arrays: list[np.ndarray | None], bounds: Any, eps: float, taps: i
 def draw_fn(draw: Draw) -> Case:
     packing = draw.choice(("rows", "rows", "cu_seqlens", "seq_idx"))
     batch = 1 if packing == "cu_seqlens" else draw.size(4)
-    channels, total, taps = draw.size(40), draw.size(130 if draw.chance(0.1) else 40), draw.choice((1, 2, 3, 4, 4, 4, 5, 7))
+    channels, total, taps = (
+        draw.size(40),
+        draw.size(130 if draw.chance(0.1) else 40),
+        draw.choice((1, 2, 3, 4, 4, 4, 5, 7)),
+    )
     if draw.chance(0.02):
         batch, channels, total = 1, draw.choice((512, 600)), draw.choice((300, 513))
     dtype = draw.dtype()
@@ -84,13 +91,12 @@ def draw_fn(draw: Draw) -> Case:
         arguments.append("bias")
     if packing == "cu_seqlens":
         edges = cuts(draw, total)
-        bounds: Any = [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        bounds: Any = [(0, a, b) for a, b in itertools.pairwise(edges)]
         lines.append(f"cu_seqlens = torch.tensor({edges}, dtype=torch.{draw.choice(('int32', 'int64'))})")
         arguments.append("cu_seqlens=cu_seqlens")
     elif packing == "seq_idx":
-        lines.append(
-            f"seq_idx = (randn({draw.seed_()}, {batch}, {total}).abs() * 0.7).cumsum(-1).to(torch.{draw.choice(('int32', 'int64'))})"
-        )
+        marks = f"(randn({draw.seed_()}, {batch}, {total}).abs() * 0.7).cumsum(-1)"
+        lines.append(f"seq_idx = {marks}.to(torch.{draw.choice(('int32', 'int64'))})")
         arguments.append("seq_idx=seq_idx")
         bounds = None
     else:
@@ -129,7 +135,9 @@ def draw_fn(draw: Draw) -> Case:
         finite = [None if a is None else np.where(np.isfinite(a), a, 0) for a in arrays]
         bound = 1.2 * size_bound(finite, where, eps, taps)
         if with_initial and names["initial_states"].dtype != dtype:  # a state is tokens, in their dtype
-            bound = bound + 4 * EPS[dtype] * convolve(np.abs(finite[0]) * 0, np.abs(finite[1]), None, np.abs(finite[3]), where, False)
+            bound = bound + 4 * EPS[dtype] * convolve(
+                np.abs(finite[0]) * 0, np.abs(finite[1]), None, np.abs(finite[3]), where, False
+            )
         return compare("out", out, convolve(*arrays, where, activation is not None), bound, dtype)
 
     case.check = check
@@ -138,13 +146,28 @@ def draw_fn(draw: Draw) -> Case:
 
         def derived(*varied: np.ndarray) -> np.ndarray:
             given = dict(zip(variables, varied, strict=True))
-            out = convolve(given["x"], given["weight"], given.get("bias"), given.get("initial_states"), bounds, activation is not None)
+            out = convolve(
+                given["x"],
+                given["weight"],
+                given.get("bias"),
+                given.get("initial_states"),
+                bounds,
+                activation is not None,
+            )
             return np.ravel(out)
 
         if not final:
             case.differential = Differential(call, tuple(variables), derived, vmap=packing == "rows")
     if draw.chance(0.12):
-        spoil(draw, case, [n for n in ("x", "weight", "bias", "initial_states", "cu_seqlens", "seq_idx") if any(l.startswith(n) for l in lines)])
+        spoil(
+            draw,
+            case,
+            [
+                n
+                for n in ("x", "weight", "bias", "initial_states", "cu_seqlens", "seq_idx")
+                if any(l.startswith(n) for l in lines)
+            ],
+        )
     return case
 
 
@@ -152,9 +175,18 @@ def spoil(draw: Draw, case: Case, names: list[str]) -> None:
     case.expect, case.differential = "error", None
     name = draw.choice(names)
     if name in ("cu_seqlens",) and draw.chance(0.6):
-        case.lines.append(draw.choice((f"{name} = {name} + 1", f"{name} = {name}.flip(0) - 1", f"{name} = {name}[:0]", f"{name} = {name}.float()")))
+        case.lines.append(
+            draw.choice(
+                (
+                    f"{name} = {name} + 1",
+                    f"{name} = {name}.flip(0) - 1",
+                    f"{name} = {name}[:0]",
+                    f"{name} = {name}.float()",
+                )
+            )
+        )
     else:
-        case.lines.append(draw.wrong(name, wider=name != "weight"))
+        case.lines.append(draw.wrong(name, wider=name not in ("x", "weight")))
     if case.lines[-1] == "bias = None":
         case.expect, case.check = "either", lambda names: None
     if case.lines[-1].split(" = ")[1] == "None" and name in ("initial_states", "cu_seqlens", "seq_idx"):
@@ -200,7 +232,7 @@ def draw_update(draw: Draw) -> Case:
     lines.append("before = conv_state.clone()")
 
     def check(names: dict[str, Any]) -> str | None:
-        x, old, weight, new = (f64(names[n]) for n in ("x", "before", "weight", "conv_state"))
+        x, old, weight = (f64(names[n]) for n in ("x", "before", "weight"))
         bias = f64(names["bias"]) if with_bias else None
         dtype = names["x"].dtype
         eps = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
@@ -228,11 +260,22 @@ def draw_update(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.2):
         case.expect = "error"
-        choices = ["x = x[None, None]", "weight = weight[:, :0]", "conv_state = conv_state[..., 1:]" if length == taps - 1 and length else "weight = weight[0]",
-                   "conv_state = conv_state.to(torch.int32)", "conv_state = conv_state[:, :-1]" if channels else "x = None",
-                   "conv_state = conv_state[:1].expand(2, *conv_state.shape[1:]); x = x[:1].expand(2, *x.shape[1:])" if rows == batch == 1 and channels * length and not indexed and not ring and total != 0 else "weight = 1.0"]  # fmt: skip
+        choices = [
+            "x = x[None, None]",
+            "weight = weight[:, :0]",
+            "conv_state = conv_state[..., 1:]" if length == taps - 1 and length else "weight = weight[0]",
+            "conv_state = conv_state.to(torch.int32)",
+            "conv_state = conv_state[:, :-1]" if channels else "x = None",
+            "conv_state = conv_state[:1].expand(2, *conv_state.shape[1:]); x = x[:1].expand(2, *x.shape[1:])"
+            if rows == batch == 1 and channels * length and not indexed and not ring and total != 0
+            else "weight = 1.0",
+        ]
         if indexed and batch >= 2 and channels * length:
-            choices += [f"conv_state_indices[0] = {rows}", "conv_state_indices[0] = -2", "conv_state_indices = conv_state_indices.clamp(max=0).clamp(min=0)"]
+            choices += [
+                f"conv_state_indices[0] = {rows}",
+                "conv_state_indices[0] = -2",
+                "conv_state_indices = conv_state_indices.clamp(max=0).clamp(min=0)",
+            ]
         lines.append(draw.choice(choices))
         lines[-1] += "; before = conv_state.clone()" if "conv_state =" in lines[-1] else ""
     return case

@@ -26,7 +26,13 @@ from pyrepr import cli
 
 BACKENDS = False
 # What PyTorch says when a model is called with data that does not suit it: the model's sentence, not pyrepr's.
-FORWARD = ("mat1 and mat2", "index out of range in self", "must have the same dtype", "expected scalar type", "this model cannot be made")
+FORWARD = (
+    "mat1 and mat2",
+    "index out of range in self",
+    "must have the same dtype",
+    "expected scalar type",
+    "this model cannot be made",
+)
 FOLDER = Path(tempfile.mkdtemp(prefix="pyrepr-fuzz-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 os.chdir(FOLDER)
@@ -128,19 +134,37 @@ def damaged(draw: Draw, data: bytes) -> bytes:
 def odd_array(draw: Draw) -> np.ndarray:
     return draw.choice(
         (
-            np.array([{"a": 1}, None], dtype=object), np.array(["text", "more"]), np.zeros((0, 3)), np.zeros((3, 0)), np.float64(3.0),
-            np.zeros((4, 3), dtype=np.complex64), np.arange(12).reshape(4, 3), np.full((8, 3), np.nan), np.zeros((8, 3)), np.ones((2, 3)),
-            np.zeros((8, 2, 2)), np.zeros(8, dtype=[("a", "f4")]), np.zeros((8, 3), dtype=">f8"), np.zeros((8, 3), dtype=bool),
-            np.random.default_rng(0).standard_normal((9, 3)), np.asfortranarray(np.random.default_rng(1).standard_normal((8, 3))),
-            np.full((8, 3), np.inf), np.zeros((8, 3), dtype=np.float16), np.zeros((8, 3), dtype="M8[s]"), np.zeros((8, 3), dtype=np.uint16),
+            np.array([{"a": 1}, None], dtype=object),
+            np.array(["text", "more"]),
+            np.zeros((0, 3)),
+            np.zeros((3, 0)),
+            np.float64(3.0),
+            np.zeros((4, 3), dtype=np.complex64),
+            np.arange(12).reshape(4, 3),
+            np.full((8, 3), np.nan),
+            np.zeros((8, 3)),
+            np.ones((2, 3)),
+            np.zeros((8, 2, 2)),
+            np.zeros(8, dtype=[("a", "f4")]),
+            np.zeros((8, 3), dtype=">f8"),
+            np.zeros((8, 3), dtype=bool),
+            np.random.default_rng(0).standard_normal((9, 3)),
+            np.asfortranarray(np.random.default_rng(1).standard_normal((8, 3))),
+            np.full((8, 3), np.inf),
+            np.zeros((8, 3), dtype=np.float16),
+            np.zeros((8, 3), dtype="M8[s]"),
+            np.zeros((8, 3), dtype=np.uint16),
         )
-    )  # fmt: skip
+    )
 
 
 def arrays_of(draw: Draw, rows: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(draw.seed_())
     names = draw.sample(["a", "b.c", "layer 1", "é", "=1+1", "x/y", "\x1b[31mred", "..", "a\nb"], draw.randint(1, 3))
-    return {name: rng.standard_normal((rows, draw.choice((1, 3, 5)))).astype(draw.choice((np.float32, np.float64))) for name in names}
+    return {
+        name: rng.standard_normal((rows, draw.choice((1, 3, 5)))).astype(draw.choice((np.float32, np.float64)))
+        for name in names
+    }
 
 
 def activations(draw: Draw, side: str, rows: int) -> tuple[str, bytes, dict[str, np.ndarray] | None]:
@@ -170,7 +194,11 @@ def put_file(lines: list[str], name: str, data: bytes) -> None:
 
 def left_behind() -> str | None:
     """What a call that failed must not leave."""
-    found = [str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.name.startswith(".") or path.parts[len(FOLDER.parts)] == "out"]
+    found = [
+        str(path.relative_to(FOLDER))
+        for path in FOLDER.rglob("*")
+        if path.name.startswith(".") or path.parts[len(FOLDER.parts)] == "out"
+    ]
     return f"{found[0]} was left behind" if found else None
 
 
@@ -215,15 +243,32 @@ def draw_stored(draw: Draw) -> Case:
     argv = ["compare", name_a, name_b, "--out", "out", "--estimator", estimator, "--quiet"]
     truth = None
     if a is not None and b is not None and {x.dtype for x in a.values()} == {x.dtype for x in b.values()}:
+
         def truth(rows: Any, columns: Any) -> np.ndarray:
             sides = [[side[name].astype(np.longdouble) for name in names] for side, names in ((a, rows), (b, columns))]
-            return np.array([[cka_of(x, y, {"name": "linear"}, estimator) for y in sides[1]] for x in sides[0]], dtype=np.float64)
+            return np.array(
+                [[cka_of(x, y, {"name": "linear"}, estimator) for y in sides[1]] for x in sides[0]], dtype=np.float64
+            )
 
     if draw.chance(0.2):
         truth = None
-        argv += draw.choice((["--kernel", "rbf"], ["--mode", "minibatch"], ["--layers-a", "a"], ["--layers-a", "zz*"], ["--samples", "tokens"], ["--device", "cuda:9"],
-                             ["--device", "nowhere"], ["--batch-size", "0"], ["--max-samples", "-1"], ["--data", name_a], ["--kernel", "what"], ["--seed", "x"],
-                             ["--mode", "exact", "--kernel", "rbf"]))  # fmt: skip
+        argv += draw.choice(
+            (
+                ["--kernel", "rbf"],
+                ["--mode", "minibatch"],
+                ["--layers-a", "a"],
+                ["--layers-a", "zz*"],
+                ["--samples", "tokens"],
+                ["--device", "cuda:9"],
+                ["--device", "nowhere"],
+                ["--batch-size", "0"],
+                ["--max-samples", "-1"],
+                ["--data", name_a],
+                ["--kernel", "what"],
+                ["--seed", "x"],
+                ["--mode", "exact", "--kernel", "rbf"],
+            )
+        )
     case = Case("compare FILES", f"out = run({argv!r})", "value", lines)
     case.check = lambda names: check_run(names, truth)
     return case
@@ -245,19 +290,34 @@ def draw_data(draw: Draw) -> Case:
         except Exception:  # safetensors raises a class of its own
             data = npz({"input": x}, False)
     elif kind == "txt":
-        data = draw.choice((b"one\ntwo\n", b"", b"\n \n", b"\xff\xfe bad", "é\u2028x".encode(), b"a\0b\n", b"\xed\xa0\x80"))
+        data = draw.choice(
+            (b"one\ntwo\n", b"", b"\n \n", b"\xff\xfe bad", "é\u2028x".encode(), b"a\0b\n", b"\xed\xa0\x80")
+        )
     elif kind == "json":
         data = draw.choice((b"{}", b"[1, 2]", b"{", b"null"))
     if kind == "images":
         function, path = "pixels", "pictures"
         for i in range(draw.randint(0, 5)):
             picture = image(draw)
-            put_file(lines, f"pictures/{i}.{draw.choice(('png', 'jpg', 'webp', 'bmp'))}", picture if good or draw.chance(0.7) else damaged(draw, picture))
+            put_file(
+                lines,
+                f"pictures/{i}.{draw.choice(('png', 'jpg', 'webp', 'bmp'))}",
+                picture if good or draw.chance(0.7) else damaged(draw, picture),
+            )
         lines.append("Path('pictures').mkdir(exist_ok=True)")
     elif kind != "nothing":
         put_file(lines, path, data if good else damaged(draw, data))
     function = draw.choice((function, function, function, "activations", "number", "broken", "missing"))
-    argv = ["compare", f"py:nets:{function}", f"py:nets:{draw.choice((function, 'tiny'))}", "--out", "out", "--data", path, "--quiet"]
+    argv = [
+        "compare",
+        f"py:nets:{function}",
+        f"py:nets:{draw.choice((function, 'tiny'))}",
+        "--out",
+        "out",
+        "--data",
+        path,
+        "--quiet",
+    ]
     case = Case("compare MODELS", f"out = run({argv!r})", "value", lines)
 
     case.check = check_run
@@ -267,7 +327,14 @@ def draw_data(draw: Draw) -> Case:
 def draw_model(draw: Draw) -> Case:
     """compare hf:FOLDER … with what a folder may hold"""
     lines: list[str] = []
-    config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+    config = {
+        "model_type": "bert",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 20,
+    }
     text = json.dumps(config).encode()
     if draw.chance(0.5):
         text = damaged(draw, text)
@@ -275,9 +342,27 @@ def draw_model(draw: Draw) -> Case:
     if draw.chance(0.5):
         put_file(lines, "model/model.safetensors", damaged(draw, safetensors({"x": np.zeros(3, dtype=np.float32)})))
     if draw.chance(0.3):
-        put_file(lines, "model/tokenizer.json", damaged(draw, b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {}}}'))
+        put_file(
+            lines,
+            "model/tokenizer.json",
+            damaged(draw, b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {}}}'),
+        )
     put_file(lines, "data.npy", npy(np.arange(24).reshape(6, 4)))
-    spec = draw.choice(("hf:./model", "hf-random:./model", "hf:./nowhere", "hf:@nopackage/x", "timm:nothing", "py:nets", "py::", "hf:", "x.npz", "what", ""))
+    spec = draw.choice(
+        (
+            "hf:./model",
+            "hf-random:./model",
+            "hf:./nowhere",
+            "hf:@nopackage/x",
+            "timm:nothing",
+            "py:nets",
+            "py::",
+            "hf:",
+            "x.npz",
+            "what",
+            "",
+        )
+    )
     argv = ["compare", spec, spec, "--out", "out", "--data", "data.npy", "--quiet"]
     case = Case("compare SPEC", f"out = run({argv!r})", "value", lines)
     case.check = check_run
@@ -292,14 +377,15 @@ def draw_load(draw: Draw) -> Case:
         made = pyrepr.Comparison(values=values, **dict(COMPARISON))
         made.save(FOLDER / "good.npz")
         data = (FOLDER / "good.npz").read_bytes()
-        if draw.chance(0.5):
-            data = rewritten(draw, data)
-        else:
-            data = damaged(draw, data)
+        data = rewritten(draw, data) if draw.chance(0.5) else damaged(draw, data)
         put_file(lines, "bad.npz", data)
         call = "out = pyrepr.Comparison.load('bad.npz'); text = str(out) + repr(out)"
     else:
-        text = json.dumps(CONVERSION) if draw.chance(0.5) else json.dumps(draw.choice(([], {}, 3, None, "x", {"format": "pyrepr.Conversion"}, {"format": "other"})))
+        text = (
+            json.dumps(CONVERSION)
+            if draw.chance(0.5)
+            else json.dumps(draw.choice(([], {}, 3, None, "x", {"format": "pyrepr.Conversion"}, {"format": "other"})))
+        )
         put_file(lines, "bad.json", damaged(draw, text.encode()))
         call = "out = pyrepr.Conversion.load('bad.json'); text = str(out) + repr(out)"
     case = Case(call.split("(")[0].removeprefix("out = pyrepr."), call, "either", lines, names=("path",))
@@ -324,7 +410,9 @@ def rewritten(draw: Draw, data: bytes) -> bytes:
     else:
         metadata[key] = draw.choice((None, 3, [], "x", {}, [1, 2], ["a"]))
     if draw.chance(0.2):
-        values = draw.choice((np.zeros((0, 0)), np.zeros(3), np.array(["x"]), np.zeros((2, 1), dtype=complex), np.zeros((1, 2))))
+        values = draw.choice(
+            (np.zeros((0, 0)), np.zeros(3), np.array(["x"]), np.zeros((2, 1), dtype=complex), np.zeros((1, 2)))
+        )
     return npz({"values": values, "metadata": np.array(json.dumps(metadata))}, False)
 
 
@@ -347,4 +435,3 @@ COMPARISON, CONVERSION = _examples()
 def draw(draw: Draw) -> Case:
     clear()
     return draw.choices((draw_stored, draw_data, draw_model, draw_load), (4, 4, 2, 3))[0](draw)
-

@@ -38,14 +38,16 @@ def put(x: Tensor, *values: tuple[int, float]) -> Tensor:
 
 # What a printed script needs in place of an import of this module, by the names that stand in it.
 HELPERS = {
-    "randn(": "randn = lambda seed, *s: torch.randn(s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)",
+    "randn(": "randn = lambda seed, *s: torch.randn(s, generator=torch.Generator().manual_seed(seed), "
+    "dtype=torch.float64)",
     "gapped(": "gapped = lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]",
     "put(": "put = lambda x, *v: x.flatten().index_put((torch.tensor([i % x.numel() for i, _ in v]),), "
     "torch.tensor([a for _, a in v], dtype=x.dtype)).view(x.shape)",
-    "write(": "import base64, pathlib; Path = pathlib.Path; write = lambda name, text: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_bytes(base64.b64decode(text)))",
+    "write(": "import base64; from pathlib import Path; write = lambda name, text: (Path(name).parent.mkdir("
+    "parents=True, exist_ok=True), Path(name).write_bytes(base64.b64decode(text)))",
     "run(": "from pyrepr import cli; run = cli.main",
     "state(": "from models import net, state, unchanged  # with PYTHONPATH=tests/fuzz",
-    "refused(": "refused = lambda call: call()  # has to raise ValueError or TypeError; take it out to see the next line",
+    "refused(": "refused = lambda call: call()  # has to raise; take it out to see the next line",
     "guarded(": "guarded = lambda x, side: x  # in the fuzzer: beside a page that nobody may touch",
 }
 
@@ -84,7 +86,15 @@ class Case:
     def script(self) -> str:
         text = "\n".join([*self.lines, self.call])
         helpers = [line for name, line in HELPERS.items() if name in text]
-        return "\n".join(["import numpy as np, torch, pyrepr", *helpers, *self.lines, *([self.around] * bool(self.around)), self.call])
+        return "\n".join(
+            [
+                "import numpy as np, torch, pyrepr",
+                *helpers,
+                *self.lines,
+                *([self.around] * bool(self.around)),
+                self.call,
+            ]
+        )
 
 
 class Draw(random.Random):
@@ -165,7 +175,9 @@ class Draw(random.Random):
         wanted = ", ".join(map(str, shape))
         return f"guarded(({self.values(small, scale=scale)}).to(torch.{dtype}), 'end').expand({wanted})"
 
-    def array(self, shape: Sequence[int], dtype: str, *, scale: str = "", wild: float = 0.0, special: float = 0.0) -> str:
+    def array(
+        self, shape: Sequence[int], dtype: str, *, scale: str = "", wild: float = 0.0, special: float = 0.0
+    ) -> str:
         """A tensor of any values and layout."""
         if len(shape) and self.chance(0.08):
             return self.expanded(shape, dtype, scale)
@@ -174,24 +186,22 @@ class Draw(random.Random):
             values = self.special(values)
         return self.tensor(values, len(shape), dtype)
 
-    def wrong(self, name: str, wider: bool = True, deeper: bool = True) -> str:
-        """A line that spoils the tensor `name` in one of many ways; wider, deeper: one more column, more axes do."""
+    def wrong(self, name: str, wider: bool = True, deeper: bool = True, moved: bool = True) -> str:
+        """A line that spoils the tensor `name` in one of many ways; wider, deeper, moved:
+        one more column, more axes, another device do."""
         return self.choice(
-            (
-                f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else None",
-            )
-            * wider
+            (f"{name} = torch.cat([{name}, {name}[..., :1]], -1) if {name}.numel() else 3.0",) * wider
             + (f"{name} = {name}[None, None, None]",) * deeper
+            + (f"{name} = torch.zeros({name}.shape, dtype={name}.dtype, device='meta')",) * moved
             + (
                 f"{name} = None",
                 f"{name} = 3.0",
                 f"{name} = 'x'",
-                f"{name} = {name}.numpy(force=True).tolist() if isinstance({name}, torch.Tensor) and {name}.dtype != torch.bfloat16 else [1.0]",
+                f"{name} = {name}.tolist() if isinstance({name}, torch.Tensor) else [1.0]",
                 f"{name} = torch.zeros((), dtype={name}.dtype)",
                 f"{name} = {name}.to(torch.complex64)",
                 f"{name} = {name}.to(torch.bool)",
                 f"{name} = {name}.to(torch.float8_e4m3fn)",
-                f"{name} = torch.zeros({name}.shape, dtype={name}.dtype, device='meta')",
                 f"{name} = {name}.detach().to_sparse()",
             )
         )
@@ -232,5 +242,8 @@ def compare(name: str, out: Tensor, truth: np.ndarray, bound: np.ndarray | float
     if off.any():
         i = np.unravel_index(int(off.argmax()), truth.shape)
         ratio = float(np.abs(got[i] - truth[i]) / room[i])
-        return f"{name}{list(map(int, i))} is {float(got[i])!r}, truth {float(truth[i])!r}, off by {ratio:.3g} of what is allowed ({int(off.sum())} of {off.size})"
+        return (
+            f"{name}{list(map(int, i))} is {float(got[i])!r}, truth {float(truth[i])!r}, "
+            f"off by {ratio:.3g} of what is allowed ({int(off.sum())} of {off.size})"
+        )
     return None

@@ -5,13 +5,14 @@ Where a layer keeps states between calls, the same tokens cut into pieces have t
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 from causal_conv1d import convolve, cuts, silu
 from delta_rule import recurrence
-from draw import EPS, Case, Draw, compare, f64
+from draw import Case, Draw, compare, f64
 from lookup import codes_of, sums, weights_of
 from measures import KERNELS, cka_of, near
 
@@ -39,14 +40,21 @@ def delta_layer(layer: Any, x: np.ndarray, options: dict[str, Any], edges: list[
     """Projections, convolutions, rule, gated norm, output; x: [B, T, hidden]."""
     p = {name: array(value) for name, value in layer.state_dict().items()}
     linear = lambda name, y: y @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0.0)  # noqa: E731
-    bounds = [(0, a, b) for a, b in zip(edges, edges[1:], strict=False)] if edges else [(i, 0, x.shape[1]) for i in range(len(x))]
+    bounds = [(0, a, b) for a, b in itertools.pairwise(edges)] if edges else [(i, 0, x.shape[1]) for i in range(len(x))]
     parts = []
     kind, activation = options["kind"], options.get("qk_activation", "silu")
     for i, name in enumerate("qkv"):
         y = linear(f"{name}_proj", x)
         active = i == 2 or activation == "silu"
         if layer.use_short_conv:
-            filtered = convolve(np.swapaxes(y, 1, 2), p[f"{name}_conv1d.weight"][:, 0], p.get(f"{name}_conv1d.bias"), None, bounds, active)
+            filtered = convolve(
+                np.swapaxes(y, 1, 2),
+                p[f"{name}_conv1d.weight"][:, 0],
+                p.get(f"{name}_conv1d.bias"),
+                None,
+                bounds,
+                active,
+            )
             y = np.swapaxes(filtered, 1, 2)
         elif active:
             y = silu(y)
@@ -87,7 +95,10 @@ def draw_delta(draw: Draw) -> Case:
     options: dict[str, Any] = {"hidden_size": hidden, "num_heads": heads}
     if kind == "DeltaNet":
         options |= {"use_gate": draw.chance(0.5), "use_beta": draw.chance(0.8)}
-        options |= {"qk_activation": draw.choice(("silu", "relu", "elu", "identity")), "qk_norm": draw.choice(("l2", "l2", "sum"))}
+        options |= {
+            "qk_activation": draw.choice(("silu", "relu", "elu", "identity")),
+            "qk_norm": draw.choice(("l2", "l2", "sum")),
+        }
         options["expand_v"] = draw.choice((1.0, 2.0))
     else:
         options["hidden_size"] = draw.choice((hidden, 12))
@@ -109,8 +120,10 @@ def draw_delta(draw: Draw) -> Case:
     ]
     options["kind"] = kind
     way = draw.choice(("whole", "whole", "pieces", "mask", "packed", "bad"))
-    case = Case(f"nn.{kind}", "", "value", lines)
-    return {"whole": whole, "pieces": pieces, "mask": masked, "packed": packed, "bad": bad_delta}[way](draw, case, options, batch, total)
+    case = Case(f"nn.{kind}", "", "value", lines, repeatable=False)  # PyTorch's products need not be
+    return {"whole": whole, "pieces": pieces, "mask": masked, "packed": packed, "bad": bad_delta}[way](
+        draw, case, options, batch, total
+    )
 
 
 def judge(out: torch.Tensor, truth: np.ndarray, dtype: torch.dtype) -> str | None:
@@ -120,7 +133,9 @@ def judge(out: torch.Tensor, truth: np.ndarray, dtype: torch.dtype) -> str | Non
 
 def whole(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: int) -> Case:
     case.call = f"out = layer(x{', use_cache=True' * draw.chance(0.3)})[0]"
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
+    )
     return case
 
 
@@ -129,14 +144,16 @@ def pieces(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     edges = sorted({0, total, *(draw.randint(0, total) for _ in range(3))})
     lines = ["cache = pyrepr.nn.DeltaCache()"]
     names = []
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
         lines.append(f"out{i} = layer(x[:, {a}:{b}], past_key_values=cache, use_cache=True)[0]")
         names.append(f"out{i}")
     if not names:
         return whole(draw, case, options, batch, total)
     lines.append(f"out = torch.cat([{', '.join(names)}], 1)")
     case.call, case.calls = "\n".join(lines), len(names)
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
+    )
     return case
 
 
@@ -144,7 +161,9 @@ def masked(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     lengths = [draw.randint(0, total) for _ in range(batch)]
     side = draw.choice(("left", "right"))
     marks = [[int((i < n) if side == "right" else (i >= total - n)) for i in range(total)] for n in lengths]
-    case.lines.append(f"mask = torch.tensor({marks}, dtype=torch.{draw.choice(('int64', 'bool', 'float32'))}).view({batch}, {total})")
+    case.lines.append(
+        f"mask = torch.tensor({marks}, dtype=torch.{draw.choice(('int64', 'bool', 'float32'))}).view({batch}, {total})"
+    )
     case.call = "out = layer(x, attention_mask=mask)[0]"
 
     def check(names: dict[str, Any]) -> str | None:
@@ -165,7 +184,9 @@ def packed(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     edges = cuts(draw, total)
     case.lines.append(f"cu_seqlens = torch.tensor({edges})")
     case.call = "out = layer(x, cu_seqlens=cu_seqlens)[0]"
-    case.check = lambda names: judge(names["out"], delta_layer(names["layer"], array(names["x"]), options, edges), names["x"].dtype)
+    case.check = lambda names: judge(
+        names["out"], delta_layer(names["layer"], array(names["x"]), options, edges), names["x"].dtype
+    )
     return case
 
 
@@ -175,21 +196,30 @@ def bad_delta(draw: Draw, case: Case, options: dict[str, Any], batch: int, total
     choice = draw.choice(("wrong", "mask", "cache", "option"))
     case.names = ("hidden_states", "attention_mask", "past_key_values", "x", "q", "v", *options)
     if choice == "wrong":
-        case.lines.append(draw.wrong("x"))
+        case.lines.append(draw.wrong("x", moved=False))
     elif choice == "mask":
-        case.lines.append(f"mask = torch.ones({draw.choice(('3', f'{batch}', f'{batch}, {max(0, total - 1)}', f'{batch + 1}, {total}'))})")
+        shape = draw.choice(("3", f"{batch}", f"{batch}, {max(0, total - 1)}", f"{batch + 1}, {total}"))
+        case.lines.append(f"mask = torch.ones({shape})")
         case.call = "out = layer(x, attention_mask=mask)[0]"
         if total == 0:
             case.expect = "either"
     elif choice == "cache":
         case.call = f"out = layer(x, past_key_values={draw.choice(('3', '[]', '{}', 'object()'))})[0]"
     else:
-        name, values = draw.choice((
-            ("hidden_size", (0, -1, 7.5, "4")), ("num_heads", (0, -2, 5, 1.5)), ("expand_v", (0, -1, 0.001)), ("conv_size", (0, -1)),
-            ("layer_idx", ("a",)),
-        ))  # fmt: skip
+        name, values = draw.choice(
+            (
+                ("hidden_size", (0, -1, 7.5, "4")),
+                ("num_heads", (0, -2, 5, 1.5)),
+                ("expand_v", (0, -1, 0.001)),
+                ("conv_size", (0, -1)),
+                ("layer_idx", ("a",)),
+            )
+        )
         kind = case.kind.removeprefix("nn.")
-        text = ", ".join(f"{k}={v!r}" for k, v in {**{k: v for k, v in options.items() if k != "kind"}, name: draw.choice(values)}.items())
+        text = ", ".join(
+            f"{k}={v!r}"
+            for k, v in {**{k: v for k, v in options.items() if k != "kind"}, name: draw.choice(values)}.items()
+        )
         case.lines = []
         case.call = f"out = pyrepr.nn.{kind}({text})(torch.zeros(1, 3, {options['hidden_size']}))[0]"
         case.expect = "either"
@@ -204,18 +234,23 @@ def draw_convolution(draw: Draw) -> Case:
     activation = draw.choice((None, "silu", "swish"))
     lines = [
         f"torch.manual_seed({draw.seed_()})",
-        f"layer = pyrepr.nn.ShortConvolution({channels}, {taps}, bias={draw.chance(0.5)}, activation={activation!r}).to(torch.{dtype})",
+        f"layer = pyrepr.nn.ShortConvolution({channels}, {taps}, bias={draw.chance(0.5)}, activation={activation!r})"
+        f".to(torch.{dtype})",
         f"x = {draw.array((batch, total, channels), dtype)}",
     ]
     case = Case("nn.ShortConvolution", "out = layer(x)[0]", "value" if channels else "either", lines)
     if channels == 0:  # torch.nn.Conv1d's own business
-        lines[1:] = [f"x = {draw.array((batch, total, 4), dtype)}", f"layer = pyrepr.nn.ShortConvolution(4, {taps}, activation={activation!r}).to(torch.{dtype})"]
+        lines[1:] = [
+            f"x = {draw.array((batch, total, 4), dtype)}",
+            f"layer = pyrepr.nn.ShortConvolution(4, {taps}, activation={activation!r}).to(torch.{dtype})",
+        ]
         case.expect = "value"
     cut = draw.randint(0, total)
     if draw.chance(0.5):
         case.call = (
             f"first, state = layer(x[:, :{cut}], output_final_state=True)\n"
-            f"second, state = layer(x[:, {cut}:], cache=state, output_final_state=True)\nout = torch.cat([first, second], 1)"
+            f"second, state = layer(x[:, {cut}:], cache=state, output_final_state=True)\n"
+            "out = torch.cat([first, second], 1)"
         )
         case.calls = 2
 
@@ -238,11 +273,16 @@ def draw_lookup(draw: Draw) -> Case:
     shape = draw.choice(((7,), (2, 3), (), (0,), (33,)))
     lines = [
         f"torch.manual_seed({draw.seed_()})",
-        f"layer = pyrepr.nn.LookupLinear({chunks * bits}, {features}, bits={bits}, weighting={weighting!r}, temperature={draw.choice((1.0, 0.5))}, table_dtype=torch.{table}, bias={draw.chance(0.6)})",
+        f"layer = pyrepr.nn.LookupLinear({chunks * bits}, {features}, bits={bits}, weighting={weighting!r}, "
+        f"temperature={draw.choice((1.0, 0.5))}, table_dtype=torch.{table}, bias={draw.chance(0.6)})",
         f"x = {draw.array((*shape, chunks * bits), dtype, wild=0.1)}",
     ]
     case = Case("nn.LookupLinear", "out = layer(x)", "value", lines)
-    extra = draw.choice(("", "", "layer.quantize_('int8')", "layer.quantize_('bf16')", "copy")) if table == "float32" else draw.choice(("", "copy"))
+    extra = (
+        draw.choice(("", "", "layer.quantize_('int8')", "layer.quantize_('bf16')", "copy"))
+        if table == "float32"
+        else draw.choice(("", "copy"))
+    )
     if extra == "copy":
         lines.append("import copy; layer = copy.deepcopy(layer); layer.load_state_dict(layer.state_dict())")
     elif extra:
@@ -259,22 +299,42 @@ def draw_lookup(draw: Draw) -> Case:
         weights = weights_of(x, bits, weighting, layer.temperature)
         truth = sums(codes_of(x, bits), weights, tables) + (0 if layer.bias is None else f64(layer.bias))
         size = sums(codes_of(x, bits), np.abs(weights), np.abs(tables)).max(-1, keepdims=True, initial=0)
-        return compare("out", names["out"], truth, (1e-3 if "scales" in state else 1e-4 if dtype != "float64" else 1e-12) * size + 1e-30, names["x"].dtype)
+        return compare(
+            "out",
+            names["out"],
+            truth,
+            (1e-3 if "scales" in state else 1e-4 if dtype != "float64" else 1e-12) * size + 1e-30,
+            names["x"].dtype,
+        )
 
     case.check = check
     if draw.chance(0.15):
-        case.expect, case.names = "error", ("x", "tables", "in_features", "bits", "weighting", "temperature", "kind", "out_features", "table_dtype")
+        case.expect, case.names = (
+            "error",
+            ("x", "tables", "in_features", "bits", "weighting", "temperature", "kind", "out_features", "table_dtype"),
+        )
         if draw.chance(0.5):
             lines.append(draw.wrong("x", wider=True, deeper=False))
         else:
             case.lines = []
-            case.call = "out = " + draw.choice((
-                "pyrepr.nn.LookupLinear(8, 4, bits=3)", "pyrepr.nn.LookupLinear(0, 4)", "pyrepr.nn.LookupLinear(8, 4, bits=17)",
-                "pyrepr.nn.LookupLinear(8, 4, bits=2.0)", "pyrepr.nn.LookupLinear(8, 4, weighting='x')", "pyrepr.nn.LookupLinear(8, 4, temperature=0)",
-                "pyrepr.nn.LookupLinear(8, -1)", "pyrepr.nn.LookupLinear(-8, 4)", "pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)",
-                "pyrepr.nn.LookupLinear(8, 5).pack_()", "pyrepr.nn.LookupLinear(8, 4).quantize_('int4')",
-                "pyrepr.nn.LookupLinear(8, 4).quantize_('int8').quantize_('int8')", "pyrepr.nn.LookupLinear(8.0, 4)", "pyrepr.nn.LookupLinear(8, 'a')",
-            ))  # fmt: skip
+            case.call = "out = " + draw.choice(
+                (
+                    "pyrepr.nn.LookupLinear(8, 4, bits=3)",
+                    "pyrepr.nn.LookupLinear(0, 4)",
+                    "pyrepr.nn.LookupLinear(8, 4, bits=17)",
+                    "pyrepr.nn.LookupLinear(8, 4, bits=2.0)",
+                    "pyrepr.nn.LookupLinear(8, 4, weighting='x')",
+                    "pyrepr.nn.LookupLinear(8, 4, temperature=0)",
+                    "pyrepr.nn.LookupLinear(8, -1)",
+                    "pyrepr.nn.LookupLinear(-8, 4)",
+                    "pyrepr.nn.LookupLinear(8, 4, table_dtype=torch.int32)",
+                    "pyrepr.nn.LookupLinear(8, 5).pack_()",
+                    "pyrepr.nn.LookupLinear(8, 4).quantize_('int4')",
+                    "pyrepr.nn.LookupLinear(8, 4).quantize_('int8').quantize_('int8')",
+                    "pyrepr.nn.LookupLinear(8.0, 4)",
+                    "pyrepr.nn.LookupLinear(8, 'a')",
+                )
+            )
     return case
 
 
@@ -289,7 +349,12 @@ def draw_fit(draw: Draw) -> Case:
         f"x = {draw.array((rows, width), dtype, wild=0.2)}",
     ]
     function = draw.choice(("from_linear", "from_mlp"))
-    case = Case(f"nn.LookupLinear.{function}", f"out = pyrepr.nn.LookupLinear.{function}(linear, x, bits={bits}, rank={rank})(x)", "value", lines)
+    case = Case(
+        f"nn.LookupLinear.{function}",
+        f"out = pyrepr.nn.LookupLinear.{function}(linear, x, bits={bits}, rank={rank})(x)",
+        "value",
+        lines,
+    )
     case.lines.append("before = linear.weight.clone()")
 
     def check(names: dict[str, Any]) -> str | None:
@@ -304,12 +369,20 @@ def draw_fit(draw: Draw) -> Case:
         if np.ptp(x, 0).max() < 1e-6 * np.abs(x).max() + 1e-30:
             return None
         error, varies = ((array(out) - y) ** 2).sum(), ((y - y.mean(0)) ** 2).sum()
-        return f"the fit's error is {error / varies:.3g} of the variance" if error > 1.2 * varies + 1e-9 * (y**2).sum() else None
+        return (
+            f"the fit's error is {error / varies:.3g} of the variance"
+            if error > 1.2 * varies + 1e-9 * (y**2).sum()
+            else None
+        )
 
     case.check = check
     if draw.chance(0.2):
         case.expect, case.names = "error", ("calibration", "rank", "linear", "bits", "mlp")
-        lines.append(draw.choice(("x = x[:0]", "x = x[..., :0]", "x = x.long()", "x = x * float('nan')", "x = x[..., None]", "x = None")))
+        lines.append(
+            draw.choice(
+                ("x = x[:0]", "x = x[..., :0]", "x = x.long()", "x = x * float('nan')", "x = x[..., None]", "x = None")
+            )
+        )
     return case
 
 
@@ -328,17 +401,23 @@ def draw_former(draw: Draw) -> Case:
         f"x = {draw.array((batch, total, d), 'float32')}",
         f"cut = {draw.randint(0, total)}",
     ]
-    case = Case(f"nn.{kind}", "whole = layer(x); part = layer(x[:, :cut])", "value", lines, calls=2)
-    case.call += "\nout = torch.cat(whole, -1) if isinstance(whole, tuple) else whole; part = torch.cat(part, -1) if isinstance(part, tuple) else part"
+    call = "out, part = layer(x), layer(x[:, :cut])"
+    if kind == "LookupQKV":
+        call = "out, part = (torch.cat(layer(y), -1) for y in (x, x[:, :cut]))"
+    case = Case(f"nn.{kind}", call, "value", lines, calls=2, repeatable=False)
 
     def check(names: dict[str, Any]) -> str | None:
         out, part = names["out"], names["part"]
         if out.shape[:2] != (batch, total) or not out.isfinite().all():
             return f"out is {list(out.shape)}, finite: {bool(out.isfinite().all())}"
-        # Attention's order of summation differs with its length, and a last bit may turn a sign that the next layer hashes.
+        # Attention sums in another order for another length, and a last bit may turn a sign that the next layer hashes.
         apart = (out[:, : names["cut"]] - part).abs() > 1e-4 * (1 + out[:, : names["cut"]].abs())
         share = float(apart.double().mean()) if apart.numel() else 0.0
-        return f"{share:.0%} of what came before depends on what comes later" if share > 0.3 and kind != "MemoryFormerBlock" else None
+        return (
+            f"{share:.0%} of what came before depends on what comes later"
+            if share > 0.3 and kind != "MemoryFormerBlock"
+            else None
+        )
 
     case.check = check
     return case
@@ -355,7 +434,9 @@ def draw_loss(draw: Draw) -> Case:
             lines.append(f"{side}{i} = {draw.array(shape, dtype)}")
             names.append(f"{side}{i}")
     sigma = ", sigma=3.0" * (kernel in ("rbf", "laplacian"))
-    lines.append(f"loss = pyrepr.nn.CKALoss(kernel={kernel!r}{sigma}, estimator={estimator!r}, reduction={reduction!r})")
+    lines.append(
+        f"loss = pyrepr.nn.CKALoss(kernel={kernel!r}{sigma}, estimator={estimator!r}, reduction={reduction!r})"
+    )
     case = Case("nn.CKALoss", f"out = loss([{', '.join(left)}], [{', '.join(right)}])", "value", lines)
 
     def check(names: dict[str, Any]) -> str | None:
@@ -364,7 +445,9 @@ def draw_loss(draw: Draw) -> Case:
 
         def of(*arrays: np.ndarray) -> np.ndarray:
             spec = {"name": kernel, "sigma": 3.0}
-            found = np.array([1 - cka_of(a, b, spec, estimator) for a, b in zip(arrays[:pairs], arrays[pairs:], strict=True)])
+            found = np.array(
+                [1 - cka_of(a, b, spec, estimator) for a, b in zip(arrays[:pairs], arrays[pairs:], strict=True)]
+            )
             return found if reduction == "none" else found.mean() if reduction == "mean" else found.sum()
 
         return near("out", names, of, arrays, 1.0 * pairs)
@@ -372,9 +455,15 @@ def draw_loss(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.15):
         case.expect, case.names = "error", ("student", "guide", "x", "y", "mask", "reduction")
-        lines.append(draw.choice(("s0 = s0[1:]", "s0 = None", "s0 = s0.to(torch.int32)", "s0 = s0.flatten()[0]", "s0 = s0.flatten()")))
+        lines.append(
+            draw.choice(
+                ("s0 = s0[1:]", "s0 = None", "s0 = s0.to(torch.int32)", "s0 = s0.flatten()[0]", "s0 = s0.flatten()")
+            )
+        )
     return case
 
 
 def draw(draw: Draw) -> Case:
-    return draw.choices((draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss), (6, 2, 4, 1, 1, 2))[0](draw)
+    return draw.choices(
+        (draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss), (6, 2, 4, 1, 1, 2)
+    )[0](draw)

@@ -133,7 +133,11 @@ def _tables(lines: list[str]) -> np.ndarray:
         import memory
 
         _known.clear()
-        names: dict[str, Any] = {"torch": torch, "guarded": lambda x, side: x, **{n: getattr(draw, n) for n in ("randn", "gapped", "put")}}
+        names: dict[str, Any] = {
+            "torch": torch,
+            "guarded": lambda x, side: x,
+            **{n: getattr(draw, n) for n in ("randn", "gapped", "put")},
+        }
         exec(text, names)
         _known[text] = tables_of(names).astype(np.float64)
         del memory
@@ -143,16 +147,24 @@ def _tables(lines: list[str]) -> np.ndarray:
 def spoil(draw: Draw, case: Case, names: list[str]) -> None:
     case.expect, case.differential = "error", None
     name = draw.choice(names)
-    wider = {"tables": "bias = " in "".join(case.lines), "values": False, "weights": True, "codes": True}.get(name, True)
+    wider = {"tables": "bias = " in "".join(case.lines), "values": False, "weights": True, "codes": True}.get(
+        name, True
+    )
     case.lines.append(draw.wrong(name, wider=wider, deeper=name != "x"))
-    if case.lines[-1] == f"{name} = None" and name in ("bias", "weights"):
+    # One code a row may have any shape, none as well.
+    scalar = case.kind == "segment_sum" and "torch.zeros(()" in case.lines[-1]
+    if scalar or (case.lines[-1] == f"{name} = None" and name in ("bias", "weights")):
         case.expect, case.check = "either", lambda names: None
 
 
 def draw_codes(draw: Draw, shape: tuple[int, ...], n: int) -> tuple[str, bool]:
     """codes within 0 … n − 1, or one of them outside; and whether all are inside."""
     dtype = draw.choice(INTEGERS)
-    text = f"((randn({draw.seed_()}, {', '.join(map(str, shape))}) * 1e3).abs() % {n}).floor()" if shape else f"(randn({draw.seed_()}) * 1e3).abs() % {n}"
+    text = (
+        f"((randn({draw.seed_()}, {', '.join(map(str, shape))}) * 1e3).abs() % {n}).floor()"
+        if shape
+        else f"(randn({draw.seed_()}) * 1e3).abs() % {n}"
+    )
     inside = True
     if draw.chance(0.1) and math.prod(shape):
         bad = draw.choice((n, n + 7, -1, -5, 2**31 - 1, 2**40, -(2**35)))
@@ -170,7 +182,11 @@ def draw_sum(draw: Draw) -> Case:
     dtype = "float64" if kind == "float64" else draw.choice(("float32", "bfloat16", "float16"))
     codes, inside = draw_codes(draw, shape, n)
     smooth = draw.chance(0.4)
-    lines = [codes, f"weights = {draw.array(shape, dtype, wild=0 if smooth else 0.15, special=0 if smooth else 0.08)}", *draw_tables(draw, k, n, h, kind)]
+    lines = [
+        codes,
+        f"weights = {draw.array(shape, dtype, wild=0 if smooth else 0.15, special=0 if smooth else 0.08)}",
+        *draw_tables(draw, k, n, h, kind),
+    ]
     packed = h in (64, 128) and draw.chance(0.5)
     if packed:
         lines.append("plain = tables; tables = pyrepr.pack_tables(tables)")
@@ -225,14 +241,21 @@ def draw_segments(draw: Draw) -> Case:
     codes, inside = draw_codes(draw, shape, n)
     weighted = draw.chance(0.5)
     smooth = draw.chance(0.4)
-    lines = [codes, f"values = {draw.array((*before, h), dtype, wild=0 if smooth else 0.15, special=0 if smooth else 0.05)}"]
+    lines = [
+        codes,
+        f"values = {draw.array((*before, h), dtype, wild=0 if smooth else 0.15, special=0 if smooth else 0.05)}",
+    ]
     if weighted:
         kind = dtype if dtype == "float64" or draw.chance(0.5) else "float32"
-        lines.append(f"weights = {draw.array(shape, kind)}" if shape else f"weights = (randn({draw.seed_()})).to(torch.{kind})")
+        lines.append(
+            f"weights = {draw.array(shape, kind)}" if shape else f"weights = (randn({draw.seed_()})).to(torch.{kind})"
+        )
     # codes [...] of the values' leading shape are taken as one code a row.
     ambiguous = not single and shape == before
     call = f"pyrepr.segment_sum(values, codes, {n}{', weights=weights' * weighted})"
-    case = Case("segment_sum", f"out = {call}", "value" if inside else "error", lines, names=("values", "codes", "weights", "n"))
+    case = Case(
+        "segment_sum", f"out = {call}", "value" if inside else "error", lines, names=("values", "codes", "weights", "n")
+    )
 
     def flat(names: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = math.prod(before)
@@ -279,7 +302,7 @@ def draw_hash(draw: Draw) -> Case:
     if draw.chance(0.15):
         case.expect = "error"
         if draw.chance(0.5):
-            lines.append(draw.wrong("x", wider=bits > 1, deeper=False))
+            lines.append(draw.wrong("x", wider=bits > 1, deeper=False, moved=False))
         else:
             case.call = f"out = pyrepr.hash_codes(x, {draw.choice((0, -1, 17, 2.0, True, None, repr('4')))})"
             case.names = ("bits", "x")

@@ -10,7 +10,7 @@ from draw import EPS, Case, Differential, Draw, compare, f64
 
 DISTANCES = ("rbf", "laplacian")
 KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
-FACTOR = 200  # of the change that rounding the inputs makes; errors seen stay below a tenth
+FACTOR = 400  # of the change that rounding the inputs makes; errors seen stay below a tenth
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -32,7 +32,9 @@ def kernel_matrix(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], base: np
         return x @ y.T
     if name == "polynomial":
         gamma = kernel.get("gamma")
-        return ((1 / max(1, x.shape[1]) if gamma is None else gamma) * (x @ y.T) + kernel.get("coef0", 1.0)) ** kernel.get("degree", 3)
+        return (
+            (1 / max(1, x.shape[1]) if gamma is None else gamma) * (x @ y.T) + kernel.get("coef0", 1.0)
+        ) ** kernel.get("degree", 3)
     if name == "cosine":
         unit = [a / np.where(np.real(norm := np.sqrt((a * a).sum(1, keepdims=True))) == 0, 1, norm) for a in (x, y)]
         return unit[0] @ unit[1].T
@@ -125,7 +127,9 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def near(name: str, names: dict[str, Any], of: Any, arrays: list[np.ndarray], size: Any, pairs: Any = None) -> str | None:
+def near(
+    name: str, names: dict[str, Any], of: Any, arrays: list[np.ndarray], size: Any, pairs: Any = None
+) -> str | None:
     """`out` against of(*arrays), with the room that its condition asks for; NaN is right where that is all of it."""
     out, dtype = names["out"], accumulation(names["dtype"])
     eps = EPS[dtype]
@@ -173,18 +177,25 @@ def draw_gram(draw: Draw) -> Case:
         if centre and k.size:
             mean = k.mean(1, keepdims=True)
             k = k - mean - k.mean(0, keepdims=True) + k.mean()
-            bound = bound + bound.mean(1, keepdims=True) + bound.mean(0, keepdims=True) + bound.mean() + 4 * eps * np.abs(mean).max()
+            bound = (
+                bound
+                + bound.mean(1, keepdims=True)
+                + bound.mean(0, keepdims=True)
+                + bound.mean()
+                + 4 * eps * np.abs(mean).max()
+            )
         return compare("out", names["out"], k, bound, dtype)
 
     case.check = check
     if kernel["name"] == "linear" and n and m and d:
         case.differential = Differential(
-            call.removeprefix("out = "), ("x", "y") if both else ("x",),
+            call.removeprefix("out = "),
+            ("x", "y") if both else ("x",),
             lambda x, y=None: np.ravel(_centred_gram(x, x if y is None else y, centre)),
-        )  # fmt: skip
+        )
     if draw.chance(0.12):
         case.expect, case.differential = "error", None
-        case.lines.append(draw.wrong(draw.choice(("x", "y")) if both else "x", wider=both))
+        case.lines.append(draw.wrong(draw.choice(("x", "y")) if both else "x", wider=both, moved=both))
         if case.lines[-1].startswith("y = None"):
             case.expect = "either"
             case.check = lambda names: None
@@ -221,7 +232,9 @@ def gram_bound(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], k: np.ndarr
     if name == "rbf":
         exponent = change / (2 * sigma * sigma) + 8 * eps * (1 + root**2 / (2 * sigma * sigma))
     else:
-        exponent = np.minimum(change / np.where(root == 0, 1e-4000, root), np.sqrt(change)) / sigma + 8 * eps * (1 + root / sigma)
+        exponent = np.minimum(change / np.where(root == 0, 1e-4000, root), np.sqrt(change)) / sigma + 8 * eps * (
+            1 + root / sigma
+        )
     return k * np.expm1(np.minimum(exponent, 50)) + 2 * eps
 
 
@@ -265,18 +278,25 @@ def draw_pair(draw: Draw) -> Case:
     case.check = check
     if smooth and case.expect == "value":
         case.differential = Differential(
-            call.removeprefix("out = "), draw.choice((("x", "y"), ("x",))),
+            call.removeprefix("out = "),
+            draw.choice((("x", "y"), ("x",))),
             lambda a, b=None: _derived(of, a, b, lines, kernel, estimator),
-        )  # fmt: skip
+        )
     if draw.chance(0.1):
         case.differential, case.expect = None, "error"
-        lines.append(draw.wrong(draw.choice(("x", "y") + ("mask",) * masked), wider=False) if draw.chance(0.8) else f"y = y[: {n - 1}]")
+        lines.append(
+            draw.wrong(draw.choice(("x", "y") + ("mask",) * masked), wider=False)
+            if draw.chance(0.8)
+            else f"y = y[: {n - 1}]"
+        )
         if lines[-1].startswith("mask"):
             case.expect, case.check = "either", lambda names: None
     return case
 
 
-def _derived(of: Any, a: np.ndarray, b: np.ndarray | None, lines: list[str], kernel: dict[str, Any], estimator: str) -> np.ndarray:
+def _derived(
+    of: Any, a: np.ndarray, b: np.ndarray | None, lines: list[str], kernel: dict[str, Any], estimator: str
+) -> np.ndarray:
     if b is None:
         b = _array(lines[1])
     return np.ravel(of(a, b, kernel, estimator))
@@ -292,7 +312,13 @@ def _array(line: str) -> np.ndarray:
             _known.clear()
         from draw import gapped, put, randn
 
-        names: dict[str, Any] = {"torch": torch, "randn": randn, "gapped": gapped, "put": put, "guarded": lambda x, _: x}
+        names: dict[str, Any] = {
+            "torch": torch,
+            "randn": randn,
+            "gapped": gapped,
+            "put": put,
+            "guarded": lambda x, _: x,
+        }
         exec(line, names)
         _known[line] = names[line.split(" = ")[0]].detach().double().resolve_neg().numpy()
     return _known[line]
@@ -319,21 +345,40 @@ def draw_matrix(draw: Draw) -> Case:
     case.check = check
     if draw.chance(0.1):
         case.expect = "error"
-        lines.append(draw.wrong(f"x{draw.randrange(left + right)}", wider=False))
+        lines.append(draw.wrong(f"x{draw.randrange(left + right)}", wider=False, moved=left + right > 1))
         case.names = ("xs", "ys", *(f"x{i}" for i in range(5)))
     return case
 
 
 def draw_options(draw: Draw) -> Case:
     """Options out of their range."""
-    option = draw.choice((
-        "kernel='rbg'", "kernel=3", "kernel=None", "sigma=0.0", "sigma=-1.0", "sigma=float('nan')", "sigma='1'",
-        "bandwidth=0", "bandwidth=float('inf')", "bandwidth=[1]", "estimator='both'", "estimator=None", "mask=[True]",
-        "mask=torch.ones(3)", "kernel=pyrepr.Kernel('polynomial', degree=0)", "kernel=pyrepr.Kernel('polynomial', degree=1.5)",
-        "kernel=pyrepr.Kernel('polynomial', coef0=float('inf'))", "kernel=pyrepr.Kernel('linear', gamma=-1)",
-        "kernel=pyrepr.Kernel('rbf', sigma=2.0), sigma=1.0", "kernel=pyrepr.Kernel('rbf'), bandwidth=3.0",
-        "kernel=pyrepr.Kernel('polynomial', degree=True)", "sigma=True", "kernel=pyrepr.Kernel('rbf', degree='a')",
-    ))  # fmt: skip
+    option = draw.choice(
+        (
+            "kernel='rbg'",
+            "kernel=3",
+            "kernel=None",
+            "sigma=0.0",
+            "sigma=-1.0",
+            "sigma=float('nan')",
+            "sigma='1'",
+            "bandwidth=0",
+            "bandwidth=float('inf')",
+            "bandwidth=[1]",
+            "estimator='both'",
+            "estimator=None",
+            "mask=[True]",
+            "mask=torch.ones(3)",
+            "kernel=pyrepr.Kernel('polynomial', degree=0)",
+            "kernel=pyrepr.Kernel('polynomial', degree=1.5)",
+            "kernel=pyrepr.Kernel('polynomial', coef0=float('inf'))",
+            "kernel=pyrepr.Kernel('linear', gamma=-1)",
+            "kernel=pyrepr.Kernel('rbf', sigma=2.0), sigma=1.0",
+            "kernel=pyrepr.Kernel('rbf'), bandwidth=3.0",
+            "kernel=pyrepr.Kernel('polynomial', degree=True)",
+            "sigma=True",
+            "kernel=pyrepr.Kernel('rbf', degree='a')",
+        )
+    )
     names = ("kernel", "sigma", "bandwidth", "estimator", "mask", "degree", "coef0", "gamma")
     return Case("options", f"out = pyrepr.cka(x, x, {option})", "error", ["x = randn(1, 6, 3)"], names=names)
 

@@ -1,6 +1,7 @@
 """Whole models: compare, convert and distill on small networks of any make.
 
-Truth: CKA of the activations that hooks saw, in NumPy; a converted layer's own report; a model that failed is as before.
+Truth: CKA of the activations that hooks saw, in NumPy; a converted layer's own report; after an error, the model as
+it was.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
 def difference(before: dict[str, Any], after: dict[str, Any], parts: tuple[str, ...]) -> str | None:
     for part in parts:
         if part == "weights":
-            same = before[part].keys() == after[part].keys() and all(torch.equal(a, after[part][name]) or bool(a.isnan().any()) for name, a in before[part].items())
+            same = before[part].keys() == after[part].keys() and all(
+                torch.equal(a, after[part][name]) or bool(a.isnan().any()) for name, a in before[part].items()
+            )
         else:
             same = before[part] == after[part]
         if not same:
@@ -86,7 +89,11 @@ def activations(model: torch.nn.Module, names: tuple[str, ...], batches: list[to
             model(batch)
             for name in names:
                 y = last[name]
-                y = y if isinstance(y, torch.Tensor) else next(t for t in (y.values() if isinstance(y, dict) else y) if isinstance(t, torch.Tensor))
+                y = (
+                    y
+                    if isinstance(y, torch.Tensor)
+                    else next(t for t in (y.values() if isinstance(y, dict) else y) if isinstance(t, torch.Tensor))
+                )
                 seen[name].append(y.flatten(1))
     for hook in hooks:
         hook.remove()
@@ -115,32 +122,87 @@ def prepared(draw: Draw, name: str, kind: str, d: int, h: int) -> list[str]:
 
 def draw_compare(draw: Draw) -> Case:
     d, h = draw.choice((1, 2, 4, 7)), draw.choice((1, 3, 8))
-    lines = [*prepared(draw, "a", draw.choice(KINDS), d, h), *prepared(draw, "b", draw.choice(KINDS), d, h), batches_line(draw, d, 0)]
+    lines = [
+        *prepared(draw, "a", draw.choice(KINDS), d, h),
+        *prepared(draw, "b", draw.choice(KINDS), d, h),
+        batches_line(draw, d, 0),
+    ]
     lines.append("before = [state(a), state(b)]")
     estimator = draw.choice(("unbiased", "biased"))
     options = [f"estimator={estimator!r}", "progress=False"]
-    extra = draw.choice(("", "", "", "samples='tokens'", "mode='minibatch'", "layers_a='**'", "layers_b=lambda n, m: 'first' in n", "layers_a='nothing'", "mode='what'", "kernel='rbf'", "samples=3"))
+    extra = draw.choice(
+        (
+            "",
+            "",
+            "",
+            "samples='tokens'",
+            "mode='minibatch'",
+            "layers_a='**'",
+            "layers_b=lambda n, m: 'first' in n",
+            "layers_a='nothing'",
+            "mode='what'",
+            "kernel='rbf'",
+            "samples=3",
+        )
+    )
     if extra:
         options.append(extra)
-    call = f"out = pyrepr.compare(a, {draw.choice(('b', 'b', 'a'))}, {draw.choice(('batches',) * 6 + ('[]', 'None', '3', 'batches[0]'))}, {', '.join(options)})"
+    data = draw.choice(("batches",) * 6 + ("[]", "None", "3", "batches[0]"))
+    call = f"out = pyrepr.compare(a, {draw.choice(('b', 'b', 'a'))}, {data}, {', '.join(options)})"
     case = Case("compare", call, "either", lines, repeatable=False)
-    case.names = ("data", "model_a", "model_b", "layers_a", "layers_b", "samples", "mode", "kernel", "estimator", "batch", "layers", "model", "estimator", "samples")
+    case.names = (
+        "data",
+        "model_a",
+        "model_b",
+        "layers_a",
+        "layers_b",
+        "samples",
+        "mode",
+        "kernel",
+        "estimator",
+        "batch",
+        "layers",
+        "model",
+        "estimator",
+        "samples",
+    )
 
     def check(names: dict[str, Any]) -> str | None:
-        out, models = names["out"], [names["a"], names["b"] if call.startswith("out = pyrepr.compare(a, b") else names["a"]]
-        what = [difference(old, state(m), tuple(old)) for old, m in zip(names["before"], (names["a"], names["b"]), strict=True)]
+        out, models = (
+            names["out"],
+            [names["a"], names["b"] if call.startswith("out = pyrepr.compare(a, b") else names["a"]],
+        )
+        what = [
+            difference(old, state(m), tuple(old))
+            for old, m in zip(names["before"], (names["a"], names["b"]), strict=True)
+        ]
         if any(what):
             return next(w for w in what if w)
         if tuple(out.values.shape) != (len(out.layers_a), len(out.layers_b)):
             return "values do not fit the layers"
-        if extra in ("samples='tokens'", "mode='minibatch'", "kernel='rbf'") or out.mode != "exact" or "batches[0]" in call:
+        if (
+            extra in ("samples='tokens'", "mode='minibatch'", "kernel='rbf'")
+            or out.mode != "exact"
+            or "batches[0]" in call
+        ):
             return None
-        left, right = (activations(m, layers, names["batches"]) for m, layers in zip(models, (out.layers_a, out.layers_b), strict=True))
+        left, right = (
+            activations(m, layers, names["batches"])
+            for m, layers in zip(models, (out.layers_a, out.layers_b), strict=True)
+        )
         for i, x in enumerate(out.layers_a):
             for j, y in enumerate(out.layers_b):
                 truth = float(cka_of(left[x], right[y], {"name": "linear"}, estimator))
-                spread = min(np.ptp(side[name], 0).max() / (np.abs(side[name]).max() + 1e-30) for side, name in ((left, x), (right, y)))
-                if np.isfinite(truth) and spread > 1e-3 and abs(truth) < 50 and not abs(float(out.values[i, j]) - truth) < 0.01 * (1 + abs(truth)):
+                spread = min(
+                    np.ptp(side[name], 0).max() / (np.abs(side[name]).max() + 1e-30)
+                    for side, name in ((left, x), (right, y))
+                )
+                if (
+                    np.isfinite(truth)
+                    and spread > 1e-3
+                    and abs(truth) < 50
+                    and not abs(float(out.values[i, j]) - truth) < 0.01 * (1 + abs(truth))
+                ):
                     return f"CKA of {x!r} and {y!r} is {float(out.values[i, j])}, truth {truth}"
         return None
 
@@ -152,16 +214,55 @@ def draw_convert(draw: Draw) -> Case:
     d, h = draw.choice((2, 4, 8)), draw.choice((3, 4, 8))
     kind = draw.choice(KINDS)
     lines = [*prepared(draw, "model", kind, d, h), batches_line(draw, d), "before = state(model)"]
-    options = [f"bits={draw.choice((1, 2, 2, 4, 3))}", "batch_sizes=()", "progress=False", f"rank={draw.choice((0, 0, 0, 1, 2))}"]
+    options = [
+        f"bits={draw.choice((1, 2, 2, 4, 3))}",
+        "batch_sizes=()",
+        "progress=False",
+        f"rank={draw.choice((0, 0, 0, 1, 2))}",
+    ]
     if draw.chance(0.3):
         options.append(f"quantize={draw.choice(('int8', 'bf16'))!r}")
     if draw.chance(0.3):
-        options.append(draw.choice(("select='**'", "select='0'", "select='nothing'", "select=lambda n, m: True", "select=3", "weighting='x'", "max_rows=3", "max_rows=16", "rank=-1", "rank=99", "quantize='int4'")))
+        options.append(
+            draw.choice(
+                (
+                    "select='**'",
+                    "select='0'",
+                    "select='nothing'",
+                    "select=lambda n, m: True",
+                    "select=3",
+                    "weighting='x'",
+                    "max_rows=3",
+                    "max_rows=16",
+                    "rank=-1",
+                    "rank=99",
+                    "quantize='int4'",
+                )
+            )
+        )
         key = options[-1].split("=")[0]
         options = [o for o in options if o.split("=")[0] != key or o is options[-1]]
-    data = draw.choice(("batches",) * 8 + ("batches[0]", "[]", "None", "'x'", "[torch.zeros(3, 99)]", "[b * float('nan') for b in batches]", "[None]"))
-    case = Case("convert", f"out = pyrepr.convert(model, {data}, {', '.join(options)})", "either", lines, repeatable=False)
-    case.names = ("model", "calibration_data", "select", "bits", "rank", "weighting", "quantize", "max_rows", "calibration", "batch", "output", "mat1")
+    data = draw.choice(
+        ("batches",) * 8
+        + ("batches[0]", "[]", "None", "'x'", "[torch.zeros(3, 99)]", "[b * float('nan') for b in batches]")
+    )
+    case = Case(
+        "convert", f"out = pyrepr.convert(model, {data}, {', '.join(options)})", "either", lines, repeatable=False
+    )
+    case.names = (
+        "model",
+        "calibration_data",
+        "select",
+        "bits",
+        "rank",
+        "weighting",
+        "quantize",
+        "max_rows",
+        "calibration",
+        "batch",
+        "output",
+        "mat1",
+    )
 
     def check(names: dict[str, Any]) -> str | None:
         out, model = names["out"], names["model"]
@@ -178,7 +279,9 @@ def draw_convert(draw: Draw) -> Case:
         count = sum(isinstance(m, pyrepr.nn.LookupLinear) for m in model.modules())
         if count != len(out.layers):
             return f"{count} layers were replaced and {len(out.layers)} are reported"
-        if {n: t for n, t in after["training"].items() if n in names["before"]["training"]} != names["before"]["training"]:
+        if {n: t for n, t in after["training"].items() if n in names["before"]["training"]} != names["before"][
+            "training"
+        ]:
             return "training flags are not as they were"
         str(out), repr(out)
         model.eval()
@@ -190,8 +293,10 @@ def draw_convert(draw: Draw) -> Case:
 
 def restored(case: Case, name: str) -> Case:
     """A call that fails has to leave the model as it was: that is checked in the call itself."""
-    inner = case.call
-    case.call = f"before_call = state({name})\ntry:\n    {inner}\nexcept Exception:\n    unchanged(before_call, state({name}))\n    raise"
+    case.call = (
+        f"before_call = state({name})\ntry:\n    {case.call}\n"
+        f"except Exception:\n    unchanged(before_call, state({name}))\n    raise"
+    )
     return case
 
 
@@ -206,16 +311,44 @@ NAMES["unchanged"] = unchanged
 
 def draw_distill(draw: Draw) -> Case:
     d, h = draw.choice((2, 4)), draw.choice((4, 8))
-    lines = [*prepared(draw, "teacher", draw.choice(KINDS), d, h), batches_line(draw, d, 0.05), "import copy; student = copy.deepcopy(teacher)"]
+    lines = [
+        *prepared(draw, "teacher", draw.choice(KINDS), d, h),
+        batches_line(draw, d, 0.05),
+        "import copy; student = copy.deepcopy(teacher)",
+    ]
     if draw.chance(0.9):
         lines.append("pyrepr.convert(student, batches, bits=2, batch_sizes=(), progress=False)")
     lines.append("before = state(teacher)")
     options = [f"epochs={draw.choice(((1, 1), (0, 1), (1, 0), (2, 1), (0, 0)))}", "progress=False"]
     if draw.chance(0.4):
-        options.append(draw.choice(("train='all'", "train='x'", "train=lambda n, p: False", "lr=0", "lr=float('nan')", "lr=1.0", "layers='0'", "layers='no'", "loss=lambda s, t, b: 3", "loss=3", "epochs=1")))
+        options.append(
+            draw.choice(
+                (
+                    "train='all'",
+                    "train='x'",
+                    "train=lambda n, p: False",
+                    "lr=0",
+                    "lr=float('nan')",
+                    "lr=1.0",
+                    "layers='0'",
+                    "layers='no'",
+                    "loss=lambda s, t, b: 3",
+                    "loss=3",
+                    "epochs=1",
+                )
+            )
+        )
         options = [o for o in options[:-1] if o.split("=")[0] != options[-1].split("=")[0]] + options[-1:]
-    data = draw.choice(("batches",) * 8 + ("batches[0]", "[]", "iter(batches)", "3", "[b * float('nan') for b in batches]"))
-    case = Case("distill", f"out = pyrepr.distill(student, teacher, {data}, {', '.join(options)})", "either", lines, repeatable=False)
+    data = draw.choice(
+        ("batches",) * 8 + ("batches[0]", "[]", "iter(batches)", "3", "[b * float('nan') for b in batches]")
+    )
+    case = Case(
+        "distill",
+        f"out = pyrepr.distill(student, teacher, {data}, {', '.join(options)})",
+        "either",
+        lines,
+        repeatable=False,
+    )
     case.names = ("student", "teacher", "data", "layers", "train", "epochs", "lr", "loss", "batch", "output")
 
     def check(names: dict[str, Any]) -> str | None:

@@ -68,9 +68,7 @@ class Problem:
         return np.imag(self.case.differential.truth(*moved)) / STEP
 
     def second(self, arrays: list[np.ndarray], v: list[np.ndarray], w: list[np.ndarray]) -> np.ndarray:
-        sides = [
-            self.step([a + sign * DIFFERENCE * b for a, b in zip(arrays, w, strict=True)], v) for sign in (1, -1)
-        ]
+        sides = [self.step([a + sign * DIFFERENCE * b for a, b in zip(arrays, w, strict=True)], v) for sign in (1, -1)]
         return (sides[0] - sides[1]) / (2 * DIFFERENCE)
 
     def disturbed(self) -> list[np.ndarray]:
@@ -86,7 +84,11 @@ class Problem:
         if not np.isfinite(truth).all() or not all(np.isfinite(a).all() for a in around):
             return None
         change = max(float(np.abs(a - truth).max(initial=0)) for a in around)
+        if OF_CONDITION * change > self.size_of(truth) and change > 0:
+            return None  # rounding decides
         room = OF_CONDITION * change + OF_ROUNDING * self.eps * self.size_of(truth) + rounding
+        if np.isinf(room).any():
+            return None  # the numbers themselves are beyond their type
         off = np.abs(got - truth) - room
         if not np.isfinite(got).all() or (off > 0).any():
             i = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
@@ -154,11 +156,16 @@ def forward(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
         places = tuple(range(len(problem.variables)))
         jacobians = torch.func.jacfwd(lambda *a: tuple(flat(problem.function(*a))), argnums=places)(*problem.variables)
         out = [
-            sum((j.flatten(j.dim() - t.dim()) @ t.flatten() if t.dim() else j * t) for j, t in zip(row, tangents, strict=True))
+            sum(
+                (j.double().flatten(j.dim() - t.dim()) @ t.double().flatten()) if t.dim() else j.double() * t
+                for j, t in zip(row, tangents, strict=True)
+            ).to(row[0].dtype)
             for row in jacobians
         ]
     got = np.concatenate([y.detach().double().numpy().ravel() for y in out]) if out else np.zeros(0)
-    rounding = 4 * max(EPS[y.dtype] for y in out) * float(np.abs(got).max(initial=0)) * (len(v) if mode == "jacfwd" else 1)
+    rounding = (
+        4 * max(EPS[y.dtype] for y in out) * float(np.abs(got).max(initial=0)) * (len(v) if mode == "jacfwd" else 1)
+    )
     if mode == "jacfwd":
         rounding *= 16
     return problem.judge("tangent", got, lambda a: problem.step(a, v), rounding)
@@ -167,7 +174,9 @@ def forward(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
 def mapped(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
     """Three points along v at once."""
     along = (0.0, 0.25, -0.5)
-    points = [[x + (s * torch.from_numpy(d)).to(x.dtype) for x, d in zip(problem.variables, v, strict=True)] for s in along]
+    points = [
+        [x + (s * torch.from_numpy(d)).to(x.dtype) for x, d in zip(problem.variables, v, strict=True)] for s in along
+    ]
     stacked = [torch.stack(xs) for xs in zip(*points, strict=True)]
     if mode == "vmap":
         out = torch.func.vmap(lambda *a: tuple(flat(problem.function(*a))))(*stacked)
@@ -205,7 +214,9 @@ def second(problem: Problem, mode: str, v: list[np.ndarray], w: list[np.ndarray]
         variables = [x.clone().requires_grad_() for x in problem.variables]
         gradients = torch.autograd.grad(problem.loss(*variables), variables, create_graph=True, allow_unused=True)
         whole = slope(gradients)  # constant, if the function is linear
-        seconds: Any = torch.autograd.grad(whole, variables, allow_unused=True) if whole.requires_grad else [None] * len(v)
+        seconds: Any = (
+            torch.autograd.grad(whole, variables, allow_unused=True) if whole.requires_grad else [None] * len(v)
+        )
     elif mode == "grad_of_grad":
         gradient = torch.func.grad(problem.loss, argnums=places)
         seconds = torch.func.grad(lambda *a: slope(gradient(*a)), argnums=places)(*problem.variables)

@@ -40,14 +40,17 @@ def draw(draw: Draw) -> Case:
     widths = [draw.choice((1, 2, 3, 8, 17, 33)) for _ in range(layers + right)]
     dtype = draw.dtype()
     batches = draw.randint(1, 4)
-    rows = [draw.choice((8, 16, 20))] * batches if mode == "minibatch" else [draw.choice((0, 1, 2, 3, 5, 8, 16, 33)) for _ in range(batches)]
+    rows = (
+        [draw.choice((8, 16, 20))] * batches
+        if mode == "minibatch"
+        else [draw.choice((0, 1, 2, 3, 5, 8, 16, 33)) for _ in range(batches)]
+    )
     wild = 0.15
     lines, wholes = [], []
     total = sum(rows)
     for i, width in enumerate(widths):
         lines.append(f"x{i} = {draw.array((total, width), dtype, wild=wild)}")
         wholes.append(f"x{i}")
-    xs, ys = ", ".join(wholes[:layers]), ", ".join(wholes[layers:])
     call = [f"stream = pyrepr.StreamingCKA(mode={mode!r}, estimator={estimator!r})"]
     if draw.chance(0.3):
         call.append(f"other = pyrepr.StreamingCKA(mode={mode!r}, estimator={estimator!r})")
@@ -60,10 +63,19 @@ def draw(draw: Draw) -> Case:
         call.append(f"{target}.update([{left}]{f', [{more}]' * bool(right)})")
         start, seen = start + count, seen + count * (target == "stream")
         if draw.chance(0.2):
-            call.append(draw.choice(("saved = stream.state_dict(); stream = pyrepr.StreamingCKA(); stream.load_state_dict(saved)",
-                                     "import copy; stream = copy.deepcopy(stream)", "import pickle; stream = pickle.loads(pickle.dumps(stream))")))  # fmt: skip
+            call.append(
+                draw.choice(
+                    (
+                        "saved = stream.state_dict()\nstream = pyrepr.StreamingCKA()\nstream.load_state_dict(saved)",
+                        "import copy; stream = copy.deepcopy(stream)",
+                        "import pickle; stream = pickle.loads(pickle.dumps(stream))",
+                    )
+                )
+            )
         if draw.chance(0.3) and seen:
-            bad = draw.choice(BAD).format(layers=layers, other="biased" if estimator == "unbiased" else "unbiased", mode=mode)
+            bad = draw.choice(BAD).format(
+                layers=layers, other="biased" if estimator == "unbiased" else "unbiased", mode=mode
+            )
             call.append(f"refused(lambda: {bad})")
     if any("other =" in line for line in call):
         call.append("stream.merge(other)")
@@ -103,7 +115,8 @@ def minibatch(a: np.ndarray, b: np.ndarray, estimator: str, rows: list[int] = ()
     """A ratio of sums over batches (Nguyen et al. 2020); batches of one size, so that weights do not matter."""
     sums, start = np.zeros(3, dtype=a.dtype), 0
     for count in rows:
-        k, l = (kernel_matrix(x[start : start + count] - x[start : start + count].mean(0), x[start : start + count] - x[start : start + count].mean(0), {"name": "linear"}) for x in (a, b))  # fmt: skip
+        parts = [x[start : start + count] for x in (a, b)]
+        k, l = (kernel_matrix(x - x.mean(0), x - x.mean(0), {"name": "linear"}) for x in parts)
         sums += [hsic_of(k, l, estimator), hsic_of(k, k, estimator), hsic_of(l, l, estimator)]
         start += count
     return sums[0] / np.sqrt(sums[1] * sums[2])

@@ -28,17 +28,19 @@ import pyrepr
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import memory  # noqa: E402
-import modes  # noqa: E402
-from draw import Case, Draw, gapped, put, randn  # noqa: E402
+import memory
+import modes
+from draw import Case, Draw, gapped, put, randn
 
 FAMILIES = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "layers", "models", "command")
 BOARD_BYTES = 1 << 16
 MOST_FAILURES = 25
 CLEAR = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, FloatingPointError)
 # What a sentence for users never says.
-JARGON = re.compile(r"INTERNAL ASSERT|incompatible function arguments|std::|pybind|Traceback|object has no attr|'NoneType' object"
-                    r"|unsupported operand|size of tensor a|must match the size|Expected all tensors|unpack|subscriptable")
+JARGON = re.compile(
+    r"INTERNAL ASSERT|incompatible function arguments|std::|pybind|Traceback|object has no attr|'NoneType' object"
+    r"|unsupported operand|size of tensor a|must match the size|Expected all tensors|unpack|subscriptable"
+)
 
 
 class Board:
@@ -114,9 +116,15 @@ class Worker:
         self.cases += 1
         memory.reset()
         names: dict[str, Any] = {
-            "np": np, "torch": torch, "pyrepr": pyrepr, "randn": randn, "gapped": gapped, "put": put,
-            "guarded": memory.guarded, **getattr(self.family, "NAMES", {}),
-        }  # fmt: skip
+            "np": np,
+            "torch": torch,
+            "pyrepr": pyrepr,
+            "randn": randn,
+            "gapped": gapped,
+            "put": put,
+            "guarded": memory.guarded,
+            **getattr(self.family, "NAMES", {}),
+        }
         self.board.write(number, case.script())
         try:
             exec("\n".join(case.lines), names)
@@ -178,7 +186,7 @@ class Worker:
 
     def mode(self, draw: Draw) -> tuple[str, Any]:
         kind = draw.choices(("", "grad", "inference", "reference", "meta"), (5, 2, 1, 1.5, 0.3))[0]
-        if kind == "inference":
+        if kind == "inference" and getattr(self.family, "BACKENDS", True):
             return "torch._C._set_grad_enabled(False)  # torch.inference_mode()", torch.inference_mode()
         if kind == "reference" and getattr(self.family, "BACKENDS", True):
             return "pyrepr.use_backend('reference').__enter__()", Again(lambda: pyrepr.use_backend("reference"))
@@ -213,9 +221,13 @@ class Worker:
 
     def report(self) -> dict[str, Any]:
         return {
-            "cases": self.cases, "calls": self.calls, "values": self.values, "refused": self.refused,
-            "modes": self.modes, "failures": self.failures,
-        }  # fmt: skip
+            "cases": self.cases,
+            "calls": self.calls,
+            "values": self.values,
+            "refused": self.refused,
+            "modes": self.modes,
+            "failures": self.failures,
+        }
 
 
 class Again:

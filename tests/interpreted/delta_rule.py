@@ -155,6 +155,23 @@ def test_decoding_in_place(rule, dtype):
     assert error(state, expected[1]) < FORWARD[torch.float32]
 
 
+@pytest.mark.parametrize("K", [32, 24])
+def test_decoding_from_another_state(K):
+    """It is read where it lies, and stays as it is."""
+    x = inputs("gated", 3, B=2, K=K)
+    initial, out = x[5].clone(), torch.full_like(x[5], torch.nan)
+    o = update_op_(out, *x[:5], initial, None, 0.3, True)
+    expected = truth(x, l2norm=True)
+    assert error(o, expected[0]) < FORWARD[torch.float32] and error(out, expected[1]) < FORWARD[torch.float32]
+    assert torch.equal(initial, x[5])
+    both = torch.cat([x[5].flatten(), torch.zeros(16)])  # the final state begins 16 entries behind the initial one
+    initial, out = both[:-16].view_as(x[5]), both[16:].view_as(x[5])
+    update_op_(out, *x[:5], initial, None, 0.3, True)
+    assert error(out, expected[1]) < FORWARD[torch.float32]
+    update_op_(out, *x[:5], None, None, 0.3, True)
+    assert error(out, truth([*x[:5], 0 * x[5]], l2norm=True)[1]) < FORWARD[torch.float32]
+
+
 def test_decoding_packed_and_many_tokens():
     x = inputs("gated", 12, N=4)
     cu = torch.tensor([0, 3, 3, 4, 12], dtype=torch.int32)

@@ -1,0 +1,64 @@
+"""CKA as a measure among the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyrepr.similarity._checks import check_estimator
+from pyrepr.similarity._hsic import normalise
+from pyrepr.similarity._protocol import Measure
+from pyrepr.similarity.kernels import Kernel
+from pyrepr.similarity.measures import cka_matrix
+from pyrepr.stats.moments import LayerMoments
+
+
+@dataclass(frozen=True)
+class CKA(Measure):
+    """Centred kernel alignment, :func:`pyrepr.cka`, with the options of :class:`pyrepr.Kernel` and the estimator."""
+
+    kernel: str = "linear"
+    bandwidth: float = 1.0
+    sigma: float | None = None
+    degree: int = 3
+    estimator: str = "unbiased"
+
+    name: ClassVar[str] = "cka"
+    title: ClassVar[str] = "CKA"
+
+    def __post_init__(self) -> None:
+        check_estimator(self.estimator)
+        self._kernel  # noqa: B018  (its own checks)
+
+    @property
+    def _kernel(self) -> Kernel:
+        return Kernel(self.kernel, self.bandwidth, self.sigma, self.degree)
+
+    @property
+    def least(self) -> int:
+        return 4 if self.estimator == "unbiased" else 2
+
+    @property
+    def streams(self) -> bool:
+        return self.kernel == "linear"
+
+    def chance(self, n: int) -> float | None:
+        return 0.0 if self.estimator == "unbiased" else None
+
+    def describe(self) -> str:
+        return f"{self.kernel} CKA, {self.estimator} estimator"
+
+    def _values(self, left: list[Tensor], right: list[Tensor] | None) -> Tensor:
+        return cka_matrix(left, right, kernel=self._kernel, estimator=self.estimator)
+
+    def of_moments(self, moments: LayerMoments) -> Tensor:
+        if not self.streams:
+            return super().of_moments(moments)
+        if moments.samples < self.least:
+            raise ValueError(f"CKA needs at least {self.least} samples, got {moments.samples}")
+        table = moments.hsic(self.estimator)
+        own, split = torch.where(table.diagonal() > 0, table.diagonal(), torch.nan), moments.split
+        return normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)

@@ -1,0 +1,248 @@
+"""Probes, neural collapse, spectra: definitions in float64 and scikit-learn's values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pyrepr.stats import (
+    Moments,
+    concept_depth,
+    effective_rank,
+    linear_probe,
+    mean_cosine,
+    neural_collapse,
+    v_information,
+)
+from pyrepr.stats.probes import _Dealer
+
+
+def digits(n=600):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x[:n], dtype=torch.float64), torch.tensor(y[:n])
+    return {"pixels": x, "mixed": torch.tanh(x @ torch.randn(64, 20, dtype=x.dtype) / 20), "few": x[:, 20:25]}, y
+
+
+def folds_of(n, folds=5, seed=0):
+    dealt = _Dealer(folds, seed)(n)
+    return [((dealt != f).nonzero()[:, 0].numpy(), (dealt == f).nonzero()[:, 0].numpy()) for f in range(folds)]
+
+
+def test_cross_validated_accuracy_is_scikit_learns():
+    from sklearn.linear_model import RidgeClassifier
+
+    layers, y = digits()
+    probe = linear_probe(layers, y, alphas=(1.0, 300.0))
+    assert probe.layers == ("pixels", "mixed", "few") and probe.samples == 600 and probe.metric == "accuracy"
+    for i, x in enumerate(layers.values()):
+        for j, alpha in enumerate((1.0, 300.0)):
+            right = 0
+            for train, test in folds_of(600):
+                model = RidgeClassifier(alpha=alpha).fit(x[train].numpy(), y[train].numpy())
+                right += int((model.predict(x[test].numpy()) == y[test].numpy()).sum())
+            assert abs(float(probe.scores[i, j]) - right / 600) < 1e-12
+            p = right / 600
+            assert abs(float(probe.stderr[i, j]) - (p * (1 - p) / 600) ** 0.5) < 1e-12
+    whole = RidgeClassifier(alpha=float(probe.best_alpha[0])).fit(layers["pixels"].numpy(), y.numpy())
+    torch.testing.assert_close(2 * probe.models["pixels"].coef, torch.tensor(whole.coef_), rtol=1e-7, atol=1e-9)
+    assert abs(probe.chance - float(y.bincount().max()) / 600) < 1e-12
+
+
+def test_a_loader_gives_what_tensors_give():
+    layers, y = digits()
+    whole = linear_probe(layers, y)
+    loader = [({k: x[i : i + 97] for k, x in layers.items()}, y[i : i + 97]) for i in range(0, 600, 97)]
+    streamed = linear_probe(loader, classes=10)
+    assert torch.equal(streamed.scores, whole.scores) and streamed.layers == whole.layers
+    with pytest.raises(ValueError, match="an iterable that starts anew every time"):
+        linear_probe(iter(loader), classes=10)
+    with pytest.raises(ValueError, match="classes must be given"):
+        linear_probe(loader)
+
+
+def test_validation_data():
+    from sklearn.linear_model import RidgeClassifier
+
+    layers, y = digits()
+    train, test = {k: x[:400] for k, x in layers.items()}, {k: x[400:] for k, x in layers.items()}
+    probe = linear_probe(train, y[:400], alphas=10.0, val=(test, y[400:]))
+    assert probe.samples == 200
+    for i, name in enumerate(layers):
+        model = RidgeClassifier(alpha=10.0).fit(train[name].numpy(), y[:400].numpy())
+        assert abs(float(probe.scores[i, 0]) - model.score(test[name].numpy(), y[400:].numpy())) < 1e-12
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_regression_is_scikit_learns(held_out):
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import r2_score
+
+    layers, y = digits()
+    target = torch.stack([y.double(), layers["pixels"].mean(1)], 1)
+    if held_out:
+        train, test = {k: x[:400] for k, x in layers.items()}, {k: x[400:] for k, x in layers.items()}
+        probe = linear_probe(train, target[:400], alphas=(1.0, 50.0), val=(test, target[400:]), task="regression")
+    else:
+        probe = linear_probe(layers, target, alphas=(1.0, 50.0), task="regression")
+    for i, x in enumerate(layers.values()):
+        for j, alpha in enumerate((1.0, 50.0)):
+            splits = [(np.arange(400), np.arange(400, 600))] if held_out else folds_of(600)
+            predicted, truth = [], []
+            for train, test in splits:
+                model = Ridge(alpha=alpha).fit(x[train].numpy(), target[train].numpy())
+                predicted.append(model.predict(x[test].numpy()))
+                truth.append(target[test].numpy())
+            score = r2_score(np.concatenate(truth), np.concatenate(predicted), multioutput="variance_weighted")
+            assert abs(float(probe.scores[i, j]) - score) < 1e-9
+    assert bool((probe.stderr > 0).all()) and bool((probe.stderr < 0.2).all())
+
+
+def test_soft_labels_and_float32():
+    layers, y = digits()
+    hard = linear_probe(layers, y)
+    soft = linear_probe(layers, torch.nn.functional.one_hot(y, 10).double())
+    torch.testing.assert_close(soft.scores, hard.scores)
+    low = linear_probe({k: x.float() for k, x in layers.items()}, y)
+    torch.testing.assert_close(low.scores, hard.scores, rtol=0, atol=0.01)
+
+
+def test_picture_and_table(tmp_path):
+    layers, y = digits(200)
+    probe = linear_probe(layers, y)
+    probe.plot(tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").stat().st_size > 5000
+    assert "pixels" in str(probe) and "accuracy" in str(probe)
+    with pytest.raises(ValueError, match="path must end in"):
+        probe.plot(tmp_path / "depth.gif")
+
+
+def test_bad_input_of_probes():
+    layers, y = digits(60)
+    for call, message in (
+        (lambda: linear_probe(layers, y, folds=1), "folds must be an integer of at least 2, got 1"),
+        (lambda: linear_probe(layers, y, folds=40), "folds must be at most half of the 60 samples, got 40"),
+        (lambda: linear_probe(layers, y[:7]), "y must have a row for each of the 60 samples"),
+        (lambda: linear_probe(layers, y, task="ranking"), "task must be"),
+        (lambda: linear_probe(layers, y, classes=5), r"y must hold labels in \[0, 5\), got 0 to 9"),
+        (lambda: linear_probe({}, y), "layers must hold at least one layer"),
+        (lambda: linear_probe(layers), "y must be the labels or targets"),
+        (lambda: linear_probe({"a": torch.full((60, 2), torch.nan)}, y), "x must be finite"),
+        (lambda: linear_probe(layers, y, alphas=-1), "alphas must be finite numbers of at least 0"),
+        (lambda: linear_probe(layers, torch.zeros(60).long()), "classes must be an integer of at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_v_information_of_gaussians_is_their_mutual_information():
+    rho = 0.8
+    x = torch.randn(200_000, 1, dtype=torch.float64)
+    y = rho * x + (1 - rho**2) ** 0.5 * torch.randn(200_000, 1, dtype=torch.float64)
+    assert abs(float(v_information(x, y)) - -0.5 * np.log(1 - rho**2)) < 0.01
+    assert float(v_information(x, torch.randn(200_000).double())) < 1e-4
+    assert float(v_information(x, 3 * x)) > 10
+
+
+def test_concept_depth():
+    assert concept_depth([0.5, 0.5, 0.9, 1.0, 0.99], chance=0.5) == (3, 0.75, 2)
+    assert concept_depth(torch.tensor([0.7, 0.7])) == (0, 0.0, 0)
+    with pytest.raises(ValueError, match="share must be in"):
+        concept_depth([0.1], share=0)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        concept_depth([])
+
+
+def collapsed(spread, classes=4, n=400, d=10):
+    simplex = torch.eye(classes, d, dtype=torch.float64) - 0.0
+    y = torch.arange(n) % classes
+    return simplex[y] * 3 + spread * torch.randn(n, d, dtype=torch.float64) + 7, y
+
+
+def test_neural_collapse_is_its_definition():
+    x, y = collapsed(0.5)
+    weight, bias = torch.randn(4, 10, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    means = torch.stack([x[y == c].mean(0) for c in range(4)])
+    m = means - means.mean(0)
+    within = (x - means[y]).T @ (x - means[y]) / len(x)
+    nc1 = torch.trace(within @ torch.linalg.pinv(m.T @ m / 4)) / 4
+    simplex = (torch.eye(4, dtype=x.dtype) - 0.25) / 3**0.5
+    nc2 = (m @ m.T / (m @ m.T).norm() - simplex).norm()
+    nc3 = (weight / weight.norm() - m / m.norm()).norm()
+    nc4 = ((x @ weight.T + bias).argmax(1) != torch.cdist(x, means).argmin(1)).double().mean()
+    found = neural_collapse(x, y, weight, bias)
+    for got, expected in zip(found, (nc1, nc2, nc3, nc4), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    soft = neural_collapse(x, torch.nn.functional.one_hot(y, 4).double(), weight, bias)
+    for got, expected in zip(soft, found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    stream = neural_collapse(Moments(4).update(x[:99], y[:99]).update(x[99:], y[99:]), weight=weight)
+    torch.testing.assert_close(torch.stack(stream[:3]), torch.stack(found[:3]), rtol=1e-9, atol=1e-12)
+    assert stream.nc4.isnan()
+
+
+def test_collapse_to_ten_digits():
+    """nc1 falls as the square of the spread, down to where total minus between would be noise."""
+    for spread in (1e-2, 1e-4, 1e-6):
+        x, y = collapsed(spread)
+        means = torch.stack([x[y == c].mean(0) for c in range(4)])
+        m = means - means.mean(0)
+        within = (x - means[y]).T @ (x - means[y]) / len(x)
+        expected = torch.trace(within @ torch.linalg.pinv(m.T @ m / 4)) / 4
+        found = neural_collapse(x, y, m)
+        torch.testing.assert_close(found.nc1, expected, rtol=1e-6, atol=0)
+        assert float(found.nc2) < 3 * spread and float(found.nc3) < 1e-12 and float(found.nc4) == 0
+
+
+def test_bad_input_of_collapse():
+    x, y = collapsed(0.5)
+    for call, message in (
+        (lambda: neural_collapse(x, y[:5]), r"labels must have shape \[n\] = \[400\]"),
+        (lambda: neural_collapse(x, torch.zeros(400).long()), "labels must be of at least two classes, got 1"),
+        (
+            lambda: neural_collapse(x, y, torch.randn(4, 3)),
+            r"weight must have shape \[C, d\] = \[4, 10\], got \[4, 3\]",
+        ),
+        (lambda: neural_collapse(x, y, torch.randn(4, 10), torch.randn(3)), r"bias must have shape \[C\] = \[4\]"),
+        (lambda: neural_collapse(x, torch.rand(400, 4) + 1), "labels must be ≥ 0 and add up to 1"),
+        (lambda: neural_collapse(Moments().update(x)), "features must be Moments"),
+        (lambda: neural_collapse(x, y, torch.randn(3, 10)), r"labels must hold labels in \[0, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.warns(UserWarning, match="classes without samples: 4"):
+        found = neural_collapse(x, y, torch.randn(5, 10))
+    assert found.nc1.isfinite() and found.nc2.isnan() and found.nc3.isnan()
+
+
+def test_effective_rank():
+    q = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64)).Q
+    flat = q[:, :7] - 0.0
+    for kind in ("entropy", "participation"):
+        torch.testing.assert_close(effective_rank(flat, kind, center=False), torch.tensor(7.0).double())
+    x = torch.randn(300, 9, dtype=torch.float64) * torch.arange(1, 10)
+    values = torch.linalg.svdvals(x - x.mean(0))
+    p = values / values.sum()
+    torch.testing.assert_close(effective_rank(x), (-(p * p.log()).sum()).exp())
+    squares = values**2
+    torch.testing.assert_close(effective_rank(x, "participation"), squares.sum() ** 2 / (squares**2).sum())
+    for kind in ("entropy", "participation"):
+        torch.testing.assert_close(effective_rank(Moments().update(x), kind), effective_rank(x, kind))
+    many = torch.stack([x, 2 * x, x.flip(0)])
+    torch.testing.assert_close(effective_rank(many), effective_rank(x).expand(3))
+    assert torch.autograd.gradcheck(effective_rank, (torch.randn(6, 4).double().requires_grad_(),))
+    with pytest.raises(ValueError, match="kind must be"):
+        effective_rank(x, "rank")
+
+
+def test_mean_cosine():
+    x = torch.randn(40, 5, dtype=torch.float64) + 1
+    cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
+    expected = (cosines.sum() - 40) / (40 * 39)
+    torch.testing.assert_close(mean_cosine(x), expected)
+    x[3] = 0
+    cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
+    torch.testing.assert_close(mean_cosine(x), (cosines.sum() - 39) / (40 * 39))
+    assert mean_cosine(x[:1]).isnan()
