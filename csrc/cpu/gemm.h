@@ -14,6 +14,7 @@
 #endif
 
 #include <cstdlib>
+#include <new>
 
 #include "cpu/simd.h"
 
@@ -474,6 +475,29 @@ class Memory {
 
  private:
   void* data_;
+};
+
+// A fixed number of elements, all `value` at first, or whatever memory holds; throws std::bad_alloc if there is none.
+// (What the standard library makes for numbers would be linked in for every instruction set.)
+enum Unset { kUnset };
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size = 0, T value = T()) : Array(size, kUnset) {
+    for (int64_t i = 0; i < size; i++) data()[i] = value;
+  }
+  Array(int64_t size, Unset) : size_(size), memory_(size * int64_t(sizeof(T))) {
+    if (!memory_.ok()) throw std::bad_alloc();
+  }
+  T* data() const { return memory_.as<T>(); }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) const { return data()[i]; }
+  T* begin() const { return data(); }
+  T* end() const { return data() + size_; }
+
+ private:
+  int64_t size_;
+  Memory memory_;
 };
 
 }  // namespace

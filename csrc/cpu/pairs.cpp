@@ -6,14 +6,24 @@
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
+// Calls run(S{}) with the storage type of x and y.
+template <class Run>
+Status with_storage(DType dtype, Run run) {
+  try {
+    return by_narrow_dtype(dtype, [&](auto s) { return run(s), Status::ok; });
+  } catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+  }
+}
+
 Status topk(const TopkProblem& p) {
-  return by_narrow_dtype(p.dtype, [&](auto s) { return topk_of<decltype(s)>(p); });
+  return with_storage(p.dtype, [&](auto s) { topk_of<decltype(s)>(p); });
 }
 Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
-  return by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExp<decltype(s)>::run(p, out); });
+  return with_storage(p.dtype, [&](auto s) { LogSumExp<decltype(s)>::run(p, out); });
 }
 Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
-  return by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExpGradient<decltype(s)>::run(p, out); });
+  return with_storage(p.dtype, [&](auto s) { LogSumExpGradient<decltype(s)>::run(p, out); });
 }
 
 }  // namespace

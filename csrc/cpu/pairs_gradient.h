@@ -15,74 +15,53 @@ class LogSumExpGradient {
  public:
   using Words = typename WordsOf<S>::Type;
 
-  static Status run(const PairsProblem& p, const LogSumExpGradients& g) {
-    const int64_t n = p.x.rows, m = p.y.rows, P = p.prefix_count, d = p.x.cols;
-    const Segments<Words> segments(p.prefixes, P);
+  static void run(const PairsProblem& p, const LogSumExpGradients& g) {
+    const Segments<Words> segments(p.prefixes, p.prefix_count);
     const ByFeature<S, Words> y(p.y, segments, p.threads);
     const BySample<S, Words> x_samples(p.x, segments, p.threads), y_samples(p.y, segments, p.threads);
-    const Memory dx(n * d * 4), dy(m * d * 4);
-    if (!y.ok() || !x_samples.ok() || !y_samples.ok() || !dx.ok() || !dy.ok()) return Status::out_of_memory;
-    LogSumExpGradient all(p, g, segments, y, x_samples, y_samples);
-    all.dx_ = dx.as<float>();
-    all.dy_ = dy.as<float>();
-    zero(all.dx_, n * d);
-    zero(all.dy_, m * d);
-    const Status status = all.rounds();
-    if (status == Status::ok) all.finish();
-    return status;
+    const LogSumExpGradient all(p, g, segments, y, x_samples, y_samples);
+    with_scratch<Scratch>(p.threads, [&](const Scratch& own) { all.rounds(own); }, segments, all.grid_, p.prefix_count);
+    all.finish();
   }
 
  private:
   using Word = typename Words::Word;
   using Tile = LogitTile<S>;
   static constexpr int W = Lanes<float>::W, MR = Words::MR, NR = Words::NR;
-  static constexpr int64_t kWide = 400;  // columns that a row of `Sums` has room for
 
   // One thread's memory.
   struct Scratch {
     RowBlock<S, Words> x;
-    Memory tiles;                // [P, rows, kPanelStride] inner products, then [rows, kPanelStride] coefficients
-    Memory words;                // coefficients as words along the columns, then along the rows
-    std::vector<float> columns;  // [m of a tile] sums of a tile's columns
+    Array<float> tiles;    // [P, rows, kPanelStride] inner products, then [rows, kPanelStride] coefficients
+    Array<Word> words;     // coefficients as words along the columns, then along the rows
+    Array<float> columns;  // sums of a tile's columns
     Scratch(const Segments<Words>& segments, const Grid& grid, int64_t prefixes)
         : x(segments, grid.rows),
-          tiles((prefixes + 1) * grid.rows * kPanelStride * 4),
-          words(2 * grid.rows * kPanelStride * 4),
-          columns(static_cast<size_t>(kPanelStride)) {}
-    bool ok() const { return x.ok() && tiles.ok() && words.ok(); }
+          tiles((prefixes + 1) * grid.rows * kPanelStride),
+          words(2 * grid.rows * kPanelStride),
+          columns(kPanelStride) {}
   };
 
-  Status rounds() {
-    const int64_t longer = larger(grid_.row_blocks, grid_.col_blocks),
-                  shorter = smaller(grid_.row_blocks, grid_.col_blocks);
-    bool ok = true;
-#pragma omp parallel num_threads(p_.threads)
-    {
-      Scratch scratch(segments_, grid_, p_.prefix_count);
-      if (!scratch.ok()) {
-#pragma omp atomic write
-        ok = false;
-      }
-#pragma omp barrier
-      for (int64_t round = 0; ok && round < longer; round++) {
+  void rounds(const Scratch& own) const {
+    const int64_t longer = larger(grid_.row_blocks, grid_.col_blocks);
+    const int64_t shorter = smaller(grid_.row_blocks, grid_.col_blocks);
+    for (int64_t round = 0; round < longer; round++) {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < shorter; i++) {
-          const int64_t other = (i + round) % longer;
-          if (grid_.row_blocks <= grid_.col_blocks)
-            tile(i, other, scratch);
-          else
-            tile(other, i, scratch);
-        }
+      for (int64_t i = 0; i < shorter; i++) {
+        const int64_t other = (i + round) % longer;
+        if (grid_.row_blocks <= grid_.col_blocks)
+          tile(i, other, own);
+        else
+          tile(other, i, own);
       }
     }
-    return ok ? Status::ok : Status::out_of_memory;
   }
 
-  void tile(int64_t row_block, int64_t col_block, Scratch& scratch) {
+  void tile(int64_t row_block, int64_t col_block, const Scratch& scratch) const {
     const int64_t n = p_.x.rows, m = p_.y.rows, P = p_.prefix_count, size = grid_.rows * kPanelStride;
     const int64_t r0 = row_block * grid_.rows, rows = smaller(grid_.rows, n - r0);
     const int64_t c0 = col_block * grid_.cols, cols = smaller(grid_.cols, m - c0);
-    float* const tiles = scratch.tiles.template as<float>();
+    float* const tiles = scratch.tiles.data();
     if (!g_.kept) dots(Tile{tiles, r0, rows, c0, cols}, scratch);
     const Tile sum{tiles + P * size, r0, rows, c0, cols};
     for (int64_t q = P; q-- > 0;) {
@@ -100,7 +79,7 @@ class LogSumExpGradient {
   }
 
   // The inner products of every prefix: [P] tiles.
-  void dots(const Tile& t, Scratch& scratch) const {
+  void dots(const Tile& t, const Scratch& scratch) const {
     scratch.x.pack(p_.x, t.r0, t.rows);
     const int64_t size = grid_.rows * kPanelStride;
     int64_t first = 0;
@@ -130,7 +109,7 @@ class LogSumExpGradient {
 
   // Logits become dS, and the sums of dS s of the tile's rows and columns are added up. One exponential an element
   // where that stays in range, as in the forward.
-  void differentiate(const Tile& t, int64_t q, float most, float* column_sums) {
+  void differentiate(const Tile& t, int64_t q, float most, float* column_sums) const {
     const int64_t n = p_.x.rows, m = p_.y.rows;
     const float* const r = g_.r ? g_.r + q * n + t.r0 : nullptr;
     const float* const c = g_.c ? g_.c + q * m + t.c0 : nullptr;
@@ -214,24 +193,24 @@ class LogSumExpGradient {
   }
 
   // dX += D Y and dY += D^T X over the features of a segment.
-  void multiply(const Tile& d, const Segment& s, Scratch& scratch) const {
+  void multiply(const Tile& d, const Segment& s, const Scratch& scratch) const {
     const Word *along_columns, *along_rows;
     if constexpr (Words::step == 1) {
       along_columns = along_rows = d.data;
     } else {
-      to_pairs(d, scratch.words.template as<Word>(), scratch.words.template as<Word>() + grid_.rows * kPanelStride);
-      along_columns = scratch.words.template as<Word>();
+      to_pairs(d, scratch.words.data(), scratch.words.data() + grid_.rows * kPanelStride);
+      along_columns = scratch.words.data();
       along_rows = along_columns + grid_.rows * kPanelStride;
     }
     for (int64_t panel = 0; panel < s.panels; panel++) {
       const int64_t f = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - f);
       const Word* const y = y_samples_.at(s.panel + panel, d.c0);
       for (int64_t i = 0; i < d.rows; i += MR)
-        add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, y, dx_, d.r0 + i,
+        add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, y, dx_.data(), d.r0 + i,
                          smaller<int64_t>(MR, d.rows - i), f, count);
       const Word* const x = x_samples_.at(s.panel + panel, d.r0);
       for (int64_t j = 0; j < d.cols; j += MR)
-        add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, x, dy_, d.c0 + j,
+        add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, x, dy_.data(), d.c0 + j,
                         smaller<int64_t>(MR, d.cols - j), f, count);
     }
   }
@@ -275,15 +254,14 @@ class LogSumExpGradient {
 #endif
 
   // A normalised row's gradient is orthogonal to it: the part along it is taken away, prefix by prefix.
-  void finish() {
+  void finish() const {
     double scale = 0;
     for (int64_t i = 0; i < p_.prefix_count * p_.x.rows; i++) scale += row_sums_[i];
     *g_.scale = static_cast<float>(scale / p_.scale);
-    write(p_.x, factors_.row, row_sums_, dx_, g_.x);
-    write(p_.y, factors_.column, column_sums_, dy_, g_.y);
+    write(p_.x, factors_.row, row_sums_, dx_.data(), g_.x);
+    write(p_.y, factors_.column, column_sums_, dy_.data(), g_.y);
   }
-  void write(const View& x, const std::vector<float>& inverse, const std::vector<double>& along, float* grad,
-             void* out_) const {
+  void write(const View& x, const Array<float>& inverse, const Array<double>& along, float* grad, void* out_) const {
     using Stored = typename S::Memory;
     const int64_t d = x.cols;
 #pragma omp parallel for schedule(static) num_threads(p_.threads)
@@ -314,9 +292,11 @@ class LogSumExpGradient {
         x_samples_(x_samples),
         y_samples_(y_samples),
         grid_(p.x.rows, p.y.rows, Words::step * MR, Words::step * NR),
-        factors_{inverse_lengths<S>(p.x, p), inverse_lengths<S>(p.y, p)},
-        row_sums_(static_cast<size_t>(p.prefix_count * p.x.rows)),
-        column_sums_(static_cast<size_t>(p.prefix_count * p.y.rows)) {}
+        factors_(p),
+        dx_(p.x.rows * p.x.cols),
+        dy_(p.y.rows * p.x.cols),
+        row_sums_(p.prefix_count * p.x.rows),
+        column_sums_(p.prefix_count * p.y.rows) {}
 
   const PairsProblem& p_;
   const LogSumExpGradients& g_;
@@ -324,9 +304,9 @@ class LogSumExpGradient {
   const ByFeature<S, Words>& y_;
   const BySample<S, Words>&x_samples_, &y_samples_;
   const Grid grid_;
-  const Factors factors_;
-  float *dx_ = nullptr, *dy_ = nullptr;         // [n, d], [m, d]
-  std::vector<double> row_sums_, column_sums_;  // [P, n], [P, m] of dS s
+  const Factors<S> factors_;
+  const Array<float> dx_, dy_;                  // [n, d], [m, d]
+  const Array<double> row_sums_, column_sums_;  // [P, n], [P, m] of dS s
 };
 
 }  // namespace

@@ -55,32 +55,35 @@ inline double gap(double own, double same, double others) {
   return std::log1p(std::expm1(same - own) + std::exp(others - own));
 }
 
-// What logits are besides inner products: s = scale * <x, y> * row * column of each prefix. [P, n], [P, m]
-struct Factors {
-  std::vector<float> row, column;
-  double scale = 1;
-};
-// 1 / |x| of every prefix, 0 of a row of zeros; 1 where nothing is normalised.
+// What logits are besides inner products and the scale: 1 / |x| and 1 / |y| of every prefix, 0 of a row of zeros; 1
+// where nothing is normalised.
 template <class S>
-std::vector<float> inverse_lengths(const View& x, const PairsProblem& p) {
-  std::vector<float> out(static_cast<size_t>(p.prefix_count * x.rows), 1);
-  if (!p.normalize) return out;
+struct Factors {
+  Array<float> row, column;  // [P, n], [P, m]
+  explicit Factors(const PairsProblem& p) : row(p.prefix_count * p.x.rows, 1), column(p.prefix_count * p.y.rows, 1) {
+    if (!p.normalize) return;
+    invert(p, p.x, row.data());
+    invert(p, p.y, column.data());
+  }
+
+ private:
+  static void invert(const PairsProblem& p, const View& x, float* out) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-  for (int64_t r = 0; r < x.rows; r++) {
-    const auto* const row = static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
-    double squares = 0;
-    for (int64_t q = 0, from = 0; q < p.prefix_count; from = p.prefixes[q++]) {
-      for (int64_t k = from; k < p.prefixes[q]; k += 16) {
-        float part[16];
-        const int64_t count = smaller<int64_t>(16, p.prefixes[q] - k);
-        for (int64_t e = 0; e < 16; e += Lanes<float>::W) store<float>(part + e, load_some<S>(row + k + e, count - e));
-        for (int64_t e = 0; e < 16; e++) squares += double(part[e]) * part[e];
+    for (int64_t r = 0; r < x.rows; r++) {
+      const auto* const row = static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
+      double squares = 0;
+      for (int64_t q = 0, from = 0; q < p.prefix_count; from = p.prefixes[q++]) {
+        for (int64_t k = from; k < p.prefixes[q]; k += 16) {
+          float part[16];
+          for (int64_t e = 0; e < 16; e += Lanes<float>::W)
+            store<float>(part + e, load_some<S>(row + k + e, p.prefixes[q] - k - e));
+          for (int64_t e = 0; e < 16; e++) squares += double(part[e]) * part[e];
+        }
+        out[q * x.rows + r] = squares == 0 ? 0 : static_cast<float>(1 / std::sqrt(squares));
       }
-      out[q * x.rows + r] = squares == 0 ? 0 : static_cast<float>(1 / std::sqrt(squares));
     }
   }
-  return out;
-}
+};
 
 template <class S>
 struct LogitTile {
@@ -117,41 +120,29 @@ class LogSumExp {
  public:
   using Words = typename WordsOf<S>::Type;
 
-  static Status run(const PairsProblem& p, const LogSumExpResult& out) {
-    const int64_t n = p.x.rows, m = p.y.rows, P = p.prefix_count;
-    const Segments<Words> segments(p.prefixes, P);
+  static void run(const PairsProblem& p, const LogSumExpResult& out) {
+    const Segments<Words> segments(p.prefixes, p.prefix_count);
     const ByFeature<S, Words> y(p.y, segments, p.threads);
-    if (!y.ok()) return Status::out_of_memory;
-    const Grid grid(n, m, Words::MR, Words::NR);
-    LogSumExp all{p, out, segments, y, grid, {inverse_lengths<S>(p.x, p), inverse_lengths<S>(p.y, p)}};
-    all.rows_.resize(static_cast<size_t>(P * n));
-    all.positives_.assign(static_cast<size_t>(P * n), kNone);
-    const Memory columns(out.c ? grid.row_blocks * P * m * 8 : 8);
-    if (!columns.ok()) return Status::out_of_memory;
-    all.columns_ = columns.as<float>();
-    bool ok = true;
-#pragma omp parallel num_threads(p.threads)
-    {
-      RowBlock<S, Words> x(segments, grid.rows);
-      const Memory tiles(2 * grid.rows * kPanelStride * 4);
-      if (x.ok() && tiles.ok()) {
+    const LogSumExp all(p, out, segments, y);
+    struct Scratch {
+      RowBlock<S, Words> x;
+      Array<float> tiles;
+      Scratch(const Segments<Words>& segments, const Grid& grid)
+          : x(segments, grid.rows), tiles(2 * grid.rows * kPanelStride, kUnset) {}
+    };
+    const auto work = [&](const Scratch& own) {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t block = 0; block < grid.row_blocks; block++) all.block(block, x, tiles.as<float>());
-      } else {
-#pragma omp atomic write
-        ok = false;
-      }
-    }
-    if (!ok) return Status::out_of_memory;
+      for (int64_t block = 0; block < all.grid_.row_blocks; block++) all.block(block, own.x, own.tiles.data());
+    };
+    with_scratch<Scratch>(p.threads, work, segments, all.grid_);
     all.finish();
-    return Status::ok;
   }
 
  private:
   static constexpr int W = Lanes<float>::W;
   using Tile = LogitTile<S>;
 
-  void block(int64_t number, RowBlock<S, Words>& x, float* tiles) {
+  void block(int64_t number, const RowBlock<S, Words>& x, float* tiles) const {
     const int64_t r0 = number * grid_.rows, rows = smaller(grid_.rows, p_.x.rows - r0), m = p_.y.rows;
     x.pack(p_.x, r0, rows);
     for (int64_t c0 = 0; c0 < m; c0 += grid_.cols) {
@@ -171,7 +162,7 @@ class LogSumExp {
   }
 
   // The epilogue: a tile of logits of prefix q into the sums.
-  void take(const Tile& t, int64_t q, int64_t number, bool mild) {
+  void take(const Tile& t, int64_t q, int64_t number, bool mild) const {
     const int64_t n = p_.x.rows, m = p_.y.rows;
     if (out_.kept)
       for (int64_t i = 0; i < t.rows; i++)
@@ -182,7 +173,7 @@ class LogSumExp {
       positives_[q * n + t.r0 + i] = t.row(i)[at];
       t.row(i)[at] = kNone;
     }
-    float* const most = columns_ + (number * p_.prefix_count + q) * 2 * m + t.c0;
+    float* const most = columns_.data() + (number * p_.prefix_count + q) * 2 * m + t.c0;
     if (mild)
       sum_mild(t, rows_.data() + q * n + t.r0, most, most + m);
     else
@@ -232,8 +223,8 @@ class LogSumExp {
     }
   }
 
-  void finish() {
-    const int64_t n = p_.x.rows, m = p_.y.rows;
+  void finish() const {
+    const int64_t n = p_.x.rows;
     const bool labels = p_.labels != nullptr;
     for (int64_t q = 0; q < p_.prefix_count; q++) {
       const double* const positive = positives_.data() + q * n;
@@ -245,20 +236,19 @@ class LogSumExp {
       }
       if (out_.c) finish_columns(q, positive);
     }
-    (void)m;
   }
 
   void finish_columns(int64_t q, const double* positive) const {
     const int64_t n = p_.x.rows, m = p_.y.rows;
-    std::vector<double> others(static_cast<size_t>(m));
-    std::vector<LogSum> own(static_cast<size_t>(p_.labels ? m : 0));
+    const Array<double> others(m);
+    const Array<LogSum> own(p_.labels ? m : 0);
     for (int64_t i = 0; p_.labels && i < n; i++)
       own[p_.labels[i]].add(positive[i], positive[i] == positive[i] ? 1 : positive[i]);
 #pragma omp parallel for schedule(static) num_threads(p_.threads)
     for (int64_t j = 0; j < m; j++) {
       LogSum sum;
       for (int64_t b = 0; b < grid_.row_blocks; b++) {
-        const float* const most = columns_ + (b * p_.prefix_count + q) * 2 * m + j;
+        const float* const most = columns_.data() + (b * p_.prefix_count + q) * 2 * m + j;
         sum.add(most[0], most[m]);
       }
       others[j] = sum.log();
@@ -273,18 +263,26 @@ class LogSumExp {
   }
 
   LogSumExp(const PairsProblem& p, const LogSumExpResult& out, const Segments<Words>& segments,
-            const ByFeature<S, Words>& y, const Grid& grid, Factors factors)
-      : p_(p), out_(out), segments_(segments), y_(y), grid_(grid), factors_(std::move(factors)) {}
+            const ByFeature<S, Words>& y)
+      : p_(p),
+        out_(out),
+        segments_(segments),
+        y_(y),
+        grid_(p.x.rows, p.y.rows, Words::MR, Words::NR),
+        factors_(p),
+        rows_(p.prefix_count * p.x.rows),
+        positives_(p.prefix_count * p.x.rows, kNone),
+        columns_(out.c ? grid_.row_blocks * p.prefix_count * 2 * p.y.rows : 0, kUnset) {}
 
   const PairsProblem& p_;
   const LogSumExpResult& out_;
   const Segments<Words>& segments_;
   const ByFeature<S, Words>& y_;
   const Grid grid_;
-  const Factors factors_;
-  std::vector<LogSum> rows_;       // [P, n] without positives
-  std::vector<double> positives_;  // [P, n]
-  float* columns_ = nullptr;       // [row blocks, P, 2, m] (most, sum) without positives
+  const Factors<S> factors_;
+  const Array<LogSum> rows_;       // [P, n] without positives
+  const Array<double> positives_;  // [P, n]
+  const Array<float> columns_;     // [row blocks, P, 2, m] (most, sum) without positives
 };
 
 }  // namespace

@@ -4,8 +4,6 @@
 // x y^T) or along its rows (`BySample`, for the gradients), in panels as gemm.h's and dots.h's B has them.
 #pragma once
 
-#include <vector>
-
 #include "cpu/gemm.h"
 #include "cpu/pairs_functions.h"
 #include "cpu/tiles.h"
@@ -57,15 +55,15 @@ struct Segment {
 
 template <class Words>
 struct Segments {
-  std::vector<Segment> list;
+  Array<Segment> list;
   int64_t words = 0, panels = 0, blocks = 0;  // in all; blocks: of at most kDepth words
 
-  Segments(const int64_t* prefixes, int64_t count) {
+  Segments(const int64_t* prefixes, int64_t count) : list(count) {
     for (int64_t p = 0, first = 0; p < count; first = prefixes[p++]) {
       const int64_t features = prefixes[p] - first, used = ceil_div(features, Words::step);
-      list.push_back({first, features, words, used, panels, ceil_div(features, Words::NR)});
+      list[p] = {first, features, words, used, panels, ceil_div(features, Words::NR)};
       words += round_up(used, 16);
-      panels += list.back().panels;
+      panels += list[p].panels;
       blocks += ceil_div(used, kDepth);
     }
   }
@@ -91,24 +89,21 @@ class ByFeature {
   static constexpr int NR = Words::NR;
 
   ByFeature(const View& x, const Segments<Words>& segments, int threads)
-      : words_(segments.words), memory_(ceil_div(x.rows, NR) * NR * segments.words * 4) {
-    if (!ok()) return;
-#pragma omp parallel num_threads(threads)
-    {
-      std::vector<Word> rows(static_cast<size_t>(NR * segments.words));
+      : words_(segments.words), memory_(ceil_div(x.rows, NR) * NR * segments.words, kUnset) {
+    const auto pack = [&](const Array<Word>& rows) {
 #pragma omp for schedule(static)
       for (int64_t panel = 0; panel < ceil_div(x.rows, NR); panel++) {
-        std::fill(rows.begin(), rows.end(), Word(0));
+        zero(rows.data(), rows.size());
         for (int64_t r = 0; r < smaller<int64_t>(NR, x.rows - panel * NR); r++)
           for (const Segment& s : segments.list)
             read_words<S, Words>(row_of(x, panel * NR + r) + s.first, s.count, rows.data() + r * words_ + s.word);
-        transpose(rows.data(), memory_.template as<Word>() + panel * NR * words_);
+        transpose(rows.data(), memory_.data() + panel * NR * words_);
       }
-    }
+    };
+    with_scratch<Array<Word>>(threads, pack, NR * segments.words);
   }
-  bool ok() const { return memory_.ok(); }
   // Row r is a multiple of NR.
-  const Word* at(int64_t r, int64_t word) const { return memory_.template as<Word>() + r * words_ + word * NR; }
+  const Word* at(int64_t r, int64_t word) const { return memory_.data() + r * words_ + word * NR; }
 
   static const typename S::Memory* row_of(const View& x, int64_t r) {
     return static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
@@ -130,7 +125,7 @@ class ByFeature {
   }
 
   const int64_t words_;
-  const Memory memory_;
+  const Array<Word> memory_;
 };
 
 // Panels of NR features, along the rows: [panels][rows in words][NR].
@@ -141,14 +136,13 @@ class BySample {
   static constexpr int NR = Words::NR;
 
   BySample(const View& x, const Segments<Words>& segments, int threads)
-      : rows_(ceil_div(x.rows, Words::step)), memory_(segments.panels * NR * rows_ * 4) {
-    if (!ok()) return;
+      : rows_(ceil_div(x.rows, Words::step)), memory_(segments.panels * NR * rows_, kUnset) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows_; r++)
       for (const Segment& s : segments.list)
         for (int64_t panel = 0; panel < s.panels; panel++) {
           const int64_t from = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - from);
-          Word* const out = memory_.template as<Word>() + ((s.panel + panel) * rows_ + r) * NR;
+          Word* const out = memory_.data() + ((s.panel + panel) * rows_ + r) * NR;
           if constexpr (Words::step == 1) {
             constexpr int W = Lanes<float>::W;
             const auto* const row = ByFeature<S, Words>::row_of(x, r) + from;
@@ -163,15 +157,12 @@ class BySample {
           }
         }
   }
-  bool ok() const { return memory_.ok(); }
   // Row r is a multiple of step.
-  const Word* at(int64_t panel, int64_t r) const {
-    return memory_.template as<Word>() + (panel * rows_ + r / Words::step) * NR;
-  }
+  const Word* at(int64_t panel, int64_t r) const { return memory_.data() + (panel * rows_ + r / Words::step) * NR; }
 
  private:
   const int64_t rows_;
-  const Memory memory_;
+  const Array<Word> memory_;
 };
 
 // A block of rows for the A side, along the features: [blocks][rows][kPanelStride].
@@ -182,11 +173,10 @@ class RowBlock {
   RowBlock(const Segments<Words>& segments, int64_t capacity)
       : segments_(segments),
         capacity_(capacity),
-        memory_(segments.blocks * capacity * kPanelStride * 4),
-        row_(static_cast<size_t>(segments.words)) {}
-  bool ok() const { return memory_.ok(); }
+        memory_(segments.blocks * capacity * kPanelStride, kUnset),
+        row_(segments.words) {}
 
-  void pack(const View& x, int64_t first, int64_t rows) {
+  void pack(const View& x, int64_t first, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
       int64_t block = 0;
       for (const Segment& s : segments_.list) {
@@ -196,9 +186,7 @@ class RowBlock {
       }
     }
   }
-  Word* at(int64_t block, int64_t r) const {
-    return memory_.template as<Word>() + (block * capacity_ + r) * kPanelStride;
-  }
+  Word* at(int64_t block, int64_t r) const { return memory_.data() + (block * capacity_ + r) * kPanelStride; }
 
   // tile [rows, cols] (rows of kPanelStride) = or += the rows' inner products with rows [c0, c0 + cols) of y over the
   // features of a segment, which starts at block `block` here.
@@ -214,8 +202,8 @@ class RowBlock {
  private:
   const Segments<Words>& segments_;
   const int64_t capacity_;
-  const Memory memory_;
-  std::vector<Word> row_;
+  const Array<Word> memory_;
+  Array<Word> row_;
 };
 
 }  // namespace

@@ -3,6 +3,9 @@
 
 #include <omp.h>
 
+#include <new>
+#include <optional>
+
 #include "cpu/simd.h"
 
 namespace pyrepr {
@@ -48,6 +51,26 @@ struct Span {
 };
 
 inline int64_t thread_number() { return omp_get_thread_num(); }
+
+// Calls work(own) on every thread of a team, each with a Scratch of its own made of `args`; loops in `work` are shared
+// out by `omp for`. If there is no memory for one of them, nothing is called, and std::bad_alloc is thrown.
+template <class Scratch, class Work, class... Args>
+void with_scratch(int threads, Work work, const Args&... args) {
+  bool ok = true;
+#pragma omp parallel num_threads(threads)
+  {
+    std::optional<Scratch> own;
+    try {
+      own.emplace(args...);
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+      ok = false;
+    }
+#pragma omp barrier
+    if (ok) work(*own);
+  }
+  if (!ok) throw std::bad_alloc();
+}
 
 // Runs work(task, slot) in parallel and commit(task, slot) one after the other in the order of tasks, a wave of tasks
 // at a time. What is added up by commit has the same bits for any number of threads.

@@ -177,7 +177,7 @@ def _topk_fake(x, y, k, metric, exclude_self, return_logsumexp, offset, values, 
 
 
 def _topk_cpu(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp):
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or k == 0 or x.shape[0] == 0:
         return reference.pairs_topk(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp)
     shape = (x.shape[0], k)
     best = x.new_full(shape, -math.inf, dtype=torch.float32) if values is None else values.float().contiguous().clone()
