@@ -259,6 +259,51 @@ ROWS |= {
     ),
 }
 
+# Pairs
+
+POSITIVES = torch.tensor([2, 0, 2])
+
+
+def plain_info_nce(x, y, scale, labels=None, normalize=False, smoothing=0.0, widths=None):
+    labels = torch.arange(len(x)) if labels is None else labels
+    losses = []
+    for width in widths or [x.shape[1]]:
+        a, b = x[:, :width], y[:, :width]
+        if normalize:
+            a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+        s = scale * (a @ b.T)
+        for logits, target in ((s, labels), (s.T[labels], torch.arange(len(x)))):
+            losses.append(torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing) / 2)
+    return sum(losses)
+
+
+SCALE = torch.tensor(1.5, dtype=torch.float64)
+ROWS |= {
+    "pairwise_logsumexp": Row(
+        pyrepr.functional.pairwise_logsumexp,
+        lambda x, y, scale: (scale * (x @ y.T)).logsumexp(1),
+        x=(3, 2),
+        y=(4, 2),
+        scale=SCALE,
+    ),
+    "info_nce": Row(pyrepr.functional.info_nce, plain_info_nce, x=(3, 4), y=(3, 4), scale=SCALE),
+    "info_nce, cosine": Row(
+        functools.partial(pyrepr.functional.info_nce, normalize=True, labels=POSITIVES, prefixes=[2, 3]),
+        functools.partial(plain_info_nce, normalize=True, labels=POSITIVES, widths=[2, 3]),
+        x=(3, 3),
+        y=(4, 3),
+        scale=SCALE,
+    ),
+    "info_nce, smoothed": Row(
+        functools.partial(pyrepr.functional.info_nce, label_smoothing=0.2),
+        functools.partial(plain_info_nce, smoothing=0.2),
+        ["y"],
+        x=(3, 2),
+        y=(3, 2),
+        scale=SCALE,
+    ),
+}
+
 
 @functools.cache
 def truth(row, mode):
@@ -285,6 +330,7 @@ CHECKED = [
     "lookup_linear, scaled",
     "lookup_sum",
     "segment_sum",
+    "info_nce, cosine",
     "cka, laplacian, masked",
     "cka, kept products",
     "gram of two, rbf",
@@ -453,6 +499,7 @@ GRAPHS = [
     "lookup_linear, scaled",
     "lookup_sum",
     "segment_sum",
+    "info_nce, cosine",
     "cka, linear",
     "gram, rbf",
 ]

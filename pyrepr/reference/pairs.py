@@ -53,10 +53,10 @@ def pairs_logsumexp(
     """r [P, n], c [P, m], the gaps of rows and columns [P, n] each, and the logits [P, n, m]; see `ops.pairs`."""
     dtype = compute_dtype(x.dtype)
     s = logits(x.to(dtype), y.to(dtype), scale.to(dtype), normalize, prefixes)
-    none = s.new_empty(len(prefixes), 0)
-    r = s.logsumexp(2) if rows else none
-    c = s.logsumexp(1) if columns else none
-    row_gaps = column_gaps = none
+    none = (len(prefixes), 0)  # a tensor for each: what an op returns must not be one tensor twice
+    r = s.logsumexp(2) if rows else s.new_empty(none)
+    c = s.logsumexp(1) if columns else s.new_empty(none)
+    row_gaps, column_gaps = s.new_empty(none), s.new_empty(none)
     if labels is not None:
         positive = s.gather(2, labels.expand(len(prefixes), -1)[:, :, None])  # [P, n, 1]
         if rows:
@@ -92,18 +92,29 @@ def pairs_logsumexp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy and dscale of Σ_p Σ_ij dS_ij s_ij for the dS of `ops.pairs`."""
     dtype = compute_dtype(x.dtype)
-    a, b, factor = (t.detach().to(dtype).requires_grad_() for t in (x, y, scale))
-    with torch.enable_grad():
-        s = logits(a, b, factor, normalize, prefixes)
+    a, b, factor = (t.to(dtype) for t in (x, y, scale))
+    s = logits(a, b, factor, normalize, prefixes)
     ds = torch.zeros_like(s)
     if r.numel():
-        ds += row_weights[:, :, None] * (s.detach() - r[:, :, None]).exp()
+        ds += row_weights[:, :, None] * (s - r[:, :, None]).exp()
     if c.numel():
-        ds += column_weights[:, None, :] * (s.detach() - c[:, None, :]).exp()
+        ds += column_weights[:, None, :] * (s - c[:, None, :]).exp()
     if labels is not None and positive_weights is not None:
         ds.scatter_(2, labels.expand(len(prefixes), -1)[:, :, None], positive_weights[:, :, None])
-    dx, dy, dscale = torch.autograd.grad(s, (a, b, factor), ds)
+    dx, dy, dscale = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(factor)
+    for p, d in zip(prefixes, ds, strict=True):
+        left, right = (unit_rows(t[:, :p]) if normalize else t[:, :p] for t in (a, b))
+        dscale += (d * (left @ right.T)).sum()
+        for t, unit, grad, total in ((a, left, d @ right, dx), (b, right, d.T @ left, dy)):
+            total[:, :p] += factor * (_unit_rows_backward(t[:, :p], unit, grad) if normalize else grad)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
+
+
+def _unit_rows_backward(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of :func:`unit_rows`."""
+    norm = x.norm(dim=1, keepdim=True)
+    along = (unit * grad).sum(1, keepdim=True)
+    return torch.where(norm == 0, 0, (grad - unit * along) / torch.where(norm == 0, 1, norm))
 
 
 def scores(x: Tensor, y: Tensor, metric: str) -> Tensor:
