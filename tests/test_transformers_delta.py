@@ -429,3 +429,23 @@ def test_the_whole_model_benchmark_runs():
             assert 0 < took["rule"] < took["all"] and 0 < took["convolution"] < took["all"]
             assert len(result["profile_milliseconds"][run][phase]) > 5
     assert "rule + convolution" in model.report(result)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear"])
+def test_hessian_products_are_those_of_the_fallback(name):
+    """Of the loss, along one direction of all parameters."""
+    model, ids = build(name), tokens(2, 9)
+    model.config._attn_implementation = "eager"  # the fused kernels of attention have no second derivative
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(p.shape, generator=generator) for p in parameters]
+
+    def product():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
+        second = torch.autograd.grad(along, parameters, materialize_grads=True)
+        return torch.cat([x.flatten() for x in second])
+
+    expected, got = both(product)
+    assert (got - expected).norm() < 1e-4 * expected.norm()

@@ -114,8 +114,10 @@ def causal_conv1d_fn(
 
     Returns:
         out: [B, D, T] in x's dtype, in memory [B, T, D], so that cutting its channels into heads costs no copy; with
-        ``return_final_states`` also the states. Differentiable once in x, weight, bias and initial_states. 16-bit
-        inputs are accumulated in float32.
+        ``return_final_states`` also the states. Differentiable in x, weight, bias and initial_states, any number of
+        times, forward and reverse, and under ``torch.func``, whose ``vmap`` becomes part of the channels. First
+        derivatives in reverse run on the kernels; forward mode and higher orders go through plain PyTorch, tap by tap.
+        16-bit inputs are accumulated in float32.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.

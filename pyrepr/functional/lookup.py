@@ -137,8 +137,10 @@ def lookup_linear(
     """A linear layer's replacement: bias + Σ_k w(z_k) · tables[k, h(z_k)] over the K chunks z_k of x.
 
     Hash, weight, gather and bias in one pass. Gradients to x, tables and bias; the one to x flows through w only,
-    because the sign has no derivative: the result jumps where an element of x changes sign. Second derivatives are
-    refused.
+    because the sign has no derivative: the result jumps where an element of x changes sign. Differentiable any number
+    of times, forward and reverse, and under ``torch.func``: first derivatives in reverse run on the kernels, forward
+    mode and higher orders in plain PyTorch, with memory for the [..., K, h] rows that were read. ``vmap`` over x
+    becomes part of the tokens; over tables, or for a gradient of tables for each entry, it loops.
 
     Args:
         x: [..., d], float32, float64, bfloat16 or float16. NaN in a chunk makes the token's result NaN, ±inf counts as
@@ -151,10 +153,11 @@ def lookup_linear(
         weighting: ``"probability"`` (default, the paper): Π σ(2|z_i|/t). ``"scaled"`` (its released code): that times
             Σ|z_i|. ``"l1"``: Σ|z_i|/bits, what suits converted linear layers. ``"none"``: 1.
         temperature: t of the first two; 1.0 as in the paper.
-        scales: [K, 2^bits] float32, what the rows of int8 tables are multiplied with. Gets no gradient, nor do int8
-            tables.
+        scales: [K, 2^bits] float32, what the rows of int8 tables are multiplied with. No derivative: to ask for
+            one is an error. int8 tables have none either.
         sparse: the gradient of tables as a sparse tensor of the rows that were read, for ``torch.optim.SparseAdam`` and
-            ``torch.optim.SGD``. A dense one is the default since it works with every optimizer. Eager mode only.
+            ``torch.optim.SGD``. A dense one is the default since it works with every optimizer. Eager mode only; to
+            differentiate a sparse gradient again is an error.
 
     Returns:
         [..., h] in the dtype of x, summed in float32 (float64 for float64). Autocast changes nothing: there is no
@@ -204,7 +207,8 @@ def lookup_sum(
         sparse: see :func:`lookup_linear`.
 
     Returns:
-        [..., h], float32 (float64 for float64). Gradients to weights and tables.
+        [..., h], float32 (float64 for float64). Gradients to weights and tables, of any order as in
+        :func:`lookup_linear`.
 
     Raises:
         ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for
@@ -240,7 +244,8 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None
         weights: the shape of codes; ones if left out.
 
     Returns:
-        [K, n, h], or [n, h] for one code a row; float32 (float64 for float64). Gradients to values and weights.
+        [K, n, h], or [n, h] for one code a row; float32 (float64 for float64). Gradients to values and weights, of any
+        order as in :func:`lookup_linear`.
 
     Raises:
         ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for

@@ -103,8 +103,8 @@ def hsic(
             (tr(KHLH)/(n−1)², Gretton et al. 2005).
 
     Returns:
-        Scalar, float64 for float64 inputs, else float32. Differentiable in x and y; σ = bandwidth × median counts as
-        a constant. NaN or infinite inputs give NaN.
+        Scalar, float64 for float64 inputs, else float32. Differentiable as :func:`cka` is; σ = bandwidth ×
+        median counts as a constant. NaN or infinite inputs give NaN.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -140,8 +140,12 @@ def cka(
 
     Returns:
         Scalar, float64 for float64 inputs, else float32; with `return_stderr` (value, standard error). The value is
-        differentiable in x and y; only what requires a gradient is computed, so a frozen guide costs its forward. No
-        epsilon: a layer whose samples are all alike gives NaN and a :class:`pyrepr.DegenerateInputWarning`.
+        differentiable in x and y, any number of times, forward and reverse, and under ``torch.func``, whose ``vmap``
+        loops. First derivatives in reverse take blocks of rows, in memory independent of n; forward mode and higher
+        orders go through plain PyTorch in float64 with some twenty n × n matrices for each layer, or with a linear
+        kernel and n above the widths, some copies of the layers. σ = bandwidth × median counts as a constant in all of
+        them. In reverse, only what requires a gradient is computed, so a frozen guide costs its forward. No epsilon: a
+        layer whose samples are all alike gives NaN and a :class:`pyrepr.DegenerateInputWarning`.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -200,8 +204,8 @@ def cka_matrix(
 
     Returns:
         [Lx, Ly], float64 for float64 inputs, else float32; with `return_stderr` (values, standard errors), both of that
-        shape. The values are differentiable in every layer. Memory beside the inputs:
-        a few tiles a thread, independent of n.
+        shape. The values are differentiable in every layer, as :func:`cka`. Memory beside the inputs: a few tiles a
+        thread, independent of n.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
