@@ -370,7 +370,7 @@ X = torch.zeros(5, 2).copy_(torch.arange(10).view(5, 2) % 3)
             "sigma must be a positive finite number, got 0.0",
         ),
         (lambda: pyrepr.cka(X, X, kernel="rbf", bandwidth=math.nan), ValueError, "bandwidth must be a positive"),
-        (lambda: pyrepr.Kernel("polynomial", degree=0), ValueError, "degree must be a positive integer, got 0"),
+        (lambda: pyrepr.Kernel("polynomial", degree=0), ValueError, "degree must be an integer from 1 to 1000, got 0"),
         (
             lambda: pyrepr.cka(X, X, estimator="best"),
             ValueError,

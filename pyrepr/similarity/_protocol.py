@@ -176,7 +176,9 @@ class Measure:
         values = self.pairs(prepared[0], prepared[1] if right is not None else None).to(dtype)
         if all(map(all, good)):
             return values
-        defined = torch.outer(torch.tensor(good[0]), torch.tensor(good[-1])).to(values.device)
+        defined = torch.outer(torch.tensor(good[0], device="cpu"), torch.tensor(good[-1], device="cpu")).to(
+            values.device
+        )
         return torch.where(defined, values, torch.nan)
 
 
@@ -196,14 +198,14 @@ def _usable(side: list[Tensor]) -> list[bool]:
 def _stand_in(x: Tensor) -> Tensor:
     """Rows that any measure can take, in place of some it cannot; the values are not used."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
 
 
 def _dealt(x: Tensor, groups: Tensor | None, draws: int, seed: int) -> Tensor:
     """[n]: the block of every sample."""
     n = x.shape[0]
     if groups is None:
-        inverse, count = torch.arange(n), n
+        inverse, count = torch.arange(n, device="cpu"), n
     else:
         groups = check_tensor("groups", groups, INTEGERS)
         if groups.shape != (n,):
@@ -213,7 +215,7 @@ def _dealt(x: Tensor, groups: Tensor | None, draws: int, seed: int) -> Tensor:
     if count < draws:
         unit = "samples" if groups is None else "groups"
         raise ValueError(f"draws must be at most the number of {unit}, {count}, got {draws}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     return (order % draws)[inverse].to(x.device)
 
 

@@ -232,9 +232,12 @@ class LinearRegression(Measure):
         return f"held-out R² of ridge regression, α = {self.alpha:g}, {self.folds} folds"
 
     def _parts(self, n: int) -> list[tuple[Tensor, Tensor]]:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")
         return [
-            (order[torch.arange(n) % self.folds != fold], order[torch.arange(n) % self.folds == fold])
+            (
+                order[torch.arange(n, device="cpu") % self.folds != fold],
+                order[torch.arange(n, device="cpu") % self.folds == fold],
+            )
             for fold in range(self.folds)
         ]
 

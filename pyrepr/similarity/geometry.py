@@ -188,7 +188,7 @@ class RSA(Measure):
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.transform not in (None, "geotopological"):
             raise ValueError(f"transform must be None or 'geotopological', got {self.transform!r}")
-        geotopological(torch.zeros(0), self.low, self.up)  # checks them
+        geotopological(torch.zeros(0, device="cpu"), self.low, self.up)  # checks them
 
     @property
     def least(self) -> int:
@@ -314,7 +314,7 @@ class RelativeCosine(Measure):
     def prepare(self, x: Tensor) -> Tensor:
         n, index = x.shape[0], self.anchors
         if isinstance(index, int):
-            index = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:index].tolist()
+            index = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:index].tolist()
         return _unit(relative_representation(x, x[list(index)])).flatten() / n**0.5
 
     def pairs(self, left: Sequence[Any], right: Sequence[Any] | None) -> Tensor:

@@ -133,15 +133,17 @@ class JaccardKNN(_Overlap):
 
     def chance(self, n: int) -> float:
         """The mean over the hypergeometric distribution of |A ∩ B|."""
-        common = torch.arange(self.k + 1, dtype=torch.float64)
+        common = torch.arange(self.k + 1, dtype=torch.float64, device="cpu")
 
         def choose(a: Tensor | float, b: Tensor) -> Tensor:
-            a = torch.as_tensor(a, dtype=torch.float64)
+            a = torch.as_tensor(a, dtype=torch.float64, device="cpu")
             return torch.lgamma(a + 1) - torch.lgamma(b + 1) - torch.lgamma(a - b + 1)
 
         k, m = self.k, n - 1
         possible = common[common >= 2 * k - m]
-        weights = (choose(k, possible) + choose(m - k, k - possible) - choose(m, torch.tensor(float(k)))).exp()
+        weights = (
+            choose(k, possible) + choose(m - k, k - possible) - choose(m, torch.tensor(float(k), device="cpu"))
+        ).exp()
         return float((weights * possible / (2 * k - possible)).sum() / weights.sum())
 
     def _of(self, common: Tensor) -> Tensor:
