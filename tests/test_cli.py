@@ -231,7 +231,7 @@ def test_random_weights_come_from_the_seed(models):
 @pytest.mark.parametrize(
     ("a", "message"),
     [
-        ("resnet18", "'resnet18' is no model; expected hf:PATH, hf-random:PATH, timm:NAME"),
+        ("resnet18", "'resnet18' is no model; expected hf:PATH, hf-random:PATH, st:PATH, timm:NAME"),
         ("hf:./nothing", "'./nothing' must be a folder with a transformers model"),
         ("hf:@no_such_package/model", "names the package 'no_such_package', which is not installed"),
         ("py:tiny_models", "must be py:MODULE:FUNCTION"),

@@ -186,7 +186,7 @@ def choose_names(
         layer = item if isinstance(item, Layer) else Layer(item)
         pattern = layer.name
         found = _found(names, pattern)
-        if not found and (parts := pattern.rpartition("#"))[2].isdigit():
+        if not found and (parts := pattern.rpartition("#"))[1] and parts[2].isdigit():
             layer, pattern = replace(layer, call=int(parts[2])), parts[0]
             found = _found(names, pattern)
         if not found:
