@@ -161,6 +161,10 @@ def backends() -> BackendTable:
 
     Returns:
         A dict from name (``reference``, ``cpu``, ``triton``, ``cuda``) to :class:`Backend`; printing it shows a table.
+
+    Example:
+        >>> pyrepr.backends()["reference"].available
+        True
     """
     return BackendTable((name, _row(name)) for name in NAMES)
 
@@ -200,6 +204,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: if there is no backend of that name.
         RuntimeError: if it is unavailable here, with the reason; also later, if an op called in the block has no
             implementation of that backend for its tensors' device. It never falls back silently.
+
+    Example:
+        >>> x = torch.randn(20, 4)
+        >>> with pyrepr.use_backend("reference"):
+        ...     value = pyrepr.cka(x, x)
     """
     import torch
 

@@ -121,6 +121,11 @@ def causal_conv1d_fn(
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
+
+    Example:
+        >>> x, weight = torch.randn(2, 16, 50), torch.randn(16, 4)
+        >>> pyrepr.causal_conv1d_fn(x, weight, activation="silu").shape
+        torch.Size([2, 16, 50])
     """
     silu = _check_filter(x, weight, bias, activation)
     if x.dim() != 3:
@@ -173,6 +178,11 @@ def causal_conv1d_update(
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
         RuntimeError: if an input requires a gradient and gradients are enabled.
+
+    Example:
+        >>> state, weight = torch.zeros(2, 16, 4), torch.randn(16, 4)
+        >>> pyrepr.causal_conv1d_update(torch.randn(2, 16), state, weight).shape
+        torch.Size([2, 16])
     """
     given = (x, conv_state, weight, bias)
     if cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:

@@ -68,6 +68,11 @@ def soft_lookup(x: Tensor, codebook: Tensor, temperature: float, values: Tensor 
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> x, codebook = torch.randn(5, 4), torch.randn(16, 4)
+        >>> pyrepr.functional.soft_lookup(x, codebook, 0.5).shape
+        torch.Size([5, 4])
     """
     check_positive("temperature", temperature)
     rows, codes = _checked(x, codebook)
@@ -100,6 +105,10 @@ def bag_of_codes(
 
     Returns:
         [B, C], float64 for float64 inputs, else float32; differentiable.
+
+    Example:
+        >>> pyrepr.functional.bag_of_codes(torch.randn(2, 9, 4), torch.randn(16, 4)).shape
+        torch.Size([2, 16])
     """
     check_positive("inv_delta", inv_delta)
     if pool not in POOLS:
@@ -139,7 +148,13 @@ def nearest_codes(rows: Tensor, codes: Tensor, k: int) -> Tensor:
 
 
 class Clusters(NamedTuple):
-    """Tokens gathered into clusters."""
+    """Tokens gathered into clusters.
+
+    Example:
+        >>> image = torch.randn(1, 64, 8)
+        >>> pyrepr.functional.cluster_tokens(image.reshape(1, 8, 8, 8), (4, 4)).centres.shape[-1]
+        8
+    """
 
     centres: Tensor  # [B, h·w, d]
     labels: Tensor  # [B, H·W] int64, the nearest centre of every token
@@ -164,6 +179,10 @@ def cluster_tokens(
 
     Returns:
         :class:`Clusters`; centres are float64 for float64 inputs, else float32, and differentiable.
+
+    Example:
+        >>> pyrepr.functional.cluster_tokens(torch.randn(1, 8, 8, 4), (4, 4)).centres.shape[-1]
+        4
     """
     x = check_tensor("x", x)
     if x.dim() != 4 or not x.numel():
@@ -240,6 +259,11 @@ def unpool_tokens(
 
     Returns:
         [B, N, h], float64 for float64 inputs, else float32; differentiable in all three.
+
+    Example:
+        >>> x, centres = torch.randn(1, 20, 4), torch.randn(1, 6, 4)
+        >>> pyrepr.functional.unpool_tokens(torch.randn(1, 6, 8), x, centres).shape
+        torch.Size([1, 20, 8])
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be 'l1' or 'l2', got {norm!r}")

@@ -163,6 +163,15 @@ def chunk_delta_rule(
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
         stays in its sequence and head.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
+        >>> beta = torch.rand(1, 100, 2)
+        >>> o, state = pyrepr.chunk_delta_rule(
+        ...     q, k, v, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True
+        ... )
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
     return _run(
         q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.NONE
@@ -188,6 +197,13 @@ def chunk_gated_delta_rule(
             computed too, and overflows where e^g does. Any floating dtype.
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
+        >>> g, beta = -torch.rand(1, 100, 2), torch.rand(1, 100, 2)
+        >>> o, _ = pyrepr.chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        >>> o.shape
+        torch.Size([1, 100, 2, 16])
     """
     return _run(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_HEAD
@@ -212,6 +228,13 @@ def chunk_kda(
         g: [B, T, HV, K], natural logarithm of the decay of every row of the state before each token.
 
     Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
+        >>> g, beta = -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2)
+        >>> o, _ = pyrepr.chunk_kda(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        >>> o.shape
+        torch.Size([1, 100, 2, 16])
     """
     return _run(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_KEY
@@ -236,6 +259,13 @@ def fused_recurrent_delta_rule(
     Args:
         out_state: [N, HV, K, V], dtype of the state. If given, the final state is written there and returned; it may be
             ``initial_state`` itself, which is then updated in place. Not differentiable.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
+        >>> state = torch.zeros(1, 2, 16, 16)
+        >>> o, state = pyrepr.fused_recurrent_delta_rule(
+        ...     q, k, v, beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
+        ... )
     """
     return _run(
         q,
@@ -267,7 +297,15 @@ def fused_recurrent_gated_delta_rule(
     *,
     out_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
+    """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
+        >>> state = torch.zeros(1, 2, 16, 16)
+        >>> o, state = pyrepr.fused_recurrent_gated_delta_rule(
+        ...     q, k, v, g=-torch.rand(1, 1, 2), beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
+        ... )
+    """
     return _run(
         q,
         k,
@@ -298,7 +336,14 @@ def fused_recurrent_kda(
     *,
     out_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`."""
+    """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
+        >>> o, _ = pyrepr.fused_recurrent_kda(q, k, v, g=-torch.rand(1, 1, 2, 16), beta=torch.rand(1, 1, 2))
+        >>> o.shape
+        torch.Size([1, 1, 2, 16])
+    """
     return _run(
         q,
         k,

@@ -96,6 +96,10 @@ def hash_codes(x: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: if `bits` is out of range or d is no multiple of it.
         TypeError: if x is not a floating-point tensor.
+
+    Example:
+        >>> pyrepr.hash_codes(torch.tensor([[1.0, -1.0, 1.0, 1.0]]), bits=2).tolist()
+        [[1, 3]]
     """
     _check_float("x", x, 1, "[..., d]")
     check_bits(bits)
@@ -115,6 +119,10 @@ def pack_tables(tables: Tensor) -> Tensor:
 
     Raises:
         ValueError: if h is no multiple of 64, or tables has not three axes.
+
+    Example:
+        >>> pyrepr.pack_tables(torch.randn(8, 256, 128)).shape
+        torch.Size([2, 8, 256, 64])
     """
     if not isinstance(tables, Tensor) or tables.dim() != 3 or tables.shape[2] % TILE:
         came = shape_of(tables) if isinstance(tables, Tensor) else type(tables).__name__
@@ -166,6 +174,11 @@ def lookup_linear(
     Raises:
         ValueError: for shapes that do not fit together, int8 tables without scales, or tensors on several devices.
         TypeError: for a dtype that is not listed above.
+
+    Example:
+        >>> x, tables = torch.randn(5, 64), torch.randn(8, 256, 32)
+        >>> pyrepr.lookup_linear(x, tables).shape
+        torch.Size([5, 32])
     """
     done = ops.lookup_linear_direct(x, tables, scales, bias, weighting, temperature)
     if done is not None:
@@ -213,6 +226,11 @@ def lookup_sum(
     Raises:
         ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for
             dtypes.
+
+    Example:
+        >>> codes, weights = torch.randint(0, 256, (5, 8)), torch.rand(5, 8)
+        >>> pyrepr.lookup_sum(codes, weights, torch.randn(8, 256, 32)).shape
+        torch.Size([5, 32])
     """
     _check_tables(tables, scales)
     k, n, h = sizes(tables)
@@ -250,6 +268,11 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None
     Raises:
         ValueError: for shapes that do not fit together. IndexError: for a code outside 0 … n − 1. TypeError: for
             dtypes.
+
+    Example:
+        >>> values, codes = torch.ones(3, 2), torch.tensor([[0], [1], [0]])
+        >>> pyrepr.segment_sum(values, codes, 2).tolist()
+        [[[2.0, 2.0], [1.0, 1.0]]]
     """
     _check_float("values", values, 1, "[..., h]")
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:

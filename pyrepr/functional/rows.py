@@ -28,6 +28,11 @@ def paired_cosine(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
 
     Returns:
         A scalar, or [...]; float64 for float64 inputs, else float32. A zero row has cosine 0. Differentiable.
+
+    Example:
+        >>> x = torch.randn(5, 4)
+        >>> round(pyrepr.functional.paired_cosine(x, x).item(), 4)
+        1.0
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -53,6 +58,12 @@ def orthogonal_residual(x: Tensor, ref: Tensor) -> Tensor:
 
     Returns:
         The broadcast shape, orthogonal to ref; x itself where ref is zero. float64 for float64 inputs, else float32.
+
+    Example:
+        >>> x, ref = torch.randn(5, 4), torch.randn(5, 4)
+        >>> r = pyrepr.functional.orthogonal_residual(x, ref)
+        >>> (r * ref).sum(1).abs().max().item() < 1e-5
+        True
     """
     x, ref = _pair("x", x, "ref", ref)
     unit = _unit(ref)
@@ -71,6 +82,12 @@ def householder(x: Tensor, v: Tensor) -> Tensor:
 
     Returns:
         [..., d], float64 for float64 inputs, else float32; lengths and inner products are kept. Differentiable.
+
+    Example:
+        >>> x, v = torch.randn(5, 4), torch.randn(4)
+        >>> y = pyrepr.functional.householder(x, v)
+        >>> torch.allclose(y.norm(dim=1), x.norm(dim=1), atol=1e-5)
+        True
     """
     x, v = _pair("x", x, "v", v)
     if v.dim() > 2:

@@ -37,6 +37,10 @@ class Layer:
 
     Raises:
         ValueError, TypeError: for a value that is none of these.
+
+    Example:
+        >>> pyrepr.models.Layer("encoder.layer.0", output=0, pool="mean").path
+        (0,)
     """
 
     name: str

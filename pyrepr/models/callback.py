@@ -33,6 +33,12 @@ class ComparisonCallback:
 
     Raises:
         TypeError, ValueError: if `run` is no function, or does not give a :class:`pyrepr.Comparison`.
+
+    Example:
+        >>> teacher, batches = torch.nn.Linear(8, 8), [torch.randn(64, 8)]
+        >>> callback = pyrepr.models.ComparisonCallback(
+        ...     lambda model: pyrepr.compare(model, teacher, batches, progress=False)
+        ... )
     """
 
     def __init__(self, run: Callable[[nn.Module], Comparison], *, every: int = 1, name: str = "comparison") -> None:

@@ -49,6 +49,12 @@ class Comparison:
         nonfinite_a, nonfinite_b: from a layer to how many of its activations were NaN or infinite, where any were.
         scores: from the key of every measure to its :class:`Score`; the first is that of `values`.
         versions: of pyrepr, torch and Python.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> result = pyrepr.compare(model, model, [torch.randn(64, 8)], progress=False)
+        >>> result.values.shape
+        torch.Size([2, 2])
     """
 
     values: Tensor
@@ -429,6 +435,12 @@ def compare(
 
     Warns:
         UserWarning: once, for layers that were left out; for activations that are NaN or infinite.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> result = pyrepr.compare(model, model, [torch.randn(64, 8)], progress=False)
+        >>> result.layers_a
+        ('0', '2')
     """
     check_samples(samples, tokens, pool)
     if mode not in ("auto", "exact", "minibatch"):

@@ -78,6 +78,12 @@ class Conversion:
         batch_sizes: numbers of rows at which times were measured.
         calibration_rows: the most that a layer was converted with.
         versions: of pyrepr, torch and Python.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> report = pyrepr.convert(model, [torch.randn(256, 16)], bits=4, batch_sizes=(), progress=False)
+        >>> len(report.layers)
+        2
     """
 
     model: str
@@ -345,6 +351,12 @@ def convert(
 
     Warns:
         UserWarning: for layers that get fewer calibration rows than they have features.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> report = pyrepr.convert(model, [torch.randn(256, 16)], bits=4, batch_sizes=(), progress=False)
+        >>> type(model[0]).__name__
+        'LookupLinear'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -36,6 +36,14 @@ class Distillation:
         output_losses: a float a step of the second phase: the same of the model's output, or what `loss` gave.
         layers: where activations were matched. trained: names of the parameters that were trained.
         versions: of pyrepr, torch and Python.
+
+    Example:
+        >>> import copy
+        >>> batches = [torch.randn(64, 16)]
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        >>> student = copy.deepcopy(teacher)
+        >>> report = pyrepr.convert(student, batches, bits=4, batch_sizes=(), progress=False)
+        >>> history = pyrepr.distill(student, teacher, batches, lr=1e-4, progress=False)
     """
 
     layer_losses: tuple[float, ...]
@@ -118,6 +126,14 @@ def distill(
 
     Warns:
         UserWarning: if a phase's loss is higher at its end than at its start.
+
+    Example:
+        >>> import copy
+        >>> batches = [torch.randn(64, 16)]
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        >>> student = copy.deepcopy(teacher)
+        >>> report = pyrepr.convert(student, batches, bits=4, batch_sizes=(), progress=False)
+        >>> history = pyrepr.distill(student, teacher, batches, lr=1e-4, progress=False)
     """
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):

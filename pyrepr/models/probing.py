@@ -56,6 +56,12 @@ def probe(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> labels = torch.arange(120) % 3
+        >>> pyrepr.models.probe(model, [torch.randn(120, 8)], labels, progress=False).layers
+        ('0', '2')
     """
     check_samples(samples, tokens, pool)
     if not isinstance(model, nn.Module):

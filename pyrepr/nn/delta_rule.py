@@ -30,6 +30,15 @@ class DeltaCache:
     [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients two
     sets of tensors take turns: a layer writes the one while the other holds, and hands it over when its output is
     done. So a call that fails or is interrupted leaves the cache of its layer as it was.
+
+    Example:
+        >>> layer = pyrepr.nn.GatedDeltaNet(hidden_size=32, head_dim=8, num_heads=2, layer_idx=0)
+        >>> cache = pyrepr.nn.DeltaCache()
+        >>> with torch.no_grad():
+        ...     for token in torch.randn(1, 5, 32).split(1, 1):
+        ...         o, *_ = layer(token, past_key_values=cache, use_cache=True)
+        >>> cache.get_seq_length()
+        5
     """
 
     def __init__(self) -> None:
@@ -107,6 +116,11 @@ class ShortConvolution(nn.Conv1d):
 
     Args:
         hidden_size: D. kernel_size: W. bias: default no. activation: ``"silu"`` (default), ``"swish"`` or ``None``.
+
+    Example:
+        >>> y, state = pyrepr.nn.ShortConvolution(16, 4, activation="silu")(torch.randn(2, 10, 16))
+        >>> y.shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(self, hidden_size: int, kernel_size: int, bias: bool = False, activation: str | None = "silu") -> None:
@@ -367,6 +381,11 @@ class DeltaNet(_DeltaLayer):
 
     Raises:
         ValueError, TypeError: if sizes do not fit, or an argument is none of those named.
+
+    Example:
+        >>> o, *_ = pyrepr.nn.DeltaNet(hidden_size=32, num_heads=2)(torch.randn(2, 10, 32))
+        >>> o.shape
+        torch.Size([2, 10, 32])
     """
 
     def __init__(
@@ -459,6 +478,11 @@ class GatedDeltaNet(_DeltaLayer):
         use_short_conv, allow_neg_eigval, conv_size, conv_bias, layer_idx, norm_eps: see :class:`DeltaNet`.
 
     Call, result and errors are those of :class:`DeltaNet`.
+
+    Example:
+        >>> o, *_ = pyrepr.nn.GatedDeltaNet(hidden_size=32, head_dim=8, num_heads=2)(torch.randn(2, 10, 32))
+        >>> o.shape
+        torch.Size([2, 10, 32])
     """
 
     def __init__(
@@ -531,6 +555,11 @@ class KimiDeltaAttention(_DeltaLayer):
         use_short_conv, allow_neg_eigval, conv_size, conv_bias, layer_idx, norm_eps: see :class:`DeltaNet`.
 
     Call, result and errors are those of :class:`DeltaNet`.
+
+    Example:
+        >>> o, *_ = pyrepr.nn.KimiDeltaAttention(hidden_size=32, head_dim=8, num_heads=2)(torch.randn(2, 10, 32))
+        >>> o.shape
+        torch.Size([2, 10, 32])
     """
 
     def __init__(

@@ -34,6 +34,10 @@ class CKALoss(nn.Module):
 
     A guide that needs no gradient costs its forward only. Value and gradient are finite also where the unbiased HSIC of
     student and guide is negative; a layer whose samples are all alike gives NaN and a warning.
+
+    Example:
+        >>> student, guide = torch.randn(32, 8, requires_grad=True), torch.randn(32, 6)
+        >>> pyrepr.nn.CKALoss()(student, guide).backward()
     """
 
     def __init__(

@@ -112,6 +112,11 @@ class LookupLinear(nn.Module):
     Raises:
         ValueError: if in_features is no multiple of bits, or bits or weighting are out of range.
         MemoryError: if the tables are larger than the machine's memory, before they are allocated.
+
+    Example:
+        >>> layer = pyrepr.nn.LookupLinear(64, 32, bits=8)
+        >>> layer(torch.randn(5, 64)).shape
+        torch.Size([5, 32])
     """
 
     bias: Tensor | None

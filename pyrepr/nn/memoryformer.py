@@ -14,6 +14,11 @@ class LookupQKV(nn.Module):
 
     Args: d, bits, weighting, temperature, table_dtype, sparse as of :class:`LookupLinear`. Shape: [..., d] -> 3 ×
         [..., d].
+
+    Example:
+        >>> q, k, v = pyrepr.nn.LookupQKV(64)(torch.randn(2, 10, 64))
+        >>> q.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, d: int, *, bits: int = 8, bias: bool = True, **options) -> None:
@@ -31,6 +36,10 @@ class MemoryFormerMLP(nn.Module):
     K = d/bits tables each; between them (bits + expand)·K features, normalised so that their signs are balanced.
 
     Args: d, bits, expand (2, as in the paper); others as of :class:`LookupLinear`. Shape: [..., d] -> [..., d].
+
+    Example:
+        >>> pyrepr.nn.MemoryFormerMLP(64)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, d: int, *, bits: int = 8, expand: int = 2, **options) -> None:
@@ -71,6 +80,10 @@ class MemoryFormerBlock(nn.Module):
         Others as of :class:`LookupLinear`.
 
     Shape: [batch, s, d] -> [batch, s, d].
+
+    Example:
+        >>> pyrepr.nn.MemoryFormerBlock(64, heads=4)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(

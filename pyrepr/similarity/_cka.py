@@ -19,7 +19,13 @@ from pyrepr.stats.moments import LayerMoments
 
 @dataclass(frozen=True)
 class CKA(Measure):
-    """Centred kernel alignment, :func:`pyrepr.cka`, with the options of :class:`pyrepr.Kernel` and the estimator."""
+    """Centred kernel alignment, :func:`pyrepr.cka`, with the options of :class:`pyrepr.Kernel` and the estimator.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> round(pyrepr.similarity.CKA(kernel="rbf")(x, 3 * x).item(), 4)  # scale is no matter
+        1.0
+    """
 
     kernel: str = "linear"
     bandwidth: float = 1.0

@@ -20,7 +20,16 @@ NORMS = (1e-10, 1e12)
 
 
 class DegenerateInputWarning(UserWarning):
-    """A layer whose samples are all alike: its similarity to anything is undefined, and NaN is returned."""
+    """A layer whose samples are all alike: its similarity to anything is undefined, and NaN is returned.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     value = pyrepr.cka(torch.ones(8, 3), torch.randn(8, 3))
+        >>> caught[0].category is pyrepr.DegenerateInputWarning, value.isnan().item()
+        (True, True)
+    """
 
 
 def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> Tensor | int:

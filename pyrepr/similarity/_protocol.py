@@ -38,6 +38,13 @@ class Measure:
         title: for axes and colour bars.
         symmetric: whether measure(x, y) = measure(y, x). If not, the value says what the first explains of the second.
         limits: what a scale of colours spans where the values lie inside.
+
+    Example:
+        >>> x, y = torch.randn(50, 5), torch.randn(50, 7)
+        >>> for measure in ("cka", "mutual_knn(k=5)"):
+        ...     value = pyrepr.similarity.as_measure(measure).matrix([x, y])
+        >>> value.shape
+        torch.Size([2, 2])
     """
 
     name: ClassVar[str] = ""
@@ -240,6 +247,10 @@ def as_measure(measure: str | Measure | type[Measure]) -> Measure:
 
     Raises:
         ValueError: for an unknown name or option; TypeError: for anything but a string or a measure.
+
+    Example:
+        >>> pyrepr.similarity.as_measure("mutual_knn(k=5)") == pyrepr.similarity.MutualKNN(k=5)
+        True
     """
     if isinstance(measure, Measure):
         return measure

@@ -51,6 +51,12 @@ class Procrustes(Measure):
     Args:
         kind: ``"shape"``: that cosine; SciPy's disparity is 1 − its square. ``"angular"``: 1 − 2/π · arccos of it, one
             minus a metric (Williams et al. 2021).
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> turn, _ = torch.linalg.qr(torch.randn(5, 5))
+        >>> round(pyrepr.similarity.Procrustes()(x, x @ turn).item(), 4)
+        1.0
     """
 
     kind: str = "shape"
@@ -111,6 +117,11 @@ class CCA(Measure):
 
     Raises:
         ValueError: with no more samples than directions, where any two layers correlate perfectly.
+
+    Example:
+        >>> x = torch.randn(200, 5)
+        >>> round(pyrepr.similarity.CCA()(x, x @ torch.randn(5, 5)).item(), 4)  # any invertible map
+        1.0
     """
 
     kind: str = "mean"
@@ -206,6 +217,11 @@ class LinearRegression(Measure):
         alpha: λ of scikit-learn's ``Ridge`` (not divided by n; intercept not penalised), of features divided by their
             common root mean square deviation, so that it does not depend on the layer's scale.
         folds: samples are dealt to them at random (seed 0).
+
+    Example:
+        >>> x = torch.randn(200, 5)
+        >>> pyrepr.similarity.LinearRegression()(x, x @ torch.randn(5, 3)).item() > 0.99  # x explains y
+        True
     """
 
     alpha: float = 1.0
@@ -283,7 +299,14 @@ def _by_layer(y: Tensor, widths: list[int]) -> Tensor:
 
 
 class UnitMatch(NamedTuple):
-    """Pairs of units: column `x_units[i]` of x goes with column `y_units[i]` of y, at `correlations[i]`."""
+    """Pairs of units: column `x_units[i]` of x goes with column `y_units[i]` of y, at `correlations[i]`.
+
+    Example:
+        >>> x = torch.randn(100, 4)
+        >>> match = pyrepr.similarity.match_units(x, x[:, [2, 0, 1, 3]])
+        >>> match.correlations.min().item() > 0.999
+        True
+    """
 
     x_units: Tensor
     y_units: Tensor
@@ -303,6 +326,12 @@ def match_units(x: Tensor | Moments, y: Tensor | None = None, *, signed: bool = 
 
     Raises:
         ImportError: without SciPy.
+
+    Example:
+        >>> x = torch.randn(100, 4)
+        >>> match = pyrepr.similarity.match_units(x, x[:, [2, 0, 1, 3]])
+        >>> match.correlations.min().item() > 0.999
+        True
     """
     optimize = require("scipy.optimize", "scipy")
     if y is None and not isinstance(x, Moments):

@@ -49,6 +49,10 @@ def rdm(x: Tensor, metric: str = "correlation") -> Tensor:
 
     Returns:
         [n(n − 1)/2], float64 for float64 inputs, else float32; differentiable.
+
+    Example:
+        >>> pyrepr.similarity.rdm(torch.randn(10, 6)).shape  # of 10 samples, 45 pairs
+        torch.Size([45])
     """
     x = check_layer("x", x)
     if metric not in METRICS:
@@ -75,6 +79,12 @@ def geotopological(d: Tensor, low: float = 0.1, up: float = 0.9, *, quantiles: b
 
     Returns:
         [N]; differentiable in d, l and u being constants.
+
+    Example:
+        >>> d = pyrepr.similarity.rdm(torch.randn(20, 6))
+        >>> t = pyrepr.similarity.geotopological(d)
+        >>> t.min().item(), t.max().item()
+        (0.0, 1.0)
     """
     if not isinstance(d, Tensor) or d.dim() != 1 or not d.is_floating_point():
         raise ValueError(f"d must be floating point of shape [N], got {shape_of(d) if isinstance(d, Tensor) else d!r}")
@@ -150,6 +160,11 @@ def rsa(d1: Tensor, d2: Tensor, method: str = "corr") -> Tensor:
 
     Returns:
         A scalar, NaN where an RDM is constant; differentiable but for ``"spearman"``.
+
+    Example:
+        >>> d = pyrepr.similarity.rdm(torch.randn(20, 6))
+        >>> round(pyrepr.similarity.rsa(d, d).item(), 4)
+        1.0
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -170,6 +185,11 @@ class RSA(Measure):
         metric: of :func:`rdm`.
         method: of :func:`rsa`.
         transform: ``None``, or ``"geotopological"`` with the quantiles `low` and `up` (:func:`geotopological`).
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> round(pyrepr.similarity.RSA()(x, 2 * x).item(), 4)
+        1.0
     """
 
     metric: str = "correlation"
@@ -217,6 +237,11 @@ class DistanceCorrelation(Measure):
 
     It is the unbiased CKA of the "kernel" −|x_i − x_j|, and is summed in blocks of rows of all layers at once: L·b·n
     numbers are held, not L·n².
+
+    Example:
+        >>> x = torch.randn(60, 4)
+        >>> round(pyrepr.similarity.DistanceCorrelation()(x, x).item(), 4)
+        1.0
     """
 
     name: ClassVar[str] = "distance_correlation"
@@ -268,6 +293,11 @@ def relative_representation(x: Tensor, anchors: Tensor, projection: str = "cosin
 
     Returns:
         [n, a], float64 for float64 inputs, else float32; differentiable in both.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> pyrepr.similarity.relative_representation(x, x[:8]).shape
+        torch.Size([50, 8])
     """
     x, anchors = check_layer("x", x), check_layer("anchors", anchors)
     if projection not in PROJECTIONS:
@@ -287,6 +317,11 @@ class RelativeCosine(Measure):
 
     Args:
         anchors: how many (at most n, drawn with seed 0), or the numbers of the samples.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> round(pyrepr.similarity.RelativeCosine(anchors=20)(x, x).item(), 4)
+        1.0
     """
 
     anchors: int | tuple[int, ...] = 256

@@ -38,6 +38,10 @@ class Kernel:
 
     Raises:
         ValueError: for an unknown name or an option outside its range.
+
+    Example:
+        >>> x, y = torch.randn(50, 5), torch.randn(50, 5)
+        >>> value = pyrepr.cka(x, y, kernel=pyrepr.Kernel("polynomial", degree=2))
     """
 
     name: str = "linear"

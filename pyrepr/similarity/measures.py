@@ -55,6 +55,11 @@ def gram(
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
+
+    Example:
+        >>> x = torch.randn(10, 4)
+        >>> torch.allclose(pyrepr.gram(x), x @ x.T, atol=1e-5)
+        True
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_layer("x", x)
@@ -108,6 +113,11 @@ def hsic(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> x = torch.randn(100, 8)
+        >>> (pyrepr.hsic(x, x) > 0).item()
+        True
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
@@ -149,6 +159,11 @@ def cka(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> x = torch.randn(100, 8)
+        >>> round(pyrepr.cka(x, 5 * x + 1).item(), 4)  # neither scale nor shift matters
+        1.0
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
@@ -171,6 +186,10 @@ def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None =
 
     Both are exact. The rule is the smaller number of multiply-adds, n²(D + M²/2)/2 against n·(½Σd_l² + Σ d_a d_b over
     the pairs asked for), with M layers of D features in all; roughly: features when n > D.
+
+    Example:
+        >>> pyrepr.similarity.choose_route(100, [768, 768]), pyrepr.similarity.choose_route(50_000, [64, 64])
+        ('gram', 'features')
     """
     costs = route_costs(n, [*widths, *(widths_y or ())], len(widths) if widths_y else 0)
     return "features" if costs[1] < costs[0] else "gram"
@@ -209,6 +228,11 @@ def cka_matrix(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> layers = [torch.randn(100, d) for d in (8, 16, 32)]
+        >>> pyrepr.cka_matrix(layers).shape
+        torch.Size([3, 3])
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)

@@ -112,6 +112,11 @@ class MutualKNN(_Overlap):
     Args:
         k: neighbours of a sample.
         metric: ``"cosine"``, ``"ip"`` (inner product) or ``"sqeuclidean"``. Chance level is k / (n − 1).
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> pyrepr.similarity.MutualKNN(k=5)(x, x).item()
+        1.0
     """
 
     name: ClassVar[str] = "mutual_knn"
@@ -126,7 +131,13 @@ class MutualKNN(_Overlap):
 
 @dataclass(frozen=True)
 class JaccardKNN(_Overlap):
-    """Mean Jaccard index |A ∩ B| / |A ∪ B| of the two sets of k nearest neighbours; options as :class:`MutualKNN`."""
+    """Mean Jaccard index |A ∩ B| / |A ∪ B| of the two sets of k nearest neighbours; options as :class:`MutualKNN`.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> pyrepr.similarity.JaccardKNN(k=5)(x, x).item()
+        1.0
+    """
 
     name: ClassVar[str] = "jaccard_knn"
     title: ClassVar[str] = "Jaccard kNN"
@@ -171,6 +182,11 @@ class CKNNA(Measure):
         k: neighbours of a sample, at least 2.
         metric: ``"cosine"`` (features of unit length, as there) or ``"ip"``.
         estimator: of HSIC: ``"unbiased"``, or ``"biased"``, in which a sample is among its own neighbours.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> round(pyrepr.similarity.CKNNA(k=10)(x, x).item(), 4)
+        1.0
     """
 
     k: int = 10
@@ -235,10 +251,22 @@ class CKNNA(Measure):
 
 
 def mutual_knn(x: Tensor, y: Tensor, k: int = 10, *, metric: str = "cosine") -> Tensor:
-    """:class:`MutualKNN` of x [n, p] and y [n, q], a scalar."""
+    """:class:`MutualKNN` of x [n, p] and y [n, q], a scalar.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> pyrepr.similarity.mutual_knn(x, x, k=5).item()
+        1.0
+    """
     return MutualKNN(k, metric)(x, y)
 
 
 def cknna(x: Tensor, y: Tensor, k: int = 10, **options: Any) -> Tensor:
-    """:class:`CKNNA` of x [n, p] and y [n, q], a scalar."""
+    """:class:`CKNNA` of x [n, p] and y [n, q], a scalar.
+
+    Example:
+        >>> x = torch.randn(50, 5)
+        >>> round(pyrepr.similarity.cknna(x, x).item(), 4)
+        1.0
+    """
     return CKNNA(k, **options)(x, y)

@@ -34,9 +34,11 @@ class StreamingCKA:
 
     Example:
         >>> stream = pyrepr.StreamingCKA()
-        >>> for batch in loader:
-        ...     stream.update(layers_of(model_a, batch), layers_of(model_b, batch))
-        >>> stream.compute()  # [La, Lb]
+        >>> for _ in range(3):
+        ...     batch = torch.randn(32, 8)
+        ...     stream = stream.update([batch, batch @ torch.randn(8, 5)])
+        >>> stream.compute().shape
+        torch.Size([2, 2])
     """
 
     def __init__(

@@ -14,14 +14,29 @@ FACTORED_ALPHAS = 16
 
 
 class Ridge(NamedTuple):
-    """Coefficients [q, d] and intercept [q] of linear maps x ↦ coef x + intercept; with a leading axis for many λ."""
+    """Coefficients [q, d] and intercept [q] of linear maps x ↦ coef x + intercept; with a leading axis for many λ.
+
+    Example:
+        >>> moments = pyrepr.stats.Moments()
+        >>> x = torch.randn(100, 6)
+        >>> moments = moments.update(x, x @ torch.randn(6, 2))
+        >>> moments.ridge(1e-3).coef.shape[-1]
+        6
+    """
 
     coef: Tensor
     intercept: Tensor
 
 
 class PCA(NamedTuple):
-    """Principal components, largest first; the names are scikit-learn's."""
+    """Principal components, largest first; the names are scikit-learn's.
+
+    Example:
+        >>> moments = pyrepr.stats.Moments()
+        >>> moments = moments.update(torch.randn(100, 6))
+        >>> moments.pca(2).components.shape
+        torch.Size([2, 6])
+    """
 
     components: Tensor  # [k, d] orthonormal rows
     explained_variance: Tensor  # [k]

@@ -91,6 +91,12 @@ class LayerMoments:
     are X_aᵀX_b for every pair of layers that is compared, around a provisional mean, and a few vectors, in float64:
     8·Σ d_a d_b bytes, independent of the number of samples, and the last batches of up to 1024 rows. An update
     computes everything, then commits: an exception at any point leaves the moments as they were.
+
+    Example:
+        >>> moments = pyrepr.stats.LayerMoments()
+        >>> moments = moments.update([torch.randn(100, 4), torch.randn(100, 6)])
+        >>> pyrepr.similarity.CKA().of_moments(moments).shape
+        torch.Size([2, 2])
     """
 
     def __init__(self) -> None:

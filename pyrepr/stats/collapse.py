@@ -20,6 +20,11 @@ class NeuralCollapse(NamedTuple):
     nc3: ‖W/‖W‖ − M/‖M‖‖: how far the classifier is from the means (Frobenius norms); NaN without weight.
     nc4: share of samples that the classifier and the nearest class mean put into different classes; NaN without weight
         or rows.
+
+    Example:
+        >>> features, labels = torch.randn(60, 8), torch.arange(60) % 3
+        >>> pyrepr.stats.neural_collapse(features, labels).nc1.item() > 0
+        True
     """
 
     nc1: Tensor
@@ -48,6 +53,11 @@ def neural_collapse(
     Raises:
         ValueError, TypeError: one sentence; with fewer than two classes that have samples, too. Classes without samples
             are named in a warning and left out of nc1; nc2 and nc3 are NaN then.
+
+    Example:
+        >>> features, labels = torch.randn(60, 8), torch.arange(60) % 3
+        >>> pyrepr.stats.neural_collapse(features, labels).nc1.item() > 0
+        True
     """
     x = None if isinstance(features, Moments) else check_layer("features", features).detach().double()
     if weight is not None:

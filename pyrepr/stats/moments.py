@@ -33,11 +33,12 @@ class Moments:
             labels are targets.
 
     Example:
-        >>> moments = Moments(classes=10)
-        >>> for features, labels in loader:
-        ...     moments.update(features, labels)
-        >>> coef, intercept = moments.ridge(1.0)
-        >>> predicted = (features @ coef.T.float() + intercept.float()).argmax(1)
+        >>> moments = pyrepr.stats.Moments()
+        >>> for _ in range(3):
+        ...     x = torch.randn(100, 6)
+        ...     moments = moments.update(x, x @ torch.ones(6, 2))
+        >>> moments.covariance.shape
+        torch.Size([6, 6])
     """
 
     def __init__(self, classes: int | None = None) -> None:

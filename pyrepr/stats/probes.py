@@ -38,6 +38,12 @@ class Probe:
         chance: what a constant prediction achieves: the largest class's share, or 0.
         samples: how many the scores are of.
         models: name → :class:`pyrepr.stats.Ridge`, fitted to all training samples with the layer's best λ.
+
+    Example:
+        >>> layers = {"first": torch.randn(200, 8), "last": torch.randn(200, 8)}
+        >>> probe = pyrepr.stats.linear_probe(layers, torch.arange(200) % 2)
+        >>> probe.layers
+        ('first', 'last')
     """
 
     layers: tuple[str, ...]
@@ -158,6 +164,12 @@ def linear_probe(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Example:
+        >>> layers = {"first": torch.randn(200, 8), "last": torch.randn(200, 8)}
+        >>> probe = pyrepr.stats.linear_probe(layers, torch.arange(200) % 2)
+        >>> probe.layers
+        ('first', 'last')
     """
     values = check_alphas(alphas)
     if task not in TASKS:
@@ -399,13 +411,23 @@ def v_information(x: Tensor | Moments, y: Tensor | None = None, *, alpha: float 
     Returns:
         A float64 scalar ≥ 0; infinite where a target is a linear function of x. In-sample: take many more samples than
         features, or a λ.
+
+    Example:
+        >>> x = torch.randn(500, 6)
+        >>> pyrepr.stats.v_information(x, x[:, :2]).shape
+        torch.Size([])
     """
     moments = x if isinstance(x, Moments) else Moments().update(x, y)
     return -0.5 * torch.log1p(-moments.r2(alpha, "raw_values").clamp(0, 1)).nansum()
 
 
 class ConceptDepth(NamedTuple):
-    """Where along the depth a concept can be read out."""
+    """Where along the depth a concept can be read out.
+
+    Example:
+        >>> pyrepr.stats.concept_depth([0.5, 0.7, 0.99, 1.0], chance=0.5).layer
+        2
+    """
 
     layer: int  # the first whose score is `share` of the way from chance to the best
     depth: float  # layer / (L − 1), 0 to 1
@@ -424,6 +446,10 @@ def concept_depth(
 
     Raises:
         ValueError: for no layers, scores that are not finite, or a share out of range.
+
+    Example:
+        >>> pyrepr.stats.concept_depth([0.5, 0.7, 0.99, 1.0], chance=0.5).layer
+        2
     """
     if isinstance(scores, Probe):
         scores, chance = scores.best, scores.chance

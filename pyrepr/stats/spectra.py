@@ -27,6 +27,10 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
 
     Raises:
         ValueError, TypeError: for another kind or shape.
+
+    Example:
+        >>> round(pyrepr.stats.effective_rank(torch.eye(5), center=False).item(), 4)
+        5.0
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'entropy' or 'participation', got {kind!r}")
@@ -55,6 +59,10 @@ def mean_cosine(x: Tensor) -> Tensor:
 
     Returns:
         A scalar; NaN for fewer than two rows; differentiable.
+
+    Example:
+        >>> round(pyrepr.stats.mean_cosine(torch.ones(4, 3)).item(), 4)
+        1.0
     """
     x = check_layer("x", x)
     x = x.to(compute_dtype(x.dtype))
