@@ -210,7 +210,7 @@ def halves(found):
     r, c, row_gaps, column_gaps, _ = found
     if row_gaps.numel() or column_gaps.numel():
         return [torch.zeros_like(r), torch.zeros_like(c), *(torch.full_like(g, 1 / 7) for g in (row_gaps, column_gaps))]
-    wave = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in (r, c)]
+    wave = [torch.linspace(0.1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in (r, c)]  # of one sign: dscale is a sum
     return [*wave, row_gaps, column_gaps]
 
 

@@ -261,7 +261,8 @@ class Search {
     if (norm == 0 && columns_.finite(j)) return 0;
     const double product = dot<S>(x, y, d);
     if (p_.metric == Metric::ip) return static_cast<float>(product);
-    return columns_.norm[j] == 0 ? 0 : static_cast<float>(product / (norm * columns_.norm[j]));
+    // A row of zeros has cosine 0 with all that have a direction.
+    return columns_.norm[j] == 0 && norm < kInfinity ? 0 : static_cast<float>(product / (norm * columns_.norm[j]));
   }
 
   void finish(int64_t i) {
