@@ -39,6 +39,7 @@ def main(rank, world, folder):
         assert f"the same n on all processes, got {[6] + [5] * (world - 1)}" in str(error)
     else:
         raise AssertionError("unequal batches were accepted")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

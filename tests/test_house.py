@@ -23,7 +23,7 @@ FOLDERS = {
 # and what is listed in BESIDE from its own.
 FLOORS = [
     ("_version",),
-    ("_install",),
+    ("_install", "_ptxas"),
     ("backend", "_checks", "_modules", "_optional", "_reporting"),
     ("reference",),
     ("kernels",),

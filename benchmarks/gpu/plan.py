@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyrepr import _ptxas
-from pyrepr.gpu_check import cuda_tool
+from pyrepr.backend import cuda_tool
 
 # Families whose kernels multiply on the tensor cores: the instructions that assemblers got wrong.
 MULTIPLY = ("delta_rule", "gram", "pairs")
