@@ -98,7 +98,8 @@ def test_names_do_not_reach_a_terminal_as_commands(tmp_path, capsys):
 
 def test_cells_that_a_spreadsheet_would_compute(tmp_path):
     names = ('=HYPERLINK("x")', "+1", "-1", "@sum", " =1", "\t=1", "layer.0", "a=b")
-    cli._write_csv(comparison(values=torch.zeros(8, 2), layers_a=names), tmp_path / "values.csv")
+    values = torch.zeros(8, 2)
+    cli._write_csv(comparison(values=values, layers_a=names), values, tmp_path / "values.csv")
     with open(tmp_path / "values.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows[1:]] == [*(f"'{name}" for name in names[:6]), *names[6:]]

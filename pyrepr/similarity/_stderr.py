@@ -110,7 +110,7 @@ def cka_stderr(
     every = [*pairs, *((a, a) for a in range(len(xs)) if split)]
     route = _along_features if features else _along_rows
     rest = dict(route(layers, every, spec, scales, parts, estimator))
-    out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64)
+    out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
     g = len(parts.sizes)
     for a, b in pairs:
         value = rest[a, b] / (rest[a, a].sqrt() * rest[b, b].sqrt())

@@ -113,7 +113,7 @@ def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.sort()
     # Bits of a float32 in the order of their values, and its place, in one integer: NumPy sorts integers with AVX-512.
     bits = (x + 0.0).view(torch.int32)  # −0 + 0 is 0
-    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(len(x))
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(len(x), device=x.device)
     keys = torch.from_numpy(np.sort(keys.numpy()))
     return keys >> 32, keys & 0xFFFFFFFF
 
