@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -153,7 +154,8 @@ def test_unsupported_arguments_go_to_the_next_implementation_unless_one_is_force
     ],
 )
 def test_why_triton_can_or_cannot_run(monkeypatch, found, cuda, capability, said):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: found)
+    spec = importlib.machinery.ModuleSpec("triton", None) if found else None
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.9.0")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
