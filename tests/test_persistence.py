@@ -224,7 +224,7 @@ def test_a_conversion_that_fails_leaves_no_mark(monkeypatch):
 
     model = pretrained("BertModel")
 
-    def full(*_):
+    def full(**_):
         raise MemoryError("full")
 
     monkeypatch.setattr(conversion, "Conversion", full)
