@@ -36,8 +36,7 @@ class Hooks(ExitStack):
     """Removes hooks also should an interrupt come just as its block is left: when it is let go of. (Only hooks: values
     must be restored in order, from the inside outwards, or not at all.)"""
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = ExitStack.close
 
 
 @contextmanager

@@ -120,6 +120,15 @@ def load_converted(model: Model, path: str | os.PathLike[str]) -> Model:
         ValueError: one sentence, for a file of something else, a model of another class, and layers or tensors that one
             has and the other has not, or of other shapes. ImportError: without safetensors. OSError: if the file cannot
             be read.
+
+    Example:
+        >>> import os, tempfile
+        >>> model, same = (torch.nn.Sequential(torch.nn.Linear(16, 4)) for _ in range(2))
+        >>> _ = pyrepr.convert(model, [torch.randn(256, 16)], bits=4, batch_sizes=(), progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pyrepr.save_converted(model, os.path.join(folder, "model.safetensors"))
+        ...     pyrepr.load_converted(same, path)[0].bits
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
