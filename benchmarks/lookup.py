@@ -1,13 +1,14 @@
-"""Cases of family `lookup`, τ = 8. Peers: `F.linear` in float32 and bfloat16, `F.embedding_bag` over the hashed
-indices.
+"""Cases of family `lookup`, τ = 8. Peers: `F.linear` in float32 and bfloat16, what else makes a linear layer smaller
+(torch.ao's dynamic int8 with a scale a channel, PyTorch's int4 weights in groups of 32), and bags of ready-made codes:
+`F.embedding_bag`, and FBGEMM's of bytes.
 
 Cold means that neither tables nor dense weights stay in cache between calls: every call takes the next of several dense
 weights (together 128 MiB or more) and the next tokens, which read other rows of the tables. Of a single token eight
 calls are timed in a row, as a decoder makes them layer after layer: what the peers read between two calls would
 otherwise drive the interpreter out of the caches too, and fetching that again takes longer than the lookup.
 
-`embedding_bag` gets its codes and weights ready-made: hashing is not in its time, nor in its gradient. The truth of a
-dense peer is its own product: it computes another function, and only its time is compared. A bound of "L2 bandwidth"
+Bags get their codes and weights ready-made: hashing is not in their time, nor in a gradient. A dense peer computes
+another function: its error is that to the exact product of its own weight. A bound of "L2 bandwidth"
 counts every token's rows once out of L2, where a tile of the tables is at best.
 """
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +76,48 @@ def _tokens(codes: str, count: int, d: int, generator: torch.Generator) -> Tenso
 
 @dataclass
 class Other:
-    """The result of a peer that computes another function."""
+    """The result of a peer that computes another function, and the truth of that, where it is looked at."""
 
-    result: object
+    result: Any
+    truth: Callable[[], Tensor] | None = None
 
 
 def _error(result: object, truth: Tensor) -> float:
-    return math.nan if isinstance(result, Other) else relative_error(result, truth)
+    if isinstance(result, Other):
+        return relative_error(result.result[:CHECKED], result.truth()) if result.truth else math.nan
+    return relative_error(result, truth)
+
+
+Dense = Callable[[Tensor], Tensor]
+
+
+def _dynamic_int8(weight: Tensor) -> Dense:
+    """torch.ao's layer for this weight: int8 with a scale a channel, activations rounded as they come."""
+    from torch.ao.nn.quantized.dynamic import Linear
+    from torch.ao.quantization import per_channel_dynamic_qconfig
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight)
+    linear.qconfig = per_channel_dynamic_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to move to another package
+        return Linear.from_float(linear)
+
+
+def _int4(weight: Tensor, copies: int, group: int = 32) -> list[Dense]:
+    """PyTorch's product with 4-bit weights, asymmetric in groups, in bfloat16; with as many copies of the weights."""
+    h, d = weight.shape
+    grouped = weight.view(h, -1, group)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    codes = ((grouped - low) / step).round().clamp(0, 15).int().view(h, d)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.stack([step[..., 0], (low + 8 * step)[..., 0]], -1).transpose(0, 1).contiguous().bfloat16()
+
+    def layer(own: Tensor) -> Dense:
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), own, group, scales)
+
+    return [layer(packed.clone()) for _ in range(copies)]
 
 
 def _rotating(function: Callable[[int], Tensor]) -> Callable[[], Tensor]:
@@ -93,6 +131,24 @@ def _bag(layer: _Layer, tables: Tensor, i: int) -> Tensor:
     return F.embedding_bag(codes, tables.flatten(0, 1), per_sample_weights=weights.to(tables.dtype), mode="sum")
 
 
+def _byte_bag(layer: _Layer) -> Callable[[int], Tensor]:
+    """FBGEMM's bag of int8 rows, each with a scale and a zero point of its own, over ready-made codes."""
+    rows = (layer.tables.float() * layer.scales[..., None]).flatten(0, 1)
+    packed = torch.ops.quantized.embedding_bag_byte_prepack(rows)
+    bags = [
+        (codes.flatten().int(), torch.arange(0, codes.numel(), codes.shape[1], dtype=torch.int32), weights.flatten())
+        for codes, weights in layer.bags
+    ]
+
+    def run(i: int) -> Tensor:
+        codes, offsets, weights = bags[i % len(bags)]
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            packed, codes, offsets, False, 0, False, weights, None, False
+        )
+
+    return run
+
+
 def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, codes: str = "random") -> Workload:
     layer = _Layer(count, d, h, stored=tables, cold=cold, codes=codes)
     stored, scales, inputs, dense = layer.tables, layer.scales, layer.inputs, layer.dense
@@ -101,10 +157,18 @@ def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, code
     def take(items: list, i: int):
         return items[i % len(items)]
 
+    def product() -> Tensor:
+        return inputs[0][:CHECKED].double() @ dense[0].double().T
+
+    # Smaller weights need more of them to leave the caches.
+    int8 = [_dynamic_int8(w) for w in dense * (4 if cold else 1)]
+    int4 = [layer for w in dense for layer in _int4(w, 8 if cold else 1)]
     implementations = {
         "pyrepr": lambda i: pyrepr.lookup_linear(take(inputs, i), stored, scales=scales),
-        "F.linear fp32": lambda i: Other(F.linear(take(inputs, i), take(dense, i))),
-        "F.linear bf16": lambda i: Other(F.linear(take(inputs_bf16, i), take(dense_bf16, i))),
+        "F.linear fp32": lambda i: Other(F.linear(take(inputs, i), take(dense, i)), product),
+        "F.linear bf16": lambda i: Other(F.linear(take(inputs_bf16, i), take(dense_bf16, i)), product),
+        "dynamic int8": lambda i: Other(take(int8, i)(take(inputs, i)), product),
+        "int4 weights": lambda i: Other(take(int4, i)(take(inputs, i)), product),
     }
     if count >= PACKED_FROM:
         packed = pyrepr.pack_tables(stored)
@@ -114,6 +178,8 @@ def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, code
         }
     if scales is None:
         implementations["F.embedding_bag"] = lambda i: _bag(layer, stored, i)
+    elif scales is not None and tables == "int8":
+        implementations["FBGEMM byte bag"] = _byte_bag(layer)
     occupied = min(count, (1 << BITS) * (1 - (1 - 2.0**-BITS) ** count)) if codes == "random" else 1
     return Workload(
         {name: _rotating(function) for name, function in implementations.items()},

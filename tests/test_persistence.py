@@ -59,7 +59,7 @@ def test_architectures_come_back_bit_for_bit_in_a_fresh_process(name, tmp_path):
     model = pretrained(name)
     data = [tokens(name, seed) for seed in range(2, 10)]
     report = pyrepr.convert(model, data, bits=8, rank=4, quantize="int8", batch_sizes=(), progress=False)
-    assert len(report.layers) >= 8
+    assert len(report.layers) >= 8 and not hasattr(CONFIGS[name], "quantization_config")
     model.save_pretrained(tmp_path / "folder")
     pyrepr.save_converted(model, tmp_path / "model.safetensors")
     torch.save({"out": output(model, name), "tokens": tokens(name)}, tmp_path / "expected.pt")

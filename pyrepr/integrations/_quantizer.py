@@ -7,6 +7,7 @@ here: the configuration holds the specification of every lookup layer.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -78,8 +79,10 @@ def specifications(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def mark(model: nn.Module) -> None:
     """Lets ``model.save_pretrained`` write what ``from_pretrained`` needs to make a converted model again. A model that
-    another method has quantized keeps that one's mark."""
+    another method has quantized keeps that one's mark. The model gets a configuration of its own: others that were made
+    from the same one are not converted."""
     if isinstance(getattr(model, "hf_quantizer", None), (LookupQuantizer, type(None))):
         config = LookupConfig(specifications(model))
+        model.config = copy.deepcopy(model.config)  # type: ignore[assignment]
         model.config.quantization_config = config  # type: ignore[union-attr]
         model.hf_quantizer = LookupQuantizer(config)  # type: ignore[assignment]
