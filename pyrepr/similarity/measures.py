@@ -22,8 +22,10 @@ from pyrepr.similarity._hsic import (
     hsic_table,
     normalise,
     out_dtype,
+    scaled_hsic,
     warn_if_degenerate,
 )
+from pyrepr.similarity._ranges import careful_matrix
 from pyrepr.similarity._stderr import check_groups, cka_stderr
 from pyrepr.similarity.kernels import Kernel, as_kernel
 
@@ -81,7 +83,10 @@ def gram(
     scale = spec.scales([x])
     if centre:
         scale = torch.where(scale > 0, scale, torch.nan)  # a median of 0 leaves the kernel undefined everywhere
-    k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    k = careful_matrix(x, y, spec, scale)
+    if k is None:
+        k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    k = k.to(compute_dtype(x.dtype))
     if centre and y is None:
         k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
     if center:
@@ -170,7 +175,7 @@ def cka(
     xs = check_layers(["x", "y"], [x, y])
     if mask is not None:
         check_mask(mask, xs[0].shape[0], xs[0].device)
-    table, floor = hsic_table(xs, spec, estimator, mask, split=1)
+    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1)
     own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
     value = normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
     if not return_stderr:
@@ -247,7 +252,7 @@ def cka_matrix(
         n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
         route = choose_route(n, widths[: split or None], widths[split:] if split else None)
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
-    table, floor = hsic_table(layers, spec, estimator, split=split)
+    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split)
     own = warn_if_degenerate(table.diagonal(), floor, names)
     values = normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
     values = values.to(out_dtype(layers))
