@@ -118,9 +118,9 @@ def test_null_pointers_are_refused_by_the_native_code():
     from pyrepr import _C
 
     with pytest.raises(ValueError, match="a layer has no memory"):
-        _C.Gram([(0, 4, 2, 2, 1)], 0, 0, 4, 0, [1.0], 1, 0.0, 1)
+        _C.Gram([(0, 4, 2, 2, 1)], 0, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
     with pytest.raises(ValueError, match="dtype code 9 is unknown"):
-        _C.Gram([(64, 4, 2, 2, 1)], 9, 0, 4, 0, [1.0], 1, 0.0, 1)
+        _C.Gram([(64, 4, 2, 2, 1)], 9, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
 
 
 @pytest.mark.gpu

@@ -35,6 +35,8 @@ LINEAR_NORMS = {torch.float32: (1e-10, 1e12), torch.float64: (1e-70, 1e70)}
 NORMS = {torch.float32: (1e-24, 1e30), torch.float64: (1e-200, 1e200)}
 # Mean squares of a kernel's entries, of which products are made.
 ENTRIES = {torch.float32: (1e-20, 1e20), torch.float64: (1e-150, 1e150)}
+# What may be lost, relative to a result.
+LOSS = {torch.float32: 1e-5, torch.float64: 1e-11}
 CLOSE = 20  # exponents beyond which a kernel of all pairs counts as vanishing
 ROWS = 256  # rows of blocks of the inner products that are looked through
 
@@ -62,12 +64,11 @@ def suspect(
         entries = found.s.diagonal() + (found.d.square().sum(1) if biased else 0)
         numbers = [own, size, entries / n**2, found.shift.abs(), found.norms.amax(1), found.norms.median(1).values]
         rows = torch.stack([*numbers, scale], 1).tolist()
-    return any(_suspect(spec.name, torch.finfo(dtype).eps, dtype, *row) for row in rows)
+    return any(_suspect(spec.name, dtype, *row) for row in rows)
 
 
 def _suspect(
     kernel: str,
-    eps: float,
     dtype: torch.dtype,
     own: float,
     size: float,
@@ -80,12 +81,15 @@ def _suspect(
     """One layer; see :func:`suspect`. `largest` and `typical` squared norms of its rows, mean square of an `entry`."""
     if largest == 0 or not math.isfinite(largest) or math.isnan(scale) or scale == 0:
         return False  # nothing to be found, or no number
+    eps, loss = torch.finfo(dtype).eps, LOSS[dtype]
+    if not size * eps <= loss * own:
+        return True
     if kernel == "linear":
-        return not _within(largest, LINEAR_NORMS[dtype]) or not size * eps <= 1e-5 * own
-    if kernel in ("rbf", "laplacian") and eps * typical > 1e-4 * scale**2:
+        return not _within(largest, LINEAR_NORMS[dtype])
+    if kernel in ("rbf", "laplacian") and eps * typical > 10 * loss * scale**2:
         return True  # squared distances are differences of norms
     safe = _within(largest, NORMS[dtype]) and _within(entry, ENTRIES[dtype])
-    return not safe or not size * eps <= 1e-5 * own or own < (1e4 * eps * shift) ** 2
+    return not safe or own < (eps / (10 * loss) * shift) ** 2
 
 
 def near_one(x: Tensor, centre: bool) -> tuple[Tensor, int]:
@@ -122,7 +126,7 @@ def medians(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     dtype = compute_dtype(xs[0].dtype)
     counted = norms if mask is None else norms[:, mask]
     rows = torch.stack([found, counted.amax(1), counted.median(1).values], 1).tolist()
-    blurred = 1e5 * torch.finfo(dtype).eps
+    blurred = torch.finfo(dtype).eps / LOSS[dtype]
     if all(
         not 0 < largest < math.inf or (_within(largest, NORMS[dtype]) and median**2 >= blurred * typical)
         for median, largest, typical in rows
@@ -266,4 +270,4 @@ def _strange(both: Sequence[Tensor], spec: Kernel, scale: float) -> bool:
         return False
     if not _within(largest**2, NORMS[dtype]):
         return True
-    return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > 1e-4 * scale**2
+    return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > 10 * LOSS[dtype] * scale**2
