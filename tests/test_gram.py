@@ -295,9 +295,13 @@ def test_gram_is_differentiable_where_it_says_so():
     assert pyrepr.gram(torch.empty(4, 0)).tolist() == [[0.0] * 4] * 4
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_same_bits_for_any_thread_count(kernel):
-    xs = [torch.randn(500, d) for d in (40, 700)]
+@pytest.mark.parametrize(
+    ("kernel", "n", "widths"),
+    [*((kernel, 500, (40, 700)) for kernel in KERNELS), ("linear", 3000, (40, 300, 1)), ("linear", 70_000, (1, 5))],
+)
+def test_same_bits_for_any_thread_count(kernel, n, widths):
+    xs = [torch.randn(n, d) for d in widths]
+    weights = torch.randn(n, n) if n < 10_000 else None
     before = torch.get_num_threads()
     try:
         results = []
@@ -306,7 +310,10 @@ def test_same_bits_for_any_thread_count(kernel):
             a = [x.clone().requires_grad_() for x in xs]
             table = pyrepr.cka_matrix(a, kernel=kernel)
             results.append([table.detach(), *torch.autograd.grad(table.sum(), a)])
-            results[-1].append(pyrepr.gram(xs[0], kernel=kernel))
+            if n < 10_000:
+                b = xs[0].clone().requires_grad_()
+                k = pyrepr.gram(b, kernel=kernel)
+                results[-1] += [k.detach(), *torch.autograd.grad((k * weights).sum(), b)]
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -23,6 +23,7 @@ from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import Statistics, constants_of, gram_stats, matrix_op, median_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT, unit_rows
+from pyrepr.stats._robust import robust_centre
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,8 +96,7 @@ def _suspect(
 def near_one(x: Tensor, centre: bool) -> tuple[Tensor, int]:
     """x · 2^−exponent in float64 with a largest entry near 1, and the exponent; under `centre` minus a robust centre.
 
-    The centre is the mean of the half of the rows that is nearest to the median of each feature (of up to 512 rows).
-    It counts as a constant, which no measure of a shift-invariant kernel notices.
+    The centre counts as a constant, which no measure of a shift-invariant kernel notices.
     """
     x = x.double()
     values = x.detach()
@@ -105,10 +105,7 @@ def near_one(x: Tensor, centre: bool) -> tuple[Tensor, int]:
     x = x * 2.0**-exponent
     if not centre or not x.numel():
         return x, exponent
-    middle = values[:: max(1, len(values) // 256)].median(0).values
-    q = (values - middle).square().sum(1)
-    near = values[q <= q.median()]
-    middle = near[0] + (near - near[0]).expand(-1, max(2, x.shape[1])).mean(0)[: x.shape[1]]
+    middle = robust_centre(values)
     more = _exponent(values - middle)
     return (x - middle) * 2.0**-more, exponent + more
 

@@ -16,6 +16,7 @@ from pyrepr.ops._gram_gradient import layer_pairs
 from pyrepr.ops._leaf import at_hand
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
+from pyrepr.stats._robust import dominated, robust_centre
 
 # Squared norms between which products of float32 products are safe.
 NORMS = (1e-10, 1e12)
@@ -285,11 +286,8 @@ def _needs_double(q: Tensor, dtype: torch.dtype) -> bool:
     dwarfs all others together."""
     if dtype == torch.float64 or not at_hand(q) or triton_interprets() or not q.shape[1]:
         return False
-    rows = torch.stack([q.amax(1), q.median(1).values], 1).tolist()
-    return any(
-        0 < largest < math.inf and (not NORMS[0] <= largest <= NORMS[1] or largest > 100 * q.shape[1] * typical)
-        for largest, typical in rows
-    )
+    largest = q.amax(1).tolist()
+    return dominated(q) or any(0 < value < math.inf and not NORMS[0] <= value <= NORMS[1] for value in largest)
 
 
 def checked_layers(xs: Any, ys: Any, widths: list[int], split: int) -> tuple[list[Tensor], int]:
@@ -323,7 +321,13 @@ def _empty(layers: list[Tensor], split: int) -> Sums:
             f"exact moments of layers of up to {max(widths)} features would take {size / 2**30:.1f} GiB, more than "
             f"this machine's {have / 2**30:.1f}; for CKA there is mode='minibatch'"
         )
-    return _zeros(widths, split, [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers])
+    wide = [x.double() for x in layers]
+    shift = [x[0] + (x - x[0]).mean(0) for x in wide]
+    if at_hand(shift[0]):
+        q = torch.stack([(x - s).square().sum(1) for x, s in zip(wide, shift, strict=True)])
+        if dominated(q) and bool(q.isfinite().all()):
+            shift = [robust_centre(x) if x.shape[1] else s for x, s in zip(wide, shift, strict=True)]
+    return _zeros(widths, split, shift)
 
 
 def _zeros(widths: tuple[int, ...], split: int, shift: list[Tensor]) -> Sums:
