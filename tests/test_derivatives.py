@@ -550,7 +550,10 @@ def test_autocast_changes_no_derivative(row):
 
 
 OPS = {
-    "gram_stats": lambda: (gram_ops.stats_op, ([randn(6, 3), randn(6, 2)], None, CONSTANTS, "rbf", 1, True, False, 0, False)),
+    "gram_stats": lambda: (
+        gram_ops.stats_op,
+        ([randn(6, 3), randn(6, 2)], None, CONSTANTS, "rbf", 1, True, False, 0, False),
+    ),
     "gram_matrix": lambda: (gram_ops.matrix_op, (randn(5, 3), randn(4, 3), ONES[:1], "cosine", 1, 0.0, False)),
     "delta_rule": lambda: (
         delta_ops.forward_op,

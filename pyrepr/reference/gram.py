@@ -109,7 +109,7 @@ def gram_stats(
     split: int,
     keep_dots: bool,
 ) -> tuple[Tensor, ...]:
-    """S [M, M], R, D [M, n], shift [M], norms [M, n] in float64, and inner products [M, n, n] or [0]; see `ops.gram`."""
+    """S [M, M], R, D [M, n], shift [M] and norms [M, n] in float64, inner products [M, n, n] or [0]; see `ops.gram`."""
     inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, centre and kernel in SHIFT_INVARIANT)
     shift = torch.zeros_like(constants[0])
     s, r, d = _by_pairs(inputs, constants, kernel, degree, centre, shift)
