@@ -14,7 +14,8 @@ from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import Statistics, constants_of, gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
-from pyrepr.similarity._ranges import at_hand, careful, suspect
+from pyrepr.similarity._ranges import careful, suspect
+from pyrepr.similarity._rescaled import at_hand
 from pyrepr.similarity.kernels import Kernel
 
 

@@ -13,42 +13,24 @@ kernels scale layers by themselves.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pyrepr.backend import triton_interprets
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import Statistics, constants_of, gram_stats, matrix_op, median_op
+from pyrepr.ops.gram import Statistics, constants_of, gram_stats, matrix_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT, unit_rows
-from pyrepr.stats._robust import robust_centre
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pyrepr.similarity.kernels import Kernel
+from pyrepr.similarity._rescaled import LOSS, NORMS, at_hand, near_one, within
+from pyrepr.similarity.kernels import Kernel
 
 # Squared norms between which products of two inner products, and their derivatives, are safe.
 LINEAR_NORMS = {torch.float32: (1e-10, 1e12), torch.float64: (1e-70, 1e70)}
-# The same where only inner products are made of rows, and a kernel of them.
-NORMS = {torch.float32: (1e-24, 1e30), torch.float64: (1e-200, 1e200)}
 # Mean squares of a kernel's entries, of which products are made.
 ENTRIES = {torch.float32: (1e-20, 1e20), torch.float64: (1e-150, 1e150)}
-# What may be lost, relative to a result.
-LOSS = {torch.float32: 1e-5, torch.float64: 1e-11}
 CLOSE = 20  # exponents beyond which a kernel of all pairs counts as vanishing
 ROWS = 256  # rows of blocks of the inner products that are looked through
-
-
-def at_hand(x: Tensor) -> bool:
-    """Whether the numbers of a result can be looked at."""
-    return x.is_cpu and readable(x) and not triton_interprets()
-
-
-def _within(value: float, limits: tuple[float, float]) -> bool:
-    return limits[0] <= value <= limits[1]
 
 
 def suspect(
@@ -86,52 +68,11 @@ def _suspect(
     if not size * eps <= loss * own:
         return True
     if kernel == "linear":
-        return not _within(largest, LINEAR_NORMS[dtype])
+        return not within(largest, LINEAR_NORMS[dtype])
     if kernel in ("rbf", "laplacian") and eps * typical > 10 * loss * scale**2:
         return True  # squared distances are differences of norms
-    safe = _within(largest, NORMS[dtype]) and _within(entry, ENTRIES[dtype])
+    safe = within(largest, NORMS[dtype]) and within(entry, ENTRIES[dtype])
     return not safe or own < (eps / (10 * loss) * shift) ** 2
-
-
-def near_one(x: Tensor, centre: bool) -> tuple[Tensor, int]:
-    """x · 2^−exponent in float64 with a largest entry near 1, and the exponent; under `centre` minus a robust centre.
-
-    The centre counts as a constant, which no measure of a shift-invariant kernel notices.
-    """
-    x = x.double()
-    values = x.detach()
-    exponent = _exponent(values)
-    values = values * 2.0**-exponent
-    x = x * 2.0**-exponent
-    if not centre or not x.numel():
-        return x, exponent
-    middle = robust_centre(values)
-    more = _exponent(values - middle)
-    return (x - middle) * 2.0**-more, exponent + more
-
-
-def _exponent(x: Tensor) -> int:
-    largest = float(x.abs().amax()) if x.numel() else 0.0
-    return max(-1000, math.frexp(largest)[1]) if largest else 0
-
-
-def medians(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """The median distance of different rows of each layer, [M] float64."""
-    found, norms = median_op(xs, mask, True)
-    if not at_hand(found) or not xs[0].shape[0]:
-        return found
-    dtype = compute_dtype(xs[0].dtype)
-    counted = norms if mask is None else norms[:, mask]
-    rows = torch.stack([found, counted.amax(1), counted.median(1).values], 1).tolist()
-    blurred = torch.finfo(dtype).eps / LOSS[dtype]
-    if all(
-        not 0 < largest < math.inf or (_within(largest, NORMS[dtype]) and median**2 >= blurred * typical)
-        for median, largest, typical in rows
-    ):
-        return found
-    moved = [near_one(x if mask is None else x[mask], True) for x in xs]
-    again, _ = median_op([x for x, _ in moved], None, False)
-    return again * torch.tensor([2.0**exponent for _, exponent in moved], dtype=torch.float64)
 
 
 def careful(
@@ -204,7 +145,7 @@ def _decaying(x: Tensor, exponent: int, spec: Kernel, scale: float, biased: bool
     return sigma, 0.0, 0.0, 0.0
 
 
-def _blocks_of_dots(x: Tensor):
+def _blocks_of_dots(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, inner products of some rows with all of them)."""
     one = torch.ones(1, dtype=torch.float64)
     for start in range(0, len(x), ROWS):
@@ -265,6 +206,6 @@ def _strange(both: Sequence[Tensor], spec: Kernel, scale: float) -> bool:
         typical = max(float(each.square().sum(1).median()) for each in some)
     if largest == 0 or not math.isfinite(largest) or not 0 < scale < math.inf:
         return False
-    if not _within(largest**2, NORMS[dtype]):
+    if not within(largest**2, NORMS[dtype]):
         return True
     return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > 10 * LOSS[dtype] * scale**2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrepr.ops._leaf import readable
 from pyrepr.reference.gram import KERNELS
-from pyrepr.similarity._ranges import medians
+from pyrepr.similarity._rescaled import medians
 
 MAX_DEGREE = 1000  # a larger one would be a mistake, and take as many multiplications per entry
 
