@@ -86,7 +86,8 @@ def careful(
         by_features: linear and cosine kernel: this route, which loses what the mean row loses.
     """
     if mask is not None:
-        xs = [x[mask] for x in xs]
+        rows = mask.nonzero()[:, 0]
+        xs = [x.index_select(0, rows) for x in xs]
     if spec.name == "cosine":
         xs = [unit_rows(near_one(x, False)[0]) for x in xs]
     moved = [near_one(x, spec.name != "polynomial") for x in xs]
