@@ -197,7 +197,7 @@ def test_gram_stats_around_the_kernel(pair_stats, masked, monkeypatch):
     wide = [x.double() for x in xs]
     if masked:
         xs[0][~mask] = torch.nan
-    options = (torch.ones(2, dtype=torch.float64), "linear", 1, 0.0, False, 0, False)
+    options = (gram_ops.constants_of(torch.ones(2, dtype=torch.float64), "linear"), "linear", 1, True, False, 0, False)
     stats = gram_ops._stats_cuda(xs, mask, *options)
     for got, expected in zip(stats[:3], gram_reference.gram_stats(wide, mask, *options)[:3], strict=True):
         assert (got - expected).abs().max() < 1e-6 * expected.abs().max()

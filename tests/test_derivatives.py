@@ -398,7 +398,7 @@ def test_modules_by_finite_differences_and_for_each_sample(name):
 # What is refused, with one sentence
 
 LEAVES = {
-    "gram_median": lambda x: gram_ops.median_op([x], None),
+    "gram_median": lambda x: gram_ops.median_op([x], None, True)[0],
     "gram_apply": lambda x: gram_ops.apply_op(x, x.detach(), False),
     "lookup_hash": lambda x: lookup_ops.hash_op(x, 2, "l1", 1.0)[1],
     "delta_rule_update_": lambda x: delta_ops.update_op_(
@@ -550,7 +550,10 @@ def test_autocast_changes_no_derivative(row):
 
 
 OPS = {
-    "gram_stats": lambda: (gram_ops.stats_op, ([randn(6, 3), randn(6, 2)], None, ONES, "rbf", 1, 0.0, False, 0, False)),
+    "gram_stats": lambda: (
+        gram_ops.stats_op,
+        ([randn(6, 3), randn(6, 2)], None, CONSTANTS, "rbf", 1, True, False, 0, False),
+    ),
     "gram_matrix": lambda: (gram_ops.matrix_op, (randn(5, 3), randn(4, 3), ONES[:1], "cosine", 1, 0.0, False)),
     "delta_rule": lambda: (
         delta_ops.forward_op,
@@ -568,6 +571,7 @@ OPS = {
     "lookup_segments": lambda: (lookup_ops.segments_op, (randn(3, 2), CODES, randn(3, 2), 4)),
 }
 ONES = torch.ones(2, dtype=torch.float64)
+CONSTANTS = gram_ops.constants_of(ONES, "linear")
 
 
 def randn(*shape):

@@ -59,7 +59,7 @@ def test_published_numbers():
     expected = reference.hsic_of_kernels(k, l, "biased") / (own[0] * own[1]).sqrt()
     close(expected, 0.6548311823, 1e-10)
     scale = torch.tensor([0.5 * math.sqrt(m) for m in medians], dtype=torch.float64)
-    s, r, d, _ = gram_stats([x, y], None, scale, "rbf")
+    s, r, d, *_ = gram_stats([x, y], None, ops.constants_of(scale, "rbf"), "rbf")
     r = r + d
     hsic = s + d @ d.T - 2 / 100 * (r @ r.T) + torch.outer(r.sum(1), r.sum(1)) / 100**2
     close(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt(), 0.6548311823, 1e-10)
@@ -147,9 +147,9 @@ def test_matrix_takes_a_stacked_tensor_and_every_kernel():
 
 def test_routes_agree_on_wide_layers():
     xs = [torch.randn(120, d) for d in (700, 33)]
-    scale = torch.ones(2, dtype=torch.float64)
+    constants = ops.constants_of(torch.ones(2, dtype=torch.float64), "linear")
     by_tiles, by_features = (
-        ops.stats_op(xs, None, scale, "linear", 1, 0.0, features, 0, False) for features in (False, True)
+        ops.stats_op(xs, None, constants, "linear", 1, True, features, 0, False) for features in (False, True)
     )
     for a, b in zip(by_tiles, by_features, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6 * float(by_tiles[0].abs().max()))
@@ -266,7 +266,7 @@ def test_median_distance_is_exact(n):
         x = torch.randn(n, 4, dtype=dtype)
         expected = torch.pdist(x.double()).sort().values
         expected = (expected[(len(expected) - 1) // 2] + expected[len(expected) // 2]) / 2
-        close(ops.median_op([x], None)[0], expected, 1e-6 if dtype == torch.float32 else 1e-13)
+        close(ops.median_op([x], None, True)[0], expected, 1e-6 if dtype == torch.float32 else 1e-13)
 
 
 @pytest.mark.levels
@@ -296,9 +296,13 @@ def test_gram_is_differentiable_and_of_nothing_empty():
     assert pyrepr.gram(torch.empty(4, 0)).tolist() == [[0.0] * 4] * 4
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_same_bits_for_any_thread_count(kernel):
-    xs = [torch.randn(500, d) for d in (40, 700)]
+@pytest.mark.parametrize(
+    ("kernel", "n", "widths"),
+    [*((kernel, 500, (40, 700)) for kernel in KERNELS), ("linear", 3000, (40, 300, 1)), ("linear", 70_000, (1, 5))],
+)
+def test_same_bits_for_any_thread_count(kernel, n, widths):
+    xs = [torch.randn(n, d) for d in widths]
+    weights = torch.randn(n, n) if n < 10_000 else None
     before = torch.get_num_threads()
     try:
         results = []
@@ -307,7 +311,10 @@ def test_same_bits_for_any_thread_count(kernel):
             a = [x.clone().requires_grad_() for x in xs]
             table = pyrepr.cka_matrix(a, kernel=kernel)
             results.append([table.detach(), *torch.autograd.grad(table.sum(), a)])
-            results[-1].append(pyrepr.gram(xs[0], kernel=kernel))
+            if n < 10_000:
+                b = xs[0].clone().requires_grad_()
+                k = pyrepr.gram(b, kernel=kernel)
+                results[-1] += [k.detach(), *torch.autograd.grad((k * weights).sum(), b)]
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -461,8 +468,8 @@ def test_degrees_that_no_kernel_takes(degree):
 def test_a_mask_that_leaves_no_row_writes_nothing(by_features):
     """The functions refuse it, a compiled one cannot: an empty index has no address, as one that is not given."""
     x, nothing = torch.randn(500, 3), torch.zeros(500, dtype=torch.bool)
-    one = torch.ones(1, dtype=torch.float64)
-    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, 0.0, by_features, 0, False)
+    one = ops.constants_of(torch.ones(1, dtype=torch.float64), "linear")
+    s, r, d, *_ = torch.ops.pyrepr.gram_stats([x], nothing, one, "linear", 1, True, by_features, 0, False)
     assert s.item() == 0 and not r.any() and not d.any()
 
 

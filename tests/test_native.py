@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-@pytest.mark.parametrize("family", ["gram", "delta_rule", "causal_conv1d", "lookup"])
+@pytest.mark.parametrize("family", ["gram", "ranges", "delta_rule", "causal_conv1d", "lookup"])
 @pytest.mark.parametrize("level", other_levels())
 def test_core_of_the_suite_at_every_level(level, family):
     """The families' numerical tests, at each other level this machine can run."""

@@ -14,6 +14,7 @@ from pyrepr.ops import gram as ops
 from pyrepr.ops.moments import moments_op_
 
 ONES = torch.ones(2, dtype=torch.float64)
+CONSTANTS = ops.constants_of(ONES, "linear")
 
 
 def layers(n=20):
@@ -21,14 +22,14 @@ def layers(n=20):
 
 
 CALLS = {
-    "gram_stats": lambda: (ops.stats_op, (layers(), None, ONES, "rbf", 1, 0.0, False, 0, False)),
+    "gram_stats": lambda: (ops.stats_op, (layers(), None, CONSTANTS, "rbf", 1, True, False, 0, False)),
     "gram_stats masked": lambda: (
         ops.stats_op,
-        (layers(), torch.arange(20) < 9, ONES, "linear", 1, 0.0, True, 1, False),
+        (layers(), torch.arange(20) < 9, CONSTANTS, "linear", 1, True, True, 1, False),
     ),
-    "gram_stats keeping dots": lambda: (ops.stats_op, (layers(), None, ONES, "linear", 1, 0.0, False, 0, True)),
+    "gram_stats keeping dots": lambda: (ops.stats_op, (layers(), None, CONSTANTS, "linear", 1, True, False, 0, True)),
     "gram_matrix": lambda: (ops.matrix_op, (torch.randn(7, 3), torch.randn(4, 3), ONES[:1], "rbf", 1, 0.0, True)),
-    "gram_median": lambda: (ops.median_op, (layers(), None)),
+    "gram_median": lambda: (ops.median_op, (layers(), None, True)),
     "gram_moments_": lambda: (
         moments_op_,
         ([torch.zeros(3, 3).double(), torch.zeros(3, 5).double()], layers(), [0, 0, 0, 1]),
@@ -117,9 +118,9 @@ def test_null_pointers_are_refused_by_the_native_code():
     from pyrepr import _C
 
     with pytest.raises(ValueError, match="a layer has no memory"):
-        _C.Gram([(0, 4, 2, 2, 1)], 0, 0, 4, 0, [1.0], 1, 0.0, 1)
+        _C.Gram([(0, 4, 2, 2, 1)], 0, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
     with pytest.raises(ValueError, match="dtype code 9 is unknown"):
-        _C.Gram([(64, 4, 2, 2, 1)], 9, 0, 4, 0, [1.0], 1, 0.0, 1)
+        _C.Gram([(64, 4, 2, 2, 1)], 9, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
 
 
 @pytest.mark.gpu

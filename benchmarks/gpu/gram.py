@@ -175,7 +175,7 @@ def median_problem(n: int, d: int) -> Callable[..., Problem]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
         (x,) = layers(device, dtype, seed, n, (d,))
         return Problem(
-            lambda: pyrepr.ops.gram.median_op([x], None)[0],
+            lambda: pyrepr.ops.gram.median_op([x], None, True)[0][0],
             lambda: reference.median_distance(x.double()),
             {"torch.pdist": lambda: torch.pdist(x.float()).median()},
             4 * n * n * d,

@@ -7,8 +7,9 @@
 namespace pyrepr {
 namespace {
 
-void gram_stats(GramArguments& g, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift, uintptr_t dots) {
-  const cpu::GramStats out = stats_from(g, s, r, d, shift, dots);
+void gram_stats(GramArguments& g, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift, uintptr_t norms,
+                uintptr_t dots) {
+  const cpu::GramStats out = stats_from(g, s, r, d, shift, norms, dots);
   py::gil_scoped_release release;
   check(current_level().gram().stats(g.problem, out));
 }
@@ -20,11 +21,12 @@ void gram_matrix(GramArguments& g, bool centre, uintptr_t out) {
   if (!empty) check(current_level().gram().matrix(g.problem, centre, data));
 }
 
-void gram_median(GramArguments& g, uintptr_t out) {
+void gram_median(GramArguments& g, uintptr_t out, uintptr_t norms) {
   double* const data = pointer<double>(out, "out");
+  double* const q = pointer<double>(norms, "norms");
   if (g.problem.n < 2) throw std::invalid_argument("the median distance needs at least 2 rows");
   py::gil_scoped_release release;
-  check(current_level().gram().median(g.problem, data));
+  check(current_level().gram().median(g.problem, data, q));
 }
 
 void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, uintptr_t out) {
@@ -39,8 +41,8 @@ void gram_apply(GramArguments& g, bool centre, uintptr_t weights, int64_t rows, 
 
 void bind_gram(py::module_& m) {
   py::class_<GramArguments>(m, "Gram")
-      .def(py::init<const std::vector<MatrixTuple>&, int, uintptr_t, int64_t, int, std::vector<double>, int, double,
-                    int>())
+      .def(py::init<const std::vector<MatrixTuple>&, int, uintptr_t, int64_t, int, std::vector<std::vector<double>>,
+                    int, bool, int>())
       .def("stats", &gram_stats)
       .def("matrix", &gram_matrix)
       .def("median", &gram_median)

@@ -16,14 +16,16 @@ inline std::vector<View> views(const std::vector<MatrixTuple>& layers) {
 
 struct GramArguments {
   std::vector<View> layers;
-  std::vector<double> scale;
+  std::vector<std::vector<double>> constants;  // scale, offset and base, each one number per layer
   cpu::GramProblem problem;
 
   GramArguments(const std::vector<MatrixTuple>& tuples, int dtype, uintptr_t index, int64_t n, int kernel,
-                std::vector<double> scale_, int degree, double coef0, int threads)
-      : layers(views(tuples)), scale(std::move(scale_)) {
+                std::vector<std::vector<double>> constants_, int degree, bool centre, int threads)
+      : layers(views(tuples)), constants(std::move(constants_)) {
     if (kernel < 0 || kernel > 4) throw std::invalid_argument("kernel code " + std::to_string(kernel) + " is unknown");
-    if (scale.size() != layers.size()) throw std::invalid_argument("scale must have one number per layer");
+    if (constants.size() != 3) throw std::invalid_argument("constants must be scale, offset and base");
+    for (const auto& each : constants)
+      if (each.size() != layers.size()) throw std::invalid_argument("constants must have one number per layer");
     if (threads < 1) throw std::invalid_argument("threads must be positive");
     // An empty tensor has no address, and none stands for all rows.
     static const int64_t no_row = 0;
@@ -34,18 +36,20 @@ struct GramArguments {
                !index && n != layers.front().rows ? &no_row : pointer<const int64_t>(index, "index", true),
                n,
                static_cast<cpu::GramKernel>(kernel),
-               scale.data(),
+               constants[0].data(),
+               constants[1].data(),
+               constants[2].data(),
                degree,
-               coef0,
+               centre,
                threads};
   }
 };
 
 inline cpu::GramStats stats_from(const GramArguments& g, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift,
-                                 uintptr_t dots) {
+                                 uintptr_t norms, uintptr_t dots) {
   const bool empty = g.problem.n == 0;
-  return {pointer<double>(s, "s"), pointer<double>(r, "r", empty), pointer<double>(d, "d", empty),
-          pointer<double>(shift, "shift"), pointer<void>(dots, "dots", true)};
+  return {pointer<double>(s, "s"),         pointer<double>(r, "r", empty),         pointer<double>(d, "d", empty),
+          pointer<double>(shift, "shift"), pointer<double>(norms, "norms", empty), pointer<void>(dots, "dots", true)};
 }
 
 }  // namespace pyrepr

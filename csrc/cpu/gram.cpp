@@ -58,14 +58,17 @@ class Gram {
   static constexpr int NR = Block<T>::NR;
 
   static Status stats(const GramProblem& p, const GramStats& out) {
-    const Prepared<S> prepared(p, shift_invariant(p.kernel));
+    const Prepared<S> prepared(p, p.centre && shift_invariant(p.kernel));
     if (!prepared.ok()) return Status::out_of_memory;
     const bool linear = p.kernel == GramKernel::linear;
-    prepared.norms(out.d);
+    prepared.norms(out.norms);
+    std::memcpy(out.d, out.norms, static_cast<size_t>(p.count * p.n) * sizeof(double));
     for (int64_t l = 0; l < p.count; l++)
-      out.shift[l] = linear ? 0 : mean_kernel(p, prepared.samples(l), l, out.d + l * p.n);
+      out.shift[l] = linear ? linear_shift(p, l, out.d + l * p.n)
+                            : mean_kernel(p, prepared.samples(l), l, out.d + l * p.n);
 
     Walk walk{TileShape(p.n, p.n, MR, NR, p.count, sizeof(T))};
+    walk.deepest = deepest(p);
     const TileShape& shape = walk.shape;
     // A task's results: inner products [M, M], then row sums [M, rows] and column sums [M, cols] of its tiles.
     const int64_t slot_size = p.count * p.count + (linear ? 0 : p.count * (shape.rows + shape.cols));
@@ -83,7 +86,7 @@ class Gram {
       double* const row_sums = inner + p.count * p.count;
       double* const col_sums = row_sums + p.count * shape.rows;
       if (out.dots) keep(tile, p.n, static_cast<T*>(out.dots) + l * p.n * p.n);
-      if (!linear) {
+      if (!linear || out.shift[l] != 0) {
         const double* const q = out.d + l * p.n;
         with_kernel<T>(p, l, [&](auto k) { apply_kernel(k, tile, q, q, static_cast<T>(out.shift[l])); });
       }
@@ -123,8 +126,10 @@ class Gram {
       if (!symmetric) prepared.norms(1, q_cols);
     }
     const Product<S, S> product{prepared.samples(0), prepared.samples(p.count - 1), n, m, p.layers[0].cols, symmetric};
+    Walk walk{TileShape(n, m, MR, NR, 1, sizeof(T))};
+    walk.deepest = deepest(p);
     return for_each_tile<T>(
-        {TileShape(n, m, MR, NR, 1, sizeof(T))}, p.threads, [&](int64_t, int64_t) { return product; },
+        walk, p.threads, [&](int64_t, int64_t) { return product; },
         [&](const Tile<T>& tile, int64_t, int64_t, int64_t) {
           const Span& at = tile.at;
           if (!linear) with_kernel<T>(p, 0, [&](auto k) { apply_kernel(k, tile, q_rows, q_cols, T(0)); });
@@ -136,14 +141,15 @@ class Gram {
         });
   }
 
-  static Status median(const GramProblem& p, double* median) {
-    const Prepared<S> prepared(p, true);
-    const Walk walk{TileShape(p.n, p.n, MR, NR, 1, sizeof(T))};
-    const Memory histograms(p.threads * 2 * kBins * 8), norms(p.n * 8);
-    if (!prepared.ok() || !histograms.ok() || !norms.ok()) return Status::out_of_memory;
-    double* const q = norms.as<double>();
+  static Status median(const GramProblem& p, double* median, double* norms) {
+    const Prepared<S> prepared(p, p.centre);
+    Walk walk{TileShape(p.n, p.n, MR, NR, 1, sizeof(T))};
+    walk.deepest = deepest(p);
+    const Memory histograms(p.threads * 2 * kBins * 8);
+    if (!prepared.ok() || !histograms.ok()) return Status::out_of_memory;
     const int64_t pair_count = p.n * (p.n - 1) / 2;
     for (int64_t l = 0; l < p.count; l++) {
+      double* const q = norms + l * p.n;
       prepared.norms(l, q);
       // The two middle order statistics of the squared distances, 16 bits of their bit pattern at a time: a
       // non-negative float sorts like its bits.
@@ -182,8 +188,10 @@ class Gram {
     w.r_stride = p.n;
     w.k_stride = 1;
     const Product<StoreOf<T>, S> product{w, prepared.features(0), rows, d, p.n, false};
+    Walk walk{TileShape(rows, d, MR, NR, 1, sizeof(T))};
+    walk.deepest = p.n;
     return for_each_tile<T>(
-        {TileShape(rows, d, MR, NR, 1, sizeof(T))}, p.threads, [&](int64_t, int64_t) { return product; },
+        walk, p.threads, [&](int64_t, int64_t) { return product; },
         [&](const Tile<T>& tile, int64_t, int64_t, int64_t) { copy_out(tile, d, static_cast<T*>(out)); });
   }
 
@@ -193,6 +201,21 @@ class Gram {
   static Product<S, S> with_itself(const GramProblem& p, const Prepared<S>& prepared, int64_t l) {
     const Source<S> x = prepared.samples(l);
     return {x, x, p.n, p.n, p.layers[l].cols, true};
+  }
+
+  static int64_t deepest(const GramProblem& p) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
+    return widest;
+  }
+
+  // Centred rows add up to zero, so the inner products of different rows have the mean -sum(q) / (n (n - 1)). Of a wide
+  // layer with few rows that is most of them: with d = n^2 as much as what sets pairs apart.
+  static double linear_shift(const GramProblem& p, int64_t l, const double* q) {
+    if (p.n < 2 || p.layers[l].cols / 16 <= p.n * p.n) return 0;
+    double sum = 0;
+    for (int64_t i = 0; i < p.n; i++) sum += q[i];
+    return static_cast<double>(static_cast<T>(-sum / static_cast<double>(p.n * (p.n - 1))));
   }
 
   // The mean of the kernel over up to 1024 pairs (i, i + n/2): close to the mean over all, and always the same.
@@ -244,7 +267,7 @@ class Gram {
     for (int64_t l = 0; l < p.count; l++)
       with_kernel<T>(p, l, [&](auto k) {
         for (int64_t i = l * p.n; i < (l + 1) * p.n; i++) {
-          if (p.kernel == GramKernel::linear) out.r[i] = -out.d[i];
+          if (p.kernel == GramKernel::linear) out.r[i] = -out.d[i] - out.shift[l] * static_cast<double>(p.n - 1);
           out.d[i] = k.diagonal(out.d[i]) - out.shift[l];
         }
       });
@@ -257,8 +280,8 @@ Status stats(const GramProblem& p, const GramStats& out) {
 Status matrix(const GramProblem& p, bool centre, void* out) {
   return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::matrix(p, centre, out); });
 }
-Status median(const GramProblem& p, double* out) {
-  return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::median(p, out); });
+Status median(const GramProblem& p, double* out, double* norms) {
+  return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::median(p, out, norms); });
 }
 Status apply(const GramProblem& p, bool centre, const void* weights, int64_t rows, void* out) {
   return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::apply(p, centre, weights, rows, out); });

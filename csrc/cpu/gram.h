@@ -8,6 +8,9 @@
 // and no n x n matrix has to exist. k is the kernel minus a constant `shift` near its mean: the measures do not notice
 // a constant, sums in finite precision do. All four are float64; tiles are made in float32 (float64 for float64
 // inputs).
+//
+// A constant that is much larger than what sets pairs apart would be gone with its digits before `shift` is subtracted.
+// With `base` the kernel is its difference from its value at distance (or inner product) 0, made without cancellation.
 #pragma once
 
 #include "common.h"
@@ -24,9 +27,11 @@ struct GramProblem {
   const int64_t* index;  // [n] the rows that count, or null for all
   int64_t n;
   GramKernel kernel;
-  const double* scale;  // [M]: sigma of rbf and laplacian, gamma of polynomial
-  int degree;           // polynomial: (gamma <x, y> + coef0)^degree
-  double coef0;
+  const double* scale;   // [M]: sigma of rbf and laplacian, gamma of polynomial
+  const double* offset;  // [M]: coef0 of polynomial; rbf and laplacian are multiplied by e^offset
+  const double* base;    // [M]: 1 to subtract the kernel's value at 0, coef0^degree or e^offset; else 0
+  int degree;            // polynomial: (gamma <x, y> + coef0)^degree
+  bool centre;           // subtract the mean row, where the kernel is shift-invariant
   int threads;
 };
 
@@ -35,6 +40,7 @@ struct GramStats {
   double* r;      // [M, n]
   double* d;      // [M, n]
   double* shift;  // [M]
+  double* norms;  // [M, n] squared norms of the (centred) rows
   void* dots;     // [M, n, n] inner products of the centred rows, in the accumulation type; null: not kept
 };
 
@@ -43,8 +49,8 @@ struct GramFunctions {
   Status (*stats)(const GramProblem&, const GramStats&);
   // out [n, m] = kernel of every row of layer 0 with every row of layer 1 (with itself when count is 1).
   Status (*matrix)(const GramProblem&, bool centre, void* out);
-  // median [M] of the off-diagonal distances |x_i - x_j|, exact, by radix selection.
-  Status (*median)(const GramProblem&, double* median);
+  // median [M] of the off-diagonal distances |x_i - x_j|, exact, by radix selection; norms [M, n] as in GramStats.
+  Status (*median)(const GramProblem&, double* median, double* norms);
   // out [rows, d] = weights [rows, n] X, for the one layer of the problem, with X minus its mean row under `centre`.
   Status (*apply)(const GramProblem&, bool centre, const void* weights, int64_t rows, void* out);
 };

@@ -17,7 +17,8 @@ class Moments {
     const Prepared<S> prepared(p, true);
     const Memory memory(p.count * p.count * 16), values(slots * 8);
     if (!prepared.ok() || !memory.ok() || !values.ok()) return Status::out_of_memory;
-    prepared.norms(out.d);
+    prepared.norms(out.norms);
+    std::memcpy(out.d, out.norms, static_cast<size_t>(p.count * p.n) * sizeof(double));
     int64_t* const pairs = memory.as<int64_t>();
     int64_t pair_count = 0;
     for (int64_t a = 0; a < p.count; a++)
@@ -71,7 +72,7 @@ class Moments {
   static Walk walk(const GramProblem& p, int64_t pair_count, int64_t slots) {
     int64_t widest = 1;
     for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
-    return {TileShape(widest, widest, Block<T>::MR, Block<T>::NR, 1, sizeof(T), pair_count), pair_count, 1, slots};
+    return {TileShape(widest, widest, Block<T>::MR, Block<T>::NR, 1, sizeof(T), pair_count), pair_count, 1, slots, p.n};
   }
 
   // X_a^T X_b for (a, b) = pair.

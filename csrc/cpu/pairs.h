@@ -156,43 +156,75 @@ struct Linear {
   Vec<T> operator()(Vec<T> dot, T, Vec<T>) const { return dot; }
   double diagonal(double q) const { return q; }
 };
+
+// e^x of x <= 0, or with `lifted` e^(x + offset) where that is not above 0, or with `near` e^offset (e^x - 1).
 template <class T>
+struct Decay {
+  T offset = 0, times = 1;  // e^offset
+  double diagonal = 1;      // at x = 0
+  bool near = false;
+
+  Decay() = default;
+  Decay(double offset_, bool near_)
+      : offset(static_cast<T>(offset_)),
+        times(static_cast<T>(__builtin_exp(offset_))),
+        diagonal(near_ ? 0 : __builtin_exp(smaller(offset_, 600.0))),
+        near(near_) {}
+  Vec<T> operator()(Vec<T> x) const {
+    if (!near) return exp_nonpositive<T>(x + offset < T(0) ? x + offset : Vec<T>{});
+    Vec<T> sum{};  // e^x - 1 = x (1 + x/2 (1 + x/3 (...)))
+#pragma GCC unroll 16
+    for (int i = 16; i > 1; i--) sum = (sum + T(1)) * x / T(i);
+    const Vec<T> series = (sum + T(1)) * x;
+    return (x < T(-0.5) ? exp_nonpositive<T>(x) - T(1) : series) * times;
+  }
+};
+template <class T, bool lifted = false>
 struct Rbf {
   T factor;  // -1 / (2 sigma^2)
+  Decay<T> decay = {};
   static double norm(double q) { return q; }
   Vec<T> operator()(Vec<T> dot, T q_i, Vec<T> q_j) const {
-    return exp_nonpositive<T>(squared_distance(dot, q_i, q_j) * factor);
+    const Vec<T> exponent = squared_distance(dot, q_i, q_j) * factor;
+    return lifted ? decay(exponent) : exp_nonpositive<T>(exponent);
   }
   static Vec<T> squared_distance(Vec<T> dot, T q_i, Vec<T> q_j) {
     const Vec<T> distance = (q_i + q_j) - T(2) * dot;
     return distance < T(0) ? Vec<T>{} : distance;
   }
-  double diagonal(double q) const { return q == q ? 1 : q; }
+  double diagonal(double q) const { return q == q ? decay.diagonal : q; }
 };
-template <class T>
+template <class T, bool lifted = false>
 struct Laplacian {
   T factor;  // -1 / sigma
+  Decay<T> decay = {};
   static double norm(double q) { return q; }
   Vec<T> operator()(Vec<T> dot, T q_i, Vec<T> q_j) const {
-    return exp_nonpositive<T>(square_root<T>(Rbf<T>::squared_distance(dot, q_i, q_j)) * factor);
+    const Vec<T> exponent = square_root<T>(Rbf<T>::squared_distance(dot, q_i, q_j)) * factor;
+    return lifted ? decay(exponent) : exp_nonpositive<T>(exponent);
   }
-  double diagonal(double q) const { return q == q ? 1 : q; }
+  double diagonal(double q) const { return q == q ? decay.diagonal : q; }
 };
-template <class T>
+template <class T, bool lifted = false>
 struct Polynomial {
   double gamma, coef0;
   int degree;
   static double norm(double q) { return q; }
   Vec<T> operator()(Vec<T> dot, T, Vec<T>) const {
-    const Vec<T> base = dot * static_cast<T>(gamma) + static_cast<T>(coef0);
-    Vec<T> k = base;
-    for (int power = 1; power < degree; power++) k *= base;
-    return k;
+    return power(dot * static_cast<T>(gamma), static_cast<T>(coef0));
   }
-  double diagonal(double q) const {
-    const double base = q * gamma + coef0;
-    double k = base;
-    for (int power = 1; power < degree; power++) k *= base;
+  double diagonal(double q) const { return power(q * gamma, coef0); }
+
+  // (z + c)^degree, or with `lifted` its difference from c^degree, e, by (z + c)^m - c^m = (z + c) e + z c^(m-1).
+  template <class V, class C>
+  V power(V z, C c) const {
+    const V base = z + c;
+    V k = lifted ? z : base;
+    C tail = c;
+    for (int m = 1; m < degree; m++) {
+      k = lifted ? k * base + z * tail : k * base;
+      tail *= c;
+    }
     return k;
   }
 };
@@ -209,16 +241,19 @@ inline bool shift_invariant(GramKernel k) { return k != GramKernel::polynomial &
 // Calls f(kernel) with the problem's kernel for a layer.
 template <class T, class F>
 void with_kernel(const GramProblem& p, int64_t layer, F f) {
-  const double scale = p.scale[layer];
+  const double scale = p.scale[layer], offset = p.offset[layer];
+  const bool base = p.base[layer] != 0;
+  const Decay<T> decay(offset, base);
+  const T gaussian = static_cast<T>(-1 / (2 * scale * scale)), exponential = static_cast<T>(-1 / scale);
   switch (p.kernel) {
     case GramKernel::linear:
       return f(Linear<T>{});
     case GramKernel::rbf:
-      return f(Rbf<T>{static_cast<T>(-1 / (2 * scale * scale))});
+      return base || offset != 0 ? f(Rbf<T, true>{gaussian, decay}) : f(Rbf<T>{gaussian});
     case GramKernel::laplacian:
-      return f(Laplacian<T>{static_cast<T>(-1 / scale)});
+      return base || offset != 0 ? f(Laplacian<T, true>{exponential, decay}) : f(Laplacian<T>{exponential});
     case GramKernel::polynomial:
-      return f(Polynomial<T>{scale, p.coef0, p.degree});
+      return base ? f(Polynomial<T, true>{scale, offset, p.degree}) : f(Polynomial<T>{scale, offset, p.degree});
     case GramKernel::cosine:
       return f(Cosine<T>{});
   }
@@ -326,10 +361,59 @@ struct Product {
 struct Walk {
   TileShape shape;
   int64_t groups = 1, layers = 1;
-  int64_t slots = 0;  // how many tasks may wait for their commit; 0: all
+  int64_t slots = 0;    // how many tasks may wait for their commit; 0: all
+  int64_t deepest = 0;  // the longest sum of the products
 
   int64_t tasks(int64_t rows, int64_t cols) const { return ceil_div(rows, shape.rows) * ceil_div(cols, shape.cols); }
 };
+
+// A sum of more terms than this is cut into stretches, which are added up in double: the error of a sum of floats grows
+// with its length.
+constexpr int64_t kStretch = 32 * kDepth;
+
+// tile += (or with `first` =) the columns [k0, k0 + count) of a tile in double.
+template <class T>
+void add_stretch(const T* tile, int64_t count, bool first, double* sum) {
+  constexpr int W = Lanes<T>::W;
+  using Wide = typename Lanes<T>::Wide;
+  for (int64_t i = 0; i < count; i += W) {
+    Wide so_far{};
+    if (!first) std::memcpy(&so_far, sum + i, sizeof so_far);
+    so_far += __builtin_convertvector(load<T>(tile + i), Wide);
+    std::memcpy(sum + i, &so_far, sizeof so_far);
+  }
+}
+
+// The columns of a source from k0 on.
+template <class S>
+Source<S> from_column(Source<S> s, int64_t k0) {
+  if (s.k_index)
+    s.k_index += k0;
+  else
+    s.data += k0 * s.k_stride;
+  if (s.mean_high && s.mean_along_k) {
+    s.mean_high += k0;
+    s.mean_low += k0;
+  }
+  return s;
+}
+
+// tile_product of gemm.h with `sum`, room for the tile in double, for long sums.
+template <class SA, class SB>
+void long_tile_product(const Product<SA, SB>& p, const Span& at, const TileBuffers<typename SA::T>& buffers,
+                       typename SA::T* tile, int64_t ldc, double* sum) {
+  using T = typename SA::T;
+  if (p.depth <= kStretch || sizeof(T) == sizeof(double))
+    return tile_product(p.a, at.r0, at.rows, p.b, at.c0, at.cols, p.depth, p.upper, buffers, tile, ldc);
+  const int64_t size = round_up(at.rows, Block<T>::MR) * ldc;
+  zero(tile, size);  // what lies below the diagonal stays untouched
+  for (int64_t k0 = 0; k0 < p.depth; k0 += kStretch) {
+    tile_product(from_column(p.a, k0), at.r0, at.rows, from_column(p.b, k0), at.c0, at.cols,
+                 smaller(kStretch, p.depth - k0), p.upper, buffers, tile, ldc);
+    add_stretch(tile, size, k0 == 0, sum);
+  }
+  for (int64_t i = 0; i < size; i++) tile[i] = static_cast<T>(sum[i]);
+}
 
 // Calls epilogue(tile, group, layer, slot) with every tile of product(group, layer), the layers of a group one after
 // the other by one thread: at the last one, their tiles stand `tile_size(walk)` elements apart, last at the end. Then
@@ -341,7 +425,8 @@ int64_t tile_size(const Walk& walk) {
 template <class T, class GetProduct, class Epilogue, class Commit>
 Status for_each_tile(const Walk& walk, int threads, GetProduct product, Epilogue epilogue, Commit commit) {
   const int64_t size = tile_size<T>(walk);
-  const int64_t bytes = round_up((TileBuffers<T>::size(walk.shape.rows) + walk.layers * size) * sizeof(T), 64);
+  const int64_t narrow = round_up((TileBuffers<T>::size(walk.shape.rows) + walk.layers * size) * sizeof(T), 64);
+  const int64_t bytes = narrow + (walk.deepest > kStretch ? round_up(size * int64_t(sizeof(double)), 64) : 0);
   const Memory memory(bytes * threads), numbers((walk.groups + 1) * 8);
   if (!memory.ok() || !numbers.ok()) return Status::out_of_memory;
   int64_t* const first = numbers.as<int64_t>();  // [groups + 1] number of a group's first task
@@ -372,7 +457,7 @@ Status for_each_tile(const Walk& walk, int threads, GetProduct product, Epilogue
       for (int64_t l = 0; l < walk.layers; l++) {
         const auto p = product(group, l);
         const Tile<T> tile{tiles + l * size, walk.shape.cols, at};
-        tile_product(p.a, at.r0, at.rows, p.b, at.c0, at.cols, p.depth, p.upper, buffers, tile.data, tile.ldc);
+        long_tile_product(p, at, buffers, tile.data, tile.ldc, memory.as<double>(bytes * thread_number() + narrow));
         epilogue(tile, group, l, slot);
       }
     });

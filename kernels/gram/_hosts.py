@@ -146,7 +146,7 @@ def _scale_of(largest: Tensor) -> Tensor:
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: Tensor | None = None) -> Tensor:
+def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: Tensor | float) -> Tensor:
     """[M, 4] float32 for `kernel_values`: factor, offset and shift of every layer in packed units."""
     unit = packed.scale
     if kernel == "rbf":
@@ -156,7 +156,7 @@ def _constants(packed: Packed, kernel: str, scale: Tensor, coef0: float, shift: 
     else:
         factor = (scale if kernel == "polynomial" else 1) / unit**2
     zero = torch.zeros_like(unit)
-    return torch.stack([factor, zero + coef0, zero if shift is None else shift, zero], 1).float()
+    return torch.stack([factor, zero + coef0, zero, zero], 1).float()
 
 
 def _near_mean(packed: Packed, kernel: str, constants: Tensor, degree: int) -> Tensor:
@@ -184,11 +184,16 @@ def _near_mean(packed: Packed, kernel: str, constants: Tensor, degree: int) -> T
     return torch.stack(means).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _diagonal(packed: Packed, kernel: str, scale: Tensor, degree: int, coef0: float, shift: Tensor) -> Tensor:
+def _norms(packed: Packed) -> Tensor:
+    """|x_i|² of the rows that count, 0 of the others: [M, n] float64."""
+    return packed.q[:, : packed.n].double() / packed.scale[:, None] ** 2
+
+
+def _diagonal(packed: Packed, kernel: str, scale: Tensor, degree: int, coef0: Tensor, shift: Tensor) -> Tensor:
     """k_l(i, i) − shift of the rows that count, 0 of the others: [M, n] float64."""
-    q = packed.q[:, : packed.n].double() / packed.scale[:, None] ** 2
+    q = _norms(packed)
     if kernel == "polynomial":
-        q = (scale[:, None] * q + coef0) ** degree
+        q = (scale[:, None] * q + coef0[:, None]) ** degree
     elif kernel == "cosine":
         q = (q > 0).double()
     elif kernel != "linear":
@@ -199,14 +204,14 @@ def _diagonal(packed: Packed, kernel: str, scale: Tensor, degree: int, coef0: fl
 def stats(
     xs: Sequence[Tensor],
     mask: Tensor | None,
-    scale: Tensor,
+    constants: Tensor,
     kernel: str,
     degree: int,
-    coef0: float,
     by_features: bool,
     split: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S [M, M], R [M, n], D [M, n], shift [M], float64; see `ops.gram`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """S [M, M], R [M, n], D [M, n], shift [M], norms [M, n], float64; see `ops.gram`."""
+    scale, coef0, base = constants.unbind()
     packed = Packed(xs, mask, kernel in SHIFT_INVARIANT, BY_FEATURES if by_features else COLUMNS)
     if kernel == "linear":
         shift = torch.zeros_like(packed.scale)
@@ -218,13 +223,15 @@ def stats(
         else:
             s, _ = _gram_sums(packed, _constants(packed, kernel, scale, coef0), kernel, degree)
             s = s / torch.outer(unit, unit)
-        return s, -d, d, shift
-    constants = _constants(packed, kernel, scale, coef0)
-    shift = _near_mean(packed, kernel, constants, degree).float()
-    constants[:, 2] = shift
-    s, r = _gram_sums(packed, constants, kernel, degree)
+        return s, -d, d, shift, _norms(packed)
+    packed_constants = _constants(packed, kernel, scale, coef0)
+    shift = _near_mean(packed, kernel, packed_constants, degree).float()
+    packed_constants[:, 2] = shift
+    s, r = _gram_sums(packed, packed_constants, kernel, degree)
     shift = shift.double()
-    return s, r, _diagonal(packed, kernel, scale, degree, coef0, shift), shift
+    d = _diagonal(packed, kernel, scale, degree, coef0, shift)
+    # The base goes with the shift: here it is not subtracted on its own.
+    return s, r, d, shift - base * coef0**degree if kernel == "polynomial" else shift, _norms(packed)
 
 
 def _layer_arguments(packed: Packed, constants: Tensor, degree: int) -> dict[str, Any]:
@@ -341,9 +348,11 @@ def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int,
     return (table.LARGE_MATRIX if n * m >= LARGE else table.MATRIX)[left.parts].run(x.device, run)
 
 
-def median(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """The median distance of the rows of each layer, [M] float64: the exact one of the distances in float32."""
-    return torch.stack([_median(Packed([x], mask, True)) for x in xs])
+def median(xs: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The median distance of the rows of each layer, [M] float64: the exact one of the distances in float32. And norms
+    [M, n] float64."""
+    packed = [Packed([x], mask, True) for x in xs]
+    return torch.stack([_median(each) for each in packed]), torch.cat([_norms(each) for each in packed])
 
 
 def _median(packed: Packed) -> Tensor:

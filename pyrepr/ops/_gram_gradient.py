@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrepr.backend import triton_interprets
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
 
@@ -48,28 +47,49 @@ class Slopes:
     kernel: str
     scale: Tensor  # []
     degree: int
-    coef0: float
+    offset: Tensor  # [] as in `gram_stats`
+    base: Tensor | None = None  # []; None: nothing is subtracted, and rbf and laplacian are plain
 
     def value(self, p: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """k [n, m]. p: [n, m], rows: [n] and columns: [m], their squared norms."""
+        """k [n, m] minus its base. p: [n, m], rows: [n] and columns: [m], their squared norms."""
         if self.kernel == "linear":
             return p
         if self.kernel == "rbf":
-            return _distance(p, rows, columns).mul_(-1 / (2 * self.scale**2)).exp_()
+            return self._decay(_distance(p, rows, columns).mul_(-1 / (2 * self.scale**2)))
         if self.kernel == "laplacian":
-            return _distance(p, rows, columns).sqrt_().mul_(-1 / self.scale).exp_()
+            return self._decay(_distance(p, rows, columns).sqrt_().mul_(-1 / self.scale))
         if self.kernel == "polynomial":
-            return (self.scale * p + self.coef0) ** self.degree
+            return self._power(p)
         return p * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+
+    def _decay(self, exponent: Tensor) -> Tensor:
+        if self.base is None:
+            return exponent.exp_()
+        if self.base > 0:
+            return exponent.expm1_().mul_(self.offset.exp())
+        return exponent.add_(self.offset).clamp_max_(0).exp_()
+
+    def _power(self, p: Tensor) -> Tensor:
+        z = self.scale * p
+        whole = z + self.offset
+        if self.base is None:
+            return whole**self.degree
+        value, tail = z.clone(), self.offset
+        for _ in range(1, self.degree):  # as in csrc/cpu/pairs.h
+            value.mul_(whole).addcmul_(z, tail)
+            tail = tail * self.offset
+        return value
 
     def weights(self, pull: Tensor, p: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """pull · dk/dp, [n, m]: how much of y_j is in the gradient of x_i."""
         if self.kernel == "linear":
             return pull
         if self.kernel == "polynomial":
-            return pull * (self.degree * self.scale) * (self.scale * p + self.coef0) ** (self.degree - 1)
+            return pull * (self.degree * self.scale) * (self.scale * p + self.offset) ** (self.degree - 1)
         if self.kernel == "cosine":
             return pull * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+        if self.base is not None and self.base > 0:
+            k = k + self.offset.exp()
         if self.kernel == "rbf":
             return pull * k / self.scale**2
         distance = _distance(p, rows, columns).sqrt_()
@@ -92,22 +112,25 @@ def _inverse_norm(q: Tensor) -> Tensor:
 
 def stats_backward(products: Products, args: tuple, kept: tuple, grads: tuple, wanted: tuple) -> tuple:
     """The gradients of `stats_op` in mask, scale (none) and every layer; the shift counts as a constant."""
-    xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots = args
-    d, shift, dots = kept
+    xs, mask, constants, kernel, degree, centre, by_features, split, keep_dots = args
+    shift, norms, dots = kept
     grad_s, grad_r, grad_d = grads
     wanted, full = wanted[2:], xs
     if mask is not None:
         rows = mask.nonzero()[:, 0]
         xs = [x[rows] for x in xs]
-        d, grad_r, grad_d = d[:, rows], grad_r[:, rows], grad_d[:, rows]
+        norms, grad_r, grad_d = norms[:, rows], grad_r[:, rows], grad_d[:, rows]
     if by_features:
         pairs = layer_pairs(len(xs), split)
-        found = _features_backward(products, xs, d, pairs, wanted, grad_s, grad_d - grad_r)
+        found = _features_backward(products, xs, norms, pairs, wanted, grad_s, grad_d - grad_r)
     else:
-        slopes = [Slopes(kernel, s, degree, coef0) for s in scale.to(compute_dtype(xs[0].dtype))]
-        found = _TilesBackward(products, xs, slopes, d, shift, dots if keep_dots else None)(
-            wanted, grad_s, grad_r, grad_d
-        )
+        slopes = [
+            Slopes(kernel, scale, degree, offset, base if kernel == "polynomial" or not centre else None)
+            for scale, offset, base in constants.to(compute_dtype(xs[0].dtype)).unbind(1)
+        ]
+        centre = centre and kernel in SHIFT_INVARIANT
+        dots = dots if keep_dots else None
+        found = _TilesBackward(products, xs, slopes, centre, norms, shift, dots)(wanted, grad_s, grad_r, grad_d)
     if mask is not None:
         found = [
             g if g is None else torch.zeros_like(x).index_copy_(0, rows, g) for g, x in zip(found, full, strict=True)
@@ -123,7 +146,7 @@ def matrix_backward(products: Products, args: tuple, kept: tuple, grads: tuple, 
     mean = x.to(dtype)[:1] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
     left = x.to(dtype) - mean
     right = left if y is None else y.to(dtype) - mean
-    slopes = Slopes(kernel, scale.to(dtype)[0], degree, coef0)
+    slopes = Slopes(kernel, scale.to(dtype)[0], degree, torch.full_like(scale[0], coef0, dtype=dtype))
     weights, own_left, own_right = pull, None, None
     if kernel != "linear":
         p = products.dots(left, None if y is None else right, False)
@@ -152,36 +175,36 @@ def layer_pairs(m: int, split: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(m) for b in range(a, m) if a == b or not split or a < split <= b]
 
 
-def _times(products: Products, a: Tensor, b: Tensor, x: Tensor | None = None) -> Tensor:
-    """a @ b, where b may be what centring x gave. On the CPU by torch; on a GPU by the op, whose kernels get float32's
-    accuracy out of tensor cores, and take a narrow x as it is."""
-    if a.device.type == "cpu" and not triton_interprets():
-        return a @ b
-    return products.apply(a, b, False) if x is None else products.apply(a, x, True)
+def _mean_row(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean of the rows, with the same bits for any number of threads. x: [n, d] -> [d].
+
+    torch cuts a sum to a single number among its threads, and no other.
+    """
+    return x.expand(-1, 2).mean(0, dtype=dtype)[:1] if x.shape[1] == 1 else x.mean(0, dtype=dtype)
 
 
-def _features_backward(products, xs, d, pairs, wanted, grad_s, grad_q):
+def _features_backward(products, xs, q, pairs, wanted, grad_s, grad_q):
     """Linear kernel: S_ab = ‖X_aᵀX_b‖² − q_a·q_b gives dX_a = Σ_b 2 (g_ab + g_ba) [X_b (X_bᵀX_a) − diag(q_b) X_a].
 
-    Everything here has the size of the inputs (n > D on this route), so plain matrix products do.
+    Everything here has the size of the inputs (n > D on this route).
     """
     dtype = compute_dtype(xs[0].dtype)
-    centred = [x.to(dtype) - x.mean(0, dtype=torch.float64).to(dtype) for x in xs]
+    centred = [x.to(dtype) - _mean_row(x, torch.float64).to(dtype) for x in xs]
     symmetric = grad_s + grad_s.T
     diagonal = 2 * grad_q
     grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
-        product = _times(products, centred[b].T, centred[a], xs[a])  # [d_b, d_a]
+        product = products.apply(centred[b].T, xs[a], True)  # [d_b, d_a]
         for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
             if wanted[left]:
                 weight = 2 * symmetric[left, right]
-                part, so_far = _times(products, centred[right], cross * weight.to(dtype)), grads[left]
+                part, so_far = products.apply(centred[right], cross * weight.to(dtype), False), grads[left]
                 grads[left] = part if so_far is None else so_far.add_(part)
-                diagonal[left] -= weight * d[right]
+                diagonal[left] -= weight * q[right]
     for a, grad in enumerate(grads):
         if grad is not None:
             grad += diagonal[a].to(dtype)[:, None] * centred[a]
-            grads[a] = (grad - grad.mean(0)).to(xs[a].dtype)
+            grads[a] = (grad - _mean_row(grad)).to(xs[a].dtype)
     return grads
 
 
@@ -194,19 +217,14 @@ class _TilesBackward:
     Every kernel here depends on a pair by ⟨x_i, x_j⟩ and the norms, so dF/dx_i = Σ_j w_ij x_j + v_i x_i.
     """
 
-    def __init__(self, products, xs, slopes, d, shift, dots):
-        self.products, self.xs, self.slopes, self.d, self.dots = products, xs, slopes, d, dots
+    def __init__(self, products, xs, slopes, centre, norms, shift, dots):
+        self.products, self.xs, self.slopes, self.centre, self.dots = products, xs, slopes, centre, dots
         self.dtype, self.kernel = compute_dtype(xs[0].dtype), slopes[0].kernel
-        self.centre = self.kernel in SHIFT_INVARIANT
         self.n = xs[0].shape[0]
         self.shift = shift.to(self.dtype)
-        if self.kernel == "linear":
-            self.q = d
-        elif dots is not None:
-            self.q = dots.diagonal(dim1=1, dim2=2)
-        else:
-            self.q = torch.stack([_row_norms(x, self.centre) for x in xs])
-        self.q = self.q.to(self.dtype)  # [M, n] squared norms of the (centred) rows
+        self.shifted = any(x.shape[1] // 16 > self.n**2 for x in xs)  # a linear kernel only then: csrc/cpu/gram.cpp
+        kept = dots is not None and self.kernel != "linear"
+        self.q = dots.diagonal(dim1=1, dim2=2) if kept else norms.to(self.dtype)  # [M, n]
 
     def __call__(self, wanted, grad_s, grad_r, grad_d):
         m = len(self.xs)
@@ -239,8 +257,9 @@ class _TilesBackward:
         pull = kernels[0] * symmetric[0]
         for b in range(1, len(kernels)):
             pull.addcmul_(kernels[b], symmetric[b])
-        if self.kernel != "linear":
+        if self.kernel != "linear" or self.shifted:
             pull -= (symmetric * self.shift).sum()
+        if self.kernel != "linear":
             pull += grad_r[rows, None] + grad_r
         pull.diagonal(rows.start).zero_()
         return pull
@@ -260,12 +279,5 @@ class _TilesBackward:
     def _finish(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         grad = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.kernel == "linear":
-            grad -= grad.mean(0)
+            grad -= _mean_row(grad)
         return grad.to(x.dtype)
-
-
-def _row_norms(x: Tensor, centre: bool) -> Tensor:
-    x = x.double()
-    if centre:
-        x = x - x.mean(0)
-    return x.square().sum(1)

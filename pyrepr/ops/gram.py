@@ -4,6 +4,7 @@ Every measure of the family is a function of four statistics, in float64 (maths 
 
     S [M, M]   Σ_{i≠j} k_a(i, j) k_b(i, j)        R [M, n]   Σ_{j≠i} k_l(i, j)
     D [M, n]   k_l(i, i)                          shift [M]  the constant that was subtracted from every k_l(i, j)
+                                                  norms [M, n]  |x_i|² of the (centred) rows
 
 so one derivative, that of (S, R, D), makes all of them differentiable, for any number of layers at once.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +32,9 @@ def native_problem(
     xs: Sequence[Tensor],
     index: Tensor | None = None,
     kernel: str = "linear",
-    scale: Sequence[float] | None = None,
+    constants: list[list[float]] | None = None,
     degree: int = 1,
-    coef0: float = 0.0,
+    centre: bool = True,
 ):
     n = xs[0].shape[0] if index is None else index.numel()
     return module().Gram(
@@ -41,9 +43,9 @@ def native_problem(
         0 if index is None else index.data_ptr(),
         n,
         KERNELS.index(kernel),
-        [1.0] * len(xs) if scale is None else scale,
+        [[1.0] * len(xs), [0.0] * len(xs), [0.0] * len(xs)] if constants is None else constants,
         degree,
-        coef0,
+        centre,
         torch.get_num_threads(),
     )
 
@@ -52,28 +54,28 @@ def _index(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.nonzero()[:, 0].contiguous()
 
 
-def _stats_fake(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+def _stats_fake(xs, mask, constants, kernel, degree, centre, by_features, split, keep_dots):
     m, n = len(xs), xs[0].shape[0]
-    f64 = {"dtype": torch.float64, "device": xs[0].device}
     dots = xs[0].new_empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
-    return torch.empty(m, m, **f64), torch.empty(m, n, **f64), torch.empty(m, n, **f64), torch.empty(m, **f64), dots
+    sizes = ((m, m), (m, n), (m, n), (m,), (m, n))
+    return *(xs[0].new_empty(size, dtype=torch.float64) for size in sizes), dots
 
 
-def _stats_cpu(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+def _stats_cpu(xs, mask, constants, kernel, degree, centre, by_features, split, keep_dots):
     m, total, index = len(xs), xs[0].shape[0], _index(mask)
     n = total if index is None else index.numel()
     new = functools.partial(xs[0].new_empty, dtype=torch.float64)
-    s, r, d, shift = new((m, m)), new((m, n)), new((m, n)), new(m)
+    s, r, d, shift, norms = new((m, m)), new((m, n)), new((m, n)), new(m), new((m, n))
     dots = xs[0].new_empty((m, n, n) if keep_dots else 0, dtype=compute_dtype(xs[0].dtype))
-    problem = native_problem(xs, index, kernel, scale.tolist(), degree, coef0)
-    pointers = (s.data_ptr(), r.data_ptr(), d.data_ptr(), shift.data_ptr())
+    problem = native_problem(xs, index, kernel, constants.tolist(), degree, centre)
+    pointers = tuple(a.data_ptr() for a in (s, r, d, shift, norms))
     if by_features:
         problem.stats_by_features(split, *pointers)
     else:
         problem.stats(*pointers, dots.data_ptr() if keep_dots else 0)
     if index is not None:
-        r, d = (a.new_zeros(m, total).index_copy_(1, index, a) for a in (r, d))
-    return s, r, d, shift, dots
+        r, d, norms = (a.new_zeros(m, total).index_copy_(1, index, a) for a in (r, d, norms))
+    return s, r, d, shift, norms, dots
 
 
 def _centred_rows(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,7 +89,7 @@ def _centred_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x if mask is None else torch.where(mask[:, None], x, 0)).contiguous()
 
 
-def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+def _stats_cuda(xs, mask, constants, kernel, degree, centre, by_features, split, keep_dots):
     """Two layers, linear kernel, float32: the kernel in csrc/cuda/gram.cu."""
     if kernel != "linear" or len(xs) != 2 or xs[0].dtype != torch.float32 or keep_dots:
         raise Unsupported("backend 'cuda' computes the linear kernel of two float32 layers only, without gradient")
@@ -103,28 +105,28 @@ def _stats_cuda(xs, mask, scale, kernel, degree, coef0, by_features, split, keep
         kk, kl, ll = (2 * partial.sum(0)).unbind()
         d = torch.stack([a.double().square().sum(1) for a in (x, y)])
     s = torch.stack([torch.stack([kk, kl]), torch.stack([kl, ll])])
-    return s, -d, d, s.new_zeros(2), x.new_empty(0)
+    return s, -d, d, s.new_zeros(2), d.clone(), x.new_empty(0)
 
 
-def _stats_triton(xs, mask, scale, kernel, degree, coef0, by_features, split, keep_dots):
+def _stats_triton(xs, mask, constants, kernel, degree, centre, by_features, split, keep_dots):
     from pyrepr.kernels import gram as kernels
 
     dots = xs[0].new_empty(0, dtype=torch.float32)
     if keep_dots:
-        centre, one = kernel in SHIFT_INVARIANT, torch.ones_like(scale[:1])
-        dots = torch.stack([kernels.matrix(x, None, one, "linear", 1, 0.0, centre) for x in xs])
+        inside, one = kernel in SHIFT_INVARIANT, torch.ones_like(constants[0, :1])
+        dots = torch.stack([kernels.matrix(x, None, one, "linear", 1, 0.0, inside) for x in xs])
         if kernel == "linear":
             return (*_stats_of_dots(dots), dots)
-    return (*kernels.stats(xs, mask, scale, kernel, degree, coef0, by_features, split), dots)
+    return (*kernels.stats(xs, mask, constants, kernel, degree, by_features, split), dots)
 
 
-def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stats_of_dots(dots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The linear kernel's statistics where its matrices are kept anyway. dots: [M, n, n]."""
     k = dots.double()
     d = k.diagonal(dim1=1, dim2=2).clone()
     k.diagonal(dim1=1, dim2=2).zero_()
     flat = k.flatten(1)
-    return flat @ flat.T, -d, d, d.new_zeros(len(d))
+    return flat @ flat.T, -d, d, d.new_zeros(len(d)), d.clone()
 
 
 def _dots(x: Tensor, y: Tensor | None, centre: bool) -> Tensor:
@@ -136,15 +138,15 @@ def _products() -> Products:
 
 
 stats_op = leaf_op(
-    "gram_stats(Tensor[] xs, Tensor? mask, Tensor scale, str kernel, int degree, float coef0, bool by_features, "
-    "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gram_stats(Tensor[] xs, Tensor? mask, Tensor constants, str kernel, int degree, bool centre, bool by_features, "
+    "int split, bool keep_dots) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_stats_fake,
     derivative=Derivative(
-        reference=lambda args, kept: reference.statistics(*args[:-1], shift=kept[1]),
+        reference=lambda args, kept: reference.statistics(*args[:-1], shift=kept[0]),
         backward=lambda *given: stats_backward(_products(), *given),
         outputs=(0, 1, 2),
-        kept=(2, 3, 4),
-        fixed=("scale",),
+        kept=(3, 4, 5),
+        fixed=("constants",),
     ),
     reference=reference.gram_stats,
     cpu=_stats_cpu,
@@ -160,7 +162,10 @@ def _matrix_fake(x, y, scale, kernel, degree, coef0, centre):
 def _matrix_cpu(x, y, scale, kernel, degree, coef0, centre):
     out = _matrix_fake(x, y, scale, kernel, degree, coef0, centre)
     xs = [x] if y is None else [x, y]
-    native_problem(xs, None, kernel, scale.tolist() * len(xs), degree, coef0).matrix(centre, out.data_ptr())
+    constants = [scale.tolist() * len(xs), [coef0] * len(xs), [0.0] * len(xs)]
+    if kernel != "polynomial":
+        constants[1] = constants[2]
+    native_problem(xs, None, kernel, constants, degree).matrix(centre, out.data_ptr())
     return out
 
 
@@ -184,25 +189,28 @@ matrix_op = leaf_op(
 )
 
 
-def _median_fake(xs, mask):
-    return torch.empty(len(xs), dtype=torch.float64, device=xs[0].device)
+def _median_fake(xs, mask, centre):
+    m, n = len(xs), xs[0].shape[0]
+    return tuple(xs[0].new_empty(size, dtype=torch.float64) for size in ((m,), (m, n)))
 
 
-def _median_cpu(xs, mask):
-    out = xs[0].new_empty(len(xs), dtype=torch.float64)
+def _median_cpu(xs, mask, centre):
     index = _index(mask)
-    native_problem(xs, index).median(out.data_ptr())
-    return out
+    m, total = len(xs), xs[0].shape[0]
+    medians = xs[0].new_empty(m, dtype=torch.float64)
+    norms = medians.new_empty(m, total if index is None else index.numel())
+    native_problem(xs, index, centre=centre).median(medians.data_ptr(), norms.data_ptr())
+    return medians, norms if index is None else norms.new_zeros(m, total).index_copy_(1, index, norms)
 
 
-def _median_triton(xs, mask):
+def _median_triton(xs, mask, centre):
     from pyrepr.kernels import gram as kernels
 
     return kernels.median(xs, mask)
 
 
 median_op = leaf_op(
-    "gram_median(Tensor[] xs, Tensor? mask) -> Tensor",
+    "gram_median(Tensor[] xs, Tensor? mask, bool centre) -> (Tensor, Tensor)",
     fake=_median_fake,
     reference=reference.gram_median,
     cpu=_median_cpu,
@@ -236,28 +244,55 @@ apply_op = leaf_op(
 )
 
 
+class Statistics(NamedTuple):
+    """What the measures are made of, see ``gram.py``."""
+
+    s: Tensor  # [M, M]
+    r: Tensor  # [M, n]
+    d: Tensor  # [M, n]
+    shift: Tensor  # [M]
+    norms: Tensor  # [M, n]
+
+
+def constants_of(scale: Tensor, kernel: str, coef0: float = 0.0) -> Tensor:
+    """What `stats_op` takes for kernels as they are: scale, offset and base of every layer, [3, M].
+
+    Of a polynomial kernel coef0^degree is subtracted at once: the measures do not notice, their digits do.
+    """
+    polynomial = kernel == "polynomial"
+    offset, base = (torch.full_like(scale, value) for value in (coef0 if polynomial else 0.0, float(polynomial)))
+    return torch.stack([scale, offset, base])
+
+
 def gram_stats(
     xs: Sequence[Tensor],
     mask: Tensor | None,
-    scale: Tensor,
+    constants: Tensor,
     kernel: str,
     degree: int = 1,
-    coef0: float = 0.0,
     split: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, R, D and shift (see ``gram.py``), differentiable in every layer by S, R and D.
+    *,
+    centre: bool = True,
+    by_features: bool | None = None,
+) -> Statistics:
+    """S, R, D, shift and norms (see ``gram.py``), differentiable in every layer by S, R and D.
 
     Args:
         xs: M layers, [n, d_l] each, of one floating dtype and device.
-        mask: [n] bool, the rows that count; R and D are 0 elsewhere. ``None`` counts all.
-        scale: [M] float64; σ of rbf and laplacian, γ of polynomial, unused otherwise.
-        kernel: one of :data:`KERNELS`; ``degree`` and ``coef0`` belong to ``"polynomial"``.
+        mask: [n] bool, the rows that count; R, D and norms are 0 elsewhere. ``None`` counts all.
+        constants: [3, M] float64. First σ of rbf and laplacian, γ of polynomial. Then coef0 of polynomial; rbf and
+            laplacian are multiplied by e to this. Then 1 where the kernel's value at 0 is to be subtracted, else 0.
+            :func:`constants_of` gives those of the plain kernels; others need ``centre=False``.
+        kernel: one of :data:`KERNELS`; ``degree`` belongs to ``"polynomial"``.
         split: if positive, only S of (a < split, b ≥ split) and (a, a) is wanted; others may be NaN.
+        centre: whether mean rows are subtracted where the kernel is shift-invariant; the linear kernel needs it.
+        by_features: the route of the linear kernel; by default the one with fewer multiply-adds.
     """
     n = xs[0].shape[0]
     widths = [x.shape[1] for x in xs]
-    gram, features = route_costs(n, widths, split)
-    by_features = kernel == "linear" and features < gram
+    if by_features is None:
+        gram, features = route_costs(n, widths, split)
+        by_features = kernel == "linear" and features < gram
     # The inner products save the backward a recomputation; kept where they are no larger than the inputs.
     keep_dots = not by_features and mask is None and n * len(xs) <= sum(widths) and derives(*xs)
-    return stats_op(list(xs), mask, scale, kernel, degree, coef0, by_features, split, keep_dots)[:4]
+    return Statistics(*stats_op(list(xs), mask, constants, kernel, degree, centre, by_features, split, keep_dots)[:5])

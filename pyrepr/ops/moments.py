@@ -15,7 +15,7 @@ def _moments_fake(blocks, xs, pairs):
 
 
 def _moments_cpu(blocks, xs, pairs):
-    native_problem(xs).moments(list(pairs), [block.data_ptr() for block in blocks])
+    native_problem(xs, centre=False).moments(list(pairs), [block.data_ptr() for block in blocks])
 
 
 def _moments_triton(blocks, xs, pairs):

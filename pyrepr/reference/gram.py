@@ -23,7 +23,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return distances * (1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)) if y is x else distances
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """x / |x|; a zero row stays one, and has no derivative of any order."""
     zero = (x == 0).all(1, keepdim=True)
     return torch.where(zero, 0, x / torch.where(zero, 1, x).norm(dim=1, keepdim=True))
@@ -40,7 +40,7 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float | Tensor, degr
     if kernel == "polynomial":
         return (scale * (x @ y.T) + coef0) ** degree
     if kernel == "cosine":
-        return _unit_rows(x) @ _unit_rows(y).T
+        return unit_rows(x) @ unit_rows(y).T
     centred = x - x.mean(0)
     distance = squared_distances(centred, centred if y is x else y - x.mean(0))
     if kernel == "rbf":
@@ -50,10 +50,10 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float | Tensor, degr
     return torch.exp(-torch.where(positive, torch.where(positive, distance, 1).sqrt(), 0) / scale)
 
 
-def median_distance(x: Tensor) -> Tensor:
+def median_distance(x: Tensor, centre: bool = True) -> Tensor:
     """Median of |x_i − x_j| over i < j; of an even number the mean of the middle two. x: [n, d] -> scalar."""
     n = x.shape[0]
-    x = x - x.mean(0)
+    x = x - x.mean(0) if centre else x
     upper = torch.triu_indices(n, n, 1, device=x.device)
     distances = squared_distances(x, x)[upper[0], upper[1]].sqrt().sort().values
     count = distances.numel()
@@ -101,28 +101,31 @@ def _centred(x: Tensor) -> Tensor:
 def gram_stats(
     xs: list[Tensor],
     mask: Tensor | None,
-    scale: Tensor,
+    constants: Tensor,
     kernel: str,
     degree: int,
-    coef0: float,
+    centre: bool,
     by_features: bool,
     split: int,
     keep_dots: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """S [M, M], R [M, n], D [M, n], shift [M] in float64 and the inner products [M, n, n] (or [0]); see `ops.gram`."""
-    inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, kernel)
-    found = _over_rows(mask, *_by_pairs(inputs, scale, kernel, degree, coef0, torch.zeros_like(scale)))
+) -> tuple[Tensor, ...]:
+    """S [M, M], R, D [M, n], shift [M] and norms [M, n] in float64, inner products [M, n, n] or [0]; see `ops.gram`."""
+    inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, centre and kernel in SHIFT_INVARIANT)
+    shift = torch.zeros_like(constants[0])
+    s, r, d = _by_pairs(inputs, constants, kernel, degree, centre, shift)
+    norms = torch.stack([x.double().square().sum(1) for x in inputs])
     dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else inputs[0].new_empty(0)
-    return *found, torch.zeros_like(scale), dots
+    r, d, norms = _over_rows(mask, r, d, norms)
+    return s, r, d, shift, norms, dots
 
 
 def statistics(
     xs: list[Tensor],
     mask: Tensor | None,
-    scale: Tensor,
+    constants: Tensor,
     kernel: str,
     degree: int,
-    coef0: float,
+    centre: bool,
     by_features: bool,
     split: int,
     shift: Tensor,
@@ -131,26 +134,51 @@ def statistics(
 
     In float64, whatever the inputs are. With `by_features` the memory is that of the inputs, else M n × n matrices.
     """
-    inputs = _counted([x.double() for x in xs], mask, kernel)
+    inputs = _counted([x.double() for x in xs], mask, centre and kernel in SHIFT_INVARIANT)
     if by_features:
-        return _over_rows(mask, *_by_features(inputs, split))
-    return _over_rows(mask, *_by_pairs(inputs, scale, kernel, degree, coef0, shift))
+        s, r, d = _by_features(inputs, split)
+    else:
+        s, r, d = _by_pairs(inputs, constants, kernel, degree, centre, shift)
+    return s, *_over_rows(mask, r, d)
 
 
-def _counted(xs: list[Tensor], mask: Tensor | None, kernel: str) -> list[Tensor]:
-    """The rows that count, centred where the kernel does not notice."""
+def _counted(xs: list[Tensor], mask: Tensor | None, centre: bool) -> list[Tensor]:
+    """The rows that count, centred on request."""
     xs = xs if mask is None else [x[mask.nonzero()[:, 0]] for x in xs]
-    return [_centred(x) for x in xs] if kernel in SHIFT_INVARIANT else xs
+    return [_centred(x) for x in xs] if centre else xs
+
+
+def _based_matrix(x: Tensor, kernel: str, constants: Tensor, degree: int, centre: bool) -> Tensor:
+    """k(x_i, x_j), times e^offset or minus its value at 0 as the constants say, without cancellation. x: [n, d]."""
+    scale, offset, base = constants.unbind()
+    if kernel == "polynomial":
+        z = scale * (x @ x.T)
+        value, tail = z, offset
+        for _ in range(1, degree):  # (z + c)^m − c^m = (z + c) ((z + c)^(m−1) − c^(m−1)) + z c^(m−1)
+            value, tail = value * (z + offset) + z * tail, tail * offset
+        return value
+    if centre or kernel not in ("rbf", "laplacian"):
+        return kernel_matrix(x, x, kernel, scale, degree, offset)
+    distance = squared_distances(x, x)
+    if kernel == "rbf":
+        exponent = distance / (-2 * scale**2)
+    else:
+        positive = distance > 0
+        exponent = torch.where(positive, torch.where(positive, distance, 1).sqrt(), 0) / -scale
+    near = base > 0
+    above = torch.exp(torch.where(near, offset, 0)) * torch.expm1(exponent)
+    return torch.where(near, above, torch.exp((exponent + torch.where(near, 0, offset)).clamp_max(600)))
 
 
 def _by_pairs(
-    xs: list[Tensor], scale: Tensor, kernel: str, degree: int, coef0: float, shift: Tensor
+    xs: list[Tensor], constants: Tensor, kernel: str, degree: int, centre: bool, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = [kernel_matrix(x, x, kernel, s, degree, coef0) for x, s in zip(xs, scale.unbind(), strict=True)]
+    kernels = [_based_matrix(x, kernel, c, degree, centre) for x, c in zip(xs, constants.unbind(1), strict=True)]
     k = torch.stack(kernels).double() - shift[:, None, None]
     d = k.diagonal(dim1=1, dim2=2).clone()
     off = k - torch.diag_embed(d)
-    return torch.einsum("aij,bij->ab", off, off), -d if kernel == "linear" else off.sum(2), d
+    n = d.shape[1]
+    return torch.einsum("aij,bij->ab", off, off), -d - n * shift[:, None] if kernel == "linear" else off.sum(2), d
 
 
 def _by_features(xs: list[Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,12 +192,12 @@ def _by_features(xs: list[Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack([torch.stack(row) for row in rows]), -d, d
 
 
-def _over_rows(mask: Tensor | None, s: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R and D with zeros where rows do not count."""
+def _over_rows(mask: Tensor | None, *each: Tensor) -> tuple[Tensor, ...]:
+    """Numbers of rows, with zeros where rows do not count."""
     if mask is None:
-        return s, r, d
+        return each
     rows = mask.nonzero()[:, 0]
-    return s, *(a.new_zeros(len(a), len(mask)).index_copy(1, rows, a) for a in (r, d))
+    return tuple(a.new_zeros(len(a), len(mask)).index_copy(1, rows, a) for a in each)
 
 
 def gram_matrix(
@@ -182,10 +210,11 @@ def gram_matrix(
     return kernel_matrix(x, x if y is None else y.to(dtype) - mean, kernel, scale[0], degree, coef0)
 
 
-def gram_median(xs: list[Tensor], mask: Tensor | None) -> Tensor:
-    """Median off-diagonal distance of each layer, [M] float64."""
-    rows = slice(None) if mask is None else mask
-    return torch.stack([median_distance(x[rows].to(compute_dtype(x.dtype))).double() for x in xs])
+def gram_median(xs: list[Tensor], mask: Tensor | None, centre: bool) -> tuple[Tensor, Tensor]:
+    """Median off-diagonal distance of each layer, [M], and squared norms of the rows, [M, n], in float64."""
+    xs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, centre)
+    norms = _over_rows(mask, torch.stack([x.double().square().sum(1) for x in xs]))[0]
+    return torch.stack([median_distance(x, centre).double() for x in xs]), norms
 
 
 def gram_apply(weights: Tensor, x: Tensor, centre: bool) -> Tensor:

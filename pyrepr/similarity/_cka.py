@@ -79,6 +79,6 @@ class CKA(Measure):
             return super().of_moments(moments)
         if moments.samples < self.least:
             raise ValueError(f"CKA needs at least {self.least} samples, got {moments.samples}")
-        table = moments.hsic(self.estimator)
-        own, split = torch.where(table.diagonal() > 0, table.diagonal(), torch.nan), moments.split
+        table, floor = moments.hsic_and_floor(self.estimator)
+        own, split = torch.where(table.diagonal() > floor, table.diagonal(), torch.nan), moments.split
         return normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)

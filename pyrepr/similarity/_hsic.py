@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import gram_stats
+from pyrepr.ops.gram import Statistics, constants_of, gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
+from pyrepr.similarity._ranges import careful, suspect
+from pyrepr.similarity._rescaled import at_hand
 from pyrepr.similarity.kernels import Kernel
-
-# Squared norms of centred float32 rows between which products of two inner products, and their derivatives, are safe.
-NORMS = (1e-10, 1e12)
 
 
 class DegenerateInputWarning(UserWarning):
@@ -43,51 +43,76 @@ def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> T
     return count.double()
 
 
-def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: int) -> tuple[Tensor, ...]:
-    """`gram_stats` for layers of any magnitude.
-
-    The linear kernel's float32 entries are multiplied with each other, so that tiny layers (gradients, say) underflow
-    and huge ones overflow. Where the largest squared norm is out of :data:`NORMS`, layers are divided by a power of two
-    first, and the statistics multiplied by it, in float64, afterwards. Seen on the CPU in eager mode only: it needs a
-    look at the numbers.
-    """
-    found = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    d = found[2].detach()
-    wide = compute_dtype(xs[0].dtype) == torch.float64
-    if wide or spec.name != "linear" or not d.is_cpu or not readable(d):
-        return found
-    norms = d.amax(1).tolist()
-    if all(NORMS[0] <= norm <= NORMS[1] or norm == 0 or not math.isfinite(norm) for norm in norms):
-        return found
-    units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
-    xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
-    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
-    squares = torch.tensor(units, dtype=torch.float64, device=d.device).square()
-    return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ with the same bits for any number of threads, which a matrix product of so long rows has not. [M, n]."""
+    once = len(x) == 1  # a sum to one number is cut among threads
+    x = x.expand(2, -1) if once else x
+    found = torch.stack([(x * each).sum(1) for each in y], 1)
+    return found[:1] if once else found
 
 
-def hsic_table(
-    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
-) -> tuple[Tensor, Tensor]:
-    """HSIC of every layer with every layer, [M, M] float64, and the smallest self-HSIC that is not rounding, [M].
+def _terms(found: Statistics, n: Tensor | int, estimator: str) -> tuple[Tensor, Tensor]:
+    """HSIC of every layer with every layer, [M, M], and the sum of the magnitudes of its terms for each layer, [M].
 
     S, R and D are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
     biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
     unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
     """
-    n = _valid_count(xs, mask, estimator)
-    s, r, d, shift = _statistics(xs, mask, spec, split)
+    s, r, d = found.s, found.r, found.d
     if estimator == "biased":
         r = r + d
-        total = r.sum(1)
-        table = (s + d @ d.T - (2 / n) * (r @ r.T) + torch.outer(total, total) / n**2) / (n - 1) ** 2
+        whole, share = s + _row_products(d, d), (n - 1) ** 2
+        totals, products = 1 / n**2, 2 / n
     else:
-        total = r.sum(1)
-        table = s + torch.outer(total, total) / ((n - 1) * (n - 2)) - (2 / (n - 2)) * (r @ r.T)
-        table = table / (n * (n - 3))
-    # Kernels that are not shift-invariant leave rounding errors of their mean value behind.
-    eps = torch.finfo(compute_dtype(xs[0].dtype)).eps
-    return table, (8 * eps * shift).square()
+        whole, share = s, n * (n - 3)
+        totals, products = 1 / ((n - 1) * (n - 2)), 2 / (n - 2)
+    sums = _row_products(r, torch.ones_like(r[:1]))[:, 0]
+    squares, alike = torch.outer(sums, sums) * totals, _row_products(r, r) * products
+    size = (whole + squares + alike).detach().diagonal() / share
+    return (whole + squares - alike) / share, size
+
+
+class Table(NamedTuple):
+    """HSIC of kernels that were divided by 2^unit."""
+
+    hsic: Tensor  # [M, M] float64
+    floor: Tensor  # [M], the largest self-HSIC that may be rounding
+    unit: Tensor | None  # [M]; None: 0
+
+
+def scaled_hsic(
+    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+) -> Table:
+    """HSIC of every layer with every layer, up to a factor for each of them, of which CKA knows nothing.
+
+    First in the layers' own arithmetic; where that shows itself not to be enough, again with care (`_ranges.py`).
+    """
+    n = _valid_count(xs, mask, estimator)
+    scale, dtype, biased = spec.scales(xs, mask), compute_dtype(xs[0].dtype), estimator == "biased"
+    found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
+    (hsic, size), unit = _terms(found, n, estimator), None
+    if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
+        dtype = torch.float64
+        gram, features = route_costs(xs[0].shape[0], [x.shape[1] for x in xs], split)
+        for by_features in (True, False) if features < gram and spec.name in ("linear", "cosine") else (False,):
+            found, unit = careful(xs, mask, spec, scale, biased, split, by_features)
+            hsic, size = _terms(found, found.d.shape[1], estimator)
+            if bool((size <= 1e8 * hsic.diagonal()).all()):
+                break
+    eps = torch.finfo(dtype).eps
+    # Kernels that are not shift-invariant leave rounding errors of their mean value behind, and differences theirs.
+    return Table(hsic, torch.maximum((8 * eps * found.shift).square(), 8 * eps * size), unit)
+
+
+def hsic_table(
+    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+) -> tuple[Tensor, Tensor]:
+    """HSIC of every layer with every layer, [M, M] float64, and the largest self-HSIC that may be rounding, [M]."""
+    hsic, floor, unit = scaled_hsic(xs, spec, estimator, mask, split)
+    if unit is None:
+        return hsic, floor
+    half = torch.exp2((unit[:, None] + unit) / 2)  # twice, so that nothing overflows on the way
+    return hsic * half * half, floor * half.diagonal() * half.diagonal()
 
 
 def out_dtype(xs: Sequence[Tensor]) -> torch.dtype:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import median_op
 from pyrepr.reference.gram import KERNELS
+from pyrepr.similarity._rescaled import medians
 
 MAX_DEGREE = 1000  # a larger one would be a mistake, and take as many multiplications per entry
 
@@ -67,7 +67,7 @@ class Kernel:
         """σ or γ of every layer, [M] float64. The median is held constant: no gradient passes through it."""
         if self.name in ("rbf", "laplacian"):
             if self.sigma is None:
-                scale = self.bandwidth * median_op([x.detach() for x in xs], mask)
+                scale = self.bandwidth * medians([x.detach() for x in xs], mask)
                 if scale.is_cpu and readable(scale) and bool((scale == 0).any()):
                     layer = (scale == 0).tolist().index(True)
                     warnings.warn(

@@ -22,8 +22,10 @@ from pyrepr.similarity._hsic import (
     hsic_table,
     normalise,
     out_dtype,
+    scaled_hsic,
     warn_if_degenerate,
 )
+from pyrepr.similarity._ranges import careful_matrix
 from pyrepr.similarity._stderr import check_groups, cka_stderr
 from pyrepr.similarity.kernels import Kernel, as_kernel
 
@@ -52,6 +54,8 @@ def gram(
     Returns:
         [n, m], float64 for float64 inputs, else float32 (products of 16-bit inputs accumulate in float32).
         Differentiable in x and y any number of times, as :func:`cka` is; σ = bandwidth × median counts as a constant.
+        On the CPU an entry is 0 or infinite only where its true value does not fit, whatever the magnitude of the rows;
+        of a linear kernel, where one of the products does not.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range.
@@ -81,7 +85,10 @@ def gram(
     scale = spec.scales([x])
     if centre:
         scale = torch.where(scale > 0, scale, torch.nan)  # a median of 0 leaves the kernel undefined everywhere
-    k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    k = careful_matrix(x, y, spec, scale)
+    if k is None:
+        k = matrix_op(x, y, scale, spec.name, spec.degree, spec.coef0, centre)
+    k = k.to(compute_dtype(x.dtype))
     if centre and y is None:
         k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
     if center:
@@ -109,7 +116,8 @@ def hsic(
 
     Returns:
         Scalar, float64 for float64 inputs, else float32. Differentiable as :func:`cka` is; σ = bandwidth ×
-        median counts as a constant. NaN or infinite inputs give NaN.
+        median counts as a constant. NaN or infinite inputs give NaN. Layers of any magnitude are right as for
+        :func:`cka`; the result is 0 or infinite only where the true value does not fit.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -157,6 +165,12 @@ def cka(
         them. In reverse, only what requires a gradient is computed, so a frozen guide costs its forward. No epsilon: a
         layer whose samples are all alike gives NaN and a :class:`pyrepr.DegenerateInputWarning`.
 
+        On the CPU values and gradients are right for layers of any magnitude, every kernel and degree, and with rows
+        that dwarf all others: where float32 would not be enough, it is noticed, and everything is done once more in
+        float64 on rescaled layers, in two to three times the time. What float64 cannot tell from rounding is NaN with
+        the same warning. Under ``torch.compile`` and ``vmap``, which hide the numbers, and on a GPU that is not done.
+        Values and gradients have the same bits for any number of threads.
+
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
 
@@ -170,7 +184,7 @@ def cka(
     xs = check_layers(["x", "y"], [x, y])
     if mask is not None:
         check_mask(mask, xs[0].shape[0], xs[0].device)
-    table, floor = hsic_table(xs, spec, estimator, mask, split=1)
+    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1)
     own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
     value = normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
     if not return_stderr:
@@ -247,7 +261,7 @@ def cka_matrix(
         n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
         route = choose_route(n, widths[: split or None], widths[split:] if split else None)
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
-    table, floor = hsic_table(layers, spec, estimator, split=split)
+    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split)
     own = warn_if_degenerate(table.diagonal(), floor, names)
     values = normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
     values = values.to(out_dtype(layers))

@@ -113,8 +113,7 @@ class StreamingCKA:
             table, floor = self._batches.hsic, self._batches.floor
         else:
             check_count(self.samples, self.estimator, "the stream")
-            table = self._moments.hsic(self.estimator)
-            floor = table.new_zeros(len(widths))
+            table, floor = self._moments.hsic_and_floor(self.estimator)
         own = warn_if_degenerate(table.diagonal(), floor, names)
         return normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,9 +11,16 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import check_layers, layer_list, memory
+from pyrepr.backend import triton_interprets
 from pyrepr.ops._gram_gradient import layer_pairs
+from pyrepr.ops._leaf import at_hand
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
+from pyrepr.stats._robust import dominated, robust_centre
+
+# Squared norms between which products of float32 products are safe.
+NORMS = (1e-10, 1e12)
+ROUNDING = 64  # units of float64 in which terms that should cancel may differ
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,9 @@ class LayerMoments:
         centred = [(x.double() - s).to(compute_dtype(x.dtype)) for x, s in zip(layers, state.shift, strict=True)]
         wide = [x.double() for x in centred]
         q = torch.stack([x.square().sum(1) for x in wide])  # [M, n] squared norms
+        if _needs_double(q, centred[0].dtype):
+            centred = wide = [x.double() - s for x, s in zip(layers, state.shift, strict=True)]
+            q = torch.stack([x.square().sum(1) for x in wide])
         products, rows = q @ q.T, [q @ x for x in wide]
         self._state = replace(
             state,
@@ -170,16 +181,22 @@ class LayerMoments:
         The formulas are those of :func:`pyrepr.hsic`: with S = ‖X_aᵀX_b‖², biased S / (n−1)²; unbiased
         [S − n/(n−2) Σ q_a q_b + Σq_a Σq_b / ((n−1)(n−2))] / (n(n−3)).
         """
+        return self.hsic_and_floor(estimator)[0]
+
+    def hsic_and_floor(self, estimator: str) -> tuple[Tensor, Tensor]:
+        """:meth:`hsic`, and the largest self-HSIC that may be rounding errors of its terms, [M]."""
         state = self.centred()
         n = state.n
         table = torch.full_like(state.norm_products, torch.nan)
         for (a, b), block in zip(state.blocks.pairs, state.blocks.sums(), strict=True):
             table[a, b] = table[b, a] = block.square().sum()
         if estimator == "biased":
-            return table / (n - 1) ** 2
-        q, t = state.norm_products, state.norm_sums
-        table = table - n / (n - 2) * q + torch.outer(t, t) / ((n - 1) * (n - 2))
-        return table / (n * (n - 3))
+            return table / (n - 1) ** 2, torch.zeros_like(state.norm_sums)
+        alike = n / (n - 2) * state.norm_products
+        squares = torch.outer(state.norm_sums, state.norm_sums) / ((n - 1) * (n - 2))
+        size = (table + alike + squares).diagonal()
+        floor = ROUNDING * torch.finfo(torch.float64).eps * size
+        return (table - alike + squares) / (n * (n - 3)), floor / (n * (n - 3))
 
     @torch.no_grad()
     def merge(self, other: LayerMoments) -> LayerMoments:
@@ -264,6 +281,15 @@ class LayerMoments:
         self._state = loaded(state_dict, type(self).__name__)
 
 
+def _needs_double(q: Tensor, dtype: torch.dtype) -> bool:
+    """Whether sums of products in this dtype would lose a batch: its squared norms [M, n] are out of range, or a row
+    dwarfs all others together."""
+    if dtype == torch.float64 or not at_hand(q) or triton_interprets() or not q.shape[1]:
+        return False
+    largest = q.amax(1).tolist()
+    return dominated(q) or any(0 < value < math.inf and not NORMS[0] <= value <= NORMS[1] for value in largest)
+
+
 def checked_layers(xs: Any, ys: Any, widths: list[int], split: int) -> tuple[list[Tensor], int]:
     """All layers of a batch and where the second network's begin; `widths` and `split` are those of earlier batches."""
     names, layers = layer_list("xs", xs)
@@ -295,7 +321,13 @@ def _empty(layers: list[Tensor], split: int) -> Sums:
             f"exact moments of layers of up to {max(widths)} features would take {size / 2**30:.1f} GiB, more than "
             f"this machine's {have / 2**30:.1f}; for CKA there is mode='minibatch'"
         )
-    return _zeros(widths, split, [x[0].double() + (x.double() - x[0].double()).mean(0) for x in layers])
+    wide = [x.double() for x in layers]
+    shift = [x[0] + (x - x[0]).mean(0) for x in wide]
+    if at_hand(shift[0]):
+        q = torch.stack([(x - s).square().sum(1) for x, s in zip(wide, shift, strict=True)])
+        if dominated(q) and bool(q.isfinite().all()):
+            shift = [robust_centre(x) if x.shape[1] else s for x, s in zip(wide, shift, strict=True)]
+    return _zeros(widths, split, shift)
 
 
 def _zeros(widths: tuple[int, ...], split: int, shift: list[Tensor]) -> Sums:

@@ -12,7 +12,7 @@ using pyrepr::cpu::GramStats;
 struct Layers {
   std::vector<Matrix> matrices;
   std::vector<View> views;
-  std::vector<double> scale;
+  std::vector<double> scale, offset, base;
   std::vector<int64_t> index;
   GramProblem problem;
 
@@ -23,13 +23,16 @@ struct Layers {
       matrices.push_back(Matrix::random(random, rows, one_width ? width : random.size(150), dtype, false, 1.0, wild));
       views.push_back(matrices.back().view);
       scale.push_back(0.5 + static_cast<double>(random.below(4)));
+      offset.push_back(static_cast<double>(random.below(3)));
+      base.push_back(static_cast<double>(random.below(2)));
     }
     index.reserve(1);  // null would stand for all rows
     if (indexed)
       for (int64_t i = 0; i < rows; i++)
         if (random.chance(70)) index.push_back(i);
     problem = {views.data(), count, dtype, indexed ? index.data() : nullptr, indexed ? static_cast<int64_t>(index.size()) : rows,
-               static_cast<GramKernel>(random.below(5)), scale.data(), static_cast<int>(1 + random.below(4)), 1.0, 1};
+               static_cast<GramKernel>(random.below(5)), scale.data(), offset.data(), base.data(), static_cast<int>(1 + random.below(4)),
+               random.chance(70), 1};
   }
 };
 
@@ -50,13 +53,14 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
       random, "gram stats",
       [&] {
         std::vector<Buffer> out;
-        for (int64_t size : {p.count * p.count, p.count * p.n, p.count * p.n, p.count}) out.emplace_back(random, size, DType::f64);
+        for (int64_t size : {p.count * p.count, p.count * p.n, p.count * p.n, p.count, p.count * p.n}) out.emplace_back(random, size, DType::f64);
         if (keep) out.emplace_back(random, p.count * p.n * p.n, wide(dtype));
         return out;
       },
       [&](int threads, std::vector<Buffer>& out) {
         p.threads = threads;
-        const GramStats stats{out[0].as<double>(), out[1].as<double>(), out[2].as<double>(), out[3].as<double>(), keep ? out[4].at() : nullptr};
+        const GramStats stats{out[0].as<double>(), out[1].as<double>(), out[2].as<double>(), out[3].as<double>(), out[4].as<double>(),
+                              keep ? out[5].at() : nullptr};
         return by_features ? moments.stats(p, split, stats) : functions.stats(p, stats);
       });
 
@@ -82,12 +86,12 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
         random, "gram median",
         [&] {
           std::vector<Buffer> out;
-          out.emplace_back(random, p.count, DType::f64);
+          for (int64_t size : {p.count, p.count * p.n}) out.emplace_back(random, size, DType::f64);
           return out;
         },
         [&](int threads, std::vector<Buffer>& out) {
           p.threads = threads;
-          return functions.median(p, out[0].as<double>());
+          return functions.median(p, out[0].as<double>(), out[1].as<double>());
         });
 
   const std::vector<int64_t> pairs{0, p.count - 1, 0, 0};
