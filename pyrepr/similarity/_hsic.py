@@ -43,7 +43,9 @@ def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> T
     return count.double()
 
 
-def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: int) -> tuple[Tensor, ...]:
+def _statistics(
+    xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: int, scales: Tensor | None
+) -> tuple[Tensor, ...]:
     """`gram_stats` for layers of any magnitude.
 
     The linear kernel's float32 entries are multiplied with each other, so that tiny layers (gradients, say) underflow
@@ -51,7 +53,8 @@ def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: 
     first, and the statistics multiplied by it, in float64, afterwards. Seen on the CPU in eager mode only: it needs a
     look at the numbers.
     """
-    found = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    scales = spec.scales(xs, mask) if scales is None else scales
+    found = gram_stats(xs, mask, scales, spec.name, spec.degree, spec.coef0, split)
     d = found[2].detach()
     wide = compute_dtype(xs[0].dtype) == torch.float64
     if wide or spec.name != "linear" or not d.is_cpu or not readable(d):
@@ -61,22 +64,28 @@ def _statistics(xs: Sequence[Tensor], mask: Tensor | None, spec: Kernel, split: 
         return found
     units = [2.0 ** round(math.log2(norm) / 2) if 0 < norm < math.inf else 1.0 for norm in norms]
     xs = [x.to(torch.float32) * (1 / unit) for x, unit in zip(xs, units, strict=True)]
-    s, r, d, shift = gram_stats(xs, mask, spec.scales(xs, mask), spec.name, spec.degree, spec.coef0, split)
+    s, r, d, shift = gram_stats(xs, mask, scales, spec.name, spec.degree, spec.coef0, split)
     squares = torch.tensor(units, dtype=torch.float64, device=d.device).square()
     return s * torch.outer(squares, squares), r * squares[:, None], d * squares[:, None], shift
 
 
 def hsic_table(
-    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+    xs: Sequence[Tensor],
+    spec: Kernel,
+    estimator: str,
+    mask: Tensor | None = None,
+    split: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HSIC of every layer with every layer, [M, M] float64, and the smallest self-HSIC that is not rounding, [M].
 
+    `scales`, [M] float64, are σ or γ of every layer; by default what the kernel chooses for these samples.
     S, R and D are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
     biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
     unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
     """
     n = _valid_count(xs, mask, estimator)
-    s, r, d, shift = _statistics(xs, mask, spec, split)
+    s, r, d, shift = _statistics(xs, mask, spec, split, scales)
     if estimator == "biased":
         r = r + d
         total = r.sum(1)

@@ -56,12 +56,26 @@ class Kernel:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.name!r}")
         for option in ("bandwidth", "sigma", "gamma"):
             value = getattr(self, option)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{option} must be a positive finite number, got {value!r}")
         if not isinstance(self.degree, int) or isinstance(self.degree, bool) or not 1 <= self.degree <= MAX_DEGREE:
             raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {self.degree!r}")
-        if not isinstance(self.coef0, (int, float)) or not math.isfinite(self.coef0):
+        if not _is_number(self.coef0) or not math.isfinite(self.coef0):
             raise ValueError(f"coef0 must be a finite number, got {self.coef0!r}")
+
+    @property
+    def needs_median(self) -> bool:
+        """Whether σ is a multiple of the median distance of the samples at hand."""
+        return self.name in ("rbf", "laplacian") and self.sigma is None
+
+    def options(self) -> dict[str, float]:
+        """The options that this kernel reads, by name; without ``gamma`` where it is 1 / width."""
+        if self.name in ("rbf", "laplacian"):
+            return {"bandwidth": self.bandwidth} if self.sigma is None else {"sigma": self.sigma}
+        if self.name != "polynomial":
+            return {}
+        gamma = {} if self.gamma is None else {"gamma": self.gamma}
+        return {"degree": self.degree, "coef0": self.coef0, **gamma}
 
     def scales(self, xs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """σ or γ of every layer, [M] float64. The median is held constant: no gradient passes through it."""
@@ -88,15 +102,19 @@ class Kernel:
         return torch.stack([torch.full((), v, dtype=f64, device=device) for v in value])
 
 
-def as_kernel(kernel: str | Kernel, bandwidth: float, sigma: float | None) -> Kernel:
-    """`kernel=`, `bandwidth=` and `sigma=` of the public functions as one :class:`Kernel`."""
+def as_kernel(kernel: str | Kernel, bandwidth: float | None, sigma: float | None) -> Kernel:
+    """`kernel=`, `bandwidth=` and `sigma=` of the public functions as one :class:`Kernel`; ``None`` is not given."""
+    given = {name: value for name, value in (("sigma", sigma), ("bandwidth", bandwidth)) if value is not None}
     if isinstance(kernel, Kernel):
-        if bandwidth != 1.0 or sigma is not None:
-            name, value = ("bandwidth", bandwidth) if sigma is None else ("sigma", sigma)
+        for name, value in given.items():
             raise ValueError(
                 f"{name} belongs into the Kernel(...) that is given as kernel, got {name}={value!r} beside it"
             )
         return kernel
     if not isinstance(kernel, str):
         raise TypeError(f"kernel must be a name or a pyrepr.Kernel, got {type(kernel).__name__}")
-    return Kernel(kernel, bandwidth, sigma)
+    return Kernel(kernel, **given)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
