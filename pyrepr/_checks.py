@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,21 @@ def check_cu_seqlens(cu_seqlens: object, name: str, x: Tensor) -> int:
         raise ValueError(f"{name} must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
     check_device("cu_seqlens", cu_seqlens, name, x)
     return cu_seqlens.numel() - 1
+
+
+def check_agreed(options: dict[str, Any], group: Any) -> None:
+    """That all processes of the group have the same options: before a collective in which one would wait for ever."""
+    from torch import distributed
+
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, options, group=group)
+    for name, value in found[0].items():
+        for rank, other in enumerate(found):
+            if other[name] != value:
+                raise ValueError(
+                    f"{name} must be the same in all processes, got {value!r} in process 0 and {other[name]!r} in "
+                    f"process {rank}"
+                )
 
 
 def memory() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrepr._checks import check_agreed
 from pyrepr.similarity._batches import Batches, differing_scales, same_scales
 from pyrepr.similarity._checks import check_count, check_estimator
 from pyrepr.similarity._hsic import normalise, warn_if_degenerate
@@ -178,7 +179,7 @@ class StreamingCKA:
             ValueError: the same in every process, if they differ in estimator, mode, kernel or layers, or in the σ they
                 chose (see :meth:`calibrate`); nothing is changed.
         """
-        _agree({name: getattr(self, name) for name in OPTIONS}, group)
+        check_agreed({name: getattr(self, name) for name in OPTIONS}, group)
         if self.mode == "exact":
             self._moments.all_reduce(group)
         else:
@@ -236,18 +237,3 @@ def _gathered(batches: Batches | None, group: Any) -> Batches | None:
     for each in filled[1:]:
         total = total.plus(each)
     return total.to(batches.hsic.device) if batches else total
-
-
-def _agree(options: dict[str, Any], group: Any) -> None:
-    """Raises the same ValueError in every process of the group where their options differ."""
-    from torch import distributed
-
-    found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, options, group=group)
-    for name, value in found[0].items():
-        for rank, other in enumerate(found):
-            if other[name] != value:
-                raise ValueError(
-                    f"{name} must be the same in all processes, got {value!r} in process 0 and {other[name]!r} in "
-                    f"process {rank}"
-                )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_device, check_layer, check_tensor, shape_of
+from pyrepr._checks import INTEGERS, check_agreed, check_device, check_layer, check_tensor, shape_of
 from pyrepr.stats import _covariances as of
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._class_moments import PAIRS, ClassSums
@@ -137,9 +137,14 @@ class Moments:
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> Moments:
-        """Adds up the moments of all processes of a ``torch.distributed`` group; afterwards all hold the whole."""
+        """Adds up the moments of all processes of a ``torch.distributed`` group; afterwards all hold the whole.
+
+        Raises:
+            ValueError: the same in every process, if they differ in `classes` or layers; nothing is changed.
+        """
         from torch import distributed
 
+        check_agreed({"classes": self.classes}, group)
         if self.classes is None:
             self._layers.all_reduce(group)
             return self
