@@ -90,11 +90,20 @@ def _check_labels(labels: object, n: int, m: int, x: Tensor) -> Tensor:
     return labels.long()
 
 
+def check_weights(weights: object) -> list[float]:
+    try:
+        return [float(w) for w in weights]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be numbers, one per prefix, got {weights!r:.80}") from None
+
+
 def _check_prefixes(prefixes: Sequence[int] | None, weights: object, d: int) -> tuple[list[int], list[float]]:
     if prefixes is None:
         if weights is not None:
             raise ValueError("weights are those of prefixes, and prefixes is None")
         return [d], [1.0]
+    if not isinstance(prefixes, (list, tuple, range)):
+        raise TypeError(f"prefixes must be widths as ints, at least one, got {prefixes!r:.80}")
     prefixes = list(prefixes)
     if not prefixes or any(isinstance(p, bool) or not isinstance(p, int) for p in prefixes):
         raise TypeError(f"prefixes must be widths as ints, at least one, got {prefixes}")
@@ -102,7 +111,7 @@ def _check_prefixes(prefixes: Sequence[int] | None, weights: object, d: int) -> 
         raise ValueError(f"prefixes must increase from 1 or more to at most d = {d}, got {prefixes}")
     if weights is None:
         return prefixes, [1.0] * len(prefixes)
-    found = [float(w) for w in weights]  # type: ignore[attr-defined]
+    found = check_weights(weights)
     if len(found) != len(prefixes) or not all(math.isfinite(w) for w in found):
         raise ValueError(f"weights must be {len(prefixes)} finite numbers, one per prefix, got {found}")
     return prefixes, found
@@ -197,10 +206,16 @@ def info_nce(
     n, d = x.shape
     if n == 0 or y.shape[0] == 0:
         raise ValueError(f"x and y must have at least one row in a loss, got n = {n} and m = {y.shape[0]}")
-    chosen = (directions,) if isinstance(directions, str) else tuple(directions)
-    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(DIRECTIONS):
+    listed = isinstance(directions, (list, tuple, set, frozenset))
+    chosen = tuple(directions) if listed else (directions,)
+    if (
+        not chosen
+        or not all(isinstance(each, str) for each in chosen)
+        or len(set(chosen)) != len(chosen)
+        or not set(chosen) <= set(DIRECTIONS)
+    ):
         raise ValueError(f"directions must be 'rows', 'columns' or both, got {directions!r}")
-    if not 0 <= label_smoothing < 1:
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     widths, factors = _check_prefixes(prefixes, weights, d)
     factor = _check_scale(scale, x)
@@ -272,9 +287,10 @@ def pairwise_topk(
 
     Returns:
         values [n, k], float64 for float64 inputs, else float32, and indices [n, k] int64; with `return_logsumexp` also
-        [n]. NaN scores sort last; where fewer than k scores are numbers, index −1 and value −inf (inf for
-        ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they are computed again from the k
-        rows, in n·k·d memory; indices and the log-sum-exp have none (:func:`pairwise_logsumexp` has).
+        [n], which may be NaN where a row is not finite. NaN scores sort last; where fewer than k scores are numbers,
+        index −1 and value −inf (inf for ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they
+        are computed again from the k rows, in n·k·d memory; indices and the log-sum-exp have none
+        (:func:`pairwise_logsumexp` has).
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.

@@ -15,6 +15,8 @@ from pyrepr.ops.moments import products_of
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
 
+SIZES = (1e-12, 1e12)  # of numbers whose products are made in float32; of others in float64
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -81,6 +83,12 @@ class Sums:
         )
 
 
+def _squares_fit(layers: Sequence[Tensor]) -> bool:
+    """Whether products of these numbers, made in float32, neither overflow nor vanish beside their largest."""
+    largest = torch.stack([x.abs().amax() if x.numel() else x.new_zeros(()) for x in layers])
+    return bool(((largest >= SIZES[0]) & (largest <= SIZES[1]) | (largest == 0) | ~largest.isfinite()).all())
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ of vectors."""
     return products_of(a[None], b[None])[0, 0]
@@ -144,8 +152,11 @@ class LayerMoments:
         if layers[0].shape[0] == 0:
             return
         state = self._state or _empty(layers, split)
-        centred = [(x.double() - s).to(compute_dtype(x.dtype)) for x, s in zip(layers, state.shift, strict=True)]
-        wide = [x.double() for x in centred]
+        wide = [x.double() - s for x, s in zip(layers, state.shift, strict=True)]
+        centred = wide
+        if compute_dtype(layers[0].dtype) == torch.float32 and _squares_fit(wide):
+            centred = [x.float() for x in wide]
+            wide = [x.double() for x in centred]
         q = torch.stack([x.square().sum(1) for x in wide])  # [M, n] squared norms
         products, rows = products_of(q, q), [products_of(q, x.T) for x in wide]
         self._state = replace(
@@ -246,7 +257,7 @@ class LayerMoments:
         total = _zeros(*layouts[filled[0]], shift)
         if state:
             total = total.plus(state.moved(shift))
-        count = torch.tensor(total.n)
+        count = total.norm_sums.new_tensor(total.n, dtype=torch.int64)
         for tensor in (count, *_tensors(total)):
             distributed.all_reduce(tensor, group=group)
         self._state = replace(total, n=int(count))

@@ -404,7 +404,7 @@ def check_kind(kind: str) -> None:
 def check_alphas(alphas: object) -> Tensor:
     """λ as [A] float64."""
     try:
-        values = torch.as_tensor(alphas, dtype=torch.float64).reshape(-1)
+        values = torch.as_tensor(alphas, dtype=torch.float64, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"alphas must be a number or numbers, got {type(alphas).__name__}") from None
     if not values.numel() or not bool((values.isfinite() & (values >= 0)).all()):

@@ -110,7 +110,11 @@ def inner(direction: list[np.ndarray], gradients: Any) -> tuple[float, float]:
         if g is None:
             continue
         product = g.detach().double().numpy() * v
-        total, rounding = total + float(product.sum()), rounding + 2 * EPS[g.dtype] * float(np.abs(product).sum())
+        least = torch.finfo(g.dtype).smallest_normal * EPS[g.dtype] * 2 * float(np.abs(v).sum())
+        total, rounding = (
+            total + float(product.sum()),
+            rounding + 2 * EPS[g.dtype] * float(np.abs(product).sum()) + least,
+        )
     return total, rounding
 
 
