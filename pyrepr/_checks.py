@@ -12,6 +12,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -19,6 +21,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 def shape_of(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def shown(x: object) -> str:
+    """What came, short and on one line."""
+    if isinstance(x, Tensor):
+        return f"a tensor {shape_of(x)}"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def check_is_tensor(name: str, x: object) -> Tensor:
@@ -36,7 +46,16 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = DTYPES)
         raise TypeError(f"{name} must be {wanted}, got {name_of(x.dtype)}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {str(x.layout).removeprefix('torch.')}")
+    check_memory(name, x)
     return x
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """Reading an element of a tensor whose storage was freed is a crash, in PyTorch's own operations too."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or _is_wrapped(x):
+        return
+    if x.untyped_storage().nbytes() == 0 and x.numel() > 0 and not x._is_zerotensor():
+        raise ValueError(f"{name} has no memory, its storage was freed")
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrepr._checks import check_is_tensor, shape_of
+from pyrepr._checks import check_is_tensor, shape_of, shown
 from pyrepr.functional.pairs import check_weights, info_nce
 
 
@@ -157,7 +157,7 @@ class MatryoshkaLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(dims, (list, tuple, range)):
-            raise TypeError(f"dims must be a list of widths, got {dims!r:.80}")
+            raise TypeError(f"dims must be a list of widths, got {shown(dims)}")
         dims = list(dims)
         weights = [1.0] * len(dims) if weights is None else check_weights(weights)
         if not dims or len(set(dims)) != len(dims):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr._checks import check_is_tensor, check_tensor, name_of
+from pyrepr._checks import check_is_tensor, check_tensor, name_of, shown
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.reference._dtypes import compute_dtype
@@ -125,7 +125,7 @@ def _sizes(**sizes: object) -> None:
     """Checks the sizes that a layer is made with: positive integers, or ``None`` for a default."""
     for name, size in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            raise ValueError(f"{name} must be a positive integer, got {shown(size)}")
 
 
 class ShortConvolution(nn.Conv1d):
@@ -196,7 +196,7 @@ class _Norm(nn.Module):
 def _whole(name: str, size: int, expand: object) -> int:
     """size · expand, which has to be an integer; `name` says both."""
     if isinstance(expand, bool) or not isinstance(expand, (int, float)):
-        raise TypeError(f"{name.split()[-1]} must be a number, got {expand!r}")
+        raise TypeError(f"{name.split()[-1]} must be a number, got {shown(expand)}")
     value = size * expand
     if not math.isclose(value, round(value), rel_tol=1e-5):
         raise ValueError(f"{name} must be an integer, got {value}")
@@ -228,7 +228,7 @@ class _DeltaLayer(nn.Module):
 
     def _set_sizes(self, hidden_size: int, heads: int, v_heads: int, width: int, v_width: int, mode: str) -> None:
         if mode not in _MODES:
-            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {shown(mode)}")
         if heads < 1 or v_heads < heads or v_heads % heads:
             raise ValueError(f"num_v_heads must be a multiple of num_heads = {heads}, got {v_heads}")
         if width < 1 or v_width < 1:
@@ -429,9 +429,9 @@ class DeltaNet(_DeltaLayer):
         hidden_size = hidden_size if d_model is None else d_model
         _sizes(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
         if qk_activation not in ("silu", "relu", "elu", "identity"):
-            raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {qk_activation!r}")
+            raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {shown(qk_activation)}")
         if qk_norm not in ("l2", "sum"):
-            raise ValueError(f"qk_norm must be l2 or sum, got {qk_norm!r}")
+            raise ValueError(f"qk_norm must be l2 or sum, got {shown(qk_norm)}")
         widths = []
         for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
             whole = _whole(f"hidden_size · {name}", hidden_size, expand)
@@ -524,7 +524,9 @@ class GatedDeltaNet(_DeltaLayer):
         _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
         _sizes(conv_size=conv_size)
         if output_gate_activation not in ("swish", "silu", "sigmoid"):
-            raise ValueError(f"output_gate_activation must be swish, silu or sigmoid, got {output_gate_activation!r}")
+            raise ValueError(
+                f"output_gate_activation must be swish, silu or sigmoid, got {shown(output_gate_activation)}"
+            )
         value_width = _whole("head_dim · expand_v", head_dim, expand_v)
         self._set_sizes(hidden_size, num_heads, num_v_heads or num_heads, head_dim, value_width, mode)
         self.use_gate, self.use_short_conv, self.layer_idx = use_gate, use_short_conv, layer_idx

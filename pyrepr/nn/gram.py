@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr._checks import check_layers, name_of
+from pyrepr._checks import check_layers, name_of, shown
 from pyrepr.similarity._checks import check_estimator, check_mask
 from pyrepr.similarity.kernels import Kernel, as_kernel
 from pyrepr.similarity.measures import cka
@@ -61,7 +61,7 @@ class CKALoss(nn.Module):
         self.kernel = as_kernel(kernel, bandwidth, sigma)
         check_estimator(estimator)
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {shown(reduction)}")
         self.estimator = estimator
         self.reduction = reduction
         self.gather = gather

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrepr._checks import shown
 from pyrepr.similarity._hsic import hsic_table
 from pyrepr.similarity.kernels import Kernel
 from pyrepr.stats._layer_moments import is_count, layout
@@ -77,7 +78,7 @@ class Batches:
         named = isinstance(widths, (list, tuple)) and all(is_count(d) for d in widths)
         if not named or not widths or not is_count(split) or not split < len(widths):
             raise ValueError(
-                f"state_dict must name the widths of its layers, got {widths!r:.80} with split {split!r:.20}"
+                f"state_dict must name the widths of its layers, got {shown(widths)} with split {split!r:.20}"
             )
         m = len(widths)
         shapes = {"scales": (m,), "hsic": (m, m), "floor": (m,)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrepr._checks import shown
 from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import median_op
 from pyrepr.reference.gram import KERNELS
@@ -53,13 +55,13 @@ class Kernel:
 
     def __post_init__(self) -> None:
         if self.name not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.name!r}")
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {shown(self.name)}")
         for option in ("bandwidth", "sigma", "gamma"):
             value = getattr(self, option)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{option} must be a positive finite number, got {value!r}")
+            if value is not None and not (_is_number(value) and 0 < value <= sys.float_info.max):
+                raise ValueError(f"{option} must be a positive finite number, got {shown(value)}")
         if not isinstance(self.degree, int) or isinstance(self.degree, bool) or not 1 <= self.degree <= MAX_DEGREE:
-            raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {self.degree!r}")
+            raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {shown(self.degree)}")
         if not _is_number(self.coef0) or not math.isfinite(self.coef0):
             raise ValueError(f"coef0 must be a finite number, got {self.coef0!r}")
 

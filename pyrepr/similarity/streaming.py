@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_agreed
+from pyrepr._checks import check_agreed, shown
 from pyrepr.similarity._batches import Batches, differing_scales, same_scales
 from pyrepr.similarity._checks import check_count, check_estimator
 from pyrepr.similarity._hsic import normalise, warn_if_degenerate
@@ -57,11 +57,11 @@ class StreamingCKA:
     ) -> None:
         check_estimator(estimator)
         if mode not in MODES:
-            raise ValueError(f"mode must be 'exact' or 'minibatch', got {mode!r}")
+            raise ValueError(f"mode must be 'exact' or 'minibatch', got {shown(mode)}")
         spec = as_kernel(kernel, bandwidth, sigma)
         if mode == "exact" and spec.name != "linear":
             raise ValueError(
-                f"kernel must be 'linear' in mode 'exact', got {spec.name!r}; mode 'minibatch' takes any kernel"
+                f"kernel must be 'linear' in mode 'exact', got {shown(spec.name)}; mode 'minibatch' takes any kernel"
             )
         self.estimator = estimator
         self.mode = mode

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layers, layer_list, memory
+from pyrepr._checks import check_layers, layer_list, memory, shown
 from pyrepr.ops._gram_gradient import layer_pairs
 from pyrepr.ops.moments import products_of
 from pyrepr.reference._dtypes import compute_dtype
@@ -355,7 +355,7 @@ def loaded(state_dict: Any, name: str) -> Sums | None:
         return None
     named = isinstance(widths, (list, tuple)) and all(is_count(d) for d in widths)
     if not named or not widths or not is_count(split) or not split < len(widths):
-        raise ValueError(f"state_dict must name the widths of its layers, got {widths!r:.80} with split {split!r:.20}")
+        raise ValueError(f"state_dict must name the widths of its layers, got {shown(widths)} with split {split!r:.20}")
     widths = tuple(widths)
     pairs, m = layer_pairs(len(widths), split), len(widths)
     shapes: dict[str, list[tuple[int, ...]] | tuple[int, ...]] = {

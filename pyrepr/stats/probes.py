@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of
+from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
 from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_labels
@@ -124,7 +124,7 @@ class Probe:
         if path is not None:
             path = Path(path)
             if path.suffix not in (".png", ".svg", ".pdf"):
-                raise ValueError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
+                raise ValueError(f"path must end in .png, .svg or .pdf, got {shown(path.name)}")
             with replacing(path) as temporary:
                 ax.figure.savefig(temporary, dpi=150)
         return ax
@@ -173,16 +173,16 @@ def linear_probe(
     """
     values = check_alphas(alphas)
     if task not in TASKS:
-        raise ValueError(f"task must be 'classification' or 'regression', got {task!r}")
+        raise ValueError(f"task must be 'classification' or 'regression', got {shown(task)}")
     if not isinstance(folds, int) or folds < 2:
-        raise ValueError(f"folds must be an integer of at least 2, got {folds!r}")
+        raise ValueError(f"folds must be an integer of at least 2, got {shown(folds)}")
     data = _batches(layers, y, "layers")
     held_out = None
     if val is not None:
         pair = isinstance(val, tuple) and len(val) == 2 and isinstance(val[1], Tensor)
         held_out = _batches(*(val if pair else (val, None)), "val")
     if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 2):
-        raise ValueError(f"classes must be an integer of at least 2, got {classes!r}")
+        raise ValueError(f"classes must be an integer of at least 2, got {shown(classes)}")
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if task == "classification":
@@ -469,7 +469,7 @@ def concept_depth(
     if values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
         raise ValueError(f"scores must be finite numbers of shape [L] with L ≥ 1, got {shape_of(values)}")
     if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share!r}")
+        raise ValueError(f"share must be in (0, 1], got {shown(share)}")
     reached = values >= chance + share * (values.max() - chance) - 1e-12
     layer = int(reached.nonzero()[0, 0])
     rises = values.diff()

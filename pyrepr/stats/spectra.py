@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layer, check_tensor, shape_of
+from pyrepr._checks import check_layer, check_tensor, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats.moments import Moments
 
@@ -33,7 +33,7 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
         5.0
     """
     if kind not in KINDS:
-        raise ValueError(f"kind must be 'entropy' or 'participation', got {kind!r}")
+        raise ValueError(f"kind must be 'entropy' or 'participation', got {shown(kind)}")
     if isinstance(x, Moments):
         if not center:
             raise ValueError("center must be True for moments, which are around the mean")
