@@ -218,6 +218,8 @@ def info_nce(
         raise ValueError(f"directions must be 'rows', 'columns' or both, got {shown(directions)}")
     if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {shown(label_smoothing)}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be a bool, got {shown(normalize)}")
     widths, factors = _check_prefixes(prefixes, weights, d)
     factor = _check_scale(scale, x)
     at = _check_labels(labels, n, y.shape[0], x)

@@ -230,10 +230,9 @@ def _batches(layers: Any, y: Tensor | None, argument: str) -> _Batches:
             raise ValueError(f"y must have a row for each of the {len(xs[0])} samples, got {shape_of(y)}")
         return _Batches([(layers, y)], argument)
     if isinstance(layers, (Tensor, Mapping)) or not isinstance(layers, Iterable):
-        raise ValueError(
-            f"{argument} must come with labels or targets y, or be an iterable of batches (layers, y), "
-            f"got {type(layers).__name__} alone"
-        )
+        if argument == "val":
+            raise ValueError(f"val must be (layers, y) or an iterable of such batches, got {type(layers).__name__}")
+        raise ValueError("y must be the labels or targets of the layers, got None")
     return _Batches(layers, argument)
 
 
