@@ -22,7 +22,16 @@ from pyrepr.functional import (
     pack_tables,
     segment_sum,
 )
-from pyrepr.models import Comparison, Conversion, Distillation, compare, convert, distill
+from pyrepr.models import (
+    Comparison,
+    Conversion,
+    Distillation,
+    compare,
+    convert,
+    distill,
+    load_converted,
+    save_converted,
+)
 from pyrepr.similarity import DegenerateInputWarning, Kernel, StreamingCKA, cka, cka_matrix, gram, hsic
 
 __all__ = [
@@ -50,10 +59,12 @@ __all__ = [
     "gram",
     "hash_codes",
     "hsic",
+    "load_converted",
     "lookup_linear",
     "lookup_sum",
     "nn",
     "pack_tables",
+    "save_converted",
     "segment_sum",
     "use_backend",
 ]

@@ -32,10 +32,17 @@ def restored(changes: Iterable[tuple[object, str, object]]) -> Iterator[None]:
         yield
 
 
+class Hooks(ExitStack):
+    """Removes hooks also should an interrupt come just as its block is left: when it is let go of. (Only hooks: values
+    must be restored in order, from the inside outwards, or not at all.)"""
+
+    __del__ = ExitStack.close
+
+
 @contextmanager
 def hooked(registrations: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
     """Each of `registrations` adds a hook, which is there inside only."""
-    with ExitStack() as stack:
+    with Hooks() as stack:
         for register in registrations:
             stack.callback(register().remove)
         yield

@@ -118,13 +118,15 @@ except RuntimeError as error:
 
 def test_import_costs_little_beside_torch():
     code = """
-import time, torch
-start = time.perf_counter()
+import time
+start = time.process_time()
+import torch
+between = time.process_time()
 import pyrepr
-print(time.perf_counter() - start)
+print((time.process_time() - between) / (between - start))
 """
-    seconds = min(float(run(code)[1]) for _ in range(3))
-    assert seconds < 0.2
+    share = min(float(run(code, PYTHONDONTWRITEBYTECODE="")[1]) for _ in range(4))
+    assert share < 0.15, share  # 0.10 to 0.13 on a busy machine, once compiled to bytecode
     assert not torch.cuda.is_initialized()
 
 

@@ -500,7 +500,7 @@ def test_distilling_for_the_worse_warns():
 def test_few_rows_have_an_error_that_is_a_number():
     """An eighth of fewer than 16 rows is one row, which has no variance to compare an error with."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-    report = pyrepr.convert(model, torch.randn(9, 4), bits=2, batch_sizes=(), progress=False)
+    report = pyrepr.convert(model, [torch.randn(9, 4)], bits=2, batch_sizes=(), progress=False)
     assert all(0 <= layer.relative_mse < 10 for layer in report.layers)
     constant = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(4, 3), torch.ones(20, 4), bits=2)
     assert math.isnan(constant.conversion.relative_mse)

@@ -286,11 +286,12 @@ def test_gram_matrix(backend, kernel):
     torch.testing.assert_close(centred, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_gram_is_differentiable_where_it_says_so():
+def test_gram_is_differentiable_and_of_nothing_empty():
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: pyrepr.gram(a, center=True), x)
-    with pytest.raises(RuntimeError, match="kernel='linear' only"):
-        pyrepr.gram(x, kernel="rbf")
+    for kernel in ("linear", "rbf", "polynomial"):
+        assert torch.autograd.gradcheck(
+            lambda a, k=kernel: pyrepr.gram(a, kernel=k, sigma=2.0 if k == "rbf" else None, center=True), x
+        )
     assert pyrepr.gram(torch.empty(0, 3)).shape == (0, 0)
     assert pyrepr.gram(torch.empty(4, 0)).tolist() == [[0.0] * 4] * 4
 

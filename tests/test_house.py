@@ -31,7 +31,8 @@ FLOORS = [
     ("functional",),
     ("stats",),
     ("similarity",),
-    ("nn", "integrations"),
+    ("nn",),
+    ("integrations",),
     ("models",),
     ("pyrepr",),  # the face: what the package itself exports
     ("benchmarks", "papers"),

@@ -13,6 +13,9 @@ and those of a GPU where its kernels are the default (``GPU_ORDER`` in :mod:`pyr
 :func:`pyrepr.use_backend` asks for them; all others to what was there before. The convolution serves every model that
 has it, Mamba's and LFM2's too.
 
+Importing this module also lets ``from_pretrained`` read the models with lookup layers that :func:`pyrepr.convert` made
+and ``save_pretrained`` wrote.
+
 Supported: transformers 5.23. Other versions warn if they have the same functions and raise if they do not.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import sys
 import warnings
@@ -33,6 +37,9 @@ from pyrepr import functional
 from pyrepr.backend import GPU_ORDER, forced_backend
 from pyrepr.ops import causal_conv1d as convolution
 from pyrepr.ops import delta_rule as rule
+
+if importlib.util.find_spec("transformers"):
+    from pyrepr.integrations import _quantizer  # noqa: F401  (registers what reads converted models)
 
 __all__ = ["disable", "enable", "enabled"]
 

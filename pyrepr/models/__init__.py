@@ -5,6 +5,7 @@ from pyrepr.models.callback import ComparisonCallback
 from pyrepr.models.comparison import Comparison, compare
 from pyrepr.models.conversion import Conversion, convert
 from pyrepr.models.distillation import Distillation, distill
+from pyrepr.models.persistence import load_converted, save_converted
 from pyrepr.models.probing import probe
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "compare",
     "convert",
     "distill",
+    "load_converted",
     "probe",
+    "save_converted",
 ]

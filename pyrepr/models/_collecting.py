@@ -277,9 +277,10 @@ class Pass:
 
     def compact(self, x: Tensor) -> Tensor:
         """Rows [n, d] with more features than samples turned into n dimensions: [n, n] with the same inner products,
-        so the same similarities, of which one batch's worth is small."""
+        so the same similarities, of which one batch's worth is small. Only where that is much less: the eigenvectors
+        cost as much as the similarities of a layer ten times as wide as the batch."""
         n, d = x.shape
-        if d <= n or (self.kernel.name == "polynomial" and self.kernel.gamma is None):
+        if d <= 8 * n or (self.kernel.name == "polynomial" and self.kernel.gamma is None):
             return x
         k = gram(x, center=self.kernel.name not in ("polynomial", "cosine")).double()
         if not bool(k.isfinite().all()):

@@ -118,7 +118,8 @@ def draw_table(
         _hatch(axes, doubtful)
     inside = values[values.isfinite()]
     beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
-    extend = beyond[bool((inside < low).any()), bool((inside > high).any())]
+    rounding = 1e-6 * (high - low)  # a layer with itself may have a CKA of 1 + 1e-7
+    extend = beyond[bool((inside < low - rounding).any()), bool((inside > high + rounding).any())]
     bar = figure.colorbar(
         image, ax=axes, label=measure, shrink=0.9, extend=extend, format=FuncFormatter(lambda v, _: fixed(v, 2))
     )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -320,7 +321,9 @@ def convert(
     Layer by layer in the order they run, each fitted by :meth:`pyrepr.nn.LookupLinear.from_linear` to the input it gets
     from the layers replaced before it. The model runs in eval mode and without gradients; afterwards every submodule
     has its training flag again, no hook is left, and new parameters are trainable where the layer's were. If anything
-    fails, every layer is back in its place. Expect to follow with :func:`pyrepr.distill`.
+    fails, every layer is back in its place. Expect to follow with :func:`pyrepr.distill`; save with
+    :func:`pyrepr.save_converted` or, a model of transformers, with its own ``save_pretrained``: its ``from_pretrained``
+    reads that after ``import pyrepr.integrations.transformers``.
 
     Args:
         model: any module; DataParallel and compiled models are changed inside.
@@ -377,7 +380,7 @@ def convert(
                 else:
                     done.append(layer)
             output, error = job.output_mse()
-            return Conversion(
+            report = Conversion(
                 model=type(job.model).__name__,
                 layers=tuple(done),
                 skipped=skipped,
@@ -391,9 +394,20 @@ def convert(
                 calibration_rows=job.most_rows,
                 versions=versions(),
             )
+            _tell_transformers(job.model)
+            return report
     except BaseException:
         job.swaps.undo()
         raise
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """So that `save_pretrained` of a model of theirs says what its layers are now."""
+    theirs = sys.modules.get("transformers.modeling_utils")
+    if theirs is not None and isinstance(model, theirs.PreTrainedModel):
+        from pyrepr.integrations._quantizer import mark
+
+        mark(model)
 
 
 def _check_options(rank: int, quantize: str | None, batch_sizes: Sequence[int], max_rows: int) -> None:

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch
 
 class _Described(Tensor):
     """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused."""
+
+    _is_hf_initialized = True  # so that transformers, when it loads a converted model, does not draw values for it
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -289,6 +292,13 @@ class LookupLinear(nn.Module):
                 room = torch.empty_like(value, device=self.tables.device)
                 setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
         name = prefix + "tables"
+        came = state_dict[name].dtype if name in state_dict else self.tables.dtype
+        if torch.int8 in (came, self.tables.dtype) and came != self.tables.dtype:  # a copy would round, or drop scales
+            errors.append(
+                f"{name} must be {self.tables.dtype} as this layer's, got {came}; make the layer with "
+                f"table_dtype={came}" + (", or quantize_('int8') it" if came == torch.int8 else "")
+            )
+            return
         shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
@@ -415,6 +425,50 @@ class LookupLinear(nn.Module):
         dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
         errors = (fit.relative_mse(layer(a.to(rows.dtype)), b) for a, b in ((x, y), (unseen, truth)))
         layer._report(x, dense_bytes, *errors)
+        return layer
+
+    def specification(self) -> dict[str, Any]:
+        """What :meth:`specified` makes an empty layer of the same kind from, in types that JSON has: the options, the
+        dtype of each tensor it has, which of them are trained, and whether the tables are packed."""
+        tensors = {**self._parameters, **self._buffers}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "weighting": self.weighting,
+            "temperature": self.temperature,
+            "sparse": self.sparse,
+            "rank": 0 if self.down is None else self.down.shape[0],
+            "dtypes": {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items() if x is not None},
+            "trained": [name for name, x in self._parameters.items() if x is not None and x.requires_grad],
+            "packed": self.packed,
+        }
+
+    @classmethod
+    def specified(cls, specification: dict[str, Any], device: torch.device | str | None = None) -> LookupLinear:
+        """An empty layer with room for every tensor of the one that gave the :meth:`specification`; tables unpacked.
+
+        Raises:
+            ValueError: for anything that is no specification.
+        """
+        try:
+            options = dict(specification)
+            rank, trained, _ = options.pop("rank"), options.pop("trained"), options.pop("packed")
+            dtypes = {name: getattr(torch, dtype) for name, dtype in options.pop("dtypes").items()}
+            layer = cls(bias="bias" in dtypes, table_dtype=dtypes["tables"], device="meta", **options)
+            d, h = layer.in_features, layer.out_features
+            shapes = {"tables": layer.tables.shape, "scales": layer.tables.shape[:2], "bias": (h,), "shift": (d,)}
+            shapes |= {"scale": (d,), "down": (rank, d), "up": (h, rank)}
+            for name, dtype in dtypes.items():
+                tensor = torch.empty(shapes[name], dtype=dtype, device=device)
+                if name in layer._parameters:
+                    setattr(layer, name, nn.Parameter(tensor, requires_grad=name in trained))
+                else:
+                    setattr(layer, name, tensor)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"specification must come from LookupLinear.specification, got {specification!r:.200}: {error}"
+            ) from error
         return layer
 
     def _take(self, parts: fit.Parts) -> None:

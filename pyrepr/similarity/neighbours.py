@@ -14,46 +14,20 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import shown
+from pyrepr.functional.pairs import pairwise_topk
 from pyrepr.similarity._checks import check_estimator
 from pyrepr.similarity._protocol import Measure, pair_table
 
 METRICS = ("cosine", "ip", "sqeuclidean")
-BLOCK_BYTES = 64 << 20  # of a block of scores
+BLOCK_BYTES = 64 << 20  # of a block of comparisons
 
 
 def nearest(x: Tensor, k: int, metric: str, exclude_self: bool = True) -> Tensor:
     """The k nearest rows of every row, as sorted numbers [n, k] int64. x: [n, d] float32 or float64.
 
-    Scores are float64, rounded once to x's dtype, so that duplicates tie exactly; ties go to the smaller number.
+    Scores are exact, rounded once to x's dtype, so that duplicates tie; ties go to the smaller number.
     """
-    n = x.shape[0]
-    wide = x.detach().double()
-    if metric == "sqeuclidean":
-        wide = wide - wide.mean(0)
-    if metric == "cosine":
-        wide = _unit(wide)
-    squares = wide.square().sum(1)
-    found = []
-    step = max(1, BLOCK_BYTES // (8 * max(1, n)))
-    for start in range(0, n, step):
-        scores = wide[start : start + step] @ wide.T
-        if metric == "sqeuclidean":
-            scores = 2 * scores - squares
-        scores = scores.to(x.dtype)
-        if exclude_self:
-            scores.diagonal(start).fill_(-torch.inf)
-        found.append(_largest(scores, k))
-    return torch.cat(found) if found else torch.empty(0, k, dtype=torch.int64, device=x.device)
-
-
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """Columns of the k largest scores of every row, sorted by number; of equal scores the smaller numbers. [rows, n]"""
-    values, columns = scores.topk(k, dim=1)
-    last = values[:, -1:]
-    tied = ((scores >= last).sum(1) > k).nonzero()[:, 0]
-    if len(tied):
-        columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return columns.sort(1).values
+    return pairwise_topk(x.detach(), k=k, metric=metric, exclude_self=exclude_self)[1].sort(1).values
 
 
 def _unit(x: Tensor) -> Tensor:
