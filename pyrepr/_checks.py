@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -18,6 +21,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 def shape_of(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def shown(x: object) -> str:
+    """What came, short and on one line."""
+    if isinstance(x, Tensor):
+        return f"a tensor {shape_of(x)}"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def check_is_tensor(name: str, x: object) -> Tensor:
@@ -35,7 +46,16 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...] = DTYPES)
         raise TypeError(f"{name} must be {wanted}, got {name_of(x.dtype)}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {str(x.layout).removeprefix('torch.')}")
+    check_memory(name, x)
     return x
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """Reading an element of a tensor whose storage was freed is a crash, in PyTorch's own operations too."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or _is_wrapped(x):
+        return
+    if x.untyped_storage().nbytes() == 0 and x.numel() > 0 and not x._is_zerotensor():
+        raise ValueError(f"{name} has no memory, its storage was freed")
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -122,6 +142,21 @@ def check_cu_seqlens(cu_seqlens: object, name: str, x: Tensor) -> int:
         raise ValueError(f"{name} must have B = 1 when cu_seqlens packs the sequences along T, got B = {x.shape[0]}")
     check_device("cu_seqlens", cu_seqlens, name, x)
     return cu_seqlens.numel() - 1
+
+
+def check_agreed(options: dict[str, Any], group: Any) -> None:
+    """That all processes of the group have the same options: before a collective in which one would wait for ever."""
+    from torch import distributed
+
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, options, group=group)
+    for name, value in found[0].items():
+        for rank, other in enumerate(found):
+            if other[name] != value:
+                raise ValueError(
+                    f"{name} must be the same in all processes, got {value!r} in process 0 and {other[name]!r} in "
+                    f"process {rank}"
+                )
 
 
 def memory() -> int:

@@ -73,9 +73,15 @@ def test_minibatch_is_a_ratio_of_sums():
     result = pyrepr.compare(a, b, data, layers_a="3", layers_b="3", mode="minibatch", kernel="rbf")
     a.eval(), b.eval()
     with torch.no_grad():
-        ab, aa, bb = (sum(pyrepr.hsic(f(x), g(x), kernel="rbf") for x in data) for f, g in ((a, b), (a, a), (b, b)))
-    assert result.values.item() == pytest.approx((ab / (aa * bb).sqrt()).item(), rel=1e-9)
+        xs, ys = ([f(x).double() for x in data] for f in (a, b))
+        stream = pyrepr.StreamingCKA(mode="minibatch", kernel="rbf")
+        for x, y in zip(xs, ys, strict=True):
+            stream.update([x], [y])
+    assert result.values.item() == pytest.approx(stream.compute().item(), rel=1e-6)
     assert (result.mode, result.kernel) == ("minibatch", "rbf")
+    sigmas = [x for side in ("sigma_a", "sigma_b") for x in result.kernel_options[side]]
+    assert sigmas == pytest.approx(stream.scales.tolist(), rel=1e-6)  # the first batch's median, of every layer
+    assert result.kernel_options["bandwidth"] == 1.0 and "rbf kernel (bandwidth 1)" in result.describe()
 
 
 def test_transformer_tokens_leave_out_padding(berts):

@@ -12,7 +12,7 @@ import torch
 import pyrepr
 from pyrepr.nn import CKALoss, DeltaCache, GatedDeltaNet, LookupLinear
 
-ROOMS = ("ops", "reference", "functional", "similarity", "kernels")
+ROOMS = ("ops", "reference", "functional", "similarity", "stats", "kernels")
 MADE = {
     *("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randint", "randn"),
     *("randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),

@@ -177,6 +177,25 @@ def test_interrupted_at_every_line_of_the_short_way():
         assert check_every_line(CALLS[name]) > 2
 
 
+def test_a_cache_of_many_layers_holds_one_more():
+    """All layers write in turn to one free set of tensors; those of another size to one of their own."""
+    kinds = [GatedDeltaNet(16, head_dim=4 + 4 * (i % 2), num_heads=2, layer_idx=i).eval() for i in range(6)]
+    cache, seen = DeltaCache(), set()
+    values, states = [], [DeltaCache() for _ in kinds]
+    with torch.no_grad():
+        for _ in range(8):
+            x = torch.randn(2, 1, 16)
+            for module, alone in zip(kinds, states, strict=True):
+                y, *_ = module(x, past_key_values=cache, use_cache=True)
+                values.append((y, module(x, past_key_values=alone, use_cache=True)[0]))
+                x = y
+            seen |= {state["recurrent_state"].data_ptr() for state in cache.states.values()}
+            held = [state["recurrent_state"].data_ptr() for state in cache.states.values()]
+            assert len(set(held)) == len(kinds)
+    assert all(torch.equal(a, b) for a, b in values)
+    assert len(seen) == len(kinds) + 2
+
+
 def test_a_cache_takes_turns_between_two_sets_of_tensors():
     cache = DeltaCache()
     module = GatedDeltaNet(16, head_dim=4, num_heads=2, layer_idx=0).eval()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import pyrepr
+
+PROCESS = Path(__file__).with_name("loss_process.py")
 
 
 def test_value_and_reductions():
@@ -64,6 +70,31 @@ def test_under_autocast_mixed_dtypes_are_widened():
     assert student.dtype == torch.bfloat16
     loss.backward()
     assert torch.isfinite(linear.weight.grad).all() and linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gathered_from_unequal_batches(tmp_path, world):
+    """Values and gradients of the whole batch, one process without a row; refusals that all processes hear of."""
+    command = [sys.executable, str(PROCESS)]
+    processes = [subprocess.Popen([*command, str(rank), str(world), str(tmp_path)]) for rank in range(world)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * world
+
+
+@pytest.mark.parametrize("given", [{"bandwidth": 1.0}, {"bandwidth": 2.0}, {"sigma": 1.0}])
+def test_options_beside_a_kernel_are_refused_whatever_their_value(given):
+    x = torch.randn(8, 3)
+    kernel = pyrepr.Kernel("rbf", sigma=2.0)
+    calls = (
+        lambda: pyrepr.gram(x, kernel=kernel, **given),
+        lambda: pyrepr.hsic(x, x, kernel=kernel, **given),
+        lambda: pyrepr.cka(x, x, kernel=kernel, **given),
+        lambda: pyrepr.cka_matrix([x], kernel=kernel, **given),
+        lambda: pyrepr.nn.CKALoss(kernel=kernel, **given),
+        lambda: pyrepr.StreamingCKA(mode="minibatch", kernel=kernel, **given),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"{next(iter(given))} belongs into the Kernel\(\.\.\.\) .* beside it"):
+            call()
 
 
 def test_bad_input():

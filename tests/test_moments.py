@@ -71,6 +71,9 @@ def is_state(stream, state):
 STREAMS = {
     "layers": (LayerMoments, lambda s, x, y: s.update([x, y])),
     "cka": (pyrepr.StreamingCKA, lambda s, x, y: s.update([x], [y])),
+    "cka of batches": (lambda: pyrepr.StreamingCKA(mode="minibatch"), lambda s, x, y: s.update([x], [y])),
+    "rbf of batches": (lambda: pyrepr.StreamingCKA(mode="minibatch", kernel="rbf"), lambda s, x, y: s.update([x], [y])),
+    "cka, merged": (pyrepr.StreamingCKA, lambda s, x, y: s.merge(pyrepr.StreamingCKA().update([x], [y]))),
     "two representations": (Moments, lambda s, x, y: s.update(x, y)),
     "classes": (lambda: Moments(classes=4), lambda s, x, y: s.update(x, y[:, 0].sign().long() + 1 + (len(y) > 12))),
 }
@@ -95,6 +98,26 @@ def test_an_update_cut_short_at_any_line_changes_nothing(kind, monkeypatch):
     ]
     assert len(done) > 25 and -1 not in done
     assert sum(done) <= 4 and not any(done[: -sum(done)])  # only on the way back to the caller
+
+
+@pytest.mark.parametrize("action", ["first update", "calibrate", "load"])
+def test_a_stream_of_batches_cut_short_at_any_line_is_as_before_or_after(action):
+    x = torch.randn(9, 3)
+    saved = pyrepr.StreamingCKA(estimator="biased", mode="minibatch").update([x]).state_dict()
+    act = {
+        "first update": lambda s: s.update([x]),
+        "calibrate": lambda s: s.calibrate([x]),
+        "load": lambda s: s.load_state_dict(saved),
+    }[action]
+
+    def make():
+        return pyrepr.StreamingCKA(mode="minibatch", kernel="rbf")
+
+    before, after = make().state_dict(), make()
+    act(after)
+    kept = [(is_state(s, after.state_dict()), is_state(s, before)) for s in cut_short(make, act)]
+    assert len(kept) > 10 and all(old != new for new, old in kept)
+    assert sum(new for new, _ in kept) <= 3
 
 
 def test_blocks_in_several_groups_are_those_in_one(monkeypatch):

@@ -121,7 +121,8 @@ class WholeEngine {
       explicit Scratch(int64_t width) : shifted(width), whole(kGroup * width) {}
     };
     const auto pack = [&](const Scratch& own) {
-      const auto& [shifted, whole] = own;
+      const Array<float>& shifted = own.shifted;  // by names that OpenMP may share, as those of a binding it may not
+      const Array<int16_t>& whole = own.whole;
 #pragma omp for schedule(static)
       for (int64_t g = 0; g < columns.groups(); g++) {
         zero(whole.data(), whole.size());

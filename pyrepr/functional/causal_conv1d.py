@@ -19,6 +19,7 @@ from pyrepr._checks import (
     check_tensor,
     check_written,
     shape_of,
+    shown,
 )
 from pyrepr.ops._leaf import at_hand, require
 from pyrepr.ops.causal_conv1d import causal_conv1d, step, update_op_
@@ -47,7 +48,7 @@ def _check_filter(x: object, weight: object, bias: object, activation: object) -
     if bias is not None:
         check_shape("bias", _check_like("bias", bias, x), "[D]", (channels,))
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+        raise ValueError(f"activation must be None, 'silu' or 'swish', got {shown(activation)}")
     return activation is not None
 
 

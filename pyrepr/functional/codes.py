@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyrepr._checks import check_device, check_tensor, shape_of
+from pyrepr._checks import check_device, check_tensor, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 
 BLOCK_BYTES = 32 << 20  # of rows × codes
@@ -36,7 +36,7 @@ def _checked(x: object, codebook: object, name: str = "codebook") -> tuple[Tenso
 
 def check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        raise ValueError(f"{name} must be a positive finite number, got {shown(value)}")
 
 
 def _scores(x: Tensor, codes: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def bag_of_codes(
     """
     check_positive("inv_delta", inv_delta)
     if pool not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {shown(pool)}")
     if mean_distance is not None:
         check_positive("mean_distance", mean_distance)
     x = check_tensor("x", x)
@@ -192,9 +192,9 @@ def cluster_tokens(
     if not (1 <= h <= high and 1 <= w <= wide):
         raise ValueError(f"size must be from (1, 1) to the grid's ({high}, {wide}), got {size}")
     if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+        raise ValueError(f"steps must be an integer of at least 0, got {shown(steps)}")
     if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd positive integer, got {window!r}")
+        raise ValueError(f"window must be an odd positive integer, got {shown(window)}")
     if temperature is not None:
         check_positive("temperature", temperature)
     x = x.to(compute_dtype(x.dtype))
@@ -266,7 +266,7 @@ def unpool_tokens(
         torch.Size([1, 20, 8])
     """
     if norm not in NORMS:
-        raise ValueError(f"norm must be 'l1' or 'l2', got {norm!r}")
+        raise ValueError(f"norm must be 'l1' or 'l2', got {shown(norm)}")
     check_positive("temperature", temperature)
     processed, x, centres = (check_tensor(n, t) for n, t in (("processed", processed), ("x", x), ("centres", centres)))
     if x.dim() != 3 or centres.dim() != 3 or processed.dim() != 3:
@@ -278,7 +278,7 @@ def unpool_tokens(
             f"{shape_of(centres)} and {shape_of(processed)}"
         )
     if not isinstance(k, int) or not 1 <= k <= centres.shape[1]:
-        raise ValueError(f"k must be an integer from 1 to the number of centres, {centres.shape[1]}, got {k!r}")
+        raise ValueError(f"k must be an integer from 1 to the number of centres, {centres.shape[1]}, got {shown(k)}")
     found = []
     for one, tokens, codes in zip(processed, x, centres, strict=True):
         rows, codes = _checked(tokens, codes, "centres")

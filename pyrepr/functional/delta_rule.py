@@ -162,7 +162,9 @@ def chunk_delta_rule(
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it
-        stays in its sequence and head.
+            stays in its sequence and head. On the CPU outputs before a number that is not finite, or an overflow, are
+            as without it; GPU kernels multiply triangles of a chunk with their zeros, so there it may reach the tokens
+            before it in its chunk of 64.
 
     Example:
         >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))

@@ -10,7 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from pyrepr._checks import DTYPES, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of
+from pyrepr._checks import (
+    DTYPES,
+    check_device,
+    check_is_tensor,
+    check_memory,
+    check_shape,
+    check_tensor,
+    name_of,
+    shape_of,
+    shown,
+)
 from pyrepr.ops import lookup as ops
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.lookup import TILE, WEIGHTINGS, pack, sizes
@@ -39,7 +49,7 @@ def check_bits(bits: int) -> int:
 def check_weighting(weighting: str, temperature: float) -> None:
     """Raises ValueError for an unknown weighting, or a temperature that is not positive and finite."""
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {shown(weighting)}")
     if not 0 < temperature < math.inf:  # not math.isfinite, which torch.compile cannot trace for symbolic numbers
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
@@ -76,6 +86,7 @@ def _check_codes(codes: object, n: int) -> Tensor:
         raise TypeError(f"codes must be a dense tensor, got layout {str(codes.layout).removeprefix('torch.')}")
     if codes.dtype in (torch.bool, torch.uint64) or codes.is_floating_point() or codes.is_complex():
         raise TypeError(f"codes must have an integer dtype, got {name_of(codes.dtype)}")
+    check_memory("codes", codes)
     if codes.dtype in (torch.int64, torch.uint32):
         limits = torch.iinfo(torch.int32)
         codes = codes.long().clamp(limits.min, max(n, limits.max))
@@ -276,7 +287,7 @@ def segment_sum(values: Tensor, codes: Tensor, n: int, *, weights: Tensor | None
     """
     _check_float("values", values, 1, "[..., h]")
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be a positive int, got {n!r}")
+        raise ValueError(f"n must be a positive int, got {shown(n)}")
     codes = _check_codes(codes, n)
     check_device("codes", codes, "values", values)
     single = codes.shape == values.shape[:-1]

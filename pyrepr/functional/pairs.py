@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of
+from pyrepr._checks import INTEGERS, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of, shown
 from pyrepr._reporting import progress_bar
 from pyrepr.ops import pairs as ops
 from pyrepr.ops._leaf import derives
@@ -55,9 +56,9 @@ def _check_scale(scale: object, x: Tensor) -> Tensor:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Tensor)):
         raise TypeError(f"scale must be a number or a scalar tensor, got {type(scale).__name__}")
     if not isinstance(scale, Tensor):
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale}")
-        return torch.full((), scale, dtype=dtype, device=x.device)
+        if not 0 < scale <= sys.float_info.max:
+            raise ValueError(f"scale must be positive and finite, got {shown(scale)}")
+        return torch.full((), float(scale), dtype=dtype, device=x.device)
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ValueError(f"scale must be one floating-point number, got {shape_of(scale)} {name_of(scale.dtype)}")
     check_device("scale", scale, "x", x)
@@ -90,21 +91,30 @@ def _check_labels(labels: object, n: int, m: int, x: Tensor) -> Tensor:
     return labels.long()
 
 
+def check_weights(weights: object) -> list[float]:
+    try:
+        return [float(w) for w in weights]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be numbers, one per prefix, got {shown(weights)}") from None
+
+
 def _check_prefixes(prefixes: Sequence[int] | None, weights: object, d: int) -> tuple[list[int], list[float]]:
     if prefixes is None:
         if weights is not None:
             raise ValueError("weights are those of prefixes, and prefixes is None")
         return [d], [1.0]
+    if not isinstance(prefixes, (list, tuple, range)):
+        raise TypeError(f"prefixes must be widths as ints, at least one, got {shown(prefixes)}")
     prefixes = list(prefixes)
     if not prefixes or any(isinstance(p, bool) or not isinstance(p, int) for p in prefixes):
-        raise TypeError(f"prefixes must be widths as ints, at least one, got {prefixes}")
+        raise TypeError(f"prefixes must be widths as ints, at least one, got {shown(prefixes)}")
     if any(a >= b for a, b in itertools.pairwise(prefixes)) or prefixes[0] < 1 or prefixes[-1] > d:
-        raise ValueError(f"prefixes must increase from 1 or more to at most d = {d}, got {prefixes}")
+        raise ValueError(f"prefixes must increase from 1 or more to at most d = {d}, got {shown(prefixes)}")
     if weights is None:
         return prefixes, [1.0] * len(prefixes)
-    found = [float(w) for w in weights]  # type: ignore[attr-defined]
+    found = check_weights(weights)
     if len(found) != len(prefixes) or not all(math.isfinite(w) for w in found):
-        raise ValueError(f"weights must be {len(prefixes)} finite numbers, one per prefix, got {found}")
+        raise ValueError(f"weights must be {len(prefixes)} finite numbers, one per prefix, got {shown(found)}")
     return prefixes, found
 
 
@@ -137,7 +147,7 @@ def pairwise_logsumexp(
     """
     x, y = _check_pair(x, y)
     if kernel not in KERNELS:
-        raise ValueError(f"kernel must be 'dot' or 'cosine', got {kernel!r}")
+        raise ValueError(f"kernel must be 'dot' or 'cosine', got {shown(kernel)}")
     factor = _check_scale(scale, x)
     keep = derives(x, y, factor) and ops.keeps_logits(x.shape[0], y.shape[0], x.shape[1])
     r, *_ = ops.logsumexp_op(x, y, factor, None, kernel == "cosine", [x.shape[1]], True, False, keep)
@@ -197,11 +207,19 @@ def info_nce(
     n, d = x.shape
     if n == 0 or y.shape[0] == 0:
         raise ValueError(f"x and y must have at least one row in a loss, got n = {n} and m = {y.shape[0]}")
-    chosen = (directions,) if isinstance(directions, str) else tuple(directions)
-    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(DIRECTIONS):
-        raise ValueError(f"directions must be 'rows', 'columns' or both, got {directions!r}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    listed = isinstance(directions, (list, tuple, set, frozenset))
+    chosen = tuple(directions) if listed else (directions,)
+    if (
+        not chosen
+        or not all(isinstance(each, str) for each in chosen)
+        or len(set(chosen)) != len(chosen)
+        or not set(chosen) <= set(DIRECTIONS)
+    ):
+        raise ValueError(f"directions must be 'rows', 'columns' or both, got {shown(directions)}")
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {shown(label_smoothing)}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be a bool, got {shown(normalize)}")
     widths, factors = _check_prefixes(prefixes, weights, d)
     factor = _check_scale(scale, x)
     at = _check_labels(labels, n, y.shape[0], x)
@@ -272,9 +290,10 @@ def pairwise_topk(
 
     Returns:
         values [n, k], float64 for float64 inputs, else float32, and indices [n, k] int64; with `return_logsumexp` also
-        [n]. NaN scores sort last; where fewer than k scores are numbers, index −1 and value −inf (inf for
-        ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they are computed again from the k
-        rows, in n·k·d memory; indices and the log-sum-exp have none (:func:`pairwise_logsumexp` has).
+        [n], which may be NaN where a row is not finite. NaN scores sort last; where fewer than k scores are numbers,
+        index −1 and value −inf (inf for ``"sqeuclidean"``). Where x or y requires a gradient, the values have one: they
+        are computed again from the k rows, in n·k·d memory; indices and the log-sum-exp have none
+        (:func:`pairwise_logsumexp` has).
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -288,9 +307,9 @@ def pairwise_topk(
     """
     x = _check_rows("x", x)
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {shown(metric)}")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a positive int, got {k!r}")
+        raise ValueError(f"k must be a positive int, got {shown(k)}")
     stored = x if y is None else y
     if isinstance(stored, Tensor):
         _, stored = _check_pair(x, stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_tensor, shape_of
+from pyrepr._checks import check_tensor, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -35,7 +35,7 @@ def paired_cosine(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         1.0
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {shown(reduction)}")
     x, y = _pair("x", x, "y", y)
     cosine = (_unit(x) * _unit(y)).sum(-1)
     return cosine if reduction == "none" else cosine.mean() if reduction == "mean" else cosine.sum()

@@ -19,7 +19,8 @@ from pyrepr.models._layers import Layer, Layers, choose_names
 from pyrepr.models._recording import Recorder
 from pyrepr.models._scores import Score
 from pyrepr.similarity import DegenerateInputWarning, Kernel, Measure, StreamingCKA, cka_matrix, gram
-from pyrepr.similarity._hsic import hsic_table, normalise, warn_if_degenerate
+from pyrepr.similarity._batches import Batches
+from pyrepr.similarity._hsic import normalise, warn_if_degenerate
 from pyrepr.stats import LayerMoments
 
 Stored = Mapping[str, Tensor]
@@ -146,8 +147,9 @@ class Streamed:
 
 
 class Batchwise:
-    """Mode "minibatch": a ratio of sums over batches (see :class:`pyrepr.StreamingCKA`), of which each batch's table
-    [M, M] is kept: their spread gives the standard error. The layers' widths may differ between batches."""
+    """Mode "minibatch": a ratio of weighted sums over batches (see :class:`pyrepr.StreamingCKA`), of which each batch's
+    table [M, M] is kept: their spread gives the standard error. The layers' widths may differ between batches. σ is
+    chosen from the first one."""
 
     mode = "minibatch"
 
@@ -156,13 +158,17 @@ class Batchwise:
         self.samples, self.split = 0, 0
         self.tables: list[Tensor] = []
         self.floor: Tensor | None = None
+        self.scales: Tensor | None = None
 
     def update(self, xs: list[Tensor], ys: list[Tensor] | None = None) -> None:
-        table, floor = hsic_table([*xs, *(ys or [])], self.kernel, self.estimator, split=len(xs) if ys else 0)
-        self.split = len(xs) if ys else 0
-        self.floor = floor if self.floor is None else torch.maximum(self.floor, floor)
-        self.samples += xs[0].shape[0]
-        self.tables.append(table)
+        split = len(xs) if ys else 0
+        # γ = 1 / width is no scale to keep: widths may differ.
+        batch = Batches.of([*xs, *(ys or [])], split, self.kernel, self.estimator, self.scales)
+        self.scales = batch.scales if self.kernel.needs_median else None
+        self.split = split
+        self.floor = batch.floor if self.floor is None else self.floor + batch.floor
+        self.samples += batch.n
+        self.tables.append(batch.hsic)
 
     def _ratio(self, table: Tensor, floor: Tensor | None) -> Tensor:
         own, split = table.diagonal(), self.split
@@ -184,10 +190,13 @@ class Batchwise:
         return ((count - 1) / count * (left - left.mean(0)).square().sum(0)).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "split": self.split, "tables": torch.stack(self.tables), "floor": self.floor}
+        kept = {key: getattr(self, key) for key in ("samples", "split", "floor", "scales")}
+        return {**kept, "tables": torch.stack(self.tables)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples, self.split, self.floor = state["samples"], state["split"], state["floor"]
+        self.samples, self.split, self.floor, self.scales = (
+            state[key] for key in ("samples", "split", "floor", "scales")
+        )
         self.tables = list(state["tables"])
 
 
@@ -335,6 +344,15 @@ class Pass:
             self.warn(warning)
         return scores
 
+    def kernel_options(self) -> dict[str, float | list[float]]:
+        """The options of CKA's kernel, and of a stream of batches the σ that was chosen for each layer."""
+        options: dict[str, float | list[float]] = dict(self.kernel.options())
+        if isinstance(self.stream, Batchwise) and self.stream.scales is not None:
+            sigma, split = self.stream.scales.tolist(), self.stream.split or None
+            options["sigma_a"] = sigma[:split]
+            options["sigma_b"] = sigma[split:] if split else sigma
+        return options
+
     def _scores(self) -> dict[str, Score]:
         chance = 0.0 if self.estimator == "unbiased" else None
         if isinstance(self.stream, (StreamingCKA, Batchwise)):
@@ -404,6 +422,7 @@ class Checkpoint:
             run.estimator,
             type(run.stream).__name__,
             run.kernel.name,
+            run.kernel.options(),
             [list(w.items()) for w in run.widths],
         ]
 

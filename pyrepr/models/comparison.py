@@ -42,7 +42,8 @@ class Comparison:
         model_a, model_b: what the networks are called.
         samples: ``"batch"`` or ``"tokens"``: what a sample was.
         count: number of samples.
-        estimator, mode, kernel: how CKA was computed.
+        estimator, mode, kernel: how CKA was computed. kernel_options: the options its kernel reads; where batches were
+            streamed with σ = bandwidth × median, also ``sigma_a`` and ``sigma_b``, what was chosen for each layer.
         tokens, pool: which tokens counted, and how positions became one row.
         skipped_a, skipped_b: from a layer that was left out to the reason.
         readings_a, readings_b: from a layer to how its tensor was read: which axis holds samples, which features.
@@ -78,6 +79,7 @@ class Comparison:
     stderr: Tensor | None = None
     scores: dict[str, Score] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    kernel_options: dict[str, float | list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first, *others = self.scores.items() or [("cka", Score(self.values, self.stderr))]
@@ -146,7 +148,9 @@ class Comparison:
         if self.pool:
             unit += f" (pool {self.pool})"
         how = "exact" if self.mode == "exact" else "minibatch estimate"
-        text = score.how or f"{self.kernel} kernel, {self.estimator} estimator, {how}"
+        options = ", ".join(f"{k} {v:g}" for k, v in self.kernel_options.items() if not isinstance(v, list))
+        kernel = f"{self.kernel} kernel ({options})" if options else f"{self.kernel} kernel"
+        text = score.how or f"{kernel}, {self.estimator} estimator, {how}"
         if score.chance:
             text += f", chance {score.chance:.3g}"
         if score.unsure is not None:
@@ -526,6 +530,7 @@ def _result(run: Pass, names: tuple[str, str], tokens: Tokens, pool: str | None)
         estimator=run.estimator,
         mode="exact" if run.whole else run.stream.mode,
         kernel=run.kernel.name,
+        kernel_options=run.kernel_options(),
         tokens=tokens if isinstance(tokens, str) else getattr(tokens, "__name__", type(tokens).__name__),
         pool=pool,
         skipped_a=a.skipped,

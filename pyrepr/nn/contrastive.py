@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrepr._checks import check_is_tensor
-from pyrepr.functional.pairs import info_nce
+from pyrepr._checks import check_is_tensor, shape_of, shown
+from pyrepr.functional.pairs import check_weights, info_nce
 
 
 class ClipLoss(nn.Module):
@@ -70,7 +70,8 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         for name, x in (("image_features", image_features), ("text_features", text_features)):
-            check_is_tensor(name, x)
+            if check_is_tensor(name, x).dim() != 2:
+                raise ValueError(f"{name} must have shape [n, d], got {shape_of(x)}")
         if len(image_features) != len(text_features):
             raise ValueError(
                 f"text_features must have a row per row of image_features, {len(image_features)}, "
@@ -155,8 +156,10 @@ class MatryoshkaLoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(dims, (list, tuple, range)):
+            raise TypeError(f"dims must be a list of widths, got {shown(dims)}")
         dims = list(dims)
-        weights = [1.0] * len(dims) if weights is None else [float(w) for w in weights]
+        weights = [1.0] * len(dims) if weights is None else check_weights(weights)
         if not dims or len(set(dims)) != len(dims):
             raise ValueError(f"dims must be different widths, at least one, got {dims}")
         if len(weights) != len(dims):

@@ -7,7 +7,6 @@ same call and result. What a layer computes between its projections is in :mod:`
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -15,21 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr._checks import check_is_tensor, check_tensor, name_of
+from pyrepr._checks import check_is_tensor, check_tensor, name_of, shown
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.reference._dtypes import compute_dtype
 
 _MODES = ("chunk", "fused_recurrent")
+FREE_STATES = 4  # sizes of layers of which a cache keeps free memory
 
 
 class DeltaCache:
     """What the layers of a model keep between calls, by the number of the layer (``layer_idx``).
 
     ``cache[layer_idx]`` is a dict with ``recurrent_state`` [B, HV, K, V] in float32 and ``conv_state``, a tuple of
-    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients two
-    sets of tensors take turns: a layer writes the one while the other holds, and hands it over when its output is
-    done. So a call that fails or is interrupted leaves the cache of its layer as it was.
+    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients a
+    layer writes to a set of tensors that is free, and when its output is done hands it over for its own, which the next
+    layer of these sizes writes to. So a call that fails or is interrupted leaves the cache of its layer as it was, for
+    the memory of one layer more; and what a layer held before must be copied by who wants to keep it.
 
     Example:
         >>> layer = pyrepr.nn.GatedDeltaNet(hidden_size=32, head_dim=8, num_heads=2, layer_idx=0)
@@ -42,8 +43,13 @@ class DeltaCache:
     """
 
     def __init__(self) -> None:
-        # Of a layer: its states, how many tokens it has seen, and the states before, whose memory is free.
-        self._layers: dict[int, tuple[dict[str, Any], int, dict[str, Any] | None]] = {}
+        # What layers left with how many tokens they have seen, and states whose memory is free, no two of one size. In
+        # one place, since an interrupt between two assignments would have a state that is in use among the free ones.
+        self._held: tuple[dict[int, tuple[dict[str, Any], int]], tuple[dict[str, Any], ...]] = ({}, ())
+
+    @property
+    def _layers(self) -> dict[int, tuple[dict[str, Any], int]]:
+        return self._held[0]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -54,7 +60,7 @@ class DeltaCache:
     @property
     def states(self) -> dict[int, dict[str, Any]]:
         """What all layers left, by their number."""
-        return {layer_idx: state for layer_idx, (state, _, _) in self._layers.items()}
+        return {layer_idx: state for layer_idx, (state, _) in self._layers.items()}
 
     def get(self, layer_idx: int) -> dict[str, Any] | None:
         """What a layer left, or ``None``."""
@@ -62,16 +68,24 @@ class DeltaCache:
 
     def spare(self, layer_idx: int) -> list[Tensor]:
         """A recurrent state and convolutions' states to write and hand to :meth:`update`; they hold nothing yet."""
-        state, _, old = self._layers[layer_idx]
-        pairs = itertools.zip_longest(_tensors(state), _tensors(old))
-        return [y if _takes_turns(x, y) else torch.empty_like(x) for x, y in pairs if x is not None]
+        wanted = _tensors(self[layer_idx])
+        for free in self._held[1]:
+            if _fits(wanted, _tensors(free)):
+                return list(_tensors(free))
+        return [torch.empty_like(x) for x in wanted]
 
     def update(
         self, layer_idx: int, recurrent_state: Tensor, conv_state: tuple[Tensor, ...] | None, offset: int
     ) -> None:
         """The states of a layer after `offset` more tokens."""
         state = {"recurrent_state": recurrent_state, "conv_state": conv_state}
-        self._layers[layer_idx] = (state, self.get_seq_length(layer_idx) + offset, self.get(layer_idx))
+        layers, free = self._held
+        old, new = self.get(layer_idx), _tensors(state)
+        if old is not None and any(x is y for x, y in zip(_tensors(old), new, strict=False)):
+            old = None  # what was written in place is not free
+        kept = tuple(each for each in free if not _fits(_tensors(old or state), _tensors(each)))
+        left = {**layers, layer_idx: (state, self.get_seq_length(layer_idx) + offset)}
+        self._held = (left, kept if old is None else (old, *kept[: FREE_STATES - 1]))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens a layer has seen, padding included."""
@@ -80,35 +94,38 @@ class DeltaCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch picked anew, as beam search does. beam_idx: [B] int64."""
         picked = {}
-        for layer_idx, (state, seen, _) in self._layers.items():
+        for layer_idx, (state, seen) in self._layers.items():
             conv_state = state["conv_state"]
             if conv_state is not None:
                 conv_state = tuple(x.index_select(0, beam_idx) for x in conv_state)
             recurrent_state = state["recurrent_state"].index_select(0, beam_idx)
-            picked[layer_idx] = ({"recurrent_state": recurrent_state, "conv_state": conv_state}, seen, None)
-        self._layers = picked
+            picked[layer_idx] = ({"recurrent_state": recurrent_state, "conv_state": conv_state}, seen)
+        self._held = (picked, ())
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._layers = {}
+        self._held = ({}, ())
 
 
 def _tensors(state: dict[str, Any] | None) -> tuple[Tensor, ...]:
     return () if state is None else (state["recurrent_state"], *(state["conv_state"] or ()))
 
 
-def _takes_turns(x: Tensor, y: Tensor | None) -> bool:
-    """Whether y may be overwritten with what follows x."""
-    if y is None or y is x or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) or y.requires_grad:
-        return False
-    return torch.is_inference_mode_enabled() or not y.is_inference()
+def _fits(wanted: tuple[Tensor, ...], free: tuple[Tensor, ...]) -> bool:
+    """Whether the free tensors may be overwritten with what follows those wanted."""
+    return len(wanted) == len(free) and all(
+        (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+        and not y.requires_grad
+        and (torch.is_inference_mode_enabled() or not y.is_inference())
+        for x, y in zip(wanted, free, strict=True)
+    )
 
 
 def _sizes(**sizes: object) -> None:
     """Checks the sizes that a layer is made with: positive integers, or ``None`` for a default."""
     for name, size in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            raise ValueError(f"{name} must be a positive integer, got {shown(size)}")
 
 
 class ShortConvolution(nn.Conv1d):
@@ -179,7 +196,7 @@ class _Norm(nn.Module):
 def _whole(name: str, size: int, expand: object) -> int:
     """size · expand, which has to be an integer; `name` says both."""
     if isinstance(expand, bool) or not isinstance(expand, (int, float)):
-        raise TypeError(f"{name.split()[-1]} must be a number, got {expand!r}")
+        raise TypeError(f"{name.split()[-1]} must be a number, got {shown(expand)}")
     value = size * expand
     if not math.isclose(value, round(value), rel_tol=1e-5):
         raise ValueError(f"{name} must be an integer, got {value}")
@@ -211,7 +228,7 @@ class _DeltaLayer(nn.Module):
 
     def _set_sizes(self, hidden_size: int, heads: int, v_heads: int, width: int, v_width: int, mode: str) -> None:
         if mode not in _MODES:
-            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {shown(mode)}")
         if heads < 1 or v_heads < heads or v_heads % heads:
             raise ValueError(f"num_v_heads must be a multiple of num_heads = {heads}, got {v_heads}")
         if width < 1 or v_width < 1:
@@ -412,9 +429,9 @@ class DeltaNet(_DeltaLayer):
         hidden_size = hidden_size if d_model is None else d_model
         _sizes(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
         if qk_activation not in ("silu", "relu", "elu", "identity"):
-            raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {qk_activation!r}")
+            raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {shown(qk_activation)}")
         if qk_norm not in ("l2", "sum"):
-            raise ValueError(f"qk_norm must be l2 or sum, got {qk_norm!r}")
+            raise ValueError(f"qk_norm must be l2 or sum, got {shown(qk_norm)}")
         widths = []
         for name, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
             whole = _whole(f"hidden_size · {name}", hidden_size, expand)
@@ -507,7 +524,9 @@ class GatedDeltaNet(_DeltaLayer):
         _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
         _sizes(conv_size=conv_size)
         if output_gate_activation not in ("swish", "silu", "sigmoid"):
-            raise ValueError(f"output_gate_activation must be swish, silu or sigmoid, got {output_gate_activation!r}")
+            raise ValueError(
+                f"output_gate_activation must be swish, silu or sigmoid, got {shown(output_gate_activation)}"
+            )
         value_width = _whole("head_dim · expand_v", head_dim, expand_v)
         self._set_sizes(hidden_size, num_heads, num_v_heads or num_heads, head_dim, value_width, mode)
         self.use_gate, self.use_short_conv, self.layer_idx = use_gate, use_short_conv, layer_idx

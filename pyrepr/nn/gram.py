@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrepr.similarity._checks import check_estimator
+from pyrepr._checks import check_layers, name_of, shown
+from pyrepr.similarity._checks import check_estimator, check_mask
 from pyrepr.similarity.kernels import Kernel, as_kernel
 from pyrepr.similarity.measures import cka
+
+Pair = tuple[Tensor, Tensor]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -22,11 +27,13 @@ class CKALoss(nn.Module):
     (batch · tokens, d) yourself and pass the padding as ``mask``.
 
     Args:
-        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`; beside a Kernel(...) the last two are refused.
         estimator: ``"unbiased"`` (default, see :func:`pyrepr.cka`) or ``"biased"``.
         reduction: over the pairs of layers, ``"mean"`` (default), ``"sum"`` or ``"none"``.
         gather: with ``True`` and an initialised ``torch.distributed``, the batches of all processes are gathered and
-            the loss of the whole is computed on each; gradients flow to the local part. Equal batch sizes only.
+            the loss of the whole is computed on each; gradients flow to the local part. Batch sizes may differ, and be
+            0; what is gathered is padded to the largest. All processes give the same layers, and all a mask or none;
+            else all of them raise one ValueError.
 
     Shape:
         student, guide: [n, ...] each, or lists of such pairs; widths may differ. mask: [n] bool, the rows that count.
@@ -44,7 +51,7 @@ class CKALoss(nn.Module):
         self,
         *,
         kernel: str | Kernel = "linear",
-        bandwidth: float = 1.0,
+        bandwidth: float | None = None,
         sigma: float | None = None,
         estimator: str = "unbiased",
         reduction: str = "mean",
@@ -54,7 +61,7 @@ class CKALoss(nn.Module):
         self.kernel = as_kernel(kernel, bandwidth, sigma)
         check_estimator(estimator)
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {shown(reduction)}")
         self.estimator = estimator
         self.reduction = reduction
         self.gather = gather
@@ -71,37 +78,81 @@ class CKALoss(nn.Module):
             raise ValueError(f"guide must hold one tensor per tensor of student, {len(students)}, got {len(guides)}")
         if not students:
             raise ValueError("student must hold at least one tensor, got none")
-        if self.gather and mask is not None:
-            mask = self._gathered(mask)
-        losses = torch.stack([1 - self._cka(s, g, mask) for s, g in zip(students, guides, strict=True)])
+        pairs = [tuple(map(_flat, pair)) for pair in zip(students, guides, strict=True)]
+        if self.gather:
+            pairs, mask = _gathered(pairs, mask)
+        losses = torch.stack([1 - cka(x, y, kernel=self.kernel, estimator=self.estimator, mask=mask) for x, y in pairs])
         if self.reduction == "none":
             return losses
         return losses.mean() if self.reduction == "mean" else losses.sum()
-
-    def _cka(self, student: Tensor, guide: Tensor, mask: Tensor | None) -> Tensor:
-        x, y = (t.flatten(1) if isinstance(t, Tensor) and t.dim() > 2 else t for t in (student, guide))
-        if self.gather:
-            x, y = self._gathered(x), self._gathered(y)
-        return cka(x, y, kernel=self.kernel, estimator=self.estimator, mask=mask)
-
-    @staticmethod
-    def _gathered(x: Tensor) -> Tensor:
-        """Rows of all processes in rank order; the gradient of a row goes back to the process it came from."""
-        from torch import distributed
-
-        if not distributed.is_initialized():
-            raise RuntimeError("CKALoss(gather=True) needs an initialised torch.distributed process group, got none")
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(all_gather(x) if x.requires_grad else _plain_gather(x))
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel.name!r}, estimator={self.estimator!r}, reduction={self.reduction!r}"
 
 
-def _plain_gather(x: Tensor) -> list[Tensor]:
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1) if isinstance(x, Tensor) and x.dim() > 2 else x
+
+
+def _gathered(pairs: Sequence[Pair], mask: Tensor | None) -> tuple[list[Pair], Tensor | None]:
+    """The rows of all processes in rank order; the gradient of a row goes back to the process it came from."""
     from torch import distributed
 
-    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, x.contiguous())
-    return parts
+    if not distributed.is_initialized():
+        raise RuntimeError("CKALoss(gather=True) needs an initialised torch.distributed process group, got none")
+    counts = _agreed(pairs, mask)
+    whole = [(_rows_of_all(x, counts), _rows_of_all(y, counts)) for x, y in pairs]
+    return whole, None if mask is None else _rows_of_all(mask, counts)
+
+
+def _agreed(pairs: Sequence[Pair], mask: Tensor | None) -> list[int]:
+    """The number of rows of every process. Where one of them cannot take part, all raise, and none waits for it.
+
+    Raises:
+        ValueError: in every process, with the reason of each.
+    """
+    from torch import distributed
+
+    n, refusal = 0, ""
+    try:
+        for x, y in pairs:
+            n = check_layers(["student", "guide"], [x, y])[0].shape[0]
+            if n != pairs[0][0].shape[0]:
+                raise ValueError(f"student must hold tensors of one n, {pairs[0][0].shape[0]}, got {n}")
+        if mask is not None:
+            check_mask(mask, n, pairs[0][0].device)
+    except (TypeError, ValueError) as error:
+        refusal = f"{type(error).__name__}: {error}"
+    told = refusal or f"widths and dtypes {_layout(pairs)}, {'no' if mask is None else 'a'} mask"
+    first, world = pairs[0][0], distributed.get_world_size()
+    device = first.device if isinstance(first, Tensor) else "cpu"
+    mine = torch.tensor([n, bool(refusal), zlib.crc32(told.encode())], device=device)
+    found = [torch.empty_like(mine) for _ in range(world)]
+    distributed.all_gather(found, mine)
+    rows = torch.stack(found).tolist()
+    if any(refused for _, refused, _ in rows) or len({told for *_, told in rows}) > 1:
+        reasons: list[Any] = [None] * world
+        distributed.all_gather_object(reasons, told)
+        listed = "; ".join(f"process {rank}: {reason}" for rank, reason in enumerate(reasons))
+        raise ValueError(f"student, guide and mask must be alike in all processes, but for their n, got {listed}")
+    return [n for n, *_ in rows]
+
+
+def _layout(pairs: Sequence[Pair]) -> list[str]:
+    return [" and ".join(f"{x.shape[1]} {name_of(x.dtype)}" for x in pair) for pair in pairs]
+
+
+def _rows_of_all(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """[Σ n, …] from [n, …] of every process. Collectives take equal shapes: padded to the largest n, then cut."""
+    from torch import distributed
+    from torch.distributed.nn.functional import all_gather
+
+    padded = x.contiguous()
+    if len(x) < max(counts):
+        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+    if x.requires_grad and torch.is_grad_enabled():
+        parts = all_gather(padded)
+    else:
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded.detach())
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

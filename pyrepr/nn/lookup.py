@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr._checks import check_tensor, memory, shape_of
+from pyrepr._checks import check_tensor, memory, shape_of, shown
 from pyrepr._modules import evaluating
 from pyrepr.functional import lookup
 from pyrepr.functional.lookup import check_bits, check_weighting
@@ -234,7 +234,7 @@ class LookupLinear(nn.Module):
     def quantize_(self, kind: str) -> LookupLinear:
         """Stores the tables as ``"bf16"``, or as ``"int8"`` with a scale a row: for inference, without a gradient."""
         if kind not in ("int8", "bf16"):
-            raise ValueError(f"kind must be 'int8' or 'bf16', got {kind!r}")
+            raise ValueError(f"kind must be 'int8' or 'bf16', got {shown(kind)}")
         if not self.tables.is_floating_point():
             raise ValueError("the tables are int8 already")
         if self.packed:

@@ -80,6 +80,22 @@ def require(good: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def on_one_thread(implementation: Callable) -> Callable:
+    """The plain PyTorch of an op, which splits sums by the number of threads: the contract is that bits do not tell."""
+
+    def run(*args: Any) -> Any:
+        if not all(x.is_cpu for x in _tensors(args)) or torch.get_num_threads() == 1:
+            return implementation(*args)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return implementation(*args)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 def _autocasts(device: str) -> bool:
     return _autocast_exists(device) and _autocast_is_on(device)
 
@@ -139,6 +155,7 @@ def leaf_op(
         implementations: backend name → function with the op's arguments. ``reference`` must be among them.
     """
     name = schema.split("(", 1)[0]
+    implementations["reference"] = on_one_thread(implementations["reference"])
 
     def run(*args: Any) -> Any:
         return run_on(_tensors(args), args)

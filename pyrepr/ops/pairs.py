@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops._differentiable import Derivative
-from pyrepr.ops._leaf import leaf_op
+from pyrepr.ops._leaf import leaf_op, on_one_thread
 from pyrepr.ops._native import DTYPE_CODES, matrix, module
 from pyrepr.reference import pairs as reference
 from pyrepr.reference._dtypes import compute_dtype
@@ -78,8 +78,8 @@ def _address(x: Tensor | None) -> int:
 
 
 def _logsumexp_cpu(x, y, scale, labels, normalize, prefixes, rows, columns, keep):
-    if x.dtype == torch.float64 or x.shape[0] == 0 or y.shape[0] == 0:
-        return reference.pairs_logsumexp(x, y, scale, labels, normalize, prefixes, rows, columns, keep)
+    if x.dtype == torch.float64 or x.numel() == 0 or y.numel() == 0:
+        return on_one_thread(reference.pairs_logsumexp)(x, y, scale, labels, normalize, prefixes, rows, columns, keep)
     out = _logsumexp_fake(x, y, scale, labels, normalize, prefixes, rows, columns, keep)
     problem, _alive = _problem(x, y, scale, labels, normalize, prefixes)
     problem.logsumexp(*(_address(t) for t in out))
@@ -115,8 +115,8 @@ def _logsumexp_backward_fake(x, y, scale, labels, normalize, prefixes, r, c, kep
 
 
 def _logsumexp_backward_cpu(x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w):
-    if x.dtype == torch.float64 or x.shape[0] == 0 or y.shape[0] == 0:
-        return reference.pairs_logsumexp_backward(
+    if x.dtype == torch.float64 or x.numel() == 0 or y.numel() == 0:
+        return on_one_thread(reference.pairs_logsumexp_backward)(
             x, y, scale, labels, normalize, prefixes, r, c, kept, row_weights, column_weights, w
         )
     dx, dy, dscale = out = (x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=torch.float32))
@@ -178,7 +178,9 @@ def _topk_fake(x, y, k, metric, exclude_self, return_logsumexp, offset, values, 
 
 def _topk_cpu(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp):
     if x.dtype == torch.float64 or k == 0 or x.shape[0] == 0:
-        return reference.pairs_topk(x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp)
+        return on_one_thread(reference.pairs_topk)(
+            x, y, k, metric, exclude_self, return_logsumexp, offset, values, indices, logsumexp
+        )
     shape = (x.shape[0], k)
     best = x.new_full(shape, -math.inf, dtype=torch.float32) if values is None else values.float().contiguous().clone()
     at = (

@@ -73,7 +73,8 @@ def _gaps(above: Tensor, own: Tensor) -> Tensor:
     if above.shape[2] == 1:
         return above[:, :, 0]
     others = above.masked_fill(own, -math.inf).logsumexp(2)
-    return torch.logaddexp(others, torch.zeros_like(others))
+    # log(1 + e^others): the second derivative of torch.logaddexp is no number where one of the two is far larger.
+    return torch.nn.functional.softplus(others, threshold=50)
 
 
 def pairs_logsumexp_backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layer, check_layers, check_shape
+from pyrepr._checks import check_layer, check_layers, check_shape, shown
 
 __all__ = ["ESTIMATORS", "check_count", "check_estimator", "check_layer", "check_layers", "check_mask"]
 
@@ -14,7 +14,7 @@ ESTIMATORS = ("unbiased", "biased")
 
 def check_estimator(estimator: str) -> None:
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be 'unbiased' or 'biased', got {estimator!r}")
+        raise ValueError(f"estimator must be 'unbiased' or 'biased', got {shown(estimator)}")
 
 
 def check_mask(mask: object, n: int, device: torch.device) -> Tensor:

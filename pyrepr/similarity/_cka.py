@@ -56,7 +56,8 @@ class CKA(Measure):
         return 0.0 if self.estimator == "unbiased" else None
 
     def describe(self) -> str:
-        return f"{self.kernel} CKA, {self.estimator} estimator"
+        options = ", ".join(f"{name} {value:g}" for name, value in self._kernel.options().items())
+        return f"{self.kernel} CKA{options and f' ({options})'}, {self.estimator} estimator"
 
     def _values(self, left: list[Tensor], right: list[Tensor] | None) -> Tensor:
         return cka_matrix(left, right, kernel=self._kernel, estimator=self.estimator)

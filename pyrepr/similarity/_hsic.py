@@ -81,14 +81,21 @@ class Table(NamedTuple):
 
 
 def scaled_hsic(
-    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+    xs: Sequence[Tensor],
+    spec: Kernel,
+    estimator: str,
+    mask: Tensor | None = None,
+    split: int = 0,
+    scales: Tensor | None = None,
 ) -> Table:
     """HSIC of every layer with every layer, up to a factor for each of them, of which CKA knows nothing.
 
+    `scales`, [M] float64, are σ or γ of every layer; by default what the kernel chooses for these samples.
     First in the layers' own arithmetic; where that shows itself not to be enough, again with care (`_ranges.py`).
     """
     n = _valid_count(xs, mask, estimator)
-    scale, dtype, biased = spec.scales(xs, mask), compute_dtype(xs[0].dtype), estimator == "biased"
+    scale = spec.scales(xs, mask) if scales is None else scales
+    dtype, biased = compute_dtype(xs[0].dtype), estimator == "biased"
     found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
     (hsic, size), unit = _terms(found, n, estimator), None
     if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
@@ -105,10 +112,15 @@ def scaled_hsic(
 
 
 def hsic_table(
-    xs: Sequence[Tensor], spec: Kernel, estimator: str, mask: Tensor | None = None, split: int = 0
+    xs: Sequence[Tensor],
+    spec: Kernel,
+    estimator: str,
+    mask: Tensor | None = None,
+    split: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HSIC of every layer with every layer, [M, M] float64, and the largest self-HSIC that may be rounding, [M]."""
-    hsic, floor, unit = scaled_hsic(xs, spec, estimator, mask, split)
+    hsic, floor, unit = scaled_hsic(xs, spec, estimator, mask, split, scales)
     if unit is None:
         return hsic, floor
     half = torch.exp2((unit[:, None] + unit) / 2)  # twice, so that nothing overflows on the way

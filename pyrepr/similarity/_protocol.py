@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_layers, check_tensor, layer_list, shape_of
+from pyrepr._checks import INTEGERS, check_layers, check_tensor, layer_list, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._hsic import DegenerateInputWarning
 from pyrepr.stats.moments import LayerMoments
@@ -154,7 +154,7 @@ class Measure:
         if ys is not None:
             layers = layers + layer_list("ys", ys)[1]
         if not isinstance(draws, int) or draws < 2:
-            raise ValueError(f"draws must be an integer of at least 2, got {draws!r}")
+            raise ValueError(f"draws must be an integer of at least 2, got {shown(draws)}")
         block = _dealt(layers[0], groups, draws, seed)
         values = []
         with torch.no_grad():

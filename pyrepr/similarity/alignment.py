@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrepr._checks import shown
 from pyrepr._optional import require
 from pyrepr.similarity._protocol import ALIASES, Measure, pair_table
 from pyrepr.stats import _covariances as of
@@ -133,11 +134,11 @@ class CCA(Measure):
 
     def __post_init__(self) -> None:
         if self.kind not in CCA_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(CCA_KINDS)}, got {self.kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(CCA_KINDS)}, got {shown(self.kind)}")
         if not isinstance(self.variance, (int, float)) or not 0 < self.variance <= 1:
-            raise ValueError(f"variance must be a share in (0, 1], got {self.variance!r}")
+            raise ValueError(f"variance must be a share in (0, 1], got {shown(self.variance)}")
         if self.dims is not None and (not isinstance(self.dims, int) or self.dims < 1):
-            raise ValueError(f"dims must be a positive integer, got {self.dims!r}")
+            raise ValueError(f"dims must be a positive integer, got {shown(self.dims)}")
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
@@ -233,9 +234,9 @@ class LinearRegression(Measure):
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be a positive finite number, got {self.alpha!r}")
+            raise ValueError(f"alpha must be a positive finite number, got {shown(self.alpha)}")
         if not isinstance(self.folds, int) or self.folds < 2:
-            raise ValueError(f"folds must be an integer of at least 2, got {self.folds!r}")
+            raise ValueError(f"folds must be an integer of at least 2, got {shown(self.folds)}")
 
     @property
     def least(self) -> int:

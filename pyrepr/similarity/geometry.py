@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layer, shape_of
+from pyrepr._checks import check_layer, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._protocol import Measure, products
 
@@ -56,7 +56,7 @@ def rdm(x: Tensor, metric: str = "correlation") -> Tensor:
     """
     x = check_layer("x", x)
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {shown(metric)}")
     x = x.to(compute_dtype(x.dtype))
     if metric in ("correlation", "cosine"):
         rows = _unit(x - x.mean(1, keepdim=True) if metric == "correlation" else x)
@@ -90,7 +90,7 @@ def geotopological(d: Tensor, low: float = 0.1, up: float = 0.9, *, quantiles: b
         raise ValueError(f"d must be floating point of shape [N], got {shape_of(d) if isinstance(d, Tensor) else d!r}")
     if not low <= up or (quantiles and not 0 <= low <= up <= 1):
         wanted = "0 ≤ low ≤ up ≤ 1" if quantiles else "low ≤ up"
-        raise ValueError(f"low and up must be {wanted}, got {low!r} and {up!r}")
+        raise ValueError(f"low and up must be {wanted}, got {shown(low)} and {up!r}")
     if not len(d):
         return d.clone()
     if quantiles:
@@ -167,7 +167,7 @@ def rsa(d1: Tensor, d2: Tensor, method: str = "corr") -> Tensor:
         1.0
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(method)}")
     for name, d in (("d1", d1), ("d2", d2)):
         if not isinstance(d, Tensor) or d.dim() != 1 or not d.is_floating_point():
             came = shape_of(d) if isinstance(d, Tensor) else type(d).__name__
@@ -203,11 +203,11 @@ class RSA(Measure):
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(self.method)}")
         if self.transform not in (None, "geotopological"):
-            raise ValueError(f"transform must be None or 'geotopological', got {self.transform!r}")
+            raise ValueError(f"transform must be None or 'geotopological', got {shown(self.transform)}")
         geotopological(torch.zeros(0, device="cpu"), self.low, self.up)  # checks them
 
     @property
@@ -301,7 +301,7 @@ def relative_representation(x: Tensor, anchors: Tensor, projection: str = "cosin
     """
     x, anchors = check_layer("x", x), check_layer("anchors", anchors)
     if projection not in PROJECTIONS:
-        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {shown(projection)}")
     if x.shape[1] != anchors.shape[1]:
         raise ValueError(f"anchors must have the width of x, {x.shape[1]}, got {anchors.shape[1]}")
     dtype = compute_dtype(torch.promote_types(x.dtype, anchors.dtype))
@@ -336,7 +336,7 @@ class RelativeCosine(Measure):
         numbers = (self.anchors,) if isinstance(self.anchors, int) else self.anchors
         least = 1 if isinstance(self.anchors, int) else 0
         if not isinstance(numbers, tuple) or not numbers or any(not isinstance(i, int) or i < least for i in numbers):
-            raise ValueError(f"anchors must be a positive number or numbers of samples, got {given!r}")
+            raise ValueError(f"anchors must be a positive number or numbers of samples, got {shown(given)}")
 
     @property
     def least(self) -> int:

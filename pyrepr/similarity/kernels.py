@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrepr._checks import shown
 from pyrepr.ops._leaf import readable
 from pyrepr.reference.gram import KERNELS
 from pyrepr.similarity._rescaled import medians
@@ -53,15 +55,29 @@ class Kernel:
 
     def __post_init__(self) -> None:
         if self.name not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.name!r}")
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {shown(self.name)}")
         for option in ("bandwidth", "sigma", "gamma"):
             value = getattr(self, option)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ValueError(f"{option} must be a positive finite number, got {value!r}")
+            if value is not None and not (_is_number(value) and 0 < value <= sys.float_info.max):
+                raise ValueError(f"{option} must be a positive finite number, got {shown(value)}")
         if not isinstance(self.degree, int) or isinstance(self.degree, bool) or not 1 <= self.degree <= MAX_DEGREE:
-            raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {self.degree!r}")
-        if not isinstance(self.coef0, (int, float)) or not math.isfinite(self.coef0):
+            raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {shown(self.degree)}")
+        if not _is_number(self.coef0) or not math.isfinite(self.coef0):
             raise ValueError(f"coef0 must be a finite number, got {self.coef0!r}")
+
+    @property
+    def needs_median(self) -> bool:
+        """Whether σ is a multiple of the median distance of the samples at hand."""
+        return self.name in ("rbf", "laplacian") and self.sigma is None
+
+    def options(self) -> dict[str, float]:
+        """The options that this kernel reads, by name; without ``gamma`` where it is 1 / width."""
+        if self.name in ("rbf", "laplacian"):
+            return {"bandwidth": self.bandwidth} if self.sigma is None else {"sigma": self.sigma}
+        if self.name != "polynomial":
+            return {}
+        gamma = {} if self.gamma is None else {"gamma": self.gamma}
+        return {"degree": self.degree, "coef0": self.coef0, **gamma}
 
     def scales(self, xs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """σ or γ of every layer, [M] float64. The median is held constant: no gradient passes through it."""
@@ -88,15 +104,19 @@ class Kernel:
         return torch.stack([torch.full((), v, dtype=f64, device=device) for v in value])
 
 
-def as_kernel(kernel: str | Kernel, bandwidth: float, sigma: float | None) -> Kernel:
-    """`kernel=`, `bandwidth=` and `sigma=` of the public functions as one :class:`Kernel`."""
+def as_kernel(kernel: str | Kernel, bandwidth: float | None, sigma: float | None) -> Kernel:
+    """`kernel=`, `bandwidth=` and `sigma=` of the public functions as one :class:`Kernel`; ``None`` is not given."""
+    given = {name: value for name, value in (("sigma", sigma), ("bandwidth", bandwidth)) if value is not None}
     if isinstance(kernel, Kernel):
-        if bandwidth != 1.0 or sigma is not None:
-            name, value = ("bandwidth", bandwidth) if sigma is None else ("sigma", sigma)
+        for name, value in given.items():
             raise ValueError(
                 f"{name} belongs into the Kernel(...) that is given as kernel, got {name}={value!r} beside it"
             )
         return kernel
     if not isinstance(kernel, str):
         raise TypeError(f"kernel must be a name or a pyrepr.Kernel, got {type(kernel).__name__}")
-    return Kernel(kernel, bandwidth, sigma)
+    return Kernel(kernel, **given)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

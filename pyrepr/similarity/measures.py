@@ -37,7 +37,7 @@ def gram(
     y: Tensor | None = None,  # [m, d]
     *,
     kernel: str | Kernel = "linear",
-    bandwidth: float = 1.0,
+    bandwidth: float | None = None,
     sigma: float | None = None,
     center: bool = False,
 ) -> Tensor:  # [n, m]
@@ -47,8 +47,8 @@ def gram(
         x: [n, d], float32, float64, bfloat16 or float16; any strides.
         y: [m, d] of the same dtype and device; ``None`` means x, and costs half.
         kernel: ``"linear"``, ``"rbf"``, ``"laplacian"``, ``"polynomial"``, ``"cosine"`` or a :class:`pyrepr.Kernel`.
-        bandwidth: σ of rbf and laplacian in units of the median distance between rows of x.
-        sigma: σ itself; overrides ``bandwidth``.
+        bandwidth: σ of rbf and laplacian in units of the median distance between rows of x; by default 1.
+        sigma: σ itself; overrides ``bandwidth``. Both belong inside a Kernel(...), and are refused beside it.
         center: subtract row and column means and add the grand mean (H K H for y = None).
 
     Returns:
@@ -102,7 +102,7 @@ def hsic(
     y: Tensor,  # [n, q]
     *,
     kernel: str | Kernel = "linear",
-    bandwidth: float = 1.0,
+    bandwidth: float | None = None,
     sigma: float | None = None,
     estimator: str = "unbiased",
 ) -> Tensor:
@@ -110,7 +110,7 @@ def hsic(
 
     Args:
         x, y: [n, p] and [n, q], one floating dtype and device, any strides and widths.
-        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`; beside a Kernel(...) the last two are refused.
         estimator: ``"unbiased"`` (Song et al. 2012, eq. 5; n ≥ 4; may be negative) or ``"biased"``
             (tr(KHLH)/(n−1)², Gretton et al. 2005).
 
@@ -139,7 +139,7 @@ def cka(
     y: Tensor,  # [n, q]
     *,
     kernel: str | Kernel = "linear",
-    bandwidth: float = 1.0,
+    bandwidth: float | None = None,
     sigma: float | None = None,
     estimator: str = "unbiased",
     mask: Tensor | None = None,  # [n] bool
@@ -150,7 +150,7 @@ def cka(
 
     Args:
         x, y: [n, p] and [n, q], one floating dtype and device, any strides and widths; row i of both is one sample.
-        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`; beside a Kernel(...) the last two are refused.
         estimator: of HSIC. ``"unbiased"`` is the default because the biased value of independent Gaussians is about
             d / (d + n − 1): 0.99 for n = 100, d = 10⁴. It needs n ≥ 4, and may leave [0, 1]; it is not clamped.
         mask: [n] bool, the rows that count (tokens that are not padding); ``None`` counts all.
@@ -214,7 +214,7 @@ def cka_matrix(
     ys: Sequence[Tensor] | Tensor | None = None,  # Ly times [n, d_l], or [Ly, n, d]
     *,
     kernel: str | Kernel = "linear",
-    bandwidth: float = 1.0,
+    bandwidth: float | None = None,
     sigma: float | None = None,
     estimator: str = "unbiased",
     return_stderr: bool = False,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrepr._checks import shown
 from pyrepr.functional.pairs import pairwise_topk
 from pyrepr.similarity._checks import check_estimator
 from pyrepr.similarity._protocol import Measure, pair_table
@@ -36,9 +37,9 @@ def _unit(x: Tensor) -> Tensor:
 
 def check_neighbours(k: object, metric: str) -> None:
     if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
+        raise ValueError(f"k must be a positive integer, got {shown(k)}")
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {shown(metric)}")
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrepr._checks import check_agreed, shown
+from pyrepr.similarity._batches import Batches, differing_scales, same_scales
 from pyrepr.similarity._checks import check_count, check_estimator
-from pyrepr.similarity._hsic import hsic_table, normalise, warn_if_degenerate
+from pyrepr.similarity._hsic import normalise, warn_if_degenerate
 from pyrepr.similarity.kernels import Kernel, as_kernel
 from pyrepr.stats._layer_moments import LayerMoments, checked_layers, layout
 
 MODES = ("exact", "minibatch")
+OPTIONS = ("estimator", "mode", "kernel")
 
 
 class StreamingCKA:
@@ -23,14 +25,17 @@ class StreamingCKA:
     ``mode="exact"`` (linear kernel) gives the value of all samples at once, however they were cut into batches. It
     keeps moments instead of samples: X_aᵀX_b for every pair of layers that is compared and a few vectors, in float64;
     8·(Σ d_a d_b) bytes, independent of the number of samples. For very wide layers (Σ d_a d_b ≫ memory) use
-    ``mode="minibatch"``: Σ_batches HSIC(a, b) / √(Σ HSIC(a, a) · Σ HSIC(b, b)) (Nguyen et al. 2020), a ratio of sums
-    that keeps [L, L] numbers; with the unbiased estimator its expectation depends little on the batch size. A short
-    last batch counts like any other; below 4 samples it is an error.
+    ``mode="minibatch"``: Σ w·HSIC(a, b) / √(Σ w·HSIC(a, a) · Σ w·HSIC(b, b)) over batches (Nguyen et al. 2020), a ratio
+    of sums that keeps [L, L] numbers; with the unbiased estimator its expectation depends little on the batch size. A
+    batch of n samples has the weight w = n(n − 3), or (n − 1)² with the biased estimator, so that a short last one
+    disturbs nothing; below 4 samples it is an error.
 
     Args:
         estimator: ``"unbiased"`` (default, see :func:`pyrepr.cka`) or ``"biased"``.
         mode: ``"exact"`` (default) or ``"minibatch"``.
-        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`; ``mode="exact"`` takes ``"linear"`` only.
+        kernel, bandwidth, sigma: see :class:`pyrepr.Kernel`; beside a Kernel(...) the last two are refused.
+            ``mode="exact"`` takes ``"linear"`` only. σ = ``bandwidth`` × median is chosen once a layer, from the first
+            batch or by :meth:`calibrate`, and held for the whole stream: :attr:`scales`.
 
     Example:
         >>> stream = pyrepr.StreamingCKA()
@@ -47,27 +52,33 @@ class StreamingCKA:
         estimator: str = "unbiased",
         mode: str = "exact",
         kernel: str | Kernel = "linear",
-        bandwidth: float = 1.0,
+        bandwidth: float | None = None,
         sigma: float | None = None,
     ) -> None:
         check_estimator(estimator)
         if mode not in MODES:
-            raise ValueError(f"mode must be 'exact' or 'minibatch', got {mode!r}")
+            raise ValueError(f"mode must be 'exact' or 'minibatch', got {shown(mode)}")
         spec = as_kernel(kernel, bandwidth, sigma)
         if mode == "exact" and spec.name != "linear":
             raise ValueError(
-                f"kernel must be 'linear' in mode 'exact', got {spec.name!r}; mode 'minibatch' takes any kernel"
+                f"kernel must be 'linear' in mode 'exact', got {shown(spec.name)}; mode 'minibatch' takes any kernel"
             )
         self.estimator = estimator
         self.mode = mode
         self.kernel = spec
         self._moments = LayerMoments()  # mode "exact"
-        self._batches: _Batches | None = None  # mode "minibatch"
+        self._batches: Batches | None = None  # mode "minibatch"
 
     @property
     def samples(self) -> int:
         """How many samples have been seen."""
         return self._batches.n if self._batches else self._moments.samples
+
+    @property
+    def scales(self) -> Tensor | None:
+        """σ of every layer, [L] float64, in mode "minibatch" (γ for the polynomial kernel, 1 for linear and cosine);
+        ``None`` before the first batch and in mode "exact"."""
+        return self._batches.scales.clone() if self._batches else None
 
     @property
     def _layout(self) -> tuple[list[int], int]:
@@ -92,9 +103,28 @@ class StreamingCKA:
             self._moments.add(layers, split)
             return self
         check_count(layers[0].shape[0], self.estimator, "a batch in mode 'minibatch'")
-        table, floor = hsic_table(layers, self.kernel, self.estimator, split=split)
-        added = _Batches(tuple(x.shape[1] for x in layers), split, layers[0].shape[0], table, floor)
-        self._batches = self._batches.plus(added) if self._batches else added
+        before = self._batches
+        added = Batches.of(layers, split, self.kernel, self.estimator, before and before.scales.to(layers[0].device))
+        self._batches = before.to(layers[0].device).plus(added) if before else added
+        return self
+
+    @torch.no_grad()
+    def calibrate(self, xs: Sequence[Tensor] | Tensor, ys: Sequence[Tensor] | Tensor | None = None) -> StreamingCKA:
+        """Chooses σ of every layer from these samples, which are not counted; before the first update.
+
+        For mode "minibatch" with σ = bandwidth × median, where streams are to be merged or reduced over processes:
+        each has to be calibrated with the same samples.
+
+        Raises:
+            ValueError: in mode "exact", or after samples were added; else as :meth:`update`.
+        """
+        if self.mode == "exact":
+            raise ValueError("calibrate needs mode 'minibatch'; mode 'exact' has a linear kernel, without a σ")
+        if self.samples:
+            raise ValueError(f"calibrate must come before the first update, but {self.samples} samples were added")
+        layers, split = checked_layers(xs, ys, *self._layout)
+        check_count(layers[0].shape[0], "biased", "what calibrate is given")
+        self._batches = Batches.none(layers, split, self.kernel)
         return self
 
     @torch.no_grad()
@@ -105,7 +135,7 @@ class StreamingCKA:
             ValueError: before the first update, or with fewer samples than the estimator needs.
         """
         widths, split = self._layout
-        if not widths:
+        if not widths or (self._batches and not self._batches.n):
             raise ValueError("compute needs at least one update, got none")
         names = [f"xs[{i}]" for i in range(split or len(widths))]
         names += [f"ys[{i}]" for i in range(len(widths) - len(names))]
@@ -122,19 +152,17 @@ class StreamingCKA:
         """Adds the samples another stream has seen (other shards of the data); `other` is not changed.
 
         Raises:
-            ValueError: if the streams differ in estimator, mode, kernel or layers.
+            ValueError: if the streams differ in estimator, mode, kernel or layers, or in the σ they chose.
         """
         if not isinstance(other, StreamingCKA):
             raise TypeError(f"other must be a StreamingCKA, got {type(other).__name__}")
-        for option in ("estimator", "mode", "kernel"):
+        for option in OPTIONS:
             if getattr(self, option) != getattr(other, option):
                 raise ValueError(f"other must have {option} {getattr(self, option)!r}, got {getattr(other, option)!r}")
         if self.mode == "exact":
             self._moments.merge(other._moments)
         elif not (self._batches and other._batches):
             self._batches = self._batches or other._batches
-        elif self._layout != other._layout:
-            raise ValueError(f"other must have layers of widths {layout(*self._layout)}, got {layout(*other._layout)}")
         else:
             self._batches = self._batches.plus(other._batches)
         return self
@@ -145,7 +173,12 @@ class StreamingCKA:
 
         Every process must call it; one that has seen no sample yet takes part. Tensors stay on their device, so use
         a backend that can reduce there (gloo for the CPU, nccl for CUDA).
+
+        Raises:
+            ValueError: the same in every process, if they differ in estimator, mode, kernel or layers, or in the σ they
+                chose (see :meth:`calibrate`); nothing is changed.
         """
+        check_agreed({name: getattr(self, name) for name in OPTIONS}, group)
         if self.mode == "exact":
             self._moments.all_reduce(group)
         else:
@@ -156,8 +189,7 @@ class StreamingCKA:
         """Everything needed to go on later or elsewhere: tensors, numbers and names; ``torch.save`` takes it."""
         if self._batches:
             batches = self._batches
-            state = {"n": batches.n, "hsic": batches.hsic.clone(), "floor": batches.floor.clone()}
-            stream = {"widths": list(batches.widths), "split": batches.split, "state": state}
+            stream = {"widths": list(batches.widths), "split": batches.split, "state": batches.state()}
         else:
             stream = self._moments.state_dict()
         return {"estimator": self.estimator, "mode": self.mode, "kernel": vars(self.kernel).copy(), **stream}
@@ -179,40 +211,12 @@ class StreamingCKA:
         start = StreamingCKA(estimator=state_dict["estimator"], mode=state_dict["mode"], kernel=kernel)
         if start.mode == "exact":
             start._moments.load_state_dict(state_dict)
-        elif state_dict["state"]:
-            start._batches = _Batches.loaded(state_dict)
+        elif state_dict["state"] or state_dict["widths"]:
+            start._batches = Batches.loaded(*(state_dict[key] for key in ("widths", "split", "state")))
         vars(self).update(vars(start))
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """Mode "minibatch": HSIC summed over batches."""
-
-    widths: tuple[int, ...]
-    split: int
-    n: int
-    hsic: Tensor  # [M, M] float64
-    floor: Tensor  # [M] float64, the largest self-HSIC that may be rounding in any batch
-
-    def plus(self, other: _Batches) -> _Batches:
-        floor = torch.maximum(self.floor, other.floor)
-        return replace(self, n=self.n + other.n, hsic=self.hsic + other.hsic, floor=floor)
-
-    def to(self, device: torch.device | str) -> _Batches:
-        return replace(self, hsic=self.hsic.to(device), floor=self.floor.to(device))
-
-    @classmethod
-    def loaded(cls, state_dict: dict[str, Any]) -> _Batches:
-        widths, split, state = tuple(state_dict["widths"]), state_dict["split"], state_dict["state"]
-        m = len(widths)
-        shapes = {"hsic": (m, m), "floor": (m,)}
-        fits = isinstance(state, dict) and set(state) == {"n", *shapes} and isinstance(state["n"], int)
-        if not fits or any(getattr(state[key], "shape", None) != shape for key, shape in shapes.items()):
-            raise ValueError(f"state_dict must hold n, hsic [M, M] and floor [M] of its M = {m} layers")
-        return cls(widths, split, state["n"], state["hsic"].clone(), state["floor"].clone())
-
-
-def _gathered(batches: _Batches | None, group: Any) -> _Batches | None:
+def _gathered(batches: Batches | None, group: Any) -> Batches | None:
     """The sum of what all processes of the group hold."""
     from torch import distributed
 
@@ -225,6 +229,9 @@ def _gathered(batches: _Batches | None, group: Any) -> _Batches | None:
         raise ValueError(
             f"all processes must stream the same layers, got {[layout(each.widths, each.split) for each in filled]}"
         )
+    for each in filled[1:]:
+        if not same_scales(filled[0].scales, each.scales):
+            raise ValueError(f"all processes {differing_scales([filled[0].scales, each.scales])}")
     total = filled[0]
     for each in filled[1:]:
         total = total.plus(each)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layers, layer_list, memory
+from pyrepr._checks import check_layers, layer_list, memory, shown
 from pyrepr.backend import triton_interprets
 from pyrepr.ops._gram_gradient import layer_pairs
 from pyrepr.ops._leaf import at_hand
+from pyrepr.ops.moments import products_of
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._robust import dominated, robust_centre
@@ -57,23 +58,24 @@ class Sums:
         """The same moments around another shift: x ↦ x + e with e the old shift minus the new one, expanded."""
         n, sums, t, products, rows = self.n, self.sums, self.norm_sums, self.norm_products, self.norm_rows
         e = [old - new for old, new in zip(self.shift, shift, strict=True)]
-        ee = torch.stack([v @ v for v in e])
-        es = torch.stack([v @ s for v, s in zip(e, sums, strict=True)])
+        ee = torch.stack([inner(v, v) for v in e])
+        es = torch.stack([inner(v, s) for v, s in zip(e, sums, strict=True)])
         new_t = t + 2 * es + n * ee
         new_products, new_rows, new_blocks = products.clone(), [r.clone() for r in rows], []
         for (a, b), block in zip(self.blocks.pairs, self.blocks.sums(), strict=True):
             whole = whole_block(block) if a == b else block
+            left, right = products_of(e[a][None], whole.T)[0], products_of(whole, e[b][None])[:, 0]
             new_products[a, b] = new_products[b, a] = (
                 products[a, b]
-                + 2 * (rows[b][a] @ e[b] + rows[a][b] @ e[a])
+                + 2 * (inner(rows[b][a], e[b]) + inner(rows[a][b], e[a]))
                 + ee[b] * t[a]
                 + ee[a] * t[b]
-                + 4 * e[a] @ (whole @ e[b])
+                + 4 * inner(e[a], right)
                 + 2 * (ee[b] * es[a] + ee[a] * es[b])
                 + n * ee[a] * ee[b]
             )
-            new_rows[b][a] = rows[b][a] + 2 * (e[a] @ whole) + ee[a] * sums[b] + new_t[a] * e[b]
-            new_rows[a][b] = rows[a][b] + 2 * (whole @ e[b]) + ee[b] * sums[a] + new_t[b] * e[a]
+            new_rows[b][a] = rows[b][a] + 2 * left + ee[a] * sums[b] + new_t[a] * e[b]
+            new_rows[a][b] = rows[a][b] + 2 * right + ee[b] * sums[a] + new_t[b] * e[a]
             moved = torch.addr(whole, sums[a], e[b])
             new_blocks.append(moved.addr_(e[a], sums[b]).addr_(e[a], e[b], alpha=n))
         return replace(
@@ -85,6 +87,11 @@ class Sums:
             norm_products=new_products,
             norm_rows=new_rows,
         )
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of vectors."""
+    return products_of(a[None], b[None])[0, 0]
 
 
 def whole_block(block: Tensor) -> Tensor:
@@ -151,7 +158,7 @@ class LayerMoments:
         if _needs_double(q, centred[0].dtype):
             centred = wide = [x.double() - s for x, s in zip(layers, state.shift, strict=True)]
             q = torch.stack([x.square().sum(1) for x in wide])
-        products, rows = q @ q.T, [q @ x for x in wide]
+        products, rows = products_of(q, q), [products_of(q, x.T) for x in wide]
         self._state = replace(
             state,
             n=state.n + layers[0].shape[0],
@@ -189,7 +196,7 @@ class LayerMoments:
         n = state.n
         table = torch.full_like(state.norm_products, torch.nan)
         for (a, b), block in zip(state.blocks.pairs, state.blocks.sums(), strict=True):
-            table[a, b] = table[b, a] = block.square().sum()
+            table[a, b] = table[b, a] = block.square().sum(0).sum()
         if estimator == "biased":
             return table / (n - 1) ** 2, torch.zeros_like(state.norm_sums)
         alike = n / (n - 2) * state.norm_products
@@ -256,7 +263,7 @@ class LayerMoments:
         total = _zeros(*layouts[filled[0]], shift)
         if state:
             total = total.plus(state.moved(shift))
-        count = torch.tensor(total.n)
+        count = total.norm_sums.new_tensor(total.n, dtype=torch.int64)
         for tensor in (count, *_tensors(total)):
             distributed.all_reduce(tensor, group=group)
         self._state = replace(total, n=int(count))
@@ -354,17 +361,23 @@ def _tensors(state: Sums) -> list[Tensor]:
     return [*state.blocks.sums(), *state.sums, state.norm_sums, state.norm_products, *state.norm_rows]
 
 
+def is_count(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
 def loaded(state_dict: Any, name: str) -> Sums | None:
     """The sums in a dict that `state_dict` made, checked."""
     wanted = {"widths", "split", "state"}
     if not isinstance(state_dict, dict) or not wanted <= set(state_dict):
         missing = sorted(wanted - set(state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
         raise ValueError(f"state_dict must come from {name}.state_dict(), got one without {missing}")
-    widths, split, state = tuple(state_dict["widths"]), state_dict["split"], state_dict["state"]
-    if not state:
+    widths, split, state = (state_dict[key] for key in ("widths", "split", "state"))
+    if isinstance(state, dict) and not state and widths in ([], ()):
         return None
-    if not widths or not all(isinstance(d, int) and d >= 0 for d in widths) or not 0 <= split < max(1, len(widths)):
-        raise ValueError(f"state_dict must name the widths of its layers, got {widths} with split {split!r}")
+    named = isinstance(widths, (list, tuple)) and all(is_count(d) for d in widths)
+    if not named or not widths or not is_count(split) or not split < len(widths):
+        raise ValueError(f"state_dict must name the widths of its layers, got {shown(widths)} with split {split!r:.20}")
+    widths = tuple(widths)
     pairs, m = layer_pairs(len(widths), split), len(widths)
     shapes: dict[str, list[tuple[int, ...]] | tuple[int, ...]] = {
         "shift": [(d,) for d in widths],
@@ -374,8 +387,9 @@ def loaded(state_dict: Any, name: str) -> Sums | None:
         "norm_products": (m, m),
         "norm_rows": [(m, d) for d in widths],
     }
-    if set(state) != {"n", *shapes} or not isinstance(state["n"], int) or state["n"] < 1:
-        raise ValueError(f"state_dict must hold n and the sums {', '.join(shapes)}, got {', '.join(map(str, state))}")
+    if not isinstance(state, dict) or set(state) != {"n", *shapes} or not is_count(state["n"]) or state["n"] < 1:
+        came = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state_dict must hold n and the sums {', '.join(shapes)}, got {came:.200}")
     for key, shape in shapes.items():
         tensors = state[key] if isinstance(shape, list) else [state[key]]
         expected = shape if isinstance(shape, list) else [shape]

@@ -118,14 +118,16 @@ def _weighted(x: Tensor, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _centred(means: Tensor) -> Tensor:
+    means = means - means[0]  # then rounding is of their distances, however far away they all are
     return means - means.mean(0)
 
 
 def _nc1(means: Tensor, within: Tensor) -> Tensor:
     m = _centred(means)
-    # Σ_B = mᵀ m / C has rank below C: its pseudo-inverse by the singular values of m.
+    # Σ_B = mᵀ m / C has rank below C: its pseudo-inverse by the singular values of m that are no rounding of means.
     _, values, rows = torch.linalg.svd(m, full_matrices=False)
-    keep = values > values[0] * max(m.shape) * torch.finfo(values.dtype).eps
+    values, rows = values[: len(m) - 1], rows[: len(m) - 1]
+    keep = values > torch.maximum(values[0], means.abs().max()) * max(m.shape) * torch.finfo(values.dtype).eps
     rows, inverse = rows[keep], len(means) / values[keep].square()
     return ((rows @ within) * rows).sum(1) @ inverse / len(means)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_device, check_layer, check_tensor, shape_of
+from pyrepr._checks import INTEGERS, check_agreed, check_device, check_layer, check_tensor, shape_of, shown
 from pyrepr.stats import _covariances as of
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._class_moments import PAIRS, ClassSums
@@ -43,7 +43,7 @@ class Moments:
 
     def __init__(self, classes: int | None = None) -> None:
         if classes is not None and (not isinstance(classes, int) or classes < 2):
-            raise ValueError(f"classes must be an integer of at least 2, got {classes!r}")
+            raise ValueError(f"classes must be an integer of at least 2, got {shown(classes)}")
         self.classes = classes
         self._layers = LayerMoments()  # without classes
         self._labelled: ClassSums | None = None
@@ -137,9 +137,14 @@ class Moments:
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> Moments:
-        """Adds up the moments of all processes of a ``torch.distributed`` group; afterwards all hold the whole."""
+        """Adds up the moments of all processes of a ``torch.distributed`` group; afterwards all hold the whole.
+
+        Raises:
+            ValueError: the same in every process, if they differ in `classes` or layers; nothing is changed.
+        """
         from torch import distributed
 
+        check_agreed({"classes": self.classes}, group)
         if self.classes is None:
             self._layers.all_reduce(group)
             return self
@@ -266,7 +271,7 @@ class Moments:
         """
         if multioutput not in ("raw_values", "uniform_average", "variance_weighted"):
             raise ValueError(
-                f"multioutput must be 'raw_values', 'uniform_average' or 'variance_weighted', got {multioutput!r}"
+                f"multioutput must be 'raw_values', 'uniform_average' or 'variance_weighted', got {shown(multioutput)}"
             )
         return self.r2_of(self.ridge(alpha), multioutput)
 
@@ -298,7 +303,7 @@ class Moments:
         n, mean, sxx, *_ = self._scatter(least=2)
         k = len(mean) if k is None else k
         if not isinstance(k, int) or not 1 <= k <= len(mean):
-            raise ValueError(f"k must be an integer from 1 to the number of features, {len(mean)}, got {k!r}")
+            raise ValueError(f"k must be an integer from 1 to the number of features, {len(mean)}, got {shown(k)}")
         return of.principal(sxx, mean, n, k)
 
     # Two representations
@@ -314,7 +319,7 @@ class Moments:
     def svcca(self, variance: float = 0.99) -> Tensor:
         """Mean canonical correlation of the principal components that hold this share of variance (Raghu 2017)."""
         if not isinstance(variance, (int, float)) or not 0 < variance <= 1:
-            raise ValueError(f"variance must be a share in (0, 1], got {variance!r}")
+            raise ValueError(f"variance must be a share in (0, 1], got {shown(variance)}")
         return torch.linalg.svdvals(self._whitened(float(variance))[0]).mean()
 
     def pwcca(self) -> Tensor:
@@ -339,7 +344,7 @@ class Moments:
     def cka(self, estimator: str = "unbiased") -> Tensor:
         """Linear CKA of x and y, see :func:`pyrepr.cka`; with labels the biased estimator only."""
         if estimator not in ("unbiased", "biased"):
-            raise ValueError(f"estimator must be 'unbiased' or 'biased', got {estimator!r}")
+            raise ValueError(f"estimator must be 'unbiased' or 'biased', got {shown(estimator)}")
         if estimator == "biased":
             _, _, sxx, _, sxy, syy = self._both()
             return sxy.square().sum() / (sxx.norm() * syy.norm())
@@ -393,17 +398,17 @@ class Moments:
 
 def check_kind(kind: str) -> None:
     if kind not in ("shape", "angular"):
-        raise ValueError(f"kind must be 'shape' or 'angular', got {kind!r}")
+        raise ValueError(f"kind must be 'shape' or 'angular', got {shown(kind)}")
 
 
 def check_alphas(alphas: object) -> Tensor:
     """λ as [A] float64."""
     try:
-        values = torch.as_tensor(alphas, dtype=torch.float64).reshape(-1)
+        values = torch.as_tensor(alphas, dtype=torch.float64, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"alphas must be a number or numbers, got {type(alphas).__name__}") from None
     if not values.numel() or not bool((values.isfinite() & (values >= 0)).all()):
-        raise ValueError(f"alphas must be finite numbers of at least 0, got {alphas!r}")
+        raise ValueError(f"alphas must be finite numbers of at least 0, got {shown(alphas)}")
     return values
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of
+from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
 from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_labels
@@ -68,7 +68,7 @@ class Probe:
     @property
     def best_alpha(self) -> Tensor:
         """[L] the best λ of each layer."""
-        return torch.tensor(self.alphas, dtype=torch.float64)[self.scores.argmax(1)]
+        return self.scores.new_tensor(self.alphas)[self.scores.argmax(1)]
 
     def table(self) -> list[tuple[str, float, float, float]]:
         """A row a layer: name, score, standard error, λ."""
@@ -124,7 +124,7 @@ class Probe:
         if path is not None:
             path = Path(path)
             if path.suffix not in (".png", ".svg", ".pdf"):
-                raise ValueError(f"path must end in .png, .svg or .pdf, got {path.name!r}")
+                raise ValueError(f"path must end in .png, .svg or .pdf, got {shown(path.name)}")
             with replacing(path) as temporary:
                 ax.figure.savefig(temporary, dpi=150)
         return ax
@@ -173,14 +173,18 @@ def linear_probe(
     """
     values = check_alphas(alphas)
     if task not in TASKS:
-        raise ValueError(f"task must be 'classification' or 'regression', got {task!r}")
+        raise ValueError(f"task must be 'classification' or 'regression', got {shown(task)}")
     if not isinstance(folds, int) or folds < 2:
-        raise ValueError(f"folds must be an integer of at least 2, got {folds!r}")
+        raise ValueError(f"folds must be an integer of at least 2, got {shown(folds)}")
     data = _batches(layers, y, "layers")
     held_out = None
     if val is not None:
         pair = isinstance(val, tuple) and len(val) == 2 and isinstance(val[1], Tensor)
         held_out = _batches(*(val if pair else (val, None)), "val")
+    if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 2):
+        raise ValueError(f"classes must be an integer of at least 2, got {shown(classes)}")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if task == "classification":
         classes = classes or _classes(y)
     run = _Run(values, BLOCKS if held_out else folds, task, classes, seed)
@@ -226,6 +230,8 @@ def _batches(layers: Any, y: Tensor | None, argument: str) -> _Batches:
             raise ValueError(f"y must have a row for each of the {len(xs[0])} samples, got {shape_of(y)}")
         return _Batches([(layers, y)], argument)
     if isinstance(layers, (Tensor, Mapping)) or not isinstance(layers, Iterable):
+        if argument == "val":
+            raise ValueError(f"val must be (layers, y) or an iterable of such batches, got {type(layers).__name__}")
         raise ValueError("y must be the labels or targets of the layers, got None")
     return _Batches(layers, argument)
 
@@ -249,11 +255,11 @@ class _Dealer:
 
     def __init__(self, folds: int, seed: int) -> None:
         self.folds, self.generator = folds, torch.Generator().manual_seed(seed)
-        self.left = torch.empty(0, dtype=torch.int64)
+        self.left = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, n: int) -> Tensor:
         rounds = max(0, -(-(n - len(self.left)) // self.folds))
-        more = torch.rand(rounds, self.folds, generator=self.generator).argsort(1).flatten()
+        more = torch.rand(rounds, self.folds, generator=self.generator, device="cpu").argsort(1).flatten()
         dealt = torch.cat([self.left, more])
         self.left = dealt[n:]
         return dealt[:n]
@@ -263,7 +269,7 @@ class _Run:
     def __init__(self, alphas: Tensor, folds: int, task: str, classes: int | None, seed: int) -> None:
         self.alphas, self.folds, self.task, self.classes, self.seed = alphas, folds, task, classes, seed
         self.names: list[str] = []
-        self.counts = torch.zeros(classes or 0, dtype=torch.float64)
+        self.counts = torch.zeros(classes or 0, dtype=torch.float64, device="cpu")
 
     def with_folds(self, data: _Batches) -> Probe:
         if self.task == "classification" and data.once:
@@ -358,9 +364,11 @@ class _Run:
     def accuracy(self, models: list[list[Ridge]], data: _Batches, folds: int) -> tuple[Tensor, Tensor]:
         """[L, A] share of right answers about samples that the model has not seen."""
         dealer = _Dealer(folds, self.seed)
-        right = torch.zeros(len(models), len(self.alphas), dtype=torch.float64)
+        right = torch.zeros(len(models), len(self.alphas), dtype=torch.float64, device="cpu")
         maps: list[list[tuple[Tensor, Tensor]]] = []
-        for _, xs, y in data:
+        for names, xs, y in data:
+            if names != self.names:
+                raise ValueError(f"{data.argument} must have the layers {self.names}, got {names}")
             y = y.argmax(1) if y.dim() == 2 else y.long()
             self.counts += torch.bincount(y.cpu(), minlength=len(self.counts))
             rows = self.rows(dealer(len(y)), folds, y.device)
@@ -453,11 +461,14 @@ def concept_depth(
     """
     if isinstance(scores, Probe):
         scores, chance = scores.best, scores.chance
-    values = torch.as_tensor(scores, dtype=torch.float64)
+    try:
+        values = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"scores must be a Probe or numbers [L], got {type(scores).__name__}") from None
     if values.dim() != 1 or not len(values) or not bool(values.isfinite().all()):
         raise ValueError(f"scores must be finite numbers of shape [L] with L ≥ 1, got {shape_of(values)}")
     if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share!r}")
+        raise ValueError(f"share must be in (0, 1], got {shown(share)}")
     reached = values >= chance + share * (values.max() - chance) - 1e-12
     layer = int(reached.nonzero()[0, 0])
     rises = values.diff()

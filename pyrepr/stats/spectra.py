@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrepr._checks import check_layer, check_tensor, shape_of
+from pyrepr._checks import check_layer, check_tensor, shape_of, shown
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats.moments import Moments
 
@@ -23,7 +23,7 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
 
     Returns:
         [...], between 1 and the rank; float64 for float64 inputs and moments, else float32; differentiable in x where
-        singular values are distinct. NaN for a matrix of zeros.
+        singular values are distinct. NaN for a matrix of zeros, or one that is not finite.
 
     Raises:
         ValueError, TypeError: for another kind or shape.
@@ -33,7 +33,7 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
         5.0
     """
     if kind not in KINDS:
-        raise ValueError(f"kind must be 'entropy' or 'participation', got {kind!r}")
+        raise ValueError(f"kind must be 'entropy' or 'participation', got {shown(kind)}")
     if isinstance(x, Moments):
         if not center:
             raise ValueError("center must be True for moments, which are around the mean")
@@ -43,7 +43,12 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
         if x.dim() < 2:
             raise ValueError(f"x must have shape [..., n, d], got {shape_of(x)}")
         x = x.to(compute_dtype(x.dtype))
-        values = torch.linalg.svdvals(x - x.mean(-2, keepdim=True) if center else x)
+        x = x - x.mean(-2, keepdim=True) if center else x
+        finite = x.isfinite().all(-1).all(-1)
+        values = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0))
+        values = torch.where(finite[..., None], values, torch.nan)
+    if values.shape[-1]:
+        values = values / values.detach().amax(-1, keepdim=True)  # squares of squares stay in range
     if kind == "participation":
         squares = values.square()
         return squares.sum(-1).square() / squares.square().sum(-1)
@@ -66,6 +71,9 @@ def mean_cosine(x: Tensor) -> Tensor:
     """
     x = check_layer("x", x)
     x = x.to(compute_dtype(x.dtype))
+    if x.shape[1]:
+        largest = x.detach().abs().amax(1, keepdim=True)
+        x = x / torch.where(largest == 0, 1, largest)  # squares stay in range
     norm = x.norm(dim=1, keepdim=True)
     unit = x / torch.where(norm == 0, 1, norm)
     n, total = x.shape[0], unit.sum(0)

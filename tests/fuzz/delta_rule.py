@@ -15,7 +15,7 @@ RULES = {
     "HV": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
     "K": ("chunk_kda", "fused_recurrent_kda"),
 }
-FACTOR = 2000  # of the change that rounding every number makes; the largest error seen, of long products, is 513
+FACTOR = 4000  # of the change that rounding every number makes; the largest error seen, of a state that grows, is 2180
 
 
 def recurrence(
@@ -245,7 +245,7 @@ def add_differential(
 
 
 def spoil(draw: Draw, case: Case, gate: str, with_state: bool, packed: bool, in_place: bool) -> None:
-    case.expect, case.differential, case.changed = "error", None, ()
+    case.expect, case.differential = "error", None
     names = ["q", "k", "v", "beta", *["g"] * bool(gate), *["initial_state"] * with_state, *["cu_seqlens"] * packed]
     name = draw.choice(names)
     line = draw.wrong(name, wider=name not in ("v",) or with_state or in_place)

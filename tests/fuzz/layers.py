@@ -377,7 +377,7 @@ def draw_fit(draw: Draw) -> Case:
 
     case.check = check
     if draw.chance(0.2):
-        case.expect, case.names = "error", ("calibration", "rank", "linear", "bits", "mlp")
+        case.expect, case.names = "error", ("calibration", "rank", "linear", "bits", "mlp", "mat1")
         lines.append(
             draw.choice(
                 ("x = x[:0]", "x = x[..., :0]", "x = x.long()", "x = x * float('nan')", "x = x[..., None]", "x = None")

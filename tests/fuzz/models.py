@@ -250,6 +250,7 @@ def draw_convert(draw: Draw) -> Case:
         "convert", f"out = pyrepr.convert(model, {data}, {', '.join(options)})", "either", lines, repeatable=False
     )
     case.names = (
+        "data",
         "model",
         "calibration_data",
         "select",

@@ -110,7 +110,11 @@ def inner(direction: list[np.ndarray], gradients: Any) -> tuple[float, float]:
         if g is None:
             continue
         product = g.detach().double().numpy() * v
-        total, rounding = total + float(product.sum()), rounding + 2 * EPS[g.dtype] * float(np.abs(product).sum())
+        least = torch.finfo(g.dtype).smallest_normal * EPS[g.dtype] * 2 * float(np.abs(v).sum())
+        total, rounding = (
+            total + float(product.sum()),
+            rounding + 2 * EPS[g.dtype] * float(np.abs(product).sum()) + least,
+        )
     return total, rounding
 
 
@@ -188,7 +192,7 @@ def mapped(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
         if mode == "vmap":
             got = np.concatenate([y[i].detach().double().numpy().ravel() for y in out])
             rounding = 4 * max(EPS[y.dtype] for y in out) * float(np.abs(got).max(initial=0))
-            what = problem.judge(f"value {i}", got, problem.case.differential.truth, rounding)
+            what = problem.judge(f"value {i}", got, lambda a: problem.case.differential.truth(*a), rounding)
         else:
             value, rounding = inner(v, [g[i] for g in out])
             problem.typical = max(

@@ -25,7 +25,7 @@ BAD = (
     "stream.load_state_dict({{}})",
     "stream.load_state_dict({{**stream.state_dict(), 'estimator': 'both'}})",
     "stream.load_state_dict({{**stream.state_dict(), 'mode': 'other'}})",
-    "stream.load_state_dict({{**stream.state_dict(), 'widths': [1]}})",
+    "stream.load_state_dict({{**stream.state_dict(), 'widths': [7] * 7}})",
     "stream.load_state_dict({{**stream.state_dict(), 'state': {{'n': 3}}}})",
     "stream.load_state_dict({{**stream.state_dict(), 'kernel': {{'name': 'x'}}}})",
     "stream.load_state_dict(5)",
@@ -93,7 +93,8 @@ def draw(draw: Draw) -> Case:
         names["dtype"] = names["x0"].dtype
         if names["out"].dtype != torch.float64:
             return f"out is {names['out'].dtype}"
-        names["out"] = names["out"] if names["dtype"] == torch.float64 else names["out"].float()
+        if names["dtype"] != torch.float64:
+            names = {**names, "out": names["out"].float()}
         arrays = [f64(names[x]) for x in wholes]
         of = exact if mode == "exact" else lambda *a: minibatch(*a, rows=rows)
 

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 BOARD_BYTES = 1 << 16
 HANG = 120  # seconds without a new case: the slowest cases take a few
 # Families whose work is in no kernel run at the best level only.
-KERNELS = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup")
+KERNELS = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "pairs", "stats")
 OTHERS = ("layers", "models", "command")
 CASES = [(family, level) for family in KERNELS for level in _C.simd_levels()] + [(f, _C.simd_level()) for f in OTHERS]
 

@@ -32,7 +32,18 @@ import memory
 import modes
 from draw import Case, Draw, gapped, put, randn
 
-FAMILIES = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "layers", "models", "command")
+FAMILIES = (
+    "measures",
+    "streams",
+    "delta_rule",
+    "causal_conv1d",
+    "lookup",
+    "pairs",
+    "stats",
+    "layers",
+    "models",
+    "command",
+)
 BOARD_BYTES = 1 << 16
 MOST_FAILURES = 25
 CLEAR = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, FloatingPointError)
@@ -154,12 +165,13 @@ class Worker:
             self.error(number, case, names, error, kept)
         else:
             self.values += 1
+            first = names.get("out")
             if case.expect == "error":
                 self.fail(number, case, "accepted what it should refuse")
             elif what := case.check(names):
                 self.fail(number, case, what)
             elif case.repeatable and not case.changed and draw.chance(0.2):
-                self.again(number, case, names, threads, context)
+                self.again(number, case, names, threads, context, first)
         for name, x in watched.items():
             if not torch.equal(bytes_of(x), before[name]):
                 self.fail(number, case, f"{name} was changed")
@@ -175,8 +187,7 @@ class Worker:
             if not torch.equal(bytes_of(names[name]), old):
                 self.fail(number, case, f"{name} was changed by a call that failed")
 
-    def again(self, number: int, case: Case, names: dict[str, Any], threads: int, context: Any) -> None:
-        first = names["out"]
+    def again(self, number: int, case: Case, names: dict[str, Any], threads: int, context: Any, first: Any) -> None:
         torch.set_num_threads(threads % 4 + 1)
         self.calls += case.calls
         with context:
