@@ -41,8 +41,8 @@ SPILLS: dict[tuple[str, str, str], str] = {}
 
 
 RECORD = ROOT / "tests/compiled.json"
-# The version of Triton that everything is on record for.
-TRITON = "3.9.0"
+# The version of Triton that the index's torch brings, and whose spills are held to exact bytes.
+TRITON = "3.7.1"
 EVERYTHING = os.environ.get("PYREPR_COMPILE_ALL") == "1"
 
 
@@ -137,15 +137,13 @@ def test_every_variant_was_compiled():
 
 
 def test_what_is_on_record_for_other_versions_is_complete():
-    """As far as this version can tell: there are as many variants. And what they spill is what tests/spills.py says."""
+    """As far as this version can tell: nothing is missing, and what spills is what tests/spills.py says."""
     if LEFT_OUT or VERSION != TRITON:
         pytest.skip(f"the variants are known as those of triton {TRITON}")
     here = {f"sm_{a}": len({fingerprint(case) for case in CASES if case[1] == a}) for a in ARCHITECTURES}
-    assert {place: len(record) for place, record in EVERY_RECORD.items()} == {
-        p: here[p.split()[1]] for p in EVERY_RECORD
-    }
-    others = {place: record for place, record in EVERY_RECORD.items() if place.split()[0] != TRITON}
-    found = {v: (sum(use[2] > 0 for use in r.values()), max(use[2] for use in r.values())) for v, r in others.items()}
+    assert all(len(record) >= here[place.split()[1]] for place, record in EVERY_RECORD.items())
+    others = {place: record.values() for place, record in EVERY_RECORD.items() if place.split()[0] != TRITON}
+    found = {v: (len(r), sum(use[2] > 0 for use in r), max(use[2] for use in r)) for v, r in others.items()}
     assert found == spills.ELSEWHERE
 
 

@@ -345,6 +345,8 @@ def backward(
         raise Unsupported(f"backend 'triton' does not run the delta rule's backward here: {doubt}")
     slots = checkpoints.shape[0]
     p = Problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, segment, slots)
+    if v.is_cuda and (why := table.uncompilable(architecture(v.device), p.dtype, p.gate)):
+        raise Unsupported(f"backend 'triton' does not run the delta rule's backward here: {why}")
     split = _worth_splitting(p) if split is None else split
     layout = Layout(p)
     scan = Scan(p, layout, Chunks(p, layout, with_x=True))
