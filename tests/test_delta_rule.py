@@ -282,6 +282,18 @@ def test_gradients_through_the_normalisation_and_scale(rule):
 
 
 @pytest.mark.levels
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_any_size_are_normalised(backend, dtype):
+    """Their squares may be beyond float32."""
+    x = inputs("gated", 70, dtype=dtype)
+    big = {**x, "q": x["q"] * 2.0**70, "k": x["k"] * 2.0**80}
+    with pyrepr.use_backend(backend):
+        o, small = (CHUNKED["gated"](**y, use_qk_l2norm_in_kernel=True)[0] for y in (big, x))
+    torch.testing.assert_close(o, small, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.levels
 @pytest.mark.parametrize("rule", RULES)
 def test_packed_sequences_with_empty_ones(rule):
     cu = torch.tensor([0, 0, 40, 40, 41, 110, 110], dtype=torch.int32)

@@ -91,7 +91,15 @@ inline float load_key(const typename S::Memory* in, int64_t width, int64_t padde
     store<float>(out + c / NR * panel_stride + c % NR, x * scale);
   }
   if (!l2norm) return 1;
-  const float inverse = 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f);
+  float inverse = 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f);
+  if (inverse == 0) {  // squares of more than 1e38: again, of numbers that are 2^64 times smaller
+    V smaller{};
+    for (int64_t c = 0; c < padded; c += W) {
+      const V x = load_some<S>(in + c, larger<int64_t>(0, width - c)) * 0x1p-64f;
+      smaller += x * x;
+    }
+    inverse = 0x1p-64f / __builtin_sqrtf(static_cast<float>(lane_sum<float>(smaller)));
+  }
   for (int64_t c = 0; c < padded; c += W) {
     float* const at = out + c / NR * panel_stride + c % NR;
     store<float>(at, load<float>(at) * inverse);

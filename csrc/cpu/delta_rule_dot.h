@@ -85,10 +85,21 @@ void load_whole_keys(const Sequence& s, const Tokens& x, int64_t t0, int64_t row
       }
       squares[i] = low + high;
     }
-    const V sums = sum_each(squares);
-    const Scales scales = key_scales(sums);
-    const V unit = p.l2norm ? 1 / square_root<float>(sums + 1e-6f) : splat<float>(1);
+    V sums = sum_each(squares), shrink = splat<float>(1);
+    for (int64_t i = 0; i < W && _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sums), _mm512_set1_ps(__builtin_inff()), 0); i++) {
+      if (!(sums[i] > 3e38f)) continue;  // squares of more than 1e38: again, of numbers that are 2^64 times smaller
+      V smaller_squares{};
+      for (int64_t c = 0; c < padded; c += W) {
+        const V x = part(first + i, c) * 0x1p-64f;
+        smaller_squares += x * x;
+      }
+      sums[i] = static_cast<float>(lane_sum<float>(smaller_squares));
+      shrink[i] = 0x1p-64f;
+    }
+    Scales scales = key_scales(sums);
+    const V unit = p.l2norm ? 1 / square_root<float>(sums + 1e-6f) : 1 / shrink;
     store<float>(factor + first, scales.back * unit * scale);
+    scales.to *= shrink;
     for (int64_t i = 0; i < W; i++)
       for (int64_t c = 0; c < padded; c += W) {
         const bool given = first + i < rows;

@@ -32,8 +32,11 @@ class Gate(enum.IntEnum):
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x / √(Σ x² + 1e-6) over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS)
+    """x / √(Σ x² + 1e-6) over the last axis, of numbers of any size."""
+    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(())
+    unit = torch.where(largest > 1e15, 2.0**64, 1.0).to(x.dtype)
+    x = x / unit
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS / unit.square())
 
 
 def sequence_bounds(cu_seqlens: Tensor, total: int) -> list[int]:

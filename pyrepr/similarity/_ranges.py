@@ -96,15 +96,15 @@ def careful(
         units = [2.0 * e if spec.name == "linear" else 0.0 for e in exponents]
         if spec.name == "cosine":
             layers = [x * 2.0**e for x, e in moved]
-        ones = torch.ones(len(xs), dtype=torch.float64)
+        ones = torch.ones(len(xs), dtype=torch.float64, device=xs[0].device)
         if by_features:
             found = gram_stats(layers, None, constants_of(ones, "linear"), "linear", 1, split, by_features=True)
         else:  # the linear kernel without centring
             found = gram_stats(layers, None, constants_of(ones, "polynomial"), "polynomial", 1, split, centre=False)
-        return found, torch.tensor(units, dtype=torch.float64)
+        return found, torch.tensor(units, dtype=torch.float64, device=xs[0].device)
     make = _polynomial if spec.name == "polynomial" else _decaying
     made = [make(x.detach(), e, spec, s, biased) for x, e, s in zip(layers, exponents, scale.tolist(), strict=True)]
-    table = torch.tensor(made, dtype=torch.float64).T
+    table = torch.tensor(made, dtype=torch.float64, device=xs[0].device).T
     found = gram_stats(layers, None, table[:3].contiguous(), spec.name, spec.degree, split, centre=False)
     return found, table[3]
 
@@ -148,7 +148,7 @@ def _decaying(x: Tensor, exponent: int, spec: Kernel, scale: float, biased: bool
 
 def _blocks_of_dots(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, inner products of some rows with all of them)."""
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device=x.device)
     for start in range(0, len(x), ROWS):
         yield start, matrix_op(x[start : start + ROWS].contiguous(), x, one, "linear", 1, 0.0, False)
 

@@ -67,4 +67,4 @@ def medians(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         return found
     moved = [near_one(x if mask is None else x[mask], True) for x in xs]
     again, _ = median_op([x for x, _ in moved], None, False)
-    return again * torch.tensor([2.0**exponent for _, exponent in moved], dtype=torch.float64)
+    return again * again.new_tensor([2.0**exponent for _, exponent in moved])

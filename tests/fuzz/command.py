@@ -425,7 +425,8 @@ def _examples() -> tuple[dict[str, Any], dict[str, Any]]:
     conversion = pyrepr.convert(net, [x], bits=2, batch_sizes=(), progress=False)
     conversion.save(FOLDER / "example.json")
     metadata = {**comparison.metadata(), "layers_a": ("a", "b"), "layers_b": ("c",)}
-    metadata.pop("format", None)
+    for made_again in ("format", "scores"):
+        metadata.pop(made_again, None)
     return metadata, json.loads((FOLDER / "example.json").read_text())
 
 

@@ -188,6 +188,8 @@ def mapped(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
         places = tuple(range(len(stacked)))
         out = torch.func.vmap(torch.func.grad(problem.loss, argnums=places))(*stacked)
     for i, point in enumerate(points):
+        if any(((a == 0) & (b != 0)).any() for a, b in zip(point, problem.variables, strict=True)):
+            continue  # a step onto zero may be one onto a kink
         problem.arrays = [x.double().numpy() for x in point]
         if mode == "vmap":
             got = np.concatenate([y[i].detach().double().numpy().ravel() for y in out])
