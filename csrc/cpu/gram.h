@@ -17,7 +17,7 @@
 
 namespace pyrepr::cpu {
 
-// The codes Python passes; `KERNELS` in pyrepr/similarity/_kernel.py holds the same order.
+// The codes Python passes; `KERNELS` in pyrepr/reference/gram.py holds the same order.
 enum class GramKernel : int { linear = 0, rbf = 1, laplacian = 2, polynomial = 3, cosine = 4 };
 
 struct GramProblem {

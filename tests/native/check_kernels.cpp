@@ -100,9 +100,11 @@ void check_gram(const Level& level, DType dtype, double allowed) {
       linear.push_back(dot), rbf.push_back(std::exp(-distance / (2 * sigma * sigma)));
     }
   const View layers[2] = {{x.data(), n, d, d, 1}, {y.data(), m, d, d, 1}};
-  GramProblem problem{layers, 2, dtype, nullptr, n, GramKernel::linear, &sigma, 0, 0, 2};
-  const double scales[2] = {sigma, sigma};
-  problem.scale = scales;
+  const double scales[2] = {sigma, sigma}, zeros[2] = {0, 0};
+  GramProblem problem{};
+  problem.layers = layers, problem.count = 2, problem.dtype = dtype, problem.n = n, problem.threads = 2;
+  problem.kernel = GramKernel::linear, problem.scale = scales, problem.offset = zeros, problem.base = zeros;
+  problem.centre = true;
   std::vector<T> out(n * m);
   level.gram().matrix(problem, false, out.data());
   compare(level.name, "gram linear", out, linear, allowed);
@@ -111,8 +113,8 @@ void check_gram(const Level& level, DType dtype, double allowed) {
   compare(level.name, "gram rbf", out, rbf, allowed);
 
   problem.count = 1;  // S, the sum of squares off the diagonal, and the row sums, of the kernel minus `shift`
-  Doubles s(1), r(n), diagonal(n), shift(1);
-  level.gram().stats(problem, {s.data(), r.data(), diagonal.data(), shift.data(), nullptr});
+  Doubles s(1), r(n), diagonal(n), shift(1), norms(n);
+  level.gram().stats(problem, {s.data(), r.data(), diagonal.data(), shift.data(), norms.data(), nullptr});
   for (int64_t i = 0; i < n; i++)
     for (int64_t j = 0; j < n; j++) {
       double distance = 0;
@@ -174,7 +176,7 @@ void check_delta_rule(const Level& level) {
   DeltaRuleProblem problem{};
   problem.q = {q.data(), T * H * K, H * K, K}, problem.k = {k.data(), T * H * K, H * K, K};
   problem.v = {v.data(), T * H * V, H * V, V};
-  problem.g = g.data(), problem.beta = beta.data();
+  problem.g = g.data(), problem.gate = Gate::per_head, problem.beta = beta.data();
   problem.batch = 1, problem.total = T, problem.heads = H, problem.width = K;
   problem.value_heads = H, problem.value_width = V, problem.sequences = 1;
   problem.dtype = DType::f32, problem.scale = 1, problem.threads = 2;
