@@ -170,7 +170,8 @@ def test_readme_lists_every_variable():
             if path.suffix in (".py", ".cpp", ".h") and path != Path(__file__):
                 found |= set(pattern.findall(path.read_text(encoding="utf-8")))
     found |= set(pattern.findall((CLONE / "setup.py").read_text()))
-    listed = set(re.findall(r"^\| `(PYREPR_[A-Z_]+)`", (CLONE / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    names = re.findall(r"^\| (`PYREPR_[^|]*)\|", (CLONE / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {name for cell in names for name in re.findall(r"PYREPR_[A-Z_]+", cell)}
     assert found and listed == found
 
 
@@ -247,7 +248,7 @@ def write_compiler(folder: Path, *unknown: str) -> str:
 def sources(clone):
     for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(CLONE / name, clone)
-    for name in ("kernels", "benchmarks"):
+    for name in ("kernels", "benchmarks", "examples/papers"):
         shutil.copytree(CLONE / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     return clone
 
@@ -325,8 +326,8 @@ def test_the_reference_alone_is_a_pure_wheel_that_says_so(sources, tmp_path):
     assert "ImportError" in error and "holds no compiled code: install it again" in error
     packages = {path.parent.relative_to(CLONE).as_posix() for path in CLONE.glob("pyrepr/**/__init__.py")}
     packages |= {
-        f"pyrepr/{path.parent.relative_to(CLONE)}"
-        for f in ("kernels", "benchmarks")
+        f"pyrepr/{path.parent.relative_to((CLONE / f).parent)}"
+        for f in ("kernels", "benchmarks", "examples/papers")
         for path in (CLONE / f).rglob("__init__.py")
     }
     installed = {
