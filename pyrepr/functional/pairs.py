@@ -230,7 +230,8 @@ def info_nce(
     losses = torch.stack(gaps).mean(0)  # [P]
     if label_smoothing:
         losses = losses + label_smoothing * _excess(x, y, factor, at, normalize, widths, rows, columns)
-    return sum(w * losses[p] for p, w in enumerate(factors)) if len(factors) > 1 else factors[0] * losses[0]
+    # Not w * losses[p]: of a number and a scalar tensor, PyTorch makes a float64 tangent.
+    return (losses * torch.tensor(factors, dtype=losses.dtype, device=losses.device)).sum()
 
 
 def _excess(
