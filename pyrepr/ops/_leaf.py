@@ -14,7 +14,9 @@ op without a derivative refuses at the same places, and under ``vmap`` loops ove
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -86,12 +88,10 @@ def on_one_thread(implementation: Callable) -> Callable:
     def run(*args: Any) -> Any:
         if not all(x.is_cpu for x in _tensors(args)) or torch.get_num_threads() == 1:
             return implementation(*args)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return implementation(*args)
-        finally:
-            torch.set_num_threads(threads)
+        one = functools.partial(torch.set_num_threads, 1)
+        many = functools.partial(torch.set_num_threads, torch.get_num_threads())
+        # On one line: an interrupt before it finds nothing changed, and one after it comes from inside the block.
+        with ExitStack() as stack: stack.callback(many); one(); return implementation(*args)  # noqa: E701, E702 # fmt: skip
 
     return run
 
