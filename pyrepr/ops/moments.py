@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyrepr.backend import forced_backend
 from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops.gram import matrix_op, native_problem
 from pyrepr.reference import moments as reference
@@ -36,5 +37,10 @@ moments_op_ = leaf_op(
 
 
 def products_of(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ of x [m, k] and y [n, k], float64: the same bits for any number of threads, as torch's product has not."""
+    """x yᵀ of x [m, k] and y [n, k], float64: the same bits for any number of threads, as torch's product has not.
+
+    GPU kernels do not compute in float64: where they are asked for, and on GPUs, it is torch's product.
+    """
+    if not x.is_cpu or forced_backend() not in (None, "cpu", "reference"):
+        return x @ y.T
     return matrix_op(x, y, x.new_ones(1), "linear", 1, 0.0, False)
