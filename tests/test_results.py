@@ -147,7 +147,8 @@ def test_frames_and_datasets(monkeypatch):
     frame = result.to_pandas("mutual_knn")
     assert frame.loc["0", "2"] == result.measures["mutual_knn"][0, 1].item()
     assert (frame.index.name, frame.columns.name) == ("Sequential", "Sequential") and frame.attrs["count"] == 90
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     dataset = result.to_xarray()
     assert isinstance(dataset, xarray.Dataset) and set(dataset) == {
         "cka",
@@ -336,7 +337,6 @@ def test_callback_logs_to_whatever_is_attached():
 
 
 def test_metric_of_torchmetrics():
-    pytest.importorskip("torchmetrics")
     from pyrepr.integrations.torchmetrics import CKAMetric
 
     xs, ys = sides()

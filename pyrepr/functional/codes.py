@@ -35,6 +35,7 @@ def _checked(x: object, codebook: object, name: str = "codebook") -> tuple[Tenso
 
 
 def check_positive(name: str, value: object) -> None:
+    """Raises ValueError for anything but a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive finite number, got {shown(value)}")
 

@@ -92,6 +92,7 @@ def _check_labels(labels: object, n: int, m: int, x: Tensor) -> Tensor:
 
 
 def check_weights(weights: object) -> list[float]:
+    """Weights of prefixes as floats. Raises TypeError for anything but numbers."""
     try:
         return [float(w) for w in weights]  # type: ignore[attr-defined]
     except (TypeError, ValueError):

@@ -499,6 +499,7 @@ def _measures(measures: str | Measure | Sequence[str | Measure], mode: str) -> l
 
 
 def check_samples(samples: str, tokens: Tokens, pool: str | None) -> None:
+    """Raises ValueError where what a sample is, which tokens count or how they are pooled is none of the choices."""
     if samples not in SAMPLES:
         raise ValueError(f"samples must be 'batch' or 'tokens', got {samples!r}")
     if not callable(tokens) and tokens not in TOKENS:

@@ -36,6 +36,7 @@ def native_problem(
     degree: int = 1,
     centre: bool = True,
 ):
+    """The layers xs ([n, d_l] each, rows `index` of them) as what native code takes; constants as of `gram_stats`."""
     n = xs[0].shape[0] if index is None else index.numel()
     return module().Gram(
         [matrix(x) for x in xs],

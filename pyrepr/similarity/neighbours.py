@@ -36,6 +36,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def check_neighbours(k: object, metric: str) -> None:
+    """Raises ValueError for a k that is no positive int, or a metric that does not exist."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive integer, got {shown(k)}")
     if metric not in METRICS:

@@ -397,6 +397,7 @@ class Moments:
 
 
 def check_kind(kind: str) -> None:
+    """Raises ValueError for a kind of Procrustes that does not exist."""
     if kind not in ("shape", "angular"):
         raise ValueError(f"kind must be 'shape' or 'angular', got {shown(kind)}")
 
