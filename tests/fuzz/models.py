@@ -75,25 +75,23 @@ def difference(before: dict[str, Any], after: dict[str, Any], parts: tuple[str, 
 
 
 def activations(model: torch.nn.Module, names: tuple[str, ...], batches: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """What hooks see, [N, features] a layer."""
+    """What hooks see, [N, features] a layer; of a layer that runs more than once a batch, `name#i` is its run i."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     modules = {"(model)": model, **dict(model.named_modules())}
-    hooks = []
-    for name in names:
-        hooks.append(modules[name].register_forward_hook(lambda m, i, o, name=name: last.__setitem__(name, o)))
     training = {name: m.training for name, m in modules.items()}
+    runs: dict[str, list[Any]] = {name.partition("#")[0]: [] for name in names}
+    hooks = [modules[name].register_forward_hook(lambda m, i, o, to=to: to.append(o)) for name, to in runs.items()]
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            last: dict[str, Any] = {}
+            for outputs in runs.values():
+                outputs.clear()
             model(batch)
             for name in names:
-                y = last[name]
-                y = (
-                    y
-                    if isinstance(y, torch.Tensor)
-                    else next(t for t in (y.values() if isinstance(y, dict) else y) if isinstance(t, torch.Tensor))
-                )
+                layer, _, run = name.partition("#")
+                y = runs[layer][int(run or 0)]
+                if not isinstance(y, torch.Tensor):
+                    y = next(t for t in (y.values() if isinstance(y, dict) else y) if isinstance(t, torch.Tensor))
                 seen[name].append(y.flatten(1))
     for hook in hooks:
         hook.remove()

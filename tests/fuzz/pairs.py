@@ -182,7 +182,7 @@ def _sums_fault(out: torch.Tensor, s: np.ndarray, room: np.ndarray, wide: torch.
     with np.errstate(invalid="ignore"):
         # A score's rounding in the accumulation type, and that of the sum.
         most = np.where(np.isfinite(s), np.abs(s), 0).max(1, initial=0)
-        slack = room.max(1, initial=0) + EPS[wide] * (64 + 400 * most)
+        slack = np.where(np.isfinite(s), room, 0).max(1, initial=0) + EPS[wide] * (64 + 400 * most)
         off = np.isfinite(truth) & ~(np.abs(got - truth) <= slack)
         off |= np.isneginf(truth) & ~np.isneginf(got)
         off &= ~np.isnan(got) | np.isfinite(s).all(1)  # documented: no number where a score is none
