@@ -220,5 +220,6 @@ def cases() -> list[Case]:
         Case(both, "n=m=8192 d=512", lambda: _contrastive(8192, 512)),
         Case(f"{both}, bf16", "n=m=8192 d=512", lambda: _contrastive(8192, 512, torch.bfloat16)),
         Case(step, "n=m=4096 d=512", lambda: _one_direction(4096, 512)),
+        Case(step, "n=m=8192 d=512", lambda: _one_direction(8192, 512)),
         Case("Matryoshka forward+backward", "n=2048 d=768…64", lambda: _matryoshka(2048, dims), quick=True),
     ]

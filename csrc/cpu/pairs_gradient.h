@@ -17,9 +17,9 @@ class LogSumExpGradient {
 
   static void run(const PairsProblem& p, const LogSumExpGradients& g) {
     const Segments<Words> segments(p.prefixes, p.prefix_count);
-    const ByFeature<S, Words> y(p.y, segments, p.threads);
-    const BySample<S, Words> x_samples(p.x, segments, p.threads), y_samples(p.y, segments, p.threads);
-    const LogSumExpGradient all(p, g, segments, y, x_samples, y_samples);
+    std::optional<ByFeature<S, Words>> y;
+    if (!g.kept) y.emplace(p.y, segments, p.threads);
+    const LogSumExpGradient all(p, g, segments, y);
     with_scratch<Scratch>(p.threads, [&](const Scratch& own) { all.rounds(own); }, segments, all.grid_, p.prefix_count);
     all.finish();
   }
@@ -34,11 +34,13 @@ class LogSumExpGradient {
     RowBlock<S, Words> x;
     Array<float> tiles;    // [P, rows, kPanelStride] inner products, then [rows, kPanelStride] coefficients
     Array<Word> words;     // coefficients as words along the columns, then along the rows
+    Array<Word> panel;     // features of the tile's rows of x or y
     Array<float> columns;  // sums of a tile's columns
     Scratch(const Segments<Words>& segments, const Grid& grid, int64_t prefixes)
         : x(segments, grid.rows),
           tiles((prefixes + 1) * grid.rows * kPanelStride),
           words(2 * grid.rows * kPanelStride),
+          panel(kPanelStride * NR),
           columns(kPanelStride) {}
   };
 
@@ -87,7 +89,7 @@ class LogSumExpGradient {
       const Segment& s = segments_.list[q];
       float* const to = t.data + q * size;
       if (q > 0) std::memcpy(to, to - size, static_cast<size_t>(t.rows * kPanelStride) * 4);
-      scratch.x.multiply(t.rows, y_, t.c0, t.cols, s, first, to);
+      scratch.x.multiply(t.rows, *y_, t.c0, t.cols, s, first, to);
       first += ceil_div(s.words, kDepth);
     }
   }
@@ -204,13 +206,14 @@ class LogSumExpGradient {
     }
     for (int64_t panel = 0; panel < s.panels; panel++) {
       const int64_t f = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - f);
-      const Word* const y = y_samples_.at(s.panel + panel, d.c0);
+      Word* const samples = scratch.panel.data();
+      pack_samples<S, Words>(p_.y, d.c0, d.cols, f, count, samples);
       for (int64_t i = 0; i < d.rows; i += MR)
-        add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, y, dx_.data(), d.r0 + i,
+        add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, samples, dx_.at, d.r0 + i,
                          smaller<int64_t>(MR, d.rows - i), f, count);
-      const Word* const x = x_samples_.at(s.panel + panel, d.r0);
+      pack_samples<S, Words>(p_.x, d.r0, d.rows, f, count, samples);
       for (int64_t j = 0; j < d.cols; j += MR)
-        add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, x, dy_.data(), d.c0 + j,
+        add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, samples, dy_.at, d.c0 + j,
                         smaller<int64_t>(MR, d.cols - j), f, count);
     }
   }
@@ -258,8 +261,8 @@ class LogSumExpGradient {
     double scale = 0;
     for (int64_t i = 0; i < p_.prefix_count * p_.x.rows; i++) scale += row_sums_[i];
     *g_.scale = static_cast<float>(scale / p_.scale);
-    write(p_.x, factors_.row, row_sums_, dx_.data(), g_.x);
-    write(p_.y, factors_.column, column_sums_, dy_.data(), g_.y);
+    write(p_.x, factors_.row, row_sums_, dx_.at, g_.x);
+    write(p_.y, factors_.column, column_sums_, dy_.at, g_.y);
   }
   void write(const View& x, const Array<float>& inverse, const Array<double>& along, float* grad, void* out_) const {
     using Stored = typename S::Memory;
@@ -277,35 +280,42 @@ class LogSumExpGradient {
                                load_some<StoreF32>(row + k, count) - factor * load_some<S>(own + k, count));
         }
       }
+      if constexpr (!Sums::narrow) continue;  // the sums stand where they belong
       Stored* const to = static_cast<Stored*>(out_) + r * d;
       for (int64_t k = 0; k < d; k += W) store_some<S>(to + k, d - k, load_some<StoreF32>(row + k, d - k));
     }
   }
 
+  // Zeros to add a gradient up in: what the caller gave if that is float.
+  struct Sums {
+    Array<float> own;
+    float* at;
+    Sums(int64_t size, void* out) : own(narrow ? size : 0, kUnset), at(narrow ? own.data() : static_cast<float*>(out)) {
+      zero(at, size);
+    }
+    static constexpr bool narrow = sizeof(typename S::Memory) < sizeof(float);
+  };
+
   LogSumExpGradient(const PairsProblem& p, const LogSumExpGradients& g, const Segments<Words>& segments,
-                    const ByFeature<S, Words>& y, const BySample<S, Words>& x_samples,
-                    const BySample<S, Words>& y_samples)
+                    const std::optional<ByFeature<S, Words>>& y)
       : p_(p),
         g_(g),
         segments_(segments),
         y_(y),
-        x_samples_(x_samples),
-        y_samples_(y_samples),
         grid_(p.x.rows, p.y.rows, Words::step * MR, Words::step * NR),
         factors_(p),
-        dx_(p.x.rows * p.x.cols),
-        dy_(p.y.rows * p.x.cols),
+        dx_(p.x.rows * p.x.cols, g.x),
+        dy_(p.y.rows * p.x.cols, g.y),
         row_sums_(p.prefix_count * p.x.rows),
         column_sums_(p.prefix_count * p.y.rows) {}
 
   const PairsProblem& p_;
   const LogSumExpGradients& g_;
   const Segments<Words>& segments_;
-  const ByFeature<S, Words>& y_;
-  const BySample<S, Words>&x_samples_, &y_samples_;
+  const std::optional<ByFeature<S, Words>>& y_;  // of what is computed again
   const Grid grid_;
   const Factors<S> factors_;
-  const Array<float> dx_, dy_;                  // [n, d], [m, d]
+  const Sums dx_, dy_;                          // [n, d], [m, d]
   const Array<double> row_sums_, column_sums_;  // [P, n], [P, m] of dS s
 };
 

@@ -1,7 +1,8 @@
-// The operands of the log-sum-exp's products, packed once. Included by level units only.
+// The operands of the log-sum-exp's products, packed. Included by level units only.
 //
 // Features are cut into segments where a prefix ends. A matrix of rows is packed along its features (`ByFeature`, for
-// x y^T) or along its rows (`BySample`, for the gradients), in panels as gemm.h's and dots.h's B has them.
+// x y^T) or, a tile at a time, along its rows (`pack_samples`, for the gradients), in panels as gemm.h's and dots.h's B
+// has them.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -128,42 +129,24 @@ class ByFeature {
   const Array<Word> memory_;
 };
 
-// Panels of NR features, along the rows: [panels][rows in words][NR].
+// One panel of up to NR features of a row, along the rows: out [rows in words][NR], zero behind what exists.
 template <class S, class Words>
-class BySample {
- public:
-  using Word = typename Words::Word;
-  static constexpr int NR = Words::NR;
-
-  BySample(const View& x, const Segments<Words>& segments, int threads)
-      : rows_(ceil_div(x.rows, Words::step)), memory_(segments.panels * NR * rows_, kUnset) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < rows_; r++)
-      for (const Segment& s : segments.list)
-        for (int64_t panel = 0; panel < s.panels; panel++) {
-          const int64_t from = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - from);
-          Word* const out = memory_.data() + ((s.panel + panel) * rows_ + r) * NR;
-          if constexpr (Words::step == 1) {
-            constexpr int W = Lanes<float>::W;
-            const auto* const row = ByFeature<S, Words>::row_of(x, r) + from;
-            for (int64_t c = 0; c < NR; c += W) store<float>(out + c, load_some<S>(row + c, count - c));
-          } else {
-            uint16_t both[2 * NR] = {};
-            for (int64_t half = 0; half < smaller<int64_t>(2, x.rows - 2 * r); half++) {
-              const auto* const row = ByFeature<S, Words>::row_of(x, 2 * r + half) + from;
-              for (int64_t c = 0; c < count; c++) both[2 * c + half] = row[c];
-            }
-            std::memcpy(out, both, sizeof both);
-          }
-        }
+__attribute__((noinline)) void pack_samples(const View& x, int64_t r0, int64_t rows, int64_t first, int64_t count,
+                                            typename Words::Word* out) {
+  const auto row = [&](int64_t r) { return ByFeature<S, Words>::row_of(x, r0 + r) + first; };
+  for (int64_t r = 0; r < rows; r += Words::step, out += Words::NR) {
+    if constexpr (Words::step == 1) {
+      constexpr int W = Lanes<float>::W;
+      for (int64_t c = 0; c < Words::NR; c += W)
+        store<float>(out + c, count > c ? load_some<S>(row(r) + c, count - c) : Vec<float>{});
+    } else {
+      uint16_t both[2][Words::NR] = {};
+      for (int64_t half = 0; half < smaller<int64_t>(2, rows - r); half++)
+        std::memcpy(both[half], row(r + half), static_cast<size_t>(count) * sizeof *both[half]);
+      for (int64_t c = 0; c < Words::NR; c++) out[c] = static_cast<int32_t>(both[0][c] | uint32_t(both[1][c]) << 16);
+    }
   }
-  // Row r is a multiple of step.
-  const Word* at(int64_t panel, int64_t r) const { return memory_.data() + (panel * rows_ + r / Words::step) * NR; }
-
- private:
-  const int64_t rows_;
-  const Array<Word> memory_;
-};
+}
 
 // A block of rows for the A side, along the features: [blocks][rows][kPanelStride].
 template <class S, class Words>
