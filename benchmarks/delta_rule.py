@@ -141,8 +141,8 @@ def _decoding(H: int, K: int) -> Workload:
     out = torch.empty_like(start)
     ours = pyrepr.fused_recurrent_gated_delta_rule
     functions = {
-        "pyrepr": lambda: ours(*inputs, initial_state=start, output_final_state=True),
-        "pyrepr, out_state": lambda: ours(*inputs, initial_state=start, out_state=out),
+        "pyrepr": lambda: ours(q, k, v, g, beta=beta, initial_state=start, output_final_state=True),
+        "pyrepr, out_state": lambda: ours(q, k, v, g, beta=beta, initial_state=start, out_state=out),
     }
     fallback = _transformers("qwen3_next", "torch_recurrent_gated_delta_rule")
     if fallback:

@@ -40,8 +40,8 @@ def inputs(rule, T, *, B=1, H=2, HV=4, K=24, V=20, N=None, dtype=torch.float32, 
 
 
 def call(function, x, **options):
-    arguments = [x[name] for name in ("q", "k", "v", "g", "beta") if x[name] is not None]
-    return function(*arguments, initial_state=x["initial_state"], output_final_state=True, **options)
+    arguments = {name: x[name] for name in ("q", "k", "v", "g", "beta") if x[name] is not None}
+    return function(**arguments, initial_state=x["initial_state"], output_final_state=True, **options)
 
 
 def double(x):
@@ -72,8 +72,7 @@ def gradients(function, x, weights, **options):
     return dict(zip(names, grads, strict=True))
 
 
-def reference_function(q, k, v, *rest, **options):
-    g, beta = rest if len(rest) == 2 else (None, rest[0])
+def reference_function(q, k, v, beta, g=None, **options):
     options.pop("output_final_state")
     l2norm = options.pop("use_qk_l2norm_in_kernel", False)
     return reference.delta_rule(q, k, v, g, beta, options.pop("scale", None), use_qk_l2norm=l2norm, **options)

@@ -102,7 +102,7 @@ def rule(tokens=3, layout=lambda state: state, dtype=torch.float32, apart=False,
         initial = state.clone() if apart else state
         more = {"cu_seqlens": options["cu"]} if "cu" in options else {}
         return lambda: pyrepr.fused_recurrent_gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial, out_state=state, **more
+            q, k, v, g, beta=beta, initial_state=initial, out_state=state, **more
         ), lambda: state
 
     return make

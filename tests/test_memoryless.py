@@ -25,7 +25,7 @@ def rule(tokens):
 
 
 def step(q, k, v, g, beta, state):
-    return pyrepr.fused_recurrent_gated_delta_rule(q, k, v, g, beta, initial_state=state, out_state=state)[0]
+    return pyrepr.fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=state, out_state=state)[0]
 
 
 CALLS = {

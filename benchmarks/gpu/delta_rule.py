@@ -170,17 +170,20 @@ def decode(rule: str, B: int, H: int, HV: int, D: int, tokens: int = 1) -> Calla
         theirs = _peer(rule, "fused_recurrent") if H == HV else None
         q, k, v, *rest = (x.double() for x in inputs)
         g, beta = rest if len(rest) == 2 else (None, rest[0])
+        named = dict(
+            zip(("q", "k", "v", "g", "beta") if len(rest) == 2 else ("q", "k", "v", "beta"), inputs, strict=True)
+        )
 
         def run() -> list[Tensor]:
             with torch.no_grad():
-                return list(ours(*inputs, initial_state=state, output_final_state=True, out_state=out))
+                return list(ours(**named, initial_state=state, output_final_state=True, out_state=out))
 
         def truth() -> list[Tensor]:
             return list(reference.delta_rule(q, k, v, g, beta, None, state.double()))
 
         def peer() -> list[Tensor]:
             with torch.no_grad():
-                return list(theirs(*inputs, initial_state=state, output_final_state=True))  # type: ignore[misc]
+                return list(theirs(**named, initial_state=state, output_final_state=True))  # type: ignore[misc]
 
         read = 8.0 * B * HV * D * D + inputs[0].element_size() * B * tokens * D * (2 * H + 2 * HV)
         peers = {"flash-linear-attention": peer} if theirs else {}

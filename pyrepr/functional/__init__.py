@@ -11,6 +11,7 @@ from pyrepr.functional.delta_rule import (
     fused_recurrent_kda,
 )
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
+from pyrepr.functional.norm import rms_norm_gated
 from pyrepr.functional.pairs import info_nce, pairwise_logsumexp, pairwise_topk
 from pyrepr.functional.rows import householder, orthogonal_residual, paired_cosine
 
@@ -36,6 +37,7 @@ __all__ = [
     "paired_cosine",
     "pairwise_logsumexp",
     "pairwise_topk",
+    "rms_norm_gated",
     "segment_sum",
     "soft_lookup",
     "unpool_tokens",

@@ -2,27 +2,18 @@
 
     S ← e^{g_t}·S;   S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ;   o_t = scale · Sᵀ q_t
 
-Names, arguments and layouts are those of flash-linear-attention, so that models written for it run unchanged. The
-``chunk_`` and the ``fused_recurrent_`` functions compute the same thing: the kernels take the form that suits the
-length.
+Names, order and meaning of arguments are those of flash-linear-attention 0.6, so that models and layers written for it
+run unchanged; what is not there, and what some of its functions lack, is keyword-only. The ``chunk_`` and the
+``fused_recurrent_`` functions compute the same thing: the kernels take the form that suits the length.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from pyrepr._checks import (
-    check_cu_seqlens,
-    check_device,
-    check_shape,
-    check_tensor,
-    check_written,
-    name_of,
-    shape_of,
-)
-from pyrepr.ops.delta_rule import delta_rule, step, update_op_
-from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.functional._delta_rule_extras import call, check_alone, extras, or_ones
 from pyrepr.reference.delta_rule import Gate
 
 __all__ = [
@@ -35,106 +26,22 @@ __all__ = [
 ]
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens, gate: Gate) -> tuple[int, int, int, int]:
-    """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g if gate != Gate.NONE else beta)):
-        check_tensor(name, x)
-        check_device(name, x, "q", q)
-    shape = q.shape
-    if len(shape) != 4:
-        raise ValueError(f"q must have shape [B, T, H, K], got {shape_of(q)}")
-    batch, total, heads, width = shape
-    if width == 0:
-        raise ValueError("q must have K of at least 1, got 0")
-    check_shape("k", k, "[B, T, H, K]", shape)
-    values = v.shape
-    if len(values) != 4 or values[:2] != shape[:2]:
-        raise ValueError(f"v must have shape [B, T, HV, V] with B = {batch} and T = {total} of q, got {shape_of(v)}")
-    value_heads, value_width = values[2:]
-    if value_width == 0:
-        raise ValueError("v must have V of at least 1, got 0")
-    if heads == 0 or value_heads % heads:
-        raise ValueError(
-            f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
-        )
-    check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
-    if gate == Gate.PER_HEAD:
-        check_shape("g", g, "[B, T, HV]", (batch, total, value_heads))
-    elif gate == Gate.PER_KEY:
-        check_shape("g", g, "[B, T, HV, K]", (batch, total, value_heads, width))
-    sequences = batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "q", q)
-    state = (sequences, value_heads, width, value_width)
-    if initial_state is not None:
-        _check_state("initial_state", initial_state, v, state)
-    return state
-
-
-def _check_state(name: str, state: object, v: Tensor, shape: tuple[int, ...]) -> None:
-    state = check_tensor(name, state)
-    check_device(name, state, "v", v)
-    check_shape(name, state, "[N, HV, K, V]", shape)
-    wanted = compute_dtype(v.dtype)
-    if state.dtype != wanted:
-        raise TypeError(f"{name} must be {name_of(wanted)} for v of {name_of(v.dtype)}, got {name_of(state.dtype)}")
-
-
-def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of one dtype: v's under autocast, else they must agree already."""
-    if q.dtype == v.dtype == k.dtype:
-        return q, k, v
-    if torch.is_autocast_enabled(v.device.type):
-        return q.to(v.dtype), k.to(v.dtype), v
-    name, x = ("q", q) if q.dtype != v.dtype else ("k", k)
-    raise TypeError(f"{name} must have the dtype of v, {name_of(v.dtype)}, got {name_of(x.dtype)}")
-
-
-def _run(
-    q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, gate, out_state=None
-) -> tuple[Tensor, Tensor | None]:
-    l2norm = bool(use_qk_l2norm)
-    given = (q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate)
-    if out_state is not None:
-        if cu_seqlens is not None:
-            return _update(*given, cu_seqlens)
-        # In one line: nothing may go wrong between the state's move and the return.
-        return done if (done := step(*given)) is not None else _update(*given)
-    done = None if cu_seqlens is not None else step(*given)
-    if done is None:
-        q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
-        done = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, shape)
-    return done if output_final_state else (done[0], None)
-
-
-def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
-    """q, k and v of one dtype, the scale as a number and the shape of the state, all of it checked."""
-    shape = _check(q, k, v, g, beta, initial_state, cu_seqlens, gate)
-    q, k, v = _one_dtype(q, k, v)
-    if scale is not None and not hasattr(scale, "__float__"):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    return q, k, v, shape[2] ** -0.5 if scale is None else float(scale), shape
-
-
-def _update(q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
-    _check_state("out_state", out_state, v, shape)
-    check_written("out_state", out_state)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, out_state)
-    ):
-        raise RuntimeError("out_state is written in place and cannot be differentiated; use it under torch.no_grad()")
-    return update_op_(out_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm), out_state
-
-
 def chunk_delta_rule(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]
     v: Tensor,  # [B, T, HV, V]
-    beta: Tensor,  # [B, T, HV]
+    beta: Tensor,  # [B, T, HV] or [B, T, HV, V]
     scale: float | None = None,
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,  # [N + 1]
+    cu_seqlens_cpu: Tensor | None = None,  # [N + 1]
+    *,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
     """The plain delta rule.
 
@@ -144,12 +51,19 @@ def chunk_delta_rule(
         q, k: [B, T, H, K]; float32, bfloat16 or float16 on the kernels, float64 in the reference; any strides.
         v: [B, T, HV, V] of the same dtype. HV is a multiple of H; value head i uses query and key head i // (HV // H).
         beta: [B, T, HV], the step size; 0 to 2 is meant (above 1 the state can flip sign along a key), any is computed.
+            Or [B, T, HV, V], one per value channel: every channel then is a head of its own, which takes V times the
+            work of the keys.
         scale: factor on q. Default K^−½, as in softmax attention.
         initial_state: [N, HV, K, V] in float32 (float64 for float64 inputs), N the sequences. Default zero.
         output_final_state: return the state after the last token as well; default no.
         use_qk_l2norm_in_kernel: q and k are divided by √(Σ x² + 1e-6) first; default no.
         cu_seqlens: [N + 1] int32 or int64; with B = 1, sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], which
             may be none. Default: every row of the batch is a sequence.
+        cu_seqlens_cpu: the same numbers on the CPU, which saves waiting for a GPU; default none.
+        use_beta_sigmoid_in_kernel: the step size is sigmoid(beta), in float32; default no. With allow_neg_eigval twice
+            that (Grazzi et al. 2025); default no.
+        state_v_first: states are [N, HV, V, K], the final one a view of [N, HV, K, V]; default no.
+        chunk_size: 16, 32 or 64; default ``None``. Checked, and then the kernels' own: results do not depend on it.
 
     Returns:
         o: [B, T, HV, V] in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
@@ -175,30 +89,54 @@ def chunk_delta_rule(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
-    return _run(
-        q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.NONE
+    more = extras(
+        beta,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
     )
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, None, beta, scale, initial_state, final, normalize, cu_seqlens, Gate.NONE)
 
 
 def chunk_gated_delta_rule(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]
     v: Tensor,  # [B, T, HV, V]
-    g: Tensor,  # [B, T, HV]
-    beta: Tensor,  # [B, T, HV]
+    g: Tensor | None,  # [B, T, HV]
+    beta: Tensor,  # [B, T, HV] or [B, T, HV, V]
     scale: float | None = None,
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,  # [N + 1]
+    cu_seqlens_cpu: Tensor | None = None,  # [N + 1]
+    chunk_indices: Tensor | None = None,
+    cp_context: None = None,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,  # [HV]
+    dt_bias: Tensor | None = None,  # [HV]
+    gk: Tensor | None = None,  # [B, T, HV, K]
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
     """The gated delta rule (Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule").
 
     Args:
         g: [B, T, HV], natural logarithm of the decay of the state before each token. Meant to be ≤ 0; growth (g > 0) is
             computed too, and overflows where e^g does. Any floating dtype.
+        use_gate_in_kernel: g is what comes before: the decay is −exp(A_log) · softplus(g + dt_bias), in float32
+            (float64 for float64 inputs); default no. A_log: [HV], needed then. dt_bias: [HV], default zero.
+        gk: [B, T, HV, K], in the place of g, which is ``None`` then: a decay per key channel, as in :func:`chunk_kda`.
+        chunk_indices: accepted, and not needed. cp_context: must be ``None``: sequences are not split over processes.
 
-    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g, gk,
+    A_log and dt_bias.
 
     Example:
         >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
@@ -207,9 +145,21 @@ def chunk_gated_delta_rule(
         >>> o.shape
         torch.Size([1, 100, 2, 16])
     """
-    return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_HEAD
+    check_alone(cp_context)
+    more = extras(
+        beta,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        gk=gk,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
     )
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, g, beta, scale, initial_state, final, normalize, cu_seqlens, Gate.PER_HEAD)
 
 
 def chunk_kda(
@@ -217,19 +167,44 @@ def chunk_kda(
     k: Tensor,  # [B, T, H, K]
     v: Tensor,  # [B, T, HV, V]
     g: Tensor,  # [B, T, HV, K]
-    beta: Tensor,  # [B, T, HV]
+    beta: Tensor,  # [B, T, HV] or [B, T, HV, V]
     scale: float | None = None,
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,  # [N + 1]
+    cu_seqlens_cpu: Tensor | None = None,  # [N + 1]
+    cp_context: None = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    *,
+    A_log: Tensor | None = None,  # [HV]
+    dt_bias: Tensor | None = None,  # [HV · K]
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
     """Kimi Delta Attention (Kimi Team 2025, "Kimi Linear"): every key channel has its own decay.
 
     Args:
         g: [B, T, HV, K], natural logarithm of the decay of every row of the state before each token.
+        use_gate_in_kernel: as in :func:`chunk_gated_delta_rule`, with dt_bias [HV · K] (or [HV, K]); default no.
+        lower_bound: negative; the gate is lower_bound · sigmoid(exp(A_log) · (g + dt_bias)) instead, and A_log may be
+            ``None``, for 0. Default none.
+        safe_gate: says that decays are bounded: with use_gate_in_kernel lower_bound must be from −5 to below 0. The
+            kernels need no such promise; default no.
+        disable_recompute, use_graph, max_num_seqs: accepted; they change how another implementation computes the same.
+        return_intermediate_states: must be False: ``output_states`` of :func:`fused_recurrent_kda` returns states.
+        cp_context: as in :func:`chunk_gated_delta_rule`.
 
-    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g.
+    Everything else, and what is returned and raised, is as in :func:`chunk_delta_rule`; also differentiable in g, A_log
+    and dt_bias.
 
     Example:
         >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
@@ -238,29 +213,59 @@ def chunk_kda(
         >>> o.shape
         torch.Size([1, 100, 2, 16])
     """
-    return _run(
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, Gate.PER_KEY
+    check_alone(cp_context, return_intermediate_states)
+    more = extras(
+        beta,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        safe_gate=safe_gate,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
     )
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, g, beta, scale, initial_state, final, normalize, cu_seqlens, Gate.PER_KEY)
 
 
 def fused_recurrent_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
     out_state: Tensor | None = None,  # [N, HV, K, V]
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`chunk_delta_rule` for decoding.
+    state_indices: Tensor | None = None,  # [N]
+    output_states: str | int | None = None,
+) -> Any:  # [B, T, HV, V], [N, HV, K, V], and with output_states these
+    """:func:`chunk_delta_rule` for decoding, and for states as serving needs them.
 
     Args:
+        beta: default 1.
         out_state: [N, HV, K, V], dtype of the state. If given, the final state is written there and returned; it may be
             ``initial_state`` itself, which is then updated in place. Not differentiable.
+        state_indices: [N] int32 or int64. If given, initial_state is a pool [P, HV, K, V]: sequence i starts from row
+            state_indices[i], a different one for each i, and its final state is written there (or, if out_state is
+            given, into that row of it, of the same shape); the pool is returned. With −1 a sequence is skipped: its
+            outputs are 0 and nothing is written. Rows are written last, all at once. Not differentiable.
+        output_states: a number n of tokens, or ``"every token"``. If given, a third result are the states after each of
+            the last n tokens, [N, n, HV, K, V], the newest last, where a sequence has fewer its initial state; or those
+            after every token, [B, T, HV, K, V]. To go back by r tokens is to take ``states[:, -1 - r]``. These tokens
+            are computed one by one, with bits that depend on no later token. All states together may take 2 GiB.
+            Default none.
 
     Example:
         >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
@@ -269,37 +274,53 @@ def fused_recurrent_delta_rule(
         ...     q, k, v, beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
         ... )
     """
-    return _run(
-        q,
-        k,
-        v,
-        None,
+    beta = or_ones(beta, v)
+    more = extras(
         beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens,
-        Gate.NONE,
-        out_state,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
+        state_indices=state_indices,
+        output_states=output_states,
     )
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, None, beta, scale, initial_state, final, normalize, cu_seqlens, Gate.NONE, out_state)
 
 
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
     out_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`chunk_gated_delta_rule` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`.
+    state_indices: Tensor | None = None,
+    output_states: str | int | None = None,
+) -> Any:
+    """:func:`chunk_gated_delta_rule` for decoding; what is new here is as in :func:`fused_recurrent_delta_rule`.
+
+    Args:
+        g: default no decay. gk: as there; not together with g.
+        gv: [B, T, HV, V], a decay per value channel, on top of g or gk; computed as a beta per value channel is.
+            Default none.
 
     Example:
         >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
@@ -308,20 +329,25 @@ def fused_recurrent_gated_delta_rule(
         ...     q, k, v, g=-torch.rand(1, 1, 2), beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
         ... )
     """
-    return _run(
-        q,
-        k,
-        v,
-        g,
+    beta = or_ones(beta, v)
+    more = extras(
         beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens,
-        Gate.PER_HEAD,
-        out_state,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        gk=gk,
+        gv=gv,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
+        state_indices=state_indices,
+        output_states=output_states,
     )
+    gate = Gate.NONE if g is None else Gate.PER_HEAD
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, g, beta, scale, initial_state, final, normalize, cu_seqlens, gate, out_state)
 
 
 def fused_recurrent_kda(
@@ -329,16 +355,28 @@ def fused_recurrent_kda(
     k: Tensor,
     v: Tensor,
     g: Tensor,
-    beta: Tensor,
+    beta: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
+    safe_gate: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
     out_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`chunk_kda` for decoding; ``out_state`` as in :func:`fused_recurrent_delta_rule`.
+    state_indices: Tensor | None = None,
+    output_states: str | int | None = None,
+) -> Any:
+    """:func:`chunk_kda` for decoding; what is new here is as in :func:`fused_recurrent_delta_rule`.
 
     Example:
         >>> q, k, v = (torch.randn(1, 1, 2, 16) for _ in range(3))
@@ -346,17 +384,21 @@ def fused_recurrent_kda(
         >>> o.shape
         torch.Size([1, 1, 2, 16])
     """
-    return _run(
-        q,
-        k,
-        v,
-        g,
+    beta = or_ones(beta, v)
+    more = extras(
         beta,
-        scale,
-        initial_state,
-        output_final_state,
-        use_qk_l2norm_in_kernel,
-        cu_seqlens,
-        Gate.PER_KEY,
-        out_state,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        safe_gate=safe_gate,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        chunk_size=chunk_size,
+        state_indices=state_indices,
+        output_states=output_states,
     )
+    normalize, final = use_qk_l2norm_in_kernel, output_final_state
+    return call(more, q, k, v, g, beta, scale, initial_state, final, normalize, cu_seqlens, Gate.PER_KEY, out_state)

@@ -123,7 +123,7 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
             if gate and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
                 options["out_state"] = options["initial_state"]
         options["cu_seqlens"] = _lengths(kwargs, query.shape[0])
-        o, state = function(query.to(value.dtype), key.to(value.dtype), value, g, beta, **options)
+        o, state = function(query.to(value.dtype), key.to(value.dtype), value, g=g, beta=beta, **options)
         return o.to(query.dtype), state
 
     return run

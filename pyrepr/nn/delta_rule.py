@@ -17,115 +17,11 @@ from torch.nn import functional
 from pyrepr._checks import check_is_tensor, check_tensor, name_of, shown
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.nn._sizes import check_sizes
+from pyrepr.nn.delta_cache import DeltaCache
+from pyrepr.nn.norm import FusedRMSNormGated
 
 _MODES = ("chunk", "fused_recurrent")
-FREE_STATES = 4  # sizes of layers of which a cache keeps free memory
-
-
-class DeltaCache:
-    """What the layers of a model keep between calls, by the number of the layer (``layer_idx``).
-
-    ``cache[layer_idx]`` is a dict with ``recurrent_state`` [B, HV, K, V] in float32 and ``conv_state``, a tuple of
-    [B, D, W − 1] for q, k and v, or ``None``. Memory does not grow with the text. While decoding without gradients a
-    layer writes to a set of tensors that is free, and when its output is done hands it over for its own, which the next
-    layer of these sizes writes to. So a call that fails or is interrupted leaves the cache of its layer as it was, for
-    the memory of one layer more; and what a layer held before must be copied by who wants to keep it.
-
-    Example:
-        >>> layer = pyrepr.nn.GatedDeltaNet(hidden_size=32, head_dim=8, num_heads=2, layer_idx=0)
-        >>> cache = pyrepr.nn.DeltaCache()
-        >>> with torch.no_grad():
-        ...     for token in torch.randn(1, 5, 32).split(1, 1):
-        ...         o, *_ = layer(token, past_key_values=cache, use_cache=True)
-        >>> cache.get_seq_length()
-        5
-    """
-
-    def __init__(self) -> None:
-        # What layers left with how many tokens they have seen, and states whose memory is free, no two of one size. In
-        # one place, since an interrupt between two assignments would have a state that is in use among the free ones.
-        self._held: tuple[dict[int, tuple[dict[str, Any], int]], tuple[dict[str, Any], ...]] = ({}, ())
-
-    @property
-    def _layers(self) -> dict[int, tuple[dict[str, Any], int]]:
-        return self._held[0]
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, layer_idx: int) -> dict[str, Any]:
-        return self._layers[layer_idx][0]
-
-    @property
-    def states(self) -> dict[int, dict[str, Any]]:
-        """What all layers left, by their number."""
-        return {layer_idx: state for layer_idx, (state, _) in self._layers.items()}
-
-    def get(self, layer_idx: int) -> dict[str, Any] | None:
-        """What a layer left, or ``None``."""
-        return self[layer_idx] if layer_idx in self._layers else None
-
-    def spare(self, layer_idx: int) -> list[Tensor]:
-        """A recurrent state and convolutions' states to write and hand to :meth:`update`; they hold nothing yet."""
-        wanted = _tensors(self[layer_idx])
-        for free in self._held[1]:
-            if _fits(wanted, _tensors(free)):
-                return list(_tensors(free))
-        return [torch.empty_like(x) for x in wanted]
-
-    def update(
-        self, layer_idx: int, recurrent_state: Tensor, conv_state: tuple[Tensor, ...] | None, offset: int
-    ) -> None:
-        """The states of a layer after `offset` more tokens."""
-        state = {"recurrent_state": recurrent_state, "conv_state": conv_state}
-        layers, free = self._held
-        old, new = self.get(layer_idx), _tensors(state)
-        if old is not None and any(x is y for x, y in zip(_tensors(old), new, strict=False)):
-            old = None  # what was written in place is not free
-        kept = tuple(each for each in free if not _fits(_tensors(old or state), _tensors(each)))
-        left = {**layers, layer_idx: (state, self.get_seq_length(layer_idx) + offset)}
-        self._held = (left, kept if old is None else (old, *kept[: FREE_STATES - 1]))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens a layer has seen, padding included."""
-        return self._layers[layer_idx][1] if layer_idx in self._layers else 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch picked anew, as beam search does. beam_idx: [B] int64."""
-        picked = {}
-        for layer_idx, (state, seen) in self._layers.items():
-            conv_state = state["conv_state"]
-            if conv_state is not None:
-                conv_state = tuple(x.index_select(0, beam_idx) for x in conv_state)
-            recurrent_state = state["recurrent_state"].index_select(0, beam_idx)
-            picked[layer_idx] = ({"recurrent_state": recurrent_state, "conv_state": conv_state}, seen)
-        self._held = (picked, ())
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self._held = ({}, ())
-
-
-def _tensors(state: dict[str, Any] | None) -> tuple[Tensor, ...]:
-    return () if state is None else (state["recurrent_state"], *(state["conv_state"] or ()))
-
-
-def _fits(wanted: tuple[Tensor, ...], free: tuple[Tensor, ...]) -> bool:
-    """Whether the free tensors may be overwritten with what follows those wanted."""
-    return len(wanted) == len(free) and all(
-        (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
-        and not y.requires_grad
-        and (torch.is_inference_mode_enabled() or not y.is_inference())
-        for x, y in zip(wanted, free, strict=True)
-    )
-
-
-def _sizes(**sizes: object) -> None:
-    """Checks the sizes that a layer is made with: positive integers, or ``None`` for a default."""
-    for name, size in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be a positive integer, got {shown(size)}")
 
 
 class ShortConvolution(nn.Conv1d):
@@ -141,7 +37,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, hidden_size: int, kernel_size: int, bias: bool = False, activation: str | None = "silu") -> None:
-        _sizes(hidden_size=hidden_size, kernel_size=kernel_size)
+        check_sizes(hidden_size=hidden_size, kernel_size=kernel_size)
         super().__init__(hidden_size, hidden_size, kernel_size, padding=kernel_size - 1, groups=hidden_size, bias=bias)
         self.activation = activation
 
@@ -170,27 +66,6 @@ class ShortConvolution(nn.Conv1d):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{self.in_channels}, kernel_size={self.kernel_size[0]}, bias={bias}, activation={self.activation!r}"
-
-
-class _Norm(nn.Module):
-    """x / √(mean x² + eps) · weight over the last axis, then with a gate times its activation; at least in float32."""
-
-    def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.activation = eps, activation
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:  # [..., V], [..., V] -> [..., V]
-        dtype = compute_dtype(x.dtype)
-        wide = functional.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps)
-        if gate is not None:
-            gate = gate.to(dtype)
-            wide = wide * (torch.sigmoid(gate) if self.activation == "sigmoid" else functional.silu(gate))
-        return wide.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        gate = "" if self.activation is None else f", activation={self.activation!r}"
-        return f"{self.weight.shape[0]}, eps={self.eps}{gate}"
 
 
 def _whole(name: str, size: int, expand: object) -> int:
@@ -223,7 +98,7 @@ class _DeltaLayer(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
-    o_norm: _Norm
+    o_norm: FusedRMSNormGated
     g_proj: nn.Module
 
     def _set_sizes(self, hidden_size: int, heads: int, v_heads: int, width: int, v_width: int, mode: str) -> None:
@@ -254,14 +129,15 @@ class _DeltaLayer(nn.Module):
         """q, k: [B, T, H, K] after convolution or projection."""
         return q, k
 
-    def _step_sizes(self, x: Tensor) -> Tensor:  # [B, T, hidden] -> [B, T, HV]
+    def _attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rule with its gates and step sizes made of x: [B, T, hidden]."""
         raise NotImplementedError
 
-    def _attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The rule with its gates made of x: [B, T, hidden]."""
-        raise NotImplementedError
+    def _sigmoid(self) -> dict[str, Any]:
+        """How the rule makes step sizes of what a projection gives."""
+        return {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": self.allow_neg_eigval}
 
     def _gate(self, x: Tensor) -> Tensor | None:
         """The output gate, [B, T, HV, V]."""
@@ -336,7 +212,7 @@ class _DeltaLayer(nn.Module):
                 before = tuple(new.copy_(old) for new, old in zip(spare, before, strict=True))
         q, k, v, conv_states = self._q_k_v(x, before, keep, cu_seqlens)
         q, k = self._activate(q, k)
-        o, state = self._attend(x, q, k, v, self._step_sizes(x), options)
+        o, state = self._attend(x, q, k, v, options)
         o = self.o_proj(self.o_norm(o, self._gate(x)).flatten(-2))
         if places is not None:
             o = o.new_zeros(batch * total, o.shape[2]).index_copy(0, places, o[0]).unflatten(0, (batch, total))
@@ -427,7 +303,7 @@ class DeltaNet(_DeltaLayer):
     ) -> None:
         super().__init__()
         hidden_size = hidden_size if d_model is None else d_model
-        _sizes(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, conv_size=conv_size)
         if qk_activation not in ("silu", "relu", "elu", "identity"):
             raise ValueError(f"qk_activation must be silu, relu, elu or identity, got {shown(qk_activation)}")
         if qk_norm not in ("l2", "sum"):
@@ -449,7 +325,7 @@ class DeltaNet(_DeltaLayer):
             self._make_convolutions(conv_size, conv_bias, "silu" if qk_activation == "silu" else None)
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
-        self.o_norm = _Norm(self.head_v_dim, norm_eps, "swish" if use_gate else None)
+        self.o_norm = FusedRMSNormGated(self.head_v_dim, eps=norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
     def _without_convolution(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -466,13 +342,13 @@ class DeltaNet(_DeltaLayer):
             q, k = (functional.normalize(y, p=1, dim=-1, eps=1e-6) for y in (q, k))
         return q, k
 
-    def _step_sizes(self, x: Tensor) -> Tensor:
-        beta = self.b_proj(x).sigmoid() if self.use_beta else x.new_ones(*x.shape[:2], self.num_heads)
-        return beta * 2 if self.allow_neg_eigval else beta
-
-    def _attend(self, x, q, k, v, beta, options):
+    def _attend(self, x, q, k, v, options):
         rule = rules.fused_recurrent_delta_rule if "out_state" in options else rules.chunk_delta_rule
-        return rule(q, k, v, beta, use_qk_l2norm_in_kernel=self.qk_norm == "l2", **options)
+        options["use_qk_l2norm_in_kernel"] = self.qk_norm == "l2"
+        if not self.use_beta:
+            beta = x.new_full((*x.shape[:2], self.num_heads), 2 if self.allow_neg_eigval else 1)
+            return rule(q, k, v, beta=beta, **options)
+        return rule(q, k, v, beta=self.b_proj(x), **self._sigmoid(), **options)
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return super()._gate(x) if self.use_gate else None
@@ -521,8 +397,8 @@ class GatedDeltaNet(_DeltaLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
-        _sizes(conv_size=conv_size)
+        check_sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        check_sizes(conv_size=conv_size)
         if output_gate_activation not in ("swish", "silu", "sigmoid"):
             raise ValueError(
                 f"output_gate_activation must be swish, silu or sigmoid, got {shown(output_gate_activation)}"
@@ -540,18 +416,14 @@ class GatedDeltaNet(_DeltaLayer):
             self._make_convolutions(conv_size, conv_bias)
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
-        self.o_norm = _Norm(self.head_v_dim, norm_eps, output_gate_activation if use_gate else None)
+        self.o_norm = FusedRMSNormGated(self.head_v_dim, eps=norm_eps, activation=output_gate_activation)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
-    def _step_sizes(self, x: Tensor) -> Tensor:
-        beta = self.b_proj(x).sigmoid()
-        return beta * 2 if self.allow_neg_eigval else beta
-
-    def _attend(self, x, q, k, v, beta, options):
-        dtype = compute_dtype(x.dtype)
-        g = -self.A_log.to(dtype).exp() * functional.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
+    def _attend(self, x, q, k, v, options):
         rule = rules.fused_recurrent_gated_delta_rule if "out_state" in options else rules.chunk_gated_delta_rule
-        return rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, **options)
+        options |= {"use_gate_in_kernel": True, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        options |= self._sigmoid() | {"use_qk_l2norm_in_kernel": True}
+        return rule(q, k, v, g=self.a_proj(x), beta=self.b_proj(x), **options)
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return super()._gate(x) if self.use_gate else None
@@ -600,8 +472,8 @@ class KimiDeltaAttention(_DeltaLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
-        _sizes(conv_size=conv_size)
+        check_sizes(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, num_v_heads=num_v_heads)
+        check_sizes(conv_size=conv_size)
         if lower_bound is not None and lower_bound >= 0:
             raise ValueError(f"lower_bound must be negative, got {lower_bound}")
         if safe_gate and lower_bound is None:
@@ -624,21 +496,12 @@ class KimiDeltaAttention(_DeltaLayer):
         self.g_proj = nn.Sequential(
             nn.Linear(hidden_size, value_width, bias=False), nn.Linear(value_width, self.value_dim)
         )
-        self.o_norm = _Norm(value_width, norm_eps, "sigmoid")
+        self.o_norm = FusedRMSNormGated(value_width, eps=norm_eps, activation="sigmoid")
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
-    def _step_sizes(self, x: Tensor) -> Tensor:
-        beta = self.b_proj(x).sigmoid()
-        return beta * 2 if self.allow_neg_eigval else beta
-
-    def _attend(self, x, q, k, v, beta, options):
-        heads = (self.num_v_heads, self.head_k_dim)
-        dtype = compute_dtype(x.dtype)
-        raw = self.f_proj(x).to(dtype).unflatten(-1, heads) + self.dt_bias.to(dtype).view(heads)
-        rate = self.A_log.to(dtype).exp()[:, None]
-        if self.lower_bound is None:
-            g = -rate * functional.softplus(raw)
-        else:
-            g = self.lower_bound * torch.sigmoid(rate * raw)
+    def _attend(self, x, q, k, v, options):
         rule = rules.fused_recurrent_kda if "out_state" in options else rules.chunk_kda
-        return rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, **options)
+        options |= {"use_gate_in_kernel": True, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        options |= self._sigmoid() | {"use_qk_l2norm_in_kernel": True, "lower_bound": self.lower_bound}
+        g = self.f_proj(x).unflatten(-1, (self.num_v_heads, self.head_k_dim))
+        return rule(q, k, v, g=g, beta=self.b_proj(x), **options)

@@ -52,6 +52,32 @@ def sequence_bounds(cu_seqlens: Tensor, total: int) -> list[int]:
     return bounds
 
 
+def decay(
+    g: Tensor,  # [B, T, HV] or [B, T, HV, K], before its activation
+    A_log: Tensor | None,  # HV elements
+    dt_bias: Tensor | None,  # HV or HV · K elements, those of one token of g
+    lower_bound: float | None,
+    dtype: torch.dtype,
+) -> Tensor:  # [B, T, HV] or [B, T, HV, K]
+    """The gates of the layers: −e^A · softplus(g + dt), as in Mamba-2 (Dao and Gu 2024); with a bound b of Kimi Linear
+    b · sigmoid(e^A · (g + dt)), which stays above it."""
+    raw = g.to(dtype)
+    if dt_bias is not None:
+        raw = raw + dt_bias.to(dtype).reshape(raw.shape[2:])
+    rate = None if A_log is None else A_log.to(dtype).exp().reshape(-1, *(1,) * (raw.dim() - 3))
+    if lower_bound is not None:
+        return lower_bound * torch.sigmoid(raw if rate is None else rate * raw)
+    assert rate is not None
+    return -rate * torch.nn.functional.softplus(raw, threshold=40)  # PyTorch's own, 20, is seen in float64
+
+
+def step_sizes(beta: Tensor, twice: bool, dtype: torch.dtype) -> Tensor:
+    """β = sigmoid(beta), `twice` that where states may flip (Grazzi et al. 2025, "Unlocking State-Tracking in Linear
+    RNNs Through Negative Eigenvalues")."""
+    beta = torch.sigmoid(beta.to(dtype))
+    return 2 * beta if twice else beta
+
+
 def _heads(x: Tensor, groups: int, normalize: bool, dtype: torch.dtype) -> Tensor:
     """[B, T, H, K] -> [B, T, HV, K] in `dtype`: value head i takes query and key head i // (HV // H)."""
     x = x.to(dtype)

@@ -140,8 +140,8 @@ def draw(draw: Draw) -> Case:
         if draw.chance(special):
             text = draw.special(text)
         lines.append(f"g = {draw.tensor(text, len(shape), g_dtype)}")
-        arguments.append("g")
-    arguments.append("beta")
+        arguments.append("g=g")
+    arguments.append("beta=beta")
     options: dict[str, Any] = {"l2norm": l2norm, "scale": None, "edges": cuts(draw, total) if packed else None}
     if draw.chance(0.3):
         options["scale"] = draw.choice((1.0, 0.125, 2, -0.5))
