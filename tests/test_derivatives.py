@@ -191,6 +191,84 @@ ROWS |= {
     "delta rule, keys alone": rule_row(RULES[""][0], "", states=False, constant=["q", "v", "beta"]),
 }
 
+
+def gated_inputs(gate, T, *names):
+    """The tensors of a rule with its gate, before the activation where there is an A_log, and more of them."""
+    B, H, K, HV, V = 1, 1, 2, 2, 1
+    shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, HV, V), "g": (B, T, HV, *(K,) * (gate == "kda "))}
+    shapes |= {"beta": (B, T, HV), "A_log": (HV,), "dt_bias": (HV * K if gate == "kda " else HV,)}
+    shapes |= {"initial_state": (B, HV, V, K), "gv": (B, T, HV, V)}
+    found: dict = {name: shapes[name] for name in ("q", "k", "v", "g", "beta", *names)}
+    if "A_log" not in names:  # states that grow lose digits
+        generator = torch.Generator().manual_seed(2)
+        for name in ("g", "gv"):
+            found[name] = -torch.rand(shapes[name], generator=generator, dtype=torch.float64)
+    return found
+
+
+def plain_gated(q, k, v, g, beta, A_log=None, dt_bias=None, initial_state=None, gv=None, bound=None):
+    """Gates and step sizes written out; states [N, HV, V, K]; gv, where V = 1, is one more g."""
+    if A_log is not None:
+        raw = g + dt_bias.view(g.shape[2:])
+        rate = A_log.exp().view(-1, *[1] * (g.dim() - 3))
+        g = -rate * (1 + raw.exp()).log() if bound is None else bound / (1 + (-rate * raw).exp())
+    if gv is not None:
+        g = g + gv[..., 0]
+    beta = 2 / (1 + (-beta).exp()) if A_log is not None else beta
+    state = None if initial_state is None else initial_state.mT
+    o, state = plain_rule.delta_rule(q, k, v, g, beta, 0.7, state, use_qk_l2norm=True)
+    return o, state.mT
+
+
+IN_KERNEL = {"scale": 0.7, "output_final_state": True, "use_qk_l2norm_in_kernel": True, "state_v_first": True}
+ACTIVATED = IN_KERNEL | {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+
+
+def every_token(**given):
+    o, state, every = pyrepr.fused_recurrent_gated_delta_rule(**given, **IN_KERNEL, output_states="every token")
+    return o, state, every
+
+
+def plain_every_token(**given):
+    o, state = plain_gated(**given)
+    parts = [plain_gated(**{n: x[:, :t] for n, x in given.items()})[1] for t in range(1, o.shape[1] + 1)]
+    return o, state, torch.stack(parts, 1)
+
+
+ROWS |= {
+    "gated delta rule, its gate": Row(
+        functools.partial(pyrepr.chunk_gated_delta_rule, **ACTIVATED),
+        plain_gated,
+        **gated_inputs("gated ", 3, "A_log", "dt_bias", "initial_state"),
+    ),
+    "kda, its gate": Row(
+        functools.partial(pyrepr.chunk_kda, **ACTIVATED),
+        plain_gated,
+        ["q", "v"],
+        **gated_inputs("kda ", 2, "A_log", "dt_bias"),
+    ),
+    "kda, its bounded gate": Row(
+        functools.partial(pyrepr.fused_recurrent_kda, **ACTIVATED, lower_bound=-3.0),
+        functools.partial(plain_gated, bound=-3.0),
+        ["q", "v"],
+        **gated_inputs("kda ", 2, "A_log", "dt_bias"),
+    ),
+    "gated delta rule, per value channel": Row(
+        functools.partial(pyrepr.fused_recurrent_gated_delta_rule, **IN_KERNEL),
+        plain_gated,
+        ["v"],
+        **gated_inputs("gated ", 2, "gv", "initial_state"),
+    ),
+    "gated delta rule, every state": Row(every_token, plain_every_token, ["v", "gv"], **gated_inputs("gated ", 3)),
+    "gated norm": Row(
+        lambda x, g, weight: pyrepr.functional.rms_norm_gated(x, g, weight),
+        lambda x, g, weight: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight * g / (1 + (-g).exp()),
+        x=(3, 4),
+        g=(3, 4),
+        weight=(4,),
+    ),
+}
+
 # Convolution
 
 SEQUENCES = torch.tensor([[0, 0, 1], [0, 1, 1]])

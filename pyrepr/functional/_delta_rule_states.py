@@ -149,13 +149,13 @@ def token_by_token(
             order += tokens
             at_tokens.append(new)
         snapshots.append(state)
-    place = torch.tensor(order, dtype=torch.long, device=v.device)
-    o = torch.cat(outputs)[place.argsort()].reshape(v.shape) if outputs else torch.zeros_like(v)
+    place = torch.tensor(order, dtype=torch.long, device=v.device).argsort()
+    o = torch.cat(outputs).index_select(0, place).reshape(v.shape) if outputs else torch.zeros_like(v)
     if count != EVERY_TOKEN:
         return o, state, torch.stack(snapshots, 1)
     if not at_tokens:
         return o, state, state.new_zeros(*v.shape[:2], *state.shape[1:])
-    return o, state, torch.cat(at_tokens)[place.argsort()].unflatten(0, v.shape[:2])
+    return o, state, torch.cat(at_tokens).index_select(0, place).unflatten(0, v.shape[:2])
 
 
 def _at(packed: tuple[Any, ...], tokens: list[int], in_a_row: bool) -> tuple[Any, ...]:

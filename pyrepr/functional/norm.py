@@ -76,5 +76,6 @@ def rms_norm_gated(
         y = y + bias.to(dtype)
     if g is not None:
         gate = g.to(dtype)
-        y = y * (torch.sigmoid(gate) if activation == "sigmoid" else functional.silu(gate))
+        open_ = torch.sigmoid(gate)  # SiLU of PyTorch has no derivative of its backward in forward mode
+        y = y * (open_ if activation == "sigmoid" else gate * open_)
     return (y.to(x.dtype), wide.to(kept)) if prenorm else y.to(x.dtype)

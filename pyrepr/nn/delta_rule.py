@@ -40,6 +40,7 @@ class ShortConvolution(nn.Conv1d):
         check_sizes(hidden_size=hidden_size, kernel_size=kernel_size)
         super().__init__(hidden_size, hidden_size, kernel_size, padding=kernel_size - 1, groups=hidden_size, bias=bias)
         self.activation = activation
+        self.backend = "pyrepr"  # flash-linear-attention's layers ask whether their convolutions have the same
 
     def forward(  # type: ignore[override]
         self,

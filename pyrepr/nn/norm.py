@@ -58,7 +58,7 @@ class FusedRMSNormGated(nn.Module):
     def forward(
         self,
         x: Tensor,  # [..., D]
-        g: Tensor | None,  # [..., D]
+        g: Tensor | None = None,  # [..., D]
         residual: Tensor | None = None,  # [..., D]
         prenorm: bool = False,
         residual_in_fp32: bool = False,
