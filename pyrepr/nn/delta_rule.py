@@ -130,9 +130,7 @@ class _DeltaLayer(nn.Module):
         """q, k: [B, T, H, K] after convolution or projection."""
         return q, k
 
-    def _attend(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
         """The rule with its gates and step sizes made of x: [B, T, hidden]."""
         raise NotImplementedError
 
@@ -147,10 +145,13 @@ class _DeltaLayer(nn.Module):
     # The way through.
 
     def _q_k_v(
-        self, x: Tensor, before: tuple[Tensor, ...] | None, keep: bool, cu_seqlens: Tensor | None
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        before: tuple[Tensor, ...] | None,
+        keep: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...] | None]:
         """q, k: [B, T, H, K], v: [B, T, HV, V], and the convolutions' states if they are kept."""
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         states = None
         if self.use_short_conv:
             convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
@@ -167,6 +168,29 @@ class _DeltaLayer(nn.Module):
 
     def _without_convolution(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return functional.silu(q), functional.silu(k), functional.silu(v)
+
+    def _conv_states(
+        self, projected: tuple[Tensor, ...], before: tuple[Tensor, ...] | None, count: int
+    ) -> list[tuple[Tensor, ...] | None]:
+        """The convolutions' states after each of the last `count` tokens."""
+        if not self.use_short_conv:
+            return [None] * count
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        windows = []
+        for convolution, y, state in zip(convolutions, projected, before or (None,) * 3, strict=True):
+            kept = convolution.kernel_size[0] - 1
+            if state is None:
+                state = y.new_zeros(y.shape[0], y.shape[2], kept)
+            tokens = torch.cat([state.to(y.dtype), y.mT], -1)
+            ends = range(tokens.shape[2] - count + 1, tokens.shape[2] + 1)
+            windows.append([tokens[..., end - kept : end] for end in ends])
+        return list(zip(*windows, strict=True))
+
+    @staticmethod
+    def _function(options: dict[str, Any], name: str) -> Any:
+        """The rule of this name that takes the options."""
+        kind = "fused_recurrent" if options.keys() & {"out_state", "output_states"} else "chunk"
+        return getattr(rules, f"{kind}_{name}")
 
     def _cached(self, cache: DeltaCache | None) -> dict[str, Any] | None:
         if cache is None:
@@ -207,13 +231,25 @@ class _DeltaLayer(nn.Module):
         keep = bool(use_cache)
         before, state = (last["conv_state"], last["recurrent_state"]) if last else (None, None)
         options = {"initial_state": state, "output_final_state": keep, "cu_seqlens": cu_seqlens}
-        if past_key_values is not None and last is not None and keep and not torch.is_grad_enabled():
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        conv_before = before
+        rollback = past_key_values.rollback if past_key_values is not None and keep else 0
+        if rollback:
+            if cu_seqlens is None and total:
+                options["output_states"] = min(total, rollback + 1)
+            if before is not None:
+                before = tuple(x.clone() for x in before)
+        elif past_key_values is not None and last is not None and keep and not torch.is_grad_enabled():
             options["out_state"], *spare = past_key_values.spare(self.layer_idx)
             if before is not None and cu_seqlens is None:  # the convolutions write where they read
                 before = tuple(new.copy_(old) for new, old in zip(spare, before, strict=True))
-        q, k, v, conv_states = self._q_k_v(x, before, keep, cu_seqlens)
+        q, k, v, conv_states = self._q_k_v(projected, before, keep, cu_seqlens)
         q, k = self._activate(q, k)
-        o, state = self._attend(x, q, k, v, options)
+        o, state, *after = self._attend(x, q, k, v, options)
+        earlier = None
+        if after:
+            every = after[0].unbind(1)
+            earlier = list(zip(every, self._conv_states(projected, conv_before, len(every)), strict=True))[:-1]
         o = self.o_proj(self.o_norm(o, self._gate(x)).flatten(-2))
         if places is not None:
             o = o.new_zeros(batch * total, o.shape[2]).index_copy(0, places, o[0]).unflatten(0, (batch, total))
@@ -221,7 +257,7 @@ class _DeltaLayer(nn.Module):
         if past_key_values is None or state is None or self.layer_idx is None:
             return done
         # In one line: nothing may go wrong between the cache's move and the return.
-        return (done, past_key_values.update(self.layer_idx, state, conv_states, total))[0]
+        return (done, past_key_values.update(self.layer_idx, state, conv_states, total, earlier))[0]
 
 
 def _without_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -344,7 +380,7 @@ class DeltaNet(_DeltaLayer):
         return q, k
 
     def _attend(self, x, q, k, v, options):
-        rule = rules.fused_recurrent_delta_rule if "out_state" in options else rules.chunk_delta_rule
+        rule = self._function(options, "delta_rule")
         options["use_qk_l2norm_in_kernel"] = self.qk_norm == "l2"
         if not self.use_beta:
             beta = x.new_full((*x.shape[:2], self.num_heads), 2 if self.allow_neg_eigval else 1)
@@ -421,7 +457,7 @@ class GatedDeltaNet(_DeltaLayer):
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
     def _attend(self, x, q, k, v, options):
-        rule = rules.fused_recurrent_gated_delta_rule if "out_state" in options else rules.chunk_gated_delta_rule
+        rule = self._function(options, "gated_delta_rule")
         options |= {"use_gate_in_kernel": True, "A_log": self.A_log, "dt_bias": self.dt_bias}
         options |= self._sigmoid() | {"use_qk_l2norm_in_kernel": True}
         return rule(q, k, v, g=self.a_proj(x), beta=self.b_proj(x), **options)
@@ -501,7 +537,7 @@ class KimiDeltaAttention(_DeltaLayer):
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
     def _attend(self, x, q, k, v, options):
-        rule = rules.fused_recurrent_kda if "out_state" in options else rules.chunk_kda
+        rule = self._function(options, "kda")
         options |= {"use_gate_in_kernel": True, "A_log": self.A_log, "dt_bias": self.dt_bias}
         options |= self._sigmoid() | {"use_qk_l2norm_in_kernel": True, "lower_bound": self.lower_bound}
         g = self.f_proj(x).unflatten(-1, (self.num_v_heads, self.head_k_dim))
