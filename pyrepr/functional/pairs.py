@@ -192,9 +192,8 @@ def info_nce(
 
     Returns:
         Scalar, float64 for float64 inputs, else float32; so are the logits of 16-bit inputs. Differentiable in x, y and
-        scale, same bits for any number of threads. Logits are kept for the backward, which saves a quarter of all
-        work, where they take at most 96 MiB or no more memory than x and y. Second derivatives run on the reference,
-        with n × m memory.
+        scale, same bits for any number of threads. Logits are kept for the backward only where they take no more
+        memory than x and y. Second derivatives run on the reference, with n × m memory.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came; also for n = 0.
