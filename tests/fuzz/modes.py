@@ -233,6 +233,8 @@ def second(problem: Problem, mode: str, v: list[np.ndarray], w: list[np.ndarray]
         got, rounding = inner(w, seconds)
     if mode != "forward_over_reverse":
         got, rounding = inner(w, seconds)
+    first = np.abs(problem.weights) @ np.abs(problem.step(problem.arrays, v))
+    rounding += float(np.finfo(np.longdouble).eps * first / DIFFERENCE)  # of the truth, which is a difference
     truth = problem.weights @ problem.second(problem.arrays, v, w)
     problem.typical = max(
         abs(float(problem.weights @ problem.second(problem.arrays, v, problem.direction()))) for _ in range(3)
