@@ -17,7 +17,7 @@ FIRST = ("reverse", "func_grad", "jvp", "dual", "jacfwd", "vmap", "vmap_grad")
 SECOND = ("create_graph", "grad_of_grad", "forward_over_reverse")
 MODES = FIRST + SECOND
 STEP = 1e-40
-DIFFERENCE = 1e-5
+DIFFERENCE = 1e-7
 # Errors seen on correct derivatives stay below a tenth of these.
 OF_ROUNDING, OF_CONDITION = 4000, 1000
 
