@@ -28,7 +28,8 @@ import pyrepr
 class AdditiveAttention(pyrepr.nn.DeltaNet):
     """The same layer with o_t = scale · Σ_{s≤t} β_s (q_t·k_s) v_s."""
 
-    def _attend(self, x, q, k, v, beta, options):
+    def _attend(self, x, q, k, v, options):
+        beta = self.b_proj(x).sigmoid()
         q, k = (functional.normalize(y, dim=-1) for y in (q, k))
         scores = torch.einsum("bthk,bshk->bhts", q, k).tril() * q.shape[-1] ** -0.5
         return torch.einsum("bhts,bshv->bthv", scores, beta[..., None] * v), None

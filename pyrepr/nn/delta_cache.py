@@ -71,8 +71,8 @@ class DeltaCache:
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
             raise ValueError(f"rollback must be a number of tokens, 0 or more, got {shown(rollback)}")
         self.rollback = rollback
-        # What layers left, and states whose memory is free, no two of one size. In one place, since an interrupt between
-        # two assignments would have a state that is in use among the free ones.
+        # What layers left, and states whose memory is free, no two of one size. In one place, since an interrupt
+        # between two assignments would have a state that is in use among the free ones.
         self._held: tuple[dict[int, _Layer], tuple[dict[str, Any], ...]] = ({}, ())
 
     @property
@@ -270,20 +270,32 @@ class DeltaCache:
             if found["DeltaCache"] != _VERSION:
                 raise KeyError(found["DeltaCache"])
             cache = cls(found["rollback"])
-            cache._held = (
-                {
-                    layer_idx: _Layer(x["state"], x["seen"], x["offset"], tuple(x["earlier"]))
-                    for layer_idx, x in found["layers"].items()
-                },
-                (),
-            )
-        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            cache._held = ({int(layer_idx): _read(x) for layer_idx, x in found["layers"].items()}, ())
+        except (
+            RuntimeError,
+            EOFError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ) as error:
             raise ValueError(f"path must be a file that DeltaCache.save wrote, got {shown(str(path))}") from error
         return cache
 
     def reset(self) -> None:
         """Forgets everything."""
         self._held = ({}, ())
+
+
+def _read(found: dict[str, Any]) -> _Layer:
+    """A layer as :meth:`DeltaCache.save` wrote it; what is not one raises LookupError or TypeError."""
+    states = [found["state"], *found["earlier"]]
+    shapes = {tuple(check_tensor("state", x).shape for x in _tensors(state)) for state in states}
+    numbers = [found["seen"], found["offset"]]
+    if len(shapes) > 1 or not all(isinstance(number, int) for number in numbers):
+        raise TypeError("not the states of one layer")
+    return _Layer(states[0], *numbers, tuple(states[1:]))
 
 
 def _mapped(function: Callable[..., Tensor], *states: dict[str, Any]) -> dict[str, Any]:
