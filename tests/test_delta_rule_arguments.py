@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyrepr
-from pyrepr.functional import rms_norm_gated
+from pyrepr.functional import _delta_rule_extras, norm, rms_norm_gated
 from pyrepr.nn import FusedRMSNormGated
 
 RULES = {
@@ -488,3 +488,84 @@ def test_positions_as_written_down():
         "safe_gate",
         "lower_bound",
     ]
+
+
+# Native code that takes the arguments of a step as they come
+
+
+def unreached(*_):
+    raise AssertionError("the long way was taken")
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [1, 3, 16, 37])
+@pytest.mark.parametrize(("rule", "bound"), [("gated_delta_rule", None), ("kda", None), ("kda", -5.0)])
+def test_gates_of_a_native_step_are_the_formula(monkeypatch, dtype, heads, bound, rule):
+    monkeypatch.setattr(_delta_rule_extras, "_activated", unreached)
+    generator = torch.Generator().manual_seed(heads)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    per_token = (heads, 5) if rule == "kda" else (heads,)
+    g = (draw(2, 3, *per_token) * 8).to(dtype)
+    g[0, 0], g[1, 1] = 60, -90
+    beta = (draw(2, 3, heads) * 4).to(dtype)
+    A_log, dt_bias = (x.bfloat16() if dtype == torch.bfloat16 else x for x in (draw(heads), draw(*per_token)))
+    x = {"q": draw(2, 3, heads, 5), "k": draw(2, 3, heads, 5) / 3, "v": draw(2, 3, heads, 4)}
+    function = getattr(pyrepr, f"fused_recurrent_{rule}")
+    options = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias.flatten()}
+    options |= {"lower_bound": bound} if rule == "kda" else {}
+    more = {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True, "output_final_state": True}
+    got = function(**x, g=g, beta=beta, **options, **more)
+    raw = g.double() + dt_bias.double()
+    rate = A_log.double().exp().view(-1, *(1,) * (len(per_token) - 1))
+    decay = (
+        -rate * torch.nn.functional.softplus(raw, threshold=100) if bound is None else bound * (rate * raw).sigmoid()
+    )
+    expected = function(**x, g=decay.float(), beta=(2 * beta.double().sigmoid()).float(), output_final_state=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_native_step_knows_what_is_not_a_number():
+    x = {name: torch.ones(1, 2, 2, 3) for name in "qkv"}
+    g, beta = torch.tensor([[[0.0, float("nan")], [0.0, 0.0]]]), torch.tensor([[[0.0, 0.0], [float("inf"), 0.0]]])
+    o, _ = pyrepr.fused_recurrent_gated_delta_rule(
+        **x, g=g, beta=beta, use_gate_in_kernel=True, A_log=torch.zeros(2), use_beta_sigmoid_in_kernel=True
+    )
+    assert o[:, :, 0].isfinite().all() and o[:, :, 1].isnan().all()
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 16, 67, 128])
+@pytest.mark.parametrize("activation", ["swish", "sigmoid", None])
+def test_native_norm_is_the_formula(monkeypatch, dtype, width, activation):
+    monkeypatch.setattr(norm, "check_tensor", unreached)
+    torch.manual_seed(width)
+    x, g = (torch.randn(3, 5, width).mul(4).to(dtype) for _ in range(2))
+    g[0, 0], g[0, 1] = 95, -95
+    weight = torch.randn(width).to(dtype if dtype != torch.float16 else torch.float32)
+    got = rms_norm_gated(x, None if activation is None else g, weight, activation=activation or "swish", eps=1e-5)
+    wide, gate = x.double(), g.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    if activation is not None:
+        expected = expected * gate.sigmoid() * (gate if activation == "swish" else 1)
+    assert got.dtype == dtype and got.shape == x.shape
+    exact = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=exact, atol=1e-6)
+    if dtype == torch.float32:
+        assert torch.equal(
+            rms_norm_gated(x, weight=weight, g=None, eps=1e-5), rms_norm_gated(x, None, weight, eps=1e-5)
+        )
+
+
+def test_native_norm_of_many_rows_and_of_none():
+    x = torch.randn(600, 64)
+    torch.testing.assert_close(
+        rms_norm_gated(x, x), torch.cat([rms_norm_gated(y, y) for y in x.split(7)]), rtol=0, atol=0
+    )
+    assert rms_norm_gated(x[:0], x[:0]).shape == (0, 64)
+    torch.testing.assert_close(rms_norm_gated(x.T.contiguous().T, x), rms_norm_gated(x, x))

@@ -56,6 +56,15 @@ def test_train_memoryformer(example, tmp_path):
     assert (tmp_path / "out/train_memoryformer.png").stat().st_size > 1000
 
 
+def test_speculative(example, tmp_path):
+    options = "--steps 10 --batch 2 --context 32 --prompts 2 --tokens 30 --drafted 1 3 --width 128"
+    printed = example("speculative", tmp_path / "out", *options.split(), "--packages", "torch.optim")
+    written = json.loads((tmp_path / "out/speculative.json").read_text())
+    assert set(written["runs"]) == {"alone", "1", "3"} and set(written["losses"]) == {"target", "draft"}
+    assert all(run["tokens a second"] > 0 for run in written["runs"].values())
+    assert 0 <= written["runs"]["3"]["accepted"] <= 1 and "3 drafted: " in printed
+
+
 @pytest.fixture
 def bert(tmp_path):
     """A folder with a tiny BERT and a tokenizer that knows letters."""

@@ -174,54 +174,123 @@ struct DeltaRuleWideArguments {
   }
 };
 
+// Elements in float32, where they are or copied; null for other dtypes and layouts.
+const float* widened(const Tensor& x, std::vector<float>& copy) {
+  if (!x.dense()) return nullptr;
+  if (x.is(DType::f32)) return static_cast<const float*>(x.data);
+  if (!x.is(DType::bf16)) return nullptr;
+  copy.resize(static_cast<size_t>(x.elements()));
+  for (size_t i = 0; i < copy.size(); i++) {
+    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(x.data)[i]) << 16;
+    std::memcpy(&copy[i], &bits, sizeof bits);
+  }
+  return copy.data();
+}
+
+bool is_narrow(const Tensor& x) { return x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16); }
+
+// How gates and step sizes come about that are given before their activation: None, or (A_log, dt_bias, bound,
+// use_gate, use_sigmoid, allow_neg_eigval), of which the first three may be None.
+struct Activations {
+  Tensor A_log{}, dt_bias{};
+  std::vector<float> rates, wide_bias, g, beta;
+  bool gate = false, sigmoid = false, twice = false, bounded = false;
+  double bound = 0;
+
+  bool read(py::handle given, Reader& reader) {
+    if (given.is_none()) return true;
+    const auto parts = py::reinterpret_borrow<py::tuple>(given);
+    bounded = !parts[2].is_none();
+    if (bounded) bound = parts[2].cast<double>();
+    gate = parts[3].cast<bool>();
+    sigmoid = parts[4].cast<bool>();
+    twice = parts[5].cast<bool>();
+    return (parts[0].is_none() || reader.read(parts[0], A_log)) &&
+           (parts[1].is_none() || reader.read(parts[1], dt_bias));
+  }
+
+  // g and beta replaced by what they are after their activation; false where they are not as the kernel takes them.
+  bool run(Tensor& raw_g, Tensor& raw_beta, int64_t heads, int64_t width, int threads) {
+    if (!gate && !sigmoid) return true;
+    const int64_t tokens = raw_beta.shape[0] * raw_beta.shape[1];
+    cpu::DeltaRuleGates p{};
+    p.bounded = bounded;
+    p.bound = static_cast<float>(bound);
+    p.largest = twice ? 2 : 1;
+    p.tokens = tokens;
+    p.heads = heads;
+    p.width = width;
+    p.threads = threads;
+    if (gate) {
+      if (!is_narrow(raw_g) || !raw_g.dense()) return false;
+      rates.assign(static_cast<size_t>(heads), 1);
+      if (A_log.data) {
+        std::vector<float> wide;
+        const float* const logs = A_log.elements() == heads ? widened(A_log, wide) : nullptr;
+        if (!logs) return false;
+        for (size_t h = 0; h < rates.size(); h++) rates[h] = std::exp(logs[h]);
+      } else if (!bounded) {
+        return false;
+      }
+      if (dt_bias.data && !(dt_bias.elements() == heads * width && (p.dt_bias = widened(dt_bias, wide_bias))))
+        return false;
+      g.resize(static_cast<size_t>(tokens * heads * width));
+      p.g = raw_g.data;
+      p.g_dtype = static_cast<DType>(raw_g.code());
+      p.rates = rates.data();
+    }
+    if (sigmoid) {
+      if (!is_narrow(raw_beta) || !raw_beta.dense()) return false;
+      beta.resize(static_cast<size_t>(tokens * heads));
+      p.beta = raw_beta.data;
+      p.beta_dtype = static_cast<DType>(raw_beta.code());
+    }
+    py::gil_scoped_release release;
+    check(current_level().delta_rule().activate(p, g.data(), beta.data()));
+    return true;
+  }
+};
+
 // The tensors of a step, read and found to be as the kernel takes them.
 struct DeltaRuleStep {
   Tensor q, k, v, g{}, beta, initial, final;
   bool has_gate, has_initial, has_final;
+  const float *decay = nullptr, *step_sizes = nullptr;
   std::vector<float> wide_beta;
+  Activations activations;
   Gate gate = Gate::none;
   cpu::DeltaRuleProblem problem;
 
   bool read(py::handle q_, py::handle k_, py::handle v_, py::handle g_, py::handle beta_, py::handle initial_,
-            py::handle final_, bool grad) {
+            py::handle final_, py::handle activations_, bool grad) {
     Reader reader(grad);
     has_gate = !g_.is_none();
     has_initial = !initial_.is_none();
     has_final = !final_.is_none();
     return reader.read(q_, q) && reader.read(k_, k) && reader.read(v_, v) && reader.read(beta_, beta) &&
            (!has_gate || reader.read(g_, g)) && (!has_initial || reader.read(initial_, initial)) &&
-           (!has_final || reader.read(final_, final));
+           (!has_final || reader.read(final_, final)) && activations.read(activations_, reader);
   }
 
-  bool fits(Gate wanted) {
+  bool fits(Gate wanted, int threads) {
     if (q.dims != 4 || v.dims != 4) return false;
     const int64_t B = q.shape[0], T = q.shape[1], H = q.shape[2], K = q.shape[3], HV = v.shape[2], V = v.shape[3];
     const int code = v.code();
     if (H < 1 || HV % H || K < 1 || V < 1 || q.code() != code || k.code() != code) return false;
-    if (!(v.is(DType::f32) || v.is(DType::bf16) || v.is(DType::f16))) return false;
+    if (!is_narrow(v)) return false;
     if (!k.has_shape({B, T, H, K}) || v.shape[0] != B || v.shape[1] != T || !beta.has_shape({B, T, HV})) return false;
     if (!q.rows_dense() || !k.rows_dense() || !v.rows_dense() || has_gate != (wanted != Gate::none)) return false;
     if (has_gate && !(wanted == Gate::per_head ? g.has_shape({B, T, HV}) : g.has_shape({B, T, HV, K}))) return false;
-    if (has_gate && !(g.is(DType::f32) && g.dense())) return false;
     for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
       if (state && !(state->has_shape({B, HV, K, V}) && state->is(DType::f32) && state->dense())) return false;
     if (has_final && !is_apart(final, {&q, &k, &v, &g, &beta})) return false;
     if (has_initial && has_final && initial.data != final.data && !is_apart(final, {&initial})) return false;
     gate = wanted;
-    return widen_beta() && B * T * HV > 0;
-  }
-
-  // Models in bfloat16 have beta in it too.
-  bool widen_beta() {
-    if (!beta.dense()) return false;
-    if (!beta.is(DType::bf16)) return beta.is(DType::f32);
-    wide_beta.resize(static_cast<size_t>(beta.shape[0] * beta.shape[1] * beta.shape[2]));
-    for (size_t i = 0; i < wide_beta.size(); i++) {
-      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(beta.data)[i]) << 16;
-      std::memcpy(&wide_beta[i], &bits, sizeof bits);
-    }
-    beta.data = wide_beta.data();
-    return true;
+    if (B * T * HV == 0 || !activations.run(g, beta, HV, wanted == Gate::per_key ? K : 1, threads)) return false;
+    if (has_gate && !activations.gate && !(g.is(DType::f32) && g.dense())) return false;
+    decay = activations.gate ? activations.g.data() : static_cast<const float*>(g.data);
+    step_sizes = activations.sigmoid ? activations.beta.data() : widened(beta, wide_beta);  // of bf16 models it is in bf16
+    return step_sizes;
   }
 
   void run(double scale, bool l2norm, int threads, void* o, void* state) {
@@ -229,8 +298,8 @@ struct DeltaRuleStep {
     problem.q = tokens(q);
     problem.k = tokens(k);
     problem.v = tokens(v);
-    problem.g = has_gate ? static_cast<const float*>(g.data) : nullptr;
-    problem.beta = static_cast<const float*>(beta.data);
+    problem.g = has_gate ? decay : nullptr;
+    problem.beta = step_sizes;
     problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
     set_sizes(problem, {q.shape[0], q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]},
               static_cast<DType>(v.code()), gate, scale, l2norm, threads);
@@ -241,10 +310,12 @@ struct DeltaRuleStep {
 
 // (o, final state), the latter in `final` if that is given; or None, and nothing written: see tensor.h.
 py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle g, py::handle beta, py::handle scale,
-                           py::handle initial, py::handle final, bool l2norm, int gate, bool grad, int threads) {
+                           py::handle initial, py::handle final, py::handle activations, bool l2norm, int gate,
+                           bool grad, int threads) {
   DeltaRuleStep step;
-  if (!step.read(q, k, v, g, beta, initial, final, grad) || !step.fits(gate_of(gate))) return py::none();
   if (!scale.is_none() && !PyFloat_Check(scale.ptr())) return py::none();
+  if (!step.read(q, k, v, g, beta, initial, final, activations, grad) || !step.fits(gate_of(gate), threads))
+    return py::none();
   const double factor =
       scale.is_none() ? 1 / std::sqrt(static_cast<double>(step.q.shape[3])) : PyFloat_AS_DOUBLE(scale.ptr());
   Tensor to;
@@ -255,6 +326,40 @@ py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle 
   if (step.has_final) tell_written(final);
   step.run(factor, l2norm, threads, to.data, step.final.data);
   return py::make_tuple(o, state);
+}
+
+// x / sqrt(mean x^2 + eps) weight, times the activation of a gate like x; or None: see tensor.h.
+py::object rms_norm_gated(py::handle x_, py::handle gate_, py::handle weight_, double eps, bool silu, bool grad,
+                          int threads) {
+  Reader reader(grad);
+  Tensor x, gate{}, weight{}, to;
+  if (!reader.read(x_, x) || !(gate_.is_none() || reader.read(gate_, gate)) ||
+      !(weight_.is_none() || reader.read(weight_, weight)))
+    return py::none();
+  if (!is_narrow(x) || !x.dense() || x.dims < 1 || x.dims > kMostDims || x.elements() == 0) return py::none();
+  const int64_t width = x.shape[x.dims - 1];
+  std::vector<float> wide;
+  cpu::GatedNorm p{};
+  if (!gate_.is_none()) {
+    if (!is_narrow(gate) || !gate.dense() || gate.dims != x.dims) return py::none();
+    for (int32_t i = 0; i < x.dims; i++)
+      if (gate.shape[i] != x.shape[i]) return py::none();
+    p.gate = gate.data;
+    p.gate_dtype = static_cast<DType>(gate.code());
+  }
+  if (!weight_.is_none() && !(weight.has_shape({width}) && (p.weight = widened(weight, wide)))) return py::none();
+  const py::object out = new_empty(x_, x.shape, x.dims);
+  if (!Reader(false).read(out, to)) return py::none();
+  p.x = x.data;
+  p.dtype = static_cast<DType>(x.code());
+  p.rows = x.elements() / width;
+  p.width = width;
+  p.eps = static_cast<float>(eps);
+  p.silu = silu;
+  p.threads = threads;
+  py::gil_scoped_release release;
+  check(current_level().delta_rule().gated_norm(p, to.data));
+  return out;
 }
 
 #ifdef PYREPR_CUDA
@@ -313,6 +418,7 @@ void bind_delta_rule(py::module_& m) {
       .def("forward", &DeltaRuleWideArguments::forward)
       .def("backward", &DeltaRuleWideArguments::backward);
   m.def("delta_rule_step", &delta_rule_step);
+  m.def("rms_norm_gated", &rms_norm_gated);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);
 #endif

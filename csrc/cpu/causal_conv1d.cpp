@@ -24,11 +24,6 @@ constexpr int64_t kSmall = int64_t(1) << 14;  // elements below which threads do
 
 using V = Vec<float>;
 
-inline V sigmoid(V y) {
-  const V e = exp_nonpositive<float>(y < 0 ? y : -y), s = 1 / (1 + e);
-  return y < 0 ? e * s : s;
-}
-
 // Channels and tokens of a tile: long pieces along the axis that is dense in memory.
 struct Shape {
   int64_t channels, tokens;

@@ -10,6 +10,7 @@
 
 #include <omp.h>
 
+#include "cpu/delta_rule_around.h"
 #include "cpu/delta_rule_backward.h"
 #include "cpu/delta_rule_chunk.h"
 #include "cpu/delta_rule_wide.h"
@@ -298,7 +299,7 @@ Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const 
 }  // namespace
 
 DeltaRuleFunctions delta_rule_functions() { 
-  return {forward, backward, WideRule::forward, WideRule::backward};
+  return {forward, backward, activate, gated_norm, WideRule::forward, WideRule::backward};
 }
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -96,11 +96,38 @@ struct DeltaRuleWideGradients {
   double* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
 
+// Gates and step sizes before their activation. With x = g + dt_bias, per head or per key:
+//
+//   g <- -rate softplus(x), or with a bound  bound sigmoid(rate x);   beta <- largest sigmoid(beta)
+struct DeltaRuleGates {
+  const void *g, *beta;  // [tokens, heads, width], [tokens, heads], dense; null: that one is left alone
+  DType g_dtype, beta_dtype;
+  const float* rates;    // [heads] e^A
+  const float* dt_bias;  // [heads, width] or null
+  float bound, largest;
+  bool bounded;
+  int64_t tokens, heads, width;  // width 1: a gate per head
+  int threads;
+};
+
+// x / sqrt(mean x^2 + eps) weight over rows, times silu(gate) or sigmoid(gate).
+struct GatedNorm {
+  const void *x, *gate;  // [rows, width] dense; gate may be null
+  DType dtype, gate_dtype;
+  const float* weight;  // [width] or null
+  int64_t rows, width;
+  float eps;
+  bool silu;
+  int threads;
+};
+
 struct DeltaRuleFunctions {
   // o [B, T, HV, V] in the problem's dtype, final [N, HV, K, V]; `final` may be `initial`.
   Status (*forward)(const DeltaRuleProblem&, void* o, float* final, const DeltaRuleStates&);
   // `states` as the forward left them.
   Status (*backward)(const DeltaRuleProblem&, const DeltaRuleStates& states, const DeltaRuleGradients&);
+  Status (*activate)(const DeltaRuleGates&, float* g, float* beta);
+  Status (*gated_norm)(const GatedNorm&, void* out);  // out [rows, width] in x's dtype
   Status (*forward_wide)(const DeltaRuleWide&, double* o, double* final);  // `final` may be `initial`
   Status (*backward_wide)(const DeltaRuleWide&, const DeltaRuleWideGradients&);
 };

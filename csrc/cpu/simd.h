@@ -254,6 +254,11 @@ inline Vec<T> exp_nonpositive(Vec<T> x) {
   return x < lowest ? splat<T>(0) : sum * scale;
 }
 
+inline Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> e = exp_nonpositive<float>(x < 0 ? x : -x), s = 1 / (1 + e);
+  return x < 0 ? e * s : s;
+}
+
 // For x >= 0 (or NaN); the compiler turns the loop into the level's square-root instruction.
 template <class T>
 inline Vec<T> square_root(Vec<T> x) {

@@ -15,6 +15,7 @@ from pyrepr._checks import INTEGERS, check_device, check_shape, check_tensor, ch
 from pyrepr.functional import _delta_rule_states as states
 from pyrepr.functional._delta_rule import check_inputs, check_state, check_undifferentiated, run
 from pyrepr.ops._leaf import at_hand
+from pyrepr.ops.delta_rule import step
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.delta_rule import Gate, sequence_bounds
@@ -40,6 +41,12 @@ class Extras(NamedTuple):
     chunk_size: int | None = None
     state_indices: Tensor | None = None
     output_states: str | int | None = None
+
+    def activations(self) -> tuple | None:
+        """What a step's native call takes, where there is nothing else."""
+        gates = (self.use_gate_in_kernel, self.use_beta_sigmoid_in_kernel, self.allow_neg_eigval)
+        alone = all(x is None or x is False for x in self[7:])
+        return (self.A_log, self.dt_bias, self.lower_bound, *gates) if alone else None
 
 
 _NONE = Extras()
@@ -84,6 +91,13 @@ def call(
     """o and the final state, and with ``output_states`` these."""
     if more is None:
         return run(q, k, v, g, beta, scale, initial_state, output_final_state, l2norm, cu_seqlens, gate, out_state)
+    activations = more.activations() if cu_seqlens is None else None
+    if activations is not None:
+        _check_options(more, cu_seqlens)
+        given = (q, k, v, g, beta, scale, initial_state, out_state, bool(l2norm), gate, activations)
+        asked = output_final_state or out_state is not None
+        # In one line: nothing may go wrong between the state's move and the return.
+        if (done := step(*given)) is not None: return done if asked else (done[0], None)  # noqa: E701 # fmt: skip
     g, gate, g_name = _decay_of(more, g, gate)
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate, g_name)
     _check_options(more, cu_seqlens)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrepr._checks import check_device, check_shape, check_tensor, shape_of, shown
+from pyrepr.ops._native import direct
 from pyrepr.reference._dtypes import compute_dtype
 
 ACTIVATIONS = ("swish", "silu", "sigmoid")
@@ -52,6 +53,13 @@ def rms_norm_gated(
         >>> pyrepr.functional.rms_norm_gated(x, g, torch.ones(16)).shape
         torch.Size([2, 5, 4, 16])
     """
+    if bias is None and residual is None and not prenorm and activation in ACTIVATIONS:
+        native = direct()
+        done = native and native.rms_norm_gated(
+            x, g, weight, eps, activation != "sigmoid", torch.is_grad_enabled(), torch.get_num_threads()
+        )
+        if done is not None:
+            return done
     check_tensor("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., D] with D of at least 1, got {shape_of(x)}")

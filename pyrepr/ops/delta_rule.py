@@ -306,8 +306,13 @@ def step(
     out_state: Tensor | None,
     use_qk_l2norm: bool,
     gate: Gate,
+    activations: tuple | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """o and the final state of unchecked arguments in one native call, or ``None``: see `direct`."""
+    """o and the final state of unchecked arguments in one native call, or ``None``: see `direct`.
+
+    activations: how g and beta come about, (A_log, dt_bias, lower_bound, whether g is before its activation, whether
+    beta is, allow_neg_eigval), which are checked but for the tensors; ``None``: they are given as the rule takes them.
+    """
     native = direct()
     if native is None:
         return None
@@ -320,6 +325,7 @@ def step(
         scale,
         initial_state,
         out_state,
+        activations,
         use_qk_l2norm,
         gate,
         torch.is_grad_enabled(),

@@ -140,13 +140,18 @@ def whole(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: in
 
 
 def pieces(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: int) -> Case:
-    """Piece by piece through a cache, as decoding does."""
+    """Piece by piece through a cache, as decoding does; some tokens are tried and taken back."""
     edges = sorted({0, total, *(draw.randint(0, total) for _ in range(3))})
-    lines = ["cache = pyrepr.nn.DeltaCache()"]
+    back = draw.choice((0, 0, 1, 3))
+    lines = [f"cache = pyrepr.nn.DeltaCache(rollback={back})"]
     names = []
     for i, (a, b) in enumerate(itertools.pairwise(edges)):
         lines.append(f"out{i} = layer(x[:, {a}:{b}], past_key_values=cache, use_cache=True)[0]")
         names.append(f"out{i}")
+        if back and draw.chance(0.5):
+            tried = draw.randint(1, back)
+            lines.append(f"layer(x[:, :1].expand(-1, {tried}, -1), past_key_values=cache, use_cache=True)")
+            lines.append(draw.choice((f"cache.crop(-{tried})", "cache.accept(0)", f"cache.crop({b})")))
     if not names:
         return whole(draw, case, options, batch, total)
     lines.append(f"out = torch.cat([{', '.join(names)}], 1)")
