@@ -89,17 +89,17 @@ void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::ar
   if (!a.empty()) check(current_level().causal_conv1d().update(a.problem, step, data));
 }
 
-// One token of each row: x [B, D] or [B, D, 1], conv_state [B, D, S], weight [D, W], bias [D] or None -> out like x, or
+// Some tokens of each row: x [B, D] or [B, D, T], conv_state [B, D, S], weight [D, W], bias [D] or None -> out like x, or
 // None: see tensor.h.
 py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weight_, py::handle bias_, bool silu,
                               bool grad, int threads) {
   Reader reader(grad);
   Tensor x, state, weight, bias{}, to;
   if (!reader.read(x_, x) || !reader.read(state_, state) || !reader.read(weight_, weight) ||
-      !(bias_.is_none() || reader.read(bias_, bias)) || !(x.dims == 2 || (x.dims == 3 && x.shape[2] == 1)))
+      !(bias_.is_none() || reader.read(bias_, bias)) || !(x.dims == 2 || x.dims == 3))
     return py::none();
-  const int64_t B = x.shape[0], D = x.shape[1];
-  if (!(x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16)) || state.code() != x.code() || B * D == 0 ||
+  const int64_t B = x.shape[0], D = x.shape[1], T = x.dims == 3 ? x.shape[2] : 1;
+  if (!(x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16)) || state.code() != x.code() || B * D * T == 0 ||
       state.dims != 3 || weight.dims != 2)
     return py::none();
   const int64_t S = state.shape[2], taps = weight.shape[1];
@@ -108,20 +108,21 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
     return py::none();
   if (bias.data && !(bias.has_shape({D}) && bias.code() == weight.code() && bias.dense())) return py::none();
   if (!is_apart(state, {&x, &weight, &bias})) return py::none();
-  const py::object out = new_empty(x_, x.shape, x.dims);
+  const int64_t by_token[] = {B, T, D};
+  const py::object out = T == 1 ? new_empty(x_, x.shape, x.dims) : new_empty(x_, by_token, 3);
   if (!Reader(false).read(out, to)) return py::none();
   std::vector<int64_t> bounds(static_cast<size_t>(B) + 1);
-  for (int64_t i = 0; i <= B; i++) bounds[static_cast<size_t>(i)] = i;
+  for (int64_t i = 0; i <= B; i++) bounds[static_cast<size_t>(i)] = i * T;
   const cpu::CausalConvProblem problem{x.data,
                                        x.stride(0),
-                                       0,
+                                       T == 1 ? 0 : x.stride(2),
                                        x.stride(1),
                                        weight.data,
                                        bias.data,
                                        nullptr,
                                        bounds.data(),
                                        B,
-                                       1,
+                                       T,
                                        D,
                                        taps,
                                        static_cast<DType>(x.code()),
@@ -130,9 +131,11 @@ py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weigh
                                        threads};
   const cpu::CausalConvStep step{state.data, state.stride(0), state.stride(1), state.stride(2), S};
   tell_written(state_);
-  py::gil_scoped_release release;
-  check(current_level().causal_conv1d().update(problem, step, to.data));
-  return out;
+  {
+    py::gil_scoped_release release;
+    check(current_level().causal_conv1d().update(problem, step, to.data));
+  }
+  return T == 1 ? out : py::object(out.attr("mT"));
 }
 
 }  // namespace

@@ -293,39 +293,105 @@ struct DeltaRuleStep {
     return step_sizes;
   }
 
-  void run(double scale, bool l2norm, int threads, void* o, void* state) {
+  // Everything as the kernel takes it, but for the states.
+  void prepare(double scale, bool l2norm, int threads) {
     const auto tokens = [](const Tensor& x) { return cpu::Tokens{x.data, x.stride(0), x.stride(1), x.stride(2)}; };
     problem.q = tokens(q);
     problem.k = tokens(k);
     problem.v = tokens(v);
     problem.g = has_gate ? decay : nullptr;
     problem.beta = step_sizes;
-    problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
     set_sizes(problem, {q.shape[0], q.shape[1], q.shape[2], q.shape[3], v.shape[2], v.shape[3]},
               static_cast<DType>(v.code()), gate, scale, l2norm, threads);
+  }
+
+  // All tokens.
+  void run(void* o, float* state) {
+    problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
     py::gil_scoped_release release;
-    check(current_level().delta_rule().forward(problem, o, static_cast<float*>(state), {nullptr, 0, 1}));
+    check(current_level().delta_rule().forward(problem, o, state, {nullptr, 0, 1}));
+  }
+
+  // All tokens, with the states after the last `count` of them: [count, B, HV, K, V].
+  void run(void* o, float* states, int64_t count) {
+    py::gil_scoped_release release;
+    const int64_t size = problem.value_heads * problem.width * problem.value_width;
+    for (int64_t b = 0; b < problem.batch; b++) {
+      const float* before = has_initial ? static_cast<const float*>(initial.data) + b * size : nullptr;
+      if (problem.total > count) before = run(b, 0, problem.total - count, before, o, states + b * size);
+      for (int64_t j = 0; j < count; j++)
+        before = run(b, problem.total - count + j, 1, before, o, states + (j * problem.batch + b) * size);
+    }
+  }
+
+ private:
+  // Some tokens of a row from a state to the next; returns that.
+  const float* run(int64_t b, int64_t first, int64_t tokens, const float* before, void* o, float* after) const {
+    cpu::DeltaRuleProblem part = problem;
+    const int64_t item = problem.dtype == DType::f32 ? 4 : 2, at = (b * problem.total + first) * problem.value_heads;
+    for (cpu::Tokens* x : {&part.q, &part.k, &part.v})
+      x->data = static_cast<const char*>(x->data) + (b * x->batch + first * x->token) * item;
+    part.g = problem.g ? problem.g + at * (gate == Gate::per_key ? problem.width : 1) : nullptr;
+    part.beta = problem.beta + at;
+    part.initial = before;
+    part.batch = part.sequences = 1;
+    part.total = tokens;
+    void* const out = static_cast<char*>(o) + at * problem.value_width * item;
+    check(current_level().delta_rule().forward(part, out, after, {nullptr, 0, 1}));
+    return after;
   }
 };
+
+// The factor on q; false where it is no number.
+bool scale_of(py::handle scale, int64_t width, double& factor) {
+  if (!scale.is_none() && !PyFloat_Check(scale.ptr())) return false;
+  factor = scale.is_none() ? 1 / std::sqrt(static_cast<double>(width)) : PyFloat_AS_DOUBLE(scale.ptr());
+  return true;
+}
 
 // (o, final state), the latter in `final` if that is given; or None, and nothing written: see tensor.h.
 py::object delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle g, py::handle beta, py::handle scale,
                            py::handle initial, py::handle final, py::handle activations, bool l2norm, int gate,
                            bool grad, int threads) {
   DeltaRuleStep step;
-  if (!scale.is_none() && !PyFloat_Check(scale.ptr())) return py::none();
-  if (!step.read(q, k, v, g, beta, initial, final, activations, grad) || !step.fits(gate_of(gate), threads))
+  double factor = 1;
+  if (!step.read(q, k, v, g, beta, initial, final, activations, grad) || !step.fits(gate_of(gate), threads) ||
+      !scale_of(scale, step.q.shape[3], factor))
     return py::none();
-  const double factor =
-      scale.is_none() ? 1 / std::sqrt(static_cast<double>(step.q.shape[3])) : PyFloat_AS_DOUBLE(scale.ptr());
   Tensor to;
   const py::object o = new_empty(v, step.v.shape, 4);
   const int64_t sizes[] = {step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
   const py::object state = final.is_none() ? new_empty(v, sizes, 4, true) : py::reinterpret_borrow<py::object>(final);
   if (!Reader(false).read(o, to) || !(step.has_final || Reader(false).read(state, step.final))) return py::none();
   if (step.has_final) tell_written(final);
-  step.run(factor, l2norm, threads, to.data, step.final.data);
+  step.prepare(factor, l2norm, threads);
+  step.run(to.data, static_cast<float*>(step.final.data));
   return py::make_tuple(o, state);
+}
+
+constexpr int64_t kMostStates = int64_t(1) << 31;  // bytes; `STATES_LIMIT` in pyrepr/functional/_delta_rule_states.py
+
+// (o, the states after the last `count` tokens, or with −1 after every one: [count, B, HV, K, V]); or None.
+py::object delta_rule_states(py::handle q, py::handle k, py::handle v, py::handle g, py::handle beta, py::handle scale,
+                             py::handle initial, int64_t count, py::handle activations, bool l2norm, int gate,
+                             bool grad, int threads) {
+  DeltaRuleStep step;
+  double factor = 1;
+  if (!step.read(q, k, v, g, beta, initial, py::none(), activations, grad) || !step.fits(gate_of(gate), threads) ||
+      !scale_of(scale, step.q.shape[3], factor))
+    return py::none();
+  if (count < 0) count = step.q.shape[1];
+  const int64_t sizes[] = {count, step.q.shape[0], step.v.shape[2], step.q.shape[3], step.v.shape[3]};
+  if (count < 1 || count > step.q.shape[1]) return py::none();
+  double bytes = 4;
+  for (int64_t size : sizes) bytes *= static_cast<double>(size);
+  if (bytes > static_cast<double>(kMostStates)) return py::none();
+  Tensor to, states_to;
+  const py::object o = new_empty(v, step.v.shape, 4), states = new_empty(v, sizes, 5, true);
+  if (!Reader(false).read(o, to) || !Reader(false).read(states, states_to)) return py::none();
+  step.prepare(factor, l2norm, threads);
+  step.run(to.data, static_cast<float*>(states_to.data), count);
+  return py::make_tuple(o, states);
 }
 
 // x / sqrt(mean x^2 + eps) weight, times the activation of a gate like x; or None: see tensor.h.
@@ -418,6 +484,7 @@ void bind_delta_rule(py::module_& m) {
       .def("forward", &DeltaRuleWideArguments::forward)
       .def("backward", &DeltaRuleWideArguments::backward);
   m.def("delta_rule_step", &delta_rule_step);
+  m.def("delta_rule_states", &delta_rule_states);
   m.def("rms_norm_gated", &rms_norm_gated);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);

@@ -15,7 +15,7 @@ from pyrepr._checks import INTEGERS, check_device, check_shape, check_tensor, ch
 from pyrepr.functional import _delta_rule_states as states
 from pyrepr.functional._delta_rule import check_inputs, check_state, check_undifferentiated, run
 from pyrepr.ops._leaf import at_hand
-from pyrepr.ops.delta_rule import step
+from pyrepr.ops.delta_rule import states_after, step
 from pyrepr.reference import delta_rule as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.delta_rule import Gate, sequence_bounds
@@ -43,9 +43,9 @@ class Extras(NamedTuple):
     output_states: str | int | None = None
 
     def activations(self) -> tuple | None:
-        """What a step's native call takes, where there is nothing else."""
+        """What a native call takes, where there is nothing else but ``output_states``."""
         gates = (self.use_gate_in_kernel, self.use_beta_sigmoid_in_kernel, self.allow_neg_eigval)
-        alone = all(x is None or x is False for x in self[7:])
+        alone = all(x is None or x is False for x in self[7:-1])
         return (self.A_log, self.dt_bias, self.lower_bound, *gates) if alone else None
 
 
@@ -94,10 +94,18 @@ def call(
     activations = more.activations() if cu_seqlens is None else None
     if activations is not None:
         _check_options(more, cu_seqlens)
+    if activations is not None and more.output_states is None:
         given = (q, k, v, g, beta, scale, initial_state, out_state, bool(l2norm), gate, activations)
         asked = output_final_state or out_state is not None
         # In one line: nothing may go wrong between the state's move and the return.
         if (done := step(*given)) is not None: return done if asked else (done[0], None)  # noqa: E701 # fmt: skip
+    if activations is not None and more.output_states is not None and out_state is None:
+        count = states.native_count(more.output_states)
+        if count and (
+            done := states_after(q, k, v, g, beta, scale, initial_state, count, bool(l2norm), gate, activations)
+        ):
+            o, every = done
+            return o, every[-1].clone() if output_final_state else None, every.transpose(0, 1)
     g, gate, g_name = _decay_of(more, g, gate)
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate, g_name)
     _check_options(more, cu_seqlens)

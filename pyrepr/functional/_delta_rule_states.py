@@ -89,6 +89,14 @@ def _by_token(of_sequence: Tensor, cu_seqlens: Tensor, o: Tensor) -> Tensor:
     return of_sequence.repeat_interleave(cu_seqlens.diff().long(), output_size=o.shape[1])[None]
 
 
+def native_count(output_states: object) -> int:
+    """What it is to :func:`pyrepr.ops.delta_rule.states_after`; 0: nothing that it takes."""
+    if output_states == EVERY_TOKEN:
+        return -1
+    good = isinstance(output_states, int) and not isinstance(output_states, bool)
+    return max(0, int(output_states)) if good else 0  # type: ignore[call-overload]
+
+
 def count_of(output_states: object, v: Tensor, shape: tuple[int, ...]) -> int | str | None:
     """For how many of the last tokens states are asked for, or for every token; within memory."""
     if output_states is None or output_states == EVERY_TOKEN:

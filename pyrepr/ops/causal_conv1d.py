@@ -150,7 +150,7 @@ update_op_ = leaf_op(
 
 
 def step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
-    """One token of unchecked arguments, x [B, D] or [B, D, 1], in one native call, or ``None``: see `direct`."""
+    """Unchecked arguments, x [B, D] or [B, D, T], in one native call, or ``None``: see `direct`."""
     native = direct()
     if native is None:
         return None

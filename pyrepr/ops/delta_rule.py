@@ -333,6 +333,40 @@ def step(
     )
 
 
+def states_after(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    count: int,
+    use_qk_l2norm: bool,
+    gate: Gate,
+    activations: tuple,
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`step`: o, and the states after the last `count` tokens, [count, B, HV, K, V]; −1: after every one."""
+    native = direct()
+    if native is None:
+        return None
+    return native.delta_rule_states(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        count,
+        activations,
+        use_qk_l2norm,
+        gate,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+    )
+
+
 def delta_rule(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]
