@@ -147,6 +147,8 @@ def draw(draw: Draw) -> Case:
         arguments.append("g=g")
     arguments.append("beta=beta")
     options: dict[str, Any] = {"l2norm": l2norm, "scale": None, "edges": cuts(draw, total) if packed else None}
+    if not smooth and draw.chance(0.3):
+        add_activations(draw, lines, arguments, options, (value_heads, *(width,) * (gate == "K")) if gate else None)
     if draw.chance(0.3):
         options["scale"] = draw.choice((1.0, 0.125, 2, -0.5))
         arguments.append(f"scale={options['scale']}")
@@ -179,6 +181,31 @@ def draw(draw: Draw) -> Case:
     return case
 
 
+def add_activations(
+    draw: Draw, lines: list[str], arguments: list[str], options: dict[str, Any], token: tuple[int, ...] | None
+) -> None:
+    """Gates (of this shape a token) and step sizes that are given before their activation."""
+    if token is not None:
+        lines.append(f"A_log = {draw.values(token[:1])}.float()")
+        lines.append(f"dt_bias = {draw.values((int(np.prod(token)),))}.float()")
+        arguments += ["use_gate_in_kernel=True", "A_log=A_log", "dt_bias=dt_bias"]
+    arguments.append("use_beta_sigmoid_in_kernel=True")
+    options["twice"] = draw.chance(0.5)
+    if options["twice"]:
+        arguments.append("allow_neg_eigval=True")
+
+
+def activated(arrays: list[np.ndarray | None], names: dict[str, Any], options: dict[str, Any]) -> None:
+    """Gates and step sizes in the place of what they are made from."""
+    g = arrays[3]
+    with np.errstate(over="ignore"):
+        if g is not None:
+            rate = np.exp(names["A_log"].double().numpy())
+            x = g + names["dt_bias"].double().numpy().reshape(g.shape[2:])
+            arrays[3] = -rate.reshape(-1, *(1,) * (g.ndim - 3)) * np.logaddexp(0, x)
+        arrays[4] = (2 if options["twice"] else 1) / (1 + np.exp(-arrays[4]))
+
+
 def add_state(draw: Draw, case: Case, arguments: list[str], shape: tuple, dtype: str, with_state: bool) -> None:
     """out_state, which may be the initial state itself."""
     if with_state and draw.chance(0.5):
@@ -205,6 +232,8 @@ def check(names: dict[str, Any], options: dict[str, Any], final: bool, in_place:
     given = [names.get(n) for n in ("q", "k", "v", "g", "beta")]
     given.append(names.get("given", names.get("initial_state")))
     arrays = [None if x is None else x.detach().double().resolve_neg().numpy() for x in given]
+    if "twice" in options:
+        activated(arrays, names, options)
     dtype = names["v"].dtype
     eps = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
     if dtype == torch.bfloat16:
