@@ -297,6 +297,8 @@ def test_more_bad_input():
         pyrepr.chunk_kda(**kda, return_intermediate_states=True)
     with pytest.raises(ValueError, match="g, the gate before its activation, must be given with use_gate_in_kernel"):
         pyrepr.fused_recurrent_gated_delta_rule(x["q"], x["k"], x["v"], A_log=torch.zeros(HV), use_gate_in_kernel=True)
+    with pytest.raises(ValueError, match="beta must be given with use_beta_sigmoid_in_kernel=True, got None"):
+        pyrepr.fused_recurrent_delta_rule(x["q"], x["k"], x["v"], use_beta_sigmoid_in_kernel=True)
 
 
 # The normalisation with a gate

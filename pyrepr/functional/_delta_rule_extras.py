@@ -66,8 +66,10 @@ def check_alone(cp_context: object, return_intermediate_states: bool = False) ->
         raise ValueError("return_intermediate_states must be False, output_states returns states, got True")
 
 
-def or_ones(beta: Any, v: Any) -> Any:
+def or_ones(beta: Any, v: Any, use_beta_sigmoid: bool) -> Any:
     """β, which is 1 where it is not given."""
+    if beta is None and use_beta_sigmoid:
+        raise ValueError("beta must be given with use_beta_sigmoid_in_kernel=True, got None")
     if beta is not None or not isinstance(v, Tensor) or v.dim() < 3:
         return beta
     return v.new_ones(v.shape[:3], dtype=compute_dtype(v.dtype))

@@ -274,7 +274,7 @@ def fused_recurrent_delta_rule(
         ...     q, k, v, beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
         ... )
     """
-    beta = or_ones(beta, v)
+    beta = or_ones(beta, v, use_beta_sigmoid_in_kernel)
     more = extras(
         beta,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
@@ -329,7 +329,7 @@ def fused_recurrent_gated_delta_rule(
         ...     q, k, v, g=-torch.rand(1, 1, 2), beta=torch.rand(1, 1, 2), initial_state=state, output_final_state=True
         ... )
     """
-    beta = or_ones(beta, v)
+    beta = or_ones(beta, v, use_beta_sigmoid_in_kernel)
     more = extras(
         beta,
         use_gate_in_kernel=use_gate_in_kernel,
@@ -384,7 +384,7 @@ def fused_recurrent_kda(
         >>> o.shape
         torch.Size([1, 1, 2, 16])
     """
-    beta = or_ones(beta, v)
+    beta = or_ones(beta, v, use_beta_sigmoid_in_kernel)
     more = extras(
         beta,
         use_gate_in_kernel=use_gate_in_kernel,
