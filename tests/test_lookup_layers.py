@@ -72,7 +72,7 @@ def test_from_mlp_finds_tables_that_no_linear_layer_has():
     """A lookup layer with random tables is the target: its signs' linear part explains 5 of 16 corners."""
     target = pyrepr.nn.LookupLinear(32, 24, bits=4, weighting="l1")
     layer = pyrepr.nn.LookupLinear.from_mlp(target, torch.randn(8000, 32), bits=4)
-    # Shift and scale are estimates, so that signs differ for elements within about 1 % of zero.
+    # Centre and scale are estimates, so that signs differ for elements within about 1 % of zero.
     assert error_of(layer, target, torch.randn(5000, 32)) < 0.06
     assert layer.conversion.held_out_mse == pytest.approx(error_of(layer, target, torch.randn(5000, 32)), rel=0.3)
 
@@ -168,7 +168,7 @@ def test_a_converted_layer_takes_any_shape_and_passes_nan_on():
 def test_state_of_a_converted_layer_fits_a_new_one():
     linear, x = torch.nn.Linear(64, 48), torch.randn(300, 64)
     converted = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=8)
-    assert set(converted.state_dict()) == {"tables", "bias", "shift", "scale", "down", "up"}
+    assert set(converted.state_dict()) == {"tables", "bias", "centre", "scale", "down", "up"}
     loaded = pyrepr.nn.LookupLinear(64, 48, weighting="l1")
     loaded.load_state_dict(converted.state_dict())
     assert torch.equal(loaded(x), converted(x))
