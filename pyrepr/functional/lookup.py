@@ -55,7 +55,7 @@ def check_weighting(weighting: str, temperature: float) -> None:
 
 
 def check_hash(hash: str, bits: int) -> int:
-    """Returns the elements of a chunk; raises ValueError for an unknown hash, or bits that whole elements do not fill."""
+    """Returns the elements of a chunk; raises ValueError for an unknown hash, or an odd number of bits for two."""
     if hash not in HASHES:
         raise ValueError(f"hash must be one of {', '.join(HASHES)}, got {shown(hash)}")
     if bits % HASHES[hash]:
@@ -206,7 +206,8 @@ def lookup_linear(
     Args:
         x: [..., d], float32, float64, bfloat16 or float16. NaN in a chunk makes the token's result NaN, ±inf counts as
             a sign and as a size.
-        tables: [K, 2^bits, h], d = K · bits, or K · bits / 2 with two bits an element. float32, bfloat16, float16, or int8 with `scales`; float64 for float64 x.
+        tables: [K, 2^bits, h], d = K · bits, or K · bits / 2 with two bits an element. float32, bfloat16, float16, or
+            int8 with `scales`; float64 for float64 x.
             Need not be of the dtype of x. Only contiguous tables are read in place. Or, for inference, what
             :func:`pack_tables` made of them. With int8 tables and many tokens the weights are rounded to 16 bits of the
             token's largest one on some processors: 1e-5 of the result, where int8 itself costs 7e-3.

@@ -336,8 +336,8 @@ def convert(
             (``"encoder.layer.*.intermediate.dense"``); or a function of (name, module) that says yes or no. By default
             every ``nn.Linear`` (and ``Conv1D`` of transformers) but a language model's head. What is chosen and cannot
             be replaced (tied, quantised, offloaded or meta weights, adapters, a subclass, hooks, parametrizations,
-            in_features that is no multiple of a chunk's elements, not called, an expert that saw no token, …) is left alone and in
-            the report with the reason.
+            in_features that is no multiple of a chunk's elements, not called, an expert that saw no token, …) is left
+            alone and in the report with the reason.
         bits, hash, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``. ``hash="two_bit"``
             reads twice the tables and loses less than half.
         quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the

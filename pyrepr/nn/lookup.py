@@ -99,8 +99,8 @@ class LookupLinear(nn.Module):
         in_features, out_features, bias: as of ``nn.Linear``; in_features must be a multiple of the elements of a chunk.
         bits: τ of a table, 1 to 16. Default 8: with one bit an element τ-fold fewer reads than a dense layer, and
             2^τ/τ = 32-fold memory.
-        hash: ``"one_bit"`` (default): the signs of τ elements are a code. ``"two_bit"``: so are sign and magnitude of
-            τ / 2, which takes twice the tables and reads and, of a linear layer, loses a third (see :meth:`from_linear`).
+        hash: ``"one_bit"`` (default): the signs of τ elements are a code. ``"two_bit"``: sign and magnitude of τ / 2
+            are, which takes twice the tables and reads and loses a third of what one bit loses (:meth:`from_linear`).
         weighting, temperature: see :func:`pyrepr.lookup_linear`; the defaults are the paper's.
         table_dtype: float32 (default), float64, bfloat16, float16, or int8 (for loading; see :meth:`quantize_`).
         sparse: row-sparse gradients of the tables, for ``torch.optim.SparseAdam``.
@@ -400,8 +400,8 @@ class LookupLinear(nn.Module):
                 is changed.
             calibration: [..., d], inputs the network sees, in its dtype and on its device. The free rows want many
                 tokens a row: some 10 · 2^bits of them, more for less noise.
-            bits, hash, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since a
-                network's inputs have directions with hardly any variance.
+            bits, hash, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since
+                a network's inputs have directions with hardly any variance.
 
         Returns:
             A layer with the dtype of calibration, with a bias. Its ``conversion`` has the error on the fitted rows

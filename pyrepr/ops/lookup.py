@@ -108,7 +108,7 @@ hash_op = leaf_op(
     fake=_hash_fake,
     reference=reference.hash_op,
     cpu=_hash_cpu,
-    triton=_triton("hash"),
+    triton=_triton("hashed"),
 )
 
 

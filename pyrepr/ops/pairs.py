@@ -24,7 +24,6 @@ from pyrepr.reference import pairs as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.pairs import METRICS
 
-
 # To keep the logits for the backward saves a quarter of all work, so batches of up to some 4096 rows keep theirs.
 KEPT = 96 << 20  # bytes
 
