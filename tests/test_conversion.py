@@ -287,6 +287,8 @@ def test_wrapped_models_are_changed_inside():
         ({"bits": 17}, ValueError, "bits must be from 1 to 16, got 17"),
         ({"rank": -1}, ValueError, "rank must be an int of at least 0, got -1"),
         ({"weighting": "l2"}, ValueError, "weighting must be one of"),
+        ({"hash": "x"}, ValueError, "hash must be one of one_bit, two_bit, got 'x'"),
+        ({"hash": "two_bit", "bits": 3}, ValueError, "bits must be even with the two_bit hash, got 3"),
         ({"quantize": "int4"}, ValueError, "quantize must be None, 'int8' or 'bf16', got 'int4'"),
         ({"batch_sizes": (1, 0)}, ValueError, "batch_sizes must be positive ints, got 0"),
         ({"max_rows": 3}, ValueError, "max_rows must be an int of at least 16, got 3"),

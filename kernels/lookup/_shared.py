@@ -74,7 +74,7 @@ def element_bits(value, i, each, inside):
 @triton.jit
 def chunk_sums(x, column, centre, scale, mask, width, each, affine, slope):
     """Code, Σ |z| and 1 / p = Π (1 + exp(−2|z| / t)) ≤ 2^16 of the chunks of `width` elements that start at the
-    pointers x and at these columns, each by one thread. slope: 2 / t. csrc/cpu/lookup_hash.h has the same arithmetic."""
+    pointers x and at these columns, each by one thread. slope: 2 / t. The arithmetic is csrc/cpu/lookup_hash.h's."""
     length = mask.to(tl.int32) * width
     code = length * 0
     size = code.to(tl.float32)
