@@ -172,7 +172,8 @@ class LookupLinear(nn.Module):
         quantized = table_dtype == torch.int8
         self.tables = nn.Parameter(torch.empty(shape, dtype=table_dtype, device=device), requires_grad=not quantized)
         wide = torch.float64 if table_dtype == torch.float64 else torch.float32
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
+        added = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
+        self.register_parameter("bias", added)
         self.register_buffer("scales", torch.ones(shape[:2], device=device) if quantized else None)
         for name in ("centre", "scale"):
             self.register_buffer(name, None)
