@@ -1,10 +1,25 @@
 """One of the processes that test_contrastive.py starts: RANK WORLD FOLDER."""
 
+import os
 import sys
 
 import torch
 
 import pyrepr
+
+
+def second_derivatives(image, text, own, rank, world):
+    """A penalty on gradients: every process has the gradient of the sum over processes of |world · ∂loss/∂own|²."""
+    penalties = []
+    for rows, loss in (
+        (slice(None), pyrepr.nn.ClipLoss()),
+        (own, pyrepr.nn.ClipLoss(gather_with_grad=True, rank=rank, world_size=world)),
+    ):
+        parts = [x[rows].clone().requires_grad_() for x in (image, text)]
+        grads = torch.autograd.grad(loss(*parts, 3.0), parts, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(g.square().sum() for g in grads), parts))
+    for whole, part in zip(*penalties, strict=True):
+        torch.testing.assert_close(part, world**2 * whole[own], rtol=1e-9, atol=1e-12)
 
 
 def main(rank, world, folder):
@@ -32,6 +47,7 @@ def main(rank, world, folder):
                 times = world if grad else 1
                 if grad or not local:
                     assert torch.allclose(part.grad, times * all_rows.grad[own], rtol=1e-4, atol=1e-6), (local, grad)
+    second_derivatives(image.double(), text.double(), own, rank, world)
     uneven = [x[: 5 + (rank == 0)] for x in (image, text)]
     try:
         pyrepr.nn.ClipLoss(rank=rank, world_size=world)(*uneven, 3.0)
@@ -41,6 +57,7 @@ def main(rank, world, folder):
         raise AssertionError("unequal batches were accepted")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo that are still ending would otherwise abort a process now and then
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_several_processes_compute_the_loss_of_the_whole(world, tmp_path):
         for rank in range(world)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, errors
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
 
 
 def test_several_processes_need_a_process_group():

@@ -138,6 +138,53 @@ def test_logsumexp_is_that_of_the_whole_matrix(backend, kernel, dtype, n, m, d):
     assert (pairwise_logsumexp(x, y, scale=1.7, kernel=kernel).double() - truth).abs().max() < DTYPES[dtype] * 10
 
 
+@pytest.mark.levels
+@pytest.mark.parametrize("metric", ["ip", "cosine", "sqeuclidean"])
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-25, 1e-22, 1e-19, 1e-10, 1e10, 1e17])
+def test_topk_of_rows_of_any_size(metric, size):
+    x, y = rows(24, 32, scale=size), rows(40, 32, scale=size)
+    with pyrepr.use_backend("reference"):
+        expected = pairwise_topk(x, y, 10, metric=metric)
+    with pyrepr.use_backend("cpu"):
+        found = pairwise_topk(x, y, 10, metric=metric)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("metric", ["ip", "cosine", "sqeuclidean"])
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e8])
+def test_one_far_row_leaves_the_log_sum_exp_of_the_near_ones(backend, metric, size):
+    x, y = rows(7, 16), rows(9, 16)
+    y[0] = -size * x.abs().sum(0)  # far, and at most as near as 0
+    x = x.abs()
+    a, b = x.double(), y.double()
+    if metric == "cosine":
+        a, b = (functional.normalize(t) for t in (a, b))
+    scores = -(a[:, None] - b[None]).square().sum(2) if metric == "sqeuclidean" else a @ b.T
+    _, _, found = pairwise_topk(x, y, 2, metric=metric, return_logsumexp=True)
+    truth = scores.logsumexp(1)
+    assert ((found.double() - truth).abs() <= 1e-3 * truth.abs().clamp(min=1)).all()
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("first", [0, 5, 8])
+def test_scores_of_minus_infinity_add_nothing(backend, first):
+    x, y = rows(4, 6).abs(), rows(9, 6)
+    truth = (x.double() @ y.double().T)[:, [j for j in range(9) if j != first]].logsumexp(1)
+    y[first, 2] = -math.inf
+    _, _, found = pairwise_topk(x, y, 2, return_logsumexp=True)
+    assert torch.allclose(found.double(), truth, rtol=1e-3)
+    assert torch.allclose(pairwise_logsumexp(x, y).double(), truth, rtol=1e-5)
+
+
+@pytest.mark.levels
+def test_smoothing_of_one_class_is_no_loss(backend):
+    x, y = rows(4, 3), rows(1, 3) - 1e5
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert info_nce(x, y, 100.0, directions="rows", label_smoothing=0.1, labels=labels) == 0
+
+
 def test_logsumexp_over_no_rows_is_minus_infinity():
     assert pairwise_logsumexp(rows(2, 3), rows(0, 3)).tolist() == [-math.inf] * 2
 

@@ -349,10 +349,8 @@ def test_kept_logits_give_the_gradient_of_recomputed_ones():
     arguments = (x, y, 2.0, labels, False, [64])
     results = [gradients(*arguments, f, *halves(f)) for f in (losses(*arguments), losses(*arguments, keep=True))]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert keeps_logits(4096, 4096, 64)
-    assert keeps_logits(8192, 8192, 8192)
-    assert not keeps_logits(8192, 8192, 64)
-    assert not keeps_logits(4096, 4096, 64, prefixes=2)
+    assert keeps_logits(90, 70, 64)
+    assert not keeps_logits(1000, 1000, 64)
 
 
 @pytest.mark.levels

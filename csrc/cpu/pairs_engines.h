@@ -40,8 +40,11 @@ class FloatEngine {
     for (float unit : columns.unit) least_ = larger(least_, 0x1p-146 * static_cast<double>(d) * unit);
   }
 
-  // Whether sums with a row of this length stay finite.
-  bool takes(double norm) const { return (norm + columns_.longest) * (norm + columns_.longest) < 1e37; }
+  // Whether sums with a row of this length stay finite, as do the columns' units, which are squares for distances.
+  bool takes(double norm) const {
+    const bool units = p_.metric != Metric::sqeuclidean || columns_.factor < 0x1p62;
+    return units && (norm + columns_.longest) * (norm + columns_.longest) < 1e37;
+  }
   // What sums lose where products are too small for a float, in the columns' units.
   double least() const { return least_; }
 

@@ -280,9 +280,10 @@ class LogSumExpGradient {
                                load_some<StoreF32>(row + k, count) - factor * load_some<S>(own + k, count));
         }
       }
-      if constexpr (!Sums::narrow) continue;  // the sums stand where they belong
-      Stored* const to = static_cast<Stored*>(out_) + r * d;
-      for (int64_t k = 0; k < d; k += W) store_some<S>(to + k, d - k, load_some<StoreF32>(row + k, d - k));
+      if constexpr (Sums::narrow) {  // else the sums stand where they belong
+        Stored* const to = static_cast<Stored*>(out_) + r * d;
+        for (int64_t k = 0; k < d; k += W) store_some<S>(to + k, d - k, load_some<StoreF32>(row + k, d - k));
+      }
     }
   }
 

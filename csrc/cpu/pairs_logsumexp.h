@@ -42,7 +42,7 @@ struct LogSum {
       sum = sum * std::exp(most - other_most) + other_sum;
       most = other_most;
     } else {
-      sum += other_sum * (other_most > kNone ? std::exp(other_most - most) : 1);
+      sum += other_sum * (other_most > kNone ? std::exp(other_most - most) : 0);  // 0, or NaN, of e^-inf
     }
   }
   double log() const { return sum == 0 ? kNone : most + std::log(sum); }

@@ -129,7 +129,8 @@ class ByFeature {
   const Array<Word> memory_;
 };
 
-// One panel of up to NR features of a row, along the rows: out [rows in words][NR], zero behind what exists.
+// A panel of `count` features, at most NR, of `rows` rows, along the rows: out [rows in words][NR], zero behind what
+// exists.
 template <class S, class Words>
 __attribute__((noinline)) void pack_samples(const View& x, int64_t r0, int64_t rows, int64_t first, int64_t count,
                                             typename Words::Word* out) {

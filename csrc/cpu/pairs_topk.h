@@ -169,27 +169,36 @@ class Search {
         found |= above(f[v], cuts[r]) << (v * W);
       }
       if (__builtin_expect(found & valid, 0)) collect(i + r, g, f, found & valid, bounds[r]);
-      if (p_.logsumexp && queries_[i + r].screened) add_up(i + r, g, f);
+      if (p_.logsumexp && queries_[i + r].screened) add_up(i + r, g, f, bounds[r]);
     }
   }
 
-  // The scores of a group into the row's sum of exponentials.
-  __attribute__((noinline)) void add_up(int64_t i, int64_t g, Vec<float>* f) {
+  // The scores of a group into the row's sum of exponentials: those of the product, unless they may be off by more
+  // than a thousandth, and count beside what is there.
+  __attribute__((noinline)) void add_up(int64_t i, int64_t g, Vec<float>* f, float bound) {
     Query& q = queries_[i];
     const int64_t own = p_.exclude_self ? first_ + i - p_.offset - columns_.first() - g * kGroup : -1;
+    const auto counts = [&](int64_t w) { return w != own && (columns_.valid[g] >> w & 1); };
     const float to_score = static_cast<float>(1 / q.to_t);
     float top = -kInfinity;
     for (int64_t w = 0; w < kGroup; w++) {
       float s = f[w / W][w % W] * to_score;
-      if (w == own || !(columns_.valid[g] >> w & 1)) s = -kInfinity;
+      if (!counts(w)) s = -kInfinity;
       f[w / W][w % W] = s;
       top = larger(top, s);
     }
     if (top == -kInfinity) return;
+    const double score = top + q.offset, off = (bound + std::fabs(top / to_score) * 0x1p-20) * to_score;
+    if (off > 0x1p-10 * larger(1.0, std::fabs(score)) && score + off > q.sum.most - 40) {
+      for (int64_t w = 0; w < kGroup; w++)
+        if (counts(w)) add_score(q, exact(i, g * kGroup + w));
+      return;
+    }
     Vec<float> sum{};
     for (int v = 0; v < kGroup / W; v++) sum += exp_nonpositive<float>(f[v] - top);
-    q.sum.add(top + q.offset, lane_sum<float>(sum));
+    q.sum.add(score, lane_sum<float>(sum));
   }
+  static void add_score(Query& q, float s) { q.sum.add(s == s ? s : 0, s == s ? 1 : s); }
 
   __attribute__((noinline)) void collect(int64_t i, int64_t g, const Vec<float>* f, uint32_t found, float bound) {
     Query& q = queries_[i];
@@ -272,7 +281,7 @@ class Search {
       if (p_.exclude_self && first_ + i == p_.offset + columns_.first() + j) return;
       const float s = exact(i, j);
       add(j, s);
-      if (p_.logsumexp) q.sum.add(s == s ? s : 0, s == s ? 1 : s);
+      if (p_.logsumexp) add_score(q, s);
     };
     if (q.screened) {
       drop(i);

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyrepr._checks import check_is_tensor, shape_of, shown
 from pyrepr.functional.pairs import check_weights, info_nce
+from pyrepr.nn._gathering import gather_rows
 
 
 class ClipLoss(nn.Module):
@@ -106,14 +107,10 @@ class ClipLoss(nn.Module):
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The rows of all processes; their gradients reach the own ones, and with `gather_with_grad` all."""
-        from torch import distributed
-
+        counts = [len(x)] * self.world_size
         if self.gather_with_grad:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(x.contiguous()))
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
-        distributed.all_gather(parts, x.detach().contiguous())
+            return gather_rows(x, counts)
+        parts = list(gather_rows(x.detach(), counts).split(counts))
         if not self.local_loss:
             parts[self.rank] = x
         return torch.cat(parts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._checks import check_layers, name_of, shown
+from pyrepr.nn._gathering import gather_rows
 from pyrepr.similarity._checks import check_estimator, check_mask
 from pyrepr.similarity.kernels import Kernel, as_kernel
 from pyrepr.similarity.measures import cka
@@ -101,8 +102,8 @@ def _gathered(pairs: Sequence[Pair], mask: Tensor | None) -> tuple[list[Pair], T
     if not distributed.is_initialized():
         raise RuntimeError("CKALoss(gather=True) needs an initialised torch.distributed process group, got none")
     counts = _agreed(pairs, mask)
-    whole = [(_rows_of_all(x, counts), _rows_of_all(y, counts)) for x, y in pairs]
-    return whole, None if mask is None else _rows_of_all(mask, counts)
+    whole = [(gather_rows(x, counts), gather_rows(y, counts)) for x, y in pairs]
+    return whole, None if mask is None else gather_rows(mask, counts)
 
 
 def _agreed(pairs: Sequence[Pair], mask: Tensor | None) -> list[int]:
@@ -140,19 +141,3 @@ def _agreed(pairs: Sequence[Pair], mask: Tensor | None) -> list[int]:
 
 def _layout(pairs: Sequence[Pair]) -> list[str]:
     return [" and ".join(f"{x.shape[1]} {name_of(x.dtype)}" for x in pair) for pair in pairs]
-
-
-def _rows_of_all(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """[Σ n, …] from [n, …] of every process. Collectives take equal shapes: padded to the largest n, then cut."""
-    from torch import distributed
-    from torch.distributed.nn.functional import all_gather
-
-    padded = x.contiguous()
-    if len(x) < max(counts):
-        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
-    if x.requires_grad and torch.is_grad_enabled():
-        parts = all_gather(padded)
-    else:
-        parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded.detach())
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

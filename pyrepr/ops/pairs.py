@@ -24,14 +24,11 @@ from pyrepr.reference import pairs as reference
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.pairs import METRICS
 
-# To keep the logits for the backward saves a quarter of all work, so batches of up to some 4096 rows keep theirs.
-KEPT = 96 << 20  # bytes
-
 
 def keeps_logits(n: int, m: int, d: int, prefixes: int = 1) -> bool:
-    """Whether the forward should keep the logits for the backward: where they take no more memory than x and y, or
-    than is worth having."""
-    return 4 * prefixes * n * m <= max(KEPT, 4 * (n + m) * d)
+    """Whether the forward should keep the logits for the backward: where they take no more memory than x and y. (Kept
+    beyond that, at 2048 to 4096 rows, they cost as much time to write and read as to compute.)"""
+    return prefixes * n * m <= (n + m) * d
 
 
 def _triton(function: str):

@@ -75,7 +75,7 @@ def difference(before: dict[str, Any], after: dict[str, Any], parts: tuple[str, 
 
 
 def activations(model: torch.nn.Module, names: tuple[str, ...], batches: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """What hooks see, [N, features] a layer; of a layer that runs more than once a batch, `name#i` is its run i."""
+    """What hooks see, [N, features] a layer; `name#i` is the i-th run, from 1 on, of a layer that runs twice."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     modules = {"(model)": model, **dict(model.named_modules())}
     training = {name: m.training for name, m in modules.items()}
@@ -89,7 +89,7 @@ def activations(model: torch.nn.Module, names: tuple[str, ...], batches: list[to
             model(batch)
             for name in names:
                 layer, _, run = name.partition("#")
-                y = runs[layer][int(run or 0)]
+                y = runs[layer][int(run or 1) - 1]
                 if not isinstance(y, torch.Tensor):
                     y = next(t for t in (y.values() if isinstance(y, dict) else y) if isinstance(t, torch.Tensor))
                 seen[name].append(y.flatten(1))

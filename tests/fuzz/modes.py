@@ -17,7 +17,7 @@ FIRST = ("reverse", "func_grad", "jvp", "dual", "jacfwd", "vmap", "vmap_grad")
 SECOND = ("create_graph", "grad_of_grad", "forward_over_reverse")
 MODES = FIRST + SECOND
 STEP = 1e-40
-DIFFERENCE = 1e-5
+DIFFERENCE = 1e-7
 # Errors seen on correct derivatives stay below a tenth of these.
 OF_ROUNDING, OF_CONDITION = 4000, 1000
 
@@ -233,6 +233,8 @@ def second(problem: Problem, mode: str, v: list[np.ndarray], w: list[np.ndarray]
         got, rounding = inner(w, seconds)
     if mode != "forward_over_reverse":
         got, rounding = inner(w, seconds)
+    first = np.abs(problem.weights) @ np.abs(problem.step(problem.arrays, v))
+    rounding += float(np.finfo(np.longdouble).eps * first / DIFFERENCE)  # of the truth, which is a difference
     truth = problem.weights @ problem.second(problem.arrays, v, w)
     problem.typical = max(
         abs(float(problem.weights @ problem.second(problem.arrays, v, problem.direction()))) for _ in range(3)

@@ -102,7 +102,7 @@ def same_bits(a: Any, b: Any) -> bool:
         if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             return False
         a, b = a.detach().resolve_neg().contiguous(), b.detach().resolve_neg().contiguous()
-        return not a.numel() or torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+        return not a.numel() or a.is_meta or torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
     return True
