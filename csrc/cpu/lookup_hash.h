@@ -11,7 +11,7 @@ namespace {
 
 // A call of less than about 100 us on one thread wakes no other: these many elements to hash, or bytes of tables.
 constexpr int64_t kParallelElements = int64_t(1) << 17;
-constexpr int64_t kParallelBytes = int64_t(1) << 20;
+constexpr int64_t kParallelBytes = int64_t(5) << 18;
 constexpr int kMostBits = 16;
 
 // Elements of a chunk, and chunks of a row.

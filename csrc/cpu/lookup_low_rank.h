@@ -1,7 +1,6 @@
 // The low-rank part of a converted layer of family `lookup`: what it reads of x, inner = x down^T, what it leaves to the
-// tables, x - inner down, and what it adds to their sum, inner up. The rank is small, so both matrices stay in L2 as they
-// are, and products are taken in blocks of a few tokens by a few rows or vectors. Included by level units only (see
-// simd.h).
+// tables, x - inner down, and what it adds to their sum, inner up. The rank is small, so both matrices stay in L2, and
+// products are taken in blocks of a few tokens by a few rows or vectors. Included by level units only (see simd.h).
 #pragma once
 
 #include "cpu/lookup_rows.h"
@@ -13,25 +12,31 @@ template <class T>
 class LowRank {
  public:
   static constexpr int W = Lanes<T>::W;
-  static constexpr int64_t kTokens = 32;  // taken together by a thread
+  static constexpr int64_t kTokens = 64;  // taken together by a thread
 
   LowRank(const LookupLowRank& low, int64_t d, int64_t h)
       : down_(static_cast<const T*>(low.down)), up_(static_cast<const T*>(low.up)), rank_(low.rank), d_(d), h_(h) {}
 
+  // Of the buffer that both functions want.
+  static int64_t bytes(int64_t rank) { return round_up(rank * kVectors * W * int64_t(sizeof(T)), 64); }
+
   // inner [tokens, rank] = x down^T, then x [tokens, d] -= inner down
-  void lower(int64_t tokens, T* x, T* inner) const {
+  void lower(int64_t tokens, T* x, T* inner, T* buffer) const {
     int64_t t = 0;
     for (; t + kMany <= tokens; t += kMany) dots<kMany>(x + t * d_, inner + t * rank_);
     for (; t < tokens; t++) dots<1>(x + t * d_, inner + t * rank_);
-    add<true>(tokens, inner, down_, d_, x);
+    add<true>(tokens, inner, down_, d_, x, buffer);
   }
   // out [tokens, h] += inner up
-  void raise(int64_t tokens, const T* inner, T* out) const { add<false>(tokens, inner, up_, h_, out); }
+  void raise(int64_t tokens, const T* inner, T* out, T* buffer) const {
+    add<false>(tokens, inner, up_, h_, out, buffer);
+  }
 
  private:
   static constexpr int kSums = kRegisters == 32 ? 16 : 8;  // registers that hold sums
-  static constexpr int kMany = kRegisters == 32 ? 4 : 2;   // tokens of a block
-  static constexpr int kVectors = kSums / kMany;
+  static constexpr int kMany = kRegisters == 32 ? 4 : 2;   // tokens of a block of products with rows
+  static constexpr int kTall = kRegisters == 32 ? 6 : 2;   // of one of sums of vectors
+  static constexpr int kVectors = 4;                       // of the latter
 
   // inner [R, rank] = x [R, d] down^T, kSums products at a time.
   template <int R>
@@ -71,43 +76,55 @@ class LowRank {
     }
   }
 
-  // out [tokens, cols] += or -= inner [tokens, rank] rows [rank, cols]
+  // out [tokens, cols] += or -= inner [tokens, rank] rows [rank, cols]. For more than a few tokens the columns at work
+  // are copied: in rows a power of two apart they would share a few places of L1.
   template <bool MINUS>
-  void add(int64_t tokens, const T* inner, const T* rows, int64_t cols, T* out) const {
+  void add(int64_t tokens, const T* inner, const T* rows, int64_t cols, T* out, T* buffer) const {
+    constexpr int64_t panel = kVectors * W;
     int64_t c = 0;
-    for (; c + kVectors * W <= cols; c += kVectors * W)
-      add_columns<MINUS, kVectors>(tokens, inner, rows + c, cols, W, out + c);
-    for (; c < cols; c += W) add_columns<MINUS, 1>(tokens, inner, rows + c, cols, smaller<int64_t>(W, cols - c), out + c);
+    for (; c + panel <= cols; c += panel) {
+      const bool copied = tokens > 2 * kTall;
+      for (int64_t k = 0; copied && k < rank_; k++)
+        std::memcpy(buffer + k * panel, rows + k * cols + c, panel * sizeof(T));
+      const T* const at = copied ? buffer : rows + c;
+      add_columns<MINUS, kVectors>(tokens, inner, at, copied ? panel : cols, W, out + c, cols);
+    }
+    for (; c < cols; c += W)
+      add_columns<MINUS, 1>(tokens, inner, rows + c, cols, smaller<int64_t>(W, cols - c), out + c, cols);
   }
   // V vectors of columns, of which a single one may have fewer than W.
   template <bool MINUS, int V>
-  void add_columns(int64_t tokens, const T* inner, const T* rows, int64_t stride, int64_t count, T* out) const {
+  void add_columns(int64_t tokens, const T* inner, const T* rows, int64_t row_stride, int64_t count, T* out,
+                   int64_t stride) const {
     int64_t t = 0;
-    for (; t + kMany <= tokens; t += kMany)
-      add_block<MINUS, kMany, V>(inner + t * rank_, rows, stride, count, out + t * stride);
-    for (; t < tokens; t++) add_block<MINUS, 1, V>(inner + t * rank_, rows, stride, count, out + t * stride);
+    for (; t + kTall <= tokens; t += kTall)
+      add_block<MINUS, kTall, V>(inner + t * rank_, rows, row_stride, count, out + t * stride, stride);
+    for (; t + 2 <= tokens; t += 2)
+      add_block<MINUS, 2, V>(inner + t * rank_, rows, row_stride, count, out + t * stride, stride);
+    for (; t < tokens; t++)
+      add_block<MINUS, 1, V>(inner + t * rank_, rows, row_stride, count, out + t * stride, stride);
   }
   template <bool MINUS, int R, int V>
-  void add_block(const T* inner, const T* rows, int64_t stride, int64_t count, T* out) const {
+  void add_block(const T* inner, const T* rows, int64_t row_stride, int64_t count, T* out, int64_t stride) const {
     using S = StoreOf<T>;
     if (V > 1) count = W;
     Vec<T> sum[R][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[r][v] = load_some<S>(out + r * stride + v * W, count);
-    for (int64_t k = 0; k < rank_; k++, rows += stride) {
+    for (int64_t k = 0; k < rank_; k++, rows += row_stride) {
       Vec<T> row[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) row[v] = load_some<S>(rows + v * W, count);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < R; r++) {
         const T factor = MINUS ? -inner[r * rank_ + k] : inner[r * rank_ + k];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sum[r][v] += factor * row[v];
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) store_some<S>(out + r * stride + v * W, count, sum[r][v]);
@@ -127,7 +144,7 @@ class Inputs {
   // Bytes a thread needs.
   static int64_t bytes(const LookupHash& p, const LookupLowRank& low) {
     const int64_t rest = low.rank ? LowRank<T>::kTokens * p.x.cols * int64_t(sizeof(T)) : 0;
-    return Chunks<StoreOf<T>>::bytes(p) + round_up(rest, 64);
+    return Chunks<StoreOf<T>>::bytes(p) + round_up(rest, 64) + LowRank<T>::bytes(low.rank);
   }
 
   // What every thread of a team does: codes and weights of the plan's tokens, which are those from t0 on. Ends with a
@@ -135,13 +152,15 @@ class Inputs {
   void hash(const Plan<T>& plan, int64_t t0, void* buffer) const {
     if (!rank_) return by_x([&](auto x) { plan.template hash<decltype(x)>(p_, t0, buffer); });
     using Own = StoreOf<T>;
-    T* const rest = reinterpret_cast<T*>(static_cast<char*>(buffer) + Chunks<Own>::bytes(p_));
+    T* const panel = static_cast<T*>(buffer);
+    char* const behind = static_cast<char*>(buffer) + LowRank<T>::bytes(rank_);
+    T* const rest = reinterpret_cast<T*>(behind + Chunks<Own>::bytes(p_));
     LookupHash of_rest = p_;
     of_rest.x = {rest, LowRank<T>::kTokens, p_.x.cols, p_.x.cols, 1};
-    Chunks<Own> chunks(of_rest, buffer);
+    Chunks<Own> chunks(of_rest, behind);
     for_blocks(plan.tokens(), [&](int64_t t, int64_t count) {
       by_x([&](auto x) { copy<decltype(x)>(t0 + t, count, rest); });
-      low_.lower(count, rest, inner(t));
+      low_.lower(count, rest, inner(t), panel);
       for (int64_t i = 0; i < count; i++) {
         chunks.read(i);
         plan.put(chunks, t + i);
@@ -149,18 +168,21 @@ class Inputs {
     });
   }
   // Likewise, out [tokens, h] += inner up.
-  void raise(const Plan<T>& plan, T* out) const {
-    if (rank_) for_blocks(plan.tokens(), [&](int64_t t, int64_t count) { low_.raise(count, inner(t), out + t * h_); });
+  void raise(const Plan<T>& plan, T* out, void* buffer) const {
+    const auto add = [&](int64_t t, int64_t count) {
+      low_.raise(count, inner(t), out + t * h_, static_cast<T*>(buffer));
+    };
+    if (rank_) for_blocks(plan.tokens(), add);
   }
 
  private:
+  // A token's sums are the same in any block, so there may be as many as threads.
   template <class Use>
   static void for_blocks(int64_t tokens, Use use) {
+    const int64_t share = round_up(ceil_div(tokens, int64_t(omp_get_num_threads())), 4);
+    const int64_t size = smaller(share, LowRank<T>::kTokens);
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < ceil_div(tokens, LowRank<T>::kTokens); block++) {
-      const int64_t t = block * LowRank<T>::kTokens;
-      use(t, smaller(LowRank<T>::kTokens, tokens - t));
-    }
+    for (int64_t t = 0; t < tokens; t += size) use(t, smaller(size, tokens - t));
   }
   // Calls f(X{}) with the storage type of x, whose sums are of type T.
   template <class F>

@@ -132,8 +132,9 @@ def draw_linear(draw: Draw) -> Case:
         return compare("out", names["out"], truth + np.zeros((*x.shape[:-1], tables.shape[2])), bound, dtype)
 
     case.check = check
-    # Of many elements one is next to a jump.
-    if smooth and k and 0 < math.prod(shape) < 2000 and h and not converted.names:
+    # Of many elements one is next to a jump, and of few in 16 bits one is 1, where that of two bits is.
+    apart = math.prod(shape) < 2000 and (hash == "one_bit" or dtype in ("float32", "float64"))
+    if smooth and k and math.prod(shape) and h and apart and not converted.names:
         variables = ["x", *["tables"] * (kind != "int8" and not packed), *["bias"] * with_bias]
         fixed = lines[1:]
 
