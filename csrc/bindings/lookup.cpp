@@ -39,8 +39,7 @@ const cpu::LookupHash& checked_hash(const cpu::LookupHash& hash) {
   if (kind < 1 || kind > 2) throw std::invalid_argument("hash code " + std::to_string(kind) + " is unknown");
   if (hash.bits < 1 || hash.bits > 16 || hash.bits % kind || hash.x.cols % (hash.bits / kind))
     throw std::invalid_argument("x does not consist of chunks of `bits` bits");
-  if ((hash.centre == nullptr) != (hash.scale == nullptr))
-    throw std::invalid_argument("centre and scale go together");
+  if ((hash.centre == nullptr) != (hash.scale == nullptr)) throw std::invalid_argument("centre and scale go together");
   if (weighting < 0 || weighting > 3)
     throw std::invalid_argument("weighting code " + std::to_string(weighting) + " is unknown");
   if (hash.threads < 1) throw std::invalid_argument("threads must be positive");
@@ -83,10 +82,10 @@ void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_
   const cpu::LookupTables tables = tables_from(data, type, scales, K, n, h, packed, threads);
   const bool empty = rows == 0 || h == 0;
   const View view{pointer<const void>(x, "x", empty || K == 0), rows, K * bits / (kind == 2 ? 2 : 1), stride, 1};
-  const cpu::LookupHash hash = checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting),
-                                             temperature, threads, static_cast<cpu::Hash>(kind),
-                                             pointer<const void>(centre, "centre", true),
-                                             pointer<const void>(scale, "scale", true)});
+  const cpu::LookupHash hash =
+      checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads,
+                    static_cast<cpu::Hash>(kind), pointer<const void>(centre, "centre", true),
+                    pointer<const void>(scale, "scale", true)});
   if (rank < 0) throw std::invalid_argument("rank must not be negative");
   const bool dense = rank > 0 && !empty;
   const cpu::LookupLowRank low{rank, pointer<const void>(down, "down", !dense || K == 0),
@@ -156,14 +155,13 @@ struct LookupLinear {
 
 // [..., h] in float32 (float64 for float64), or None: see tensor.h.
 py::object lookup_linear_direct(py::handle x, py::handle tables, py::handle scales, py::handle bias, py::handle centre,
-                                py::handle scale, py::handle down, py::handle up, int weighting,
-                                py::handle temperature, int kind, bool grad, int threads) {
+                                py::handle scale, py::handle down, py::handle up, int weighting, py::handle temperature,
+                                int kind, bool grad, int threads) {
   if (kind < 1 || kind > 2) return py::none();
   LookupLinear a(kind);
   if (weighting < 0 || !PyFloat_Check(temperature.ptr())) return py::none();
   const double t = PyFloat_AS_DOUBLE(temperature.ptr());
-  if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, centre, scale, down, up, grad) ||
-      !a.fits())
+  if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, centre, scale, down, up, grad) || !a.fits())
     return py::none();
   Tensor to;
   const py::object out = new_empty(x, a.sizes, a.x.dims, a.sums() == DType::f32 && !a.x.is(DType::f32));
@@ -246,9 +244,7 @@ void bind_lookup(py::module_& m) {
 #if defined(__linux__)
   py::class_<Block>(m, "Block", py::buffer_protocol())
       .def(py::init<int64_t>())
-      .def_buffer([](const Block& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
-      })
+      .def_buffer([](const Block& block) { return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size()); })
       .def_static("waiting", &Block::waiting)
       .def_static("limit", &Block::limit)
       .def_static("release", &Block::release);
@@ -268,16 +264,16 @@ void bind_lookup(py::module_& m) {
     py::gil_scoped_release release;
     if (!empty) check(current_level().lookup().hash(hash, c, w));
   });
-  m.def("lookup_hash_backward", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
-                                   int kind, uintptr_t centre, uintptr_t scale, uintptr_t grad_weights, uintptr_t grad,
-                                   int threads) {
-    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, kind, centre, scale, threads);
-    const bool empty = hash.x.rows * hash.x.cols == 0;
-    const void* const gw = pointer<const void>(grad_weights, "grad_weights", empty);
-    void* const g = pointer<void>(grad, "grad", empty);
-    py::gil_scoped_release release;
-    if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
-  });
+  m.def("lookup_hash_backward",
+        [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature, int kind, uintptr_t centre,
+           uintptr_t scale, uintptr_t grad_weights, uintptr_t grad, int threads) {
+          const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, kind, centre, scale, threads);
+          const bool empty = hash.x.rows * hash.x.cols == 0;
+          const void* const gw = pointer<const void>(grad_weights, "grad_weights", empty);
+          void* const g = pointer<void>(grad, "grad", empty);
+          py::gil_scoped_release release;
+          if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
+        });
 #ifdef PYREPR_CUDA
   m.def("cuda_lookup_linear", &cuda_lookup_linear);
   m.def("cuda_lookup_linear_parts", &cuda::lookup_linear_parts);

@@ -1,9 +1,9 @@
 // Family `lookup` on the CPU: what csrc/bindings/lookup.cpp calls and lookup.cpp defines once per instruction set.
 //
-// A row of x [T, d], less `centre` and times `scale` where they are given, is cut into K chunks z, of `bits` elements or
-// of bits / 2. code(z) = sum over i of [z_i >= 0] 2^i (one_bit) or of ([z_i >= 0] + 2 [|z_i| >= 1]) 4^i (two_bit), and
-// with the sizes s_i = |z_i| the weight w(z) is prod sigmoid(2 s_i / t) (probability), that times sum s_i (scaled), the
-// mean of s_i (l1) or 1.
+// A row of x [T, d], less `centre` and times `scale` where they are given, is cut into K chunks z, of `bits` elements
+// or of bits / 2. code(z) = sum over i of [z_i >= 0] 2^i (one_bit) or of ([z_i >= 0] + 2 [|z_i| >= 1]) 4^i (two_bit),
+// and with the sizes s_i = |z_i| the weight w(z) is prod sigmoid(2 s_i / t) (probability), that times sum s_i (scaled),
+// the mean of s_i (l1) or 1.
 //   linear    out[t] = bias + sum over k of w[t, k] table_k[code[t, k]];  with a low-rank part, of x - inner down for
 //   inner = x down^T, plus inner up
 //   backward  segments_k[c] = sum over t with code[t, k] = c of w[t, k] grad[t];  dots[t, k] = <grad[t],
@@ -54,7 +54,7 @@ struct LookupHash {
 };
 
 struct LookupLowRank {
-  int64_t rank = 0;  // 0: there is none
+  int64_t rank = 0;            // 0: there is none
   const void* down = nullptr;  // [rank, d] of T, contiguous
   const void* up = nullptr;    // [rank, h] of T, contiguous
 };

@@ -61,7 +61,8 @@ class Backward {
     // Without dot products a table's columns can be shared out too.
     const int64_t shares = want_dots_ ? 1 : smaller(tiles_, ceil_div(4 * a_.threads, larger<int64_t>(a_.K, 1)));
     const int64_t tasks = a_.K * shares, per_share = ceil_div(tiles_, larger<int64_t>(shares, 1));
-    const int threads = (tokens_ * a_.K * a_.h + a_.K * a_.n * a_.h) * int64_t(sizeof(T)) < kParallelBytes ? 1 : a_.threads;
+    const int threads =
+        (tokens_ * a_.K * a_.h + a_.K * a_.n * a_.h) * int64_t(sizeof(T)) < kParallelBytes ? 1 : a_.threads;
     const int64_t bytes = Order::bytes(tokens_, a_.n);
     const Memory memory(bytes * threads);
     if (!tiled_.ok() || !codes_.ok() || !weights_.ok() || !memory.ok()) return Status::out_of_memory;
@@ -148,7 +149,8 @@ class Backward {
   // The gradient as [tiles, tokens, C], the last tile padded with zeros.
   void make_tiles() const {
     T* const out = tiled_.template as<T>();
-#pragma omp parallel for schedule(static) num_threads(a_.threads) if (tokens_ * a_.h * int64_t(sizeof(T)) > kParallelBytes)
+#pragma omp parallel for schedule(static) \
+    num_threads(a_.threads) if (tokens_ * a_.h * int64_t(sizeof(T)) > kParallelBytes)
     for (int64_t t = 0; t < tokens_; t++) {
       const T* const row = static_cast<const T*>(grad_.data) + t * grad_.row_stride;
       for (int64_t tile = 0; tile < tiles_; tile++) {

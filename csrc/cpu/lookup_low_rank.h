@@ -1,6 +1,6 @@
-// The low-rank part of a converted layer of family `lookup`: what it reads of x, inner = x down^T, what it leaves to the
-// tables, x - inner down, and what it adds to their sum, inner up. The rank is small, so both matrices stay in L2, and
-// products are taken in blocks of a few tokens by a few rows or vectors. Included by level units only (see simd.h).
+// The low-rank part of a converted layer of family `lookup`: what it reads of x, inner = x down^T, what it leaves to
+// the tables, x - inner down, and what it adds to their sum, inner up. The rank is small, so both matrices stay in L2,
+// and products are taken in blocks of a few tokens by a few rows or vectors. Included by level units only (see simd.h).
 #pragma once
 
 #include "cpu/lookup_rows.h"
