@@ -21,7 +21,7 @@ inline int64_t chunks_of(const LookupHash& p) { return p.x.cols / width_of(p); }
 // v holds 8 vectors: W chunks of 8 elements, in the order they stand in memory. Afterwards v[i] holds element i of
 // every chunk. The same exchange the other way undoes it.
 template <class T, bool BACK = false>
-inline void transpose_eights(Vec<T> (&v)[8]) {
+__attribute__((always_inline)) inline void transpose_eights(Vec<T> (&v)[8]) {
   constexpr int W = Lanes<T>::W;
   if constexpr (W >= 8) {
     const auto split = [&] {
@@ -96,31 +96,64 @@ class Chunks {
 
   void read(int64_t t) {
     const auto* const row = static_cast<const typename X::Memory*>(p_.x.data) + t * p_.x.row_stride;
-    const int64_t d = p_.x.cols;
-    int64_t i = 0;
-    for (; i + W <= d; i += W) store<T>(z_ + i, standardised<false>(i, load_as<X>(row + i)));
-    if (i < d) store_some<StoreOf<T>>(z_ + i, d - i, standardised<true>(i, load_some<X>(row + i, d - i)));
+    if (centre_)
+      copy(row, [&](int64_t i, int64_t count, V x) { return standardised(i, count, x); });
+    else
+      copy(row, [](int64_t, int64_t, V x) { return x; });
   }
 
   // use(k, count, hashed) for count <= W chunks from k on
   template <class Use>
   void hash(Use use) const {
-    const bool two = p_.kind == Hash::two_bit;
-    if (width_ == 8 && !two)
-      hash_chunks<8, false>(use);
-    else if (width_ == 4 && two)
-      hash_chunks<4, true>(use);
-    else if (two)
-      hash_chunks<0, true>(use);
-    else
-      hash_chunks<0, false>(use);
+    by_width([&](auto width) {
+      if (p_.kind == Hash::two_bit)
+        hash_chunks<width, true>(use);
+      else
+        hash_chunks<width, false>(use);
+    });
   }
 
   // grad [d] = outer [K] times the derivative of the weights with respect to x. That of |z| is 0 at 0.
   void derivative(const T* outer, T* grad) const {
+    by_width([&](auto width) { derivative_of_chunks<width>(outer); });
+    for (int64_t i = 0; scale_ && i < p_.x.cols; i++) grad_[i] *= scale_[i];
+    std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
+  }
+
+ private:
+  static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * width_of(p)); }
+
+  // Calls f with the elements of a chunk as a constant, or with 0 if they are known only here.
+  template <class F>
+  void by_width(F f) const {
+    if (width_ == 8)
+      f(std::integral_constant<int, 8>{});
+    else if (width_ == 4)
+      f(std::integral_constant<int, 4>{});
+    else
+      f(std::integral_constant<int, 0>{});
+  }
+
+  // z = f(i, count, x) of the `count` elements x of the row from i on.
+  template <class F>
+  void copy(const typename X::Memory* row, F f) {
+    const int64_t d = p_.x.cols;
+    int64_t i = 0;
+    for (; i + W <= d; i += W) store<T>(z_ + i, f(i, W, load_as<X>(row + i)));
+    if (i < d) store_some<StoreOf<T>>(z_ + i, d - i, f(i, d - i, load_some<X>(row + i, d - i)));
+  }
+  // (x - centre) scale of the `count` elements from i on. The same rounding at every level: there is no multiplication
+  // before the addition, which a fused one could spare.
+  V standardised(int64_t i, int64_t count, V x) const {
+    using S = StoreOf<T>;
+    return (x - load_some<S>(centre_ + i, count)) * load_some<S>(scale_ + i, count);
+  }
+
+  template <int WIDTH>
+  void derivative_of_chunks(const T* outer) const {
     for (int64_t k = 0; k < count_; k += W) {
       V z[kMostBits], slope[kMostBits];
-      load_chunks(k, z);
+      load_chunks<WIDTH>(k, z);
       V sum{}, inverse = splat<T>(1);
       for (int i = 0; i < width_; i++) slope[i] = sums(z[i], sum, inverse);
       const int64_t left = count_ - k;
@@ -134,23 +167,8 @@ class Chunks {
         if (p_.weighting == Weighting::l1) s = one / static_cast<T>(width_);
         z[i] = out * sign * s;
       }
-      store_chunks(k, z);
+      store_chunks<WIDTH>(k, z);
     }
-    for (int64_t i = 0; scale_ && i < p_.x.cols; i++) grad_[i] *= scale_[i];
-    std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
-  }
-
- private:
-  static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * width_of(p)); }
-
-  // (x - centre) scale of the elements from i on, a vector of them or, with SOME, those there are. The same rounding at
-  // every level: there is no multiplication before the addition, which a fused one could spare.
-  template <bool SOME>
-  V standardised(int64_t i, V x) const {
-    using S = StoreOf<T>;
-    if (!centre_) return x;
-    const int64_t count = SOME ? p_.x.cols - i : W;
-    return (x - load_some<S>(centre_ + i, count)) * load_some<S>(scale_ + i, count);
   }
 
   // WIDTH is the elements of a chunk, or 0 if they are known only here.
@@ -160,7 +178,7 @@ class Chunks {
     const int width = WIDTH ? WIDTH : width_;
     for (int64_t k = 0; k < count_; k += W) {
       V z[WIDTH ? WIDTH : kMostBits];
-      load_chunks(k, z);
+      load_chunks<WIDTH>(k, z);
       I code{};
       V sum{}, inverse = splat<T>(1);
 #pragma GCC unroll 8
@@ -184,45 +202,41 @@ class Chunks {
   bool decaying() const { return p_.weighting == Weighting::probability || p_.weighting == Weighting::scaled; }
 
   // z[i] = element i of the chunks k, k + 1, ...
+  template <int WIDTH>
   void load_chunks(int64_t k, V* z) const {
     const T* const from = z_ + k * width_;
-    if (width_ == 8) {
-      V v[8];
+    if constexpr (WIDTH == 0) {
+      T lanes[W];
+      for (int i = 0; i < width_; i++) {
+        for (int j = 0; j < W; j++) lanes[j] = from[j * width_ + i];
+        z[i] = load<T>(lanes);
+      }
+    } else {
+      V v[WIDTH];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) v[i] = load<T>(from + i * W);
-      transpose_eights<T>(v);
+      for (int i = 0; i < WIDTH; i++) v[i] = load<T>(from + i * W);
+      if constexpr (WIDTH == 8)
+        transpose_eights<T>(v);
+      else
+        unzip_four<T>(v);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) z[i] = v[i];
-      return;
-    }
-    if (width_ == 4) {
-      V v[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) v[i] = load<T>(from + i * W);
-      unzip_four<T>(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) z[i] = v[i];
-      return;
-    }
-    T lanes[W];
-    for (int i = 0; i < width_; i++) {
-      for (int j = 0; j < W; j++) lanes[j] = from[j * width_ + i];
-      z[i] = load<T>(lanes);
+      for (int i = 0; i < WIDTH; i++) z[i] = v[i];
     }
   }
+  template <int WIDTH>
   void store_chunks(int64_t k, const V* z) const {
     T* const to = grad_ + k * width_;
-    if (width_ == 8) {
+    if constexpr (WIDTH == 8) {
       V v[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) v[i] = z[i];
       transpose_eights<T, true>(v);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) store<T>(to + i * W, v[i]);
-      return;
+    } else {
+      for (int i = 0; i < width_; i++)
+        for (int j = 0; j < W; j++) to[j * width_ + i] = z[i][j];
     }
-    for (int i = 0; i < width_; i++)
-      for (int j = 0; j < W; j++) to[j * width_ + i] = z[i][j];
   }
 
   // sum += |z|, inverse *= 1 + e with e = exp(-2 |z| / t) (so that it becomes 1 / p <= 2^16); the derivative of log p

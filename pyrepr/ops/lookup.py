@@ -466,7 +466,7 @@ def lookup_linear_direct(
         return None
     code, kind, grad = WEIGHTING_CODES.get(weighting, -1), HASHES.get(hash, 0), torch.is_grad_enabled()
     threads = torch.get_num_threads()
-    out = native.lookup_linear_direct(x, tables, scales, bias, *converted, code, temperature, kind, grad, threads)
+    out = native.lookup_linear_direct(x, tables, scales, bias, converted, code, temperature, kind, grad, threads)
     return out if out is None or out.dtype is x.dtype else out.to(x.dtype)
 
 
