@@ -9,12 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrepr.ops._leaf import at_hand
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
 
 # Rows of the block of kernel matrices that the backward recomputes at a time: all layers' blocks in this many bytes.
 BACKWARD_BLOCK_BYTES = 32 << 20
 GPU_BACKWARD_BLOCK_BYTES = 256 << 20  # every block packs its layer again (kernels/gram)
+# Of the sum of two squared norms. A smaller squared distance that is made of them has lost two digits or more, and with
+# it the gradient of laplacian, which goes by directions; such pairs are taken from the differences of their rows.
+NEAR = 0.01
+NEAR_ELEMENTS = 1 << 22  # of differences of rows at a time
 
 
 def route_costs(n: int, widths: Sequence[int], split: int = 0) -> tuple[float, float]:
@@ -88,18 +93,57 @@ class Slopes:
             return pull * (self.degree * self.scale) * (self.scale * p + self.offset) ** (self.degree - 1)
         if self.kernel == "cosine":
             return pull * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
-        if self.base is not None and self.base > 0:
-            k = k + self.offset.exp()
         if self.kernel == "rbf":
-            return pull * k / self.scale**2
+            return pull * self._whole(k) / self.scale**2
         distance = _distance(p, rows, columns).sqrt_()
-        return torch.where(distance > 0, pull * k / (self.scale * distance), 0)
+        return torch.where(distance > 0, pull * self._whole(k) / (self.scale * distance), 0)
+
+    def _whole(self, k: Tensor) -> Tensor:
+        """k with its base, if it decays."""
+        return k if self.base is None or not self.base > 0 else k + self.offset.exp()
+
+    def take_near(
+        self, weights: Tensor, pull: Tensor, p: Tensor, k: Tensor, rows: Tensor, columns: Tensor
+    ) -> Near | None:
+        """Takes from the :meth:`weights` of laplacian those of pairs that are near each other.
+
+        On the CPU: counting them would wait for a GPU.
+        """
+        if self.kernel != "laplacian" or not at_hand(p):
+            return None
+        near = _distance(p, rows, columns) < NEAR * (rows[:, None] + columns)
+        i, j = near.logical_and_(pull != 0).nonzero(as_tuple=True)
+        if not len(i):
+            return None
+        weights[i, j] = 0
+        return Near(i, j, pull[i, j] * self._whole(k[i, j]) / self.scale)
 
     def own(self, pull: Tensor, weights: Tensor, k: Tensor, q: Tensor, along: int) -> Tensor | None:
         """2 Σ pull · dk/dq, how much of x_i itself is in its gradient; the sum over columns (along 1) or rows (0)."""
         if self.kernel == "cosine":
             return -(pull * k).sum(along) * _inverse_norm(q) ** 2
         return -weights.sum(along) if self.kernel in ("rbf", "laplacian") else None
+
+
+class Near(NamedTuple):
+    """Pairs of rows that pull with a strength along what sets them apart."""
+
+    i: Tensor  # [P]
+    j: Tensor  # [P]
+    strength: Tensor  # [P]
+
+    def add_to(self, left: Tensor | None, right: Tensor | None, x: Tensor, y: Tensor) -> None:
+        """strength · (y_j − x_i) / |y_j − x_i| to left_i, and from right_j."""
+        size = max(1, NEAR_ELEMENTS // max(1, x.shape[1]))
+        for i, j, strength in zip(*(part.split(size) for part in self), strict=True):
+            step = y[j].double() - x[i].double()
+            # Twice: torch cuts a sum to a single number among its threads, and no other.
+            length = step.square()[:, None].expand(-1, 2, -1).sum(2)[:, :1].sqrt()
+            step = step * torch.where(length > 0, strength[:, None] / length, 0)
+            if left is not None:
+                left.index_add_(0, i, step.to(left.dtype))
+            if right is not None:
+                right.index_add_(0, j, step.to(right.dtype), alpha=-1)
 
 
 def _distance(p: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -147,7 +191,7 @@ def matrix_backward(products: Products, args: tuple, kept: tuple, grads: tuple, 
     left = x.to(dtype) - mean
     right = left if y is None else y.to(dtype) - mean
     slopes = Slopes(kernel, scale.to(dtype)[0], degree, torch.full_like(scale[0], coef0, dtype=dtype))
-    weights, own_left, own_right = pull, None, None
+    weights, own_left, own_right, near = pull, None, None, None
     if kernel != "linear":
         p = products.dots(left, None if y is None else right, False)
         rows, columns = (a.double().square().sum(1).to(dtype) for a in (left, right))
@@ -155,14 +199,20 @@ def matrix_backward(products: Products, args: tuple, kept: tuple, grads: tuple, 
         weights = slopes.weights(pull, p, k, rows, columns)
         if y is None and kernel in SHIFT_INVARIANT:
             weights.diagonal().zero_()  # k(x, x) is 1, whatever rounding makes of it
+        near = slopes.take_near(weights, pull, p, k, rows, columns)
         own_left = slopes.own(pull, weights, k, rows, 1)
         own_right = slopes.own(pull, weights, k, columns, 0)
     if y is None:
         own = None if own_left is None else own_left + own_right
-        return _pulled(products, weights + weights.T, left, own, left).to(x.dtype), None, None
-    dx = _pulled(products, weights, right, own_left, left).to(x.dtype) if wanted[0] else None
-    dy = _pulled(products, weights.T, left, own_right, right).to(y.dtype) if wanted[1] else None
-    return dx, dy, None
+        dx = _pulled(products, weights + weights.T, left, own, left)
+        if near is not None:
+            near.add_to(dx, dx, x, x)
+        return dx.to(x.dtype), None, None
+    dx = _pulled(products, weights, right, own_left, left) if wanted[0] else None
+    dy = _pulled(products, weights.T, left, own_right, right) if wanted[1] else None
+    if near is not None:
+        near.add_to(dx, dy, x, y)
+    return *(None if d is None else d.to(of.dtype) for d, of in ((dx, x), (dy, y))), None
 
 
 def _pulled(products: Products, weights: Tensor, others: Tensor, own: Tensor | None, x: Tensor) -> Tensor:
@@ -265,16 +315,20 @@ class _TilesBackward:
         return pull
 
     def _gradient(self, a: int, pull: Tensor, dots: Tensor, kernel: Tensor, grad_d: Tensor, rows: slice) -> Tensor:
-        slopes, q = self.slopes[a], self.q[a]
+        slopes, q, near = self.slopes[a], self.q[a], None
         weights = slopes.weights(pull, dots, kernel, q[rows], q)
         if self.kernel == "linear":
             weights, own = pull, 2 * grad_d[rows]
         elif self.kernel == "polynomial":
             own = 2 * slopes.weights(grad_d[rows], q[rows], q[rows], q[rows], q[rows])
         else:
+            near = slopes.take_near(weights, pull, dots, kernel, q[rows], q)
             own = slopes.own(pull, weights, kernel, q[rows], 1)
         weights.diagonal(rows.start).copy_(own)  # Σ_j w_ij x_j + v_i x_i in one product
-        return self.products.apply(weights, self.xs[a], self.centre)
+        grad = self.products.apply(weights, self.xs[a], self.centre)
+        if near is not None:
+            near.add_to(grad, None, self.xs[a][rows], self.xs[a])
+        return grad
 
     def _finish(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         grad = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,6 +11,8 @@ def robust_centre(x: Tensor) -> Tensor:
     middle = x[:: max(1, len(x) // 256)].median(0).values
     q = (x - middle).square().sum(1)
     near = x[q <= q.median()]
+    if not len(near):  # numbers that are not finite
+        return middle
     # From the first of them, which is exact for equal rows. Of one column torch would cut the sum among threads.
     return near[0] + (near - near[0]).expand(-1, max(2, x.shape[1])).mean(0)[: x.shape[1]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,24 +39,61 @@ def kernel_matrix(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], base: np
     if name == "cosine":
         unit = [a / np.where(np.real(norm := np.sqrt((a * a).sum(1, keepdims=True))) == 0, 1, norm) for a in (x, y)]
         return unit[0] @ unit[1].T
+    return np.exp(-exponents(x, y, kernel, x if base is None else base))
+
+
+def exponents(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], base: np.ndarray) -> np.ndarray:
+    """−log k of the kernels of distances; the median is that of `base`."""
     sigma = kernel.get("sigma")
-    sigma = kernel.get("bandwidth", 1.0) * median(x if base is None else base) if sigma is None else sigma
+    sigma = kernel.get("bandwidth", 1.0) * median(base) if sigma is None else sigma
     d2 = distances(x, y)
-    if name == "rbf":
-        return np.exp(-d2 / (2 * sigma * sigma))
-    return np.exp(-np.where(np.real(d2) == 0, 0, np.sqrt(np.where(np.real(d2) == 0, 1, d2))) / sigma)
+    if kernel["name"] == "rbf":
+        return d2 / (2 * sigma * sigma)
+    return np.where(np.real(d2) == 0, 0, np.sqrt(np.where(np.real(d2) == 0, 1, d2))) / sigma
+
+
+def off_constant(x: np.ndarray, kernel: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """k(x_i, x_j) minus a constant, which no HSIC notices, and the constant: that of rows at 0 or all alike, where the
+    others differ from it by less than their digits hold."""
+    name = kernel["name"]
+    if name == "polynomial" and (c := kernel.get("coef0", 1.0)):
+        gamma, degree = kernel.get("gamma"), kernel.get("degree", 3)
+        z = (1 / max(1, x.shape[1]) if gamma is None else gamma) * (x @ x.T)
+        return sum(math.comb(degree, i) * z**i * c ** (degree - i) for i in range(1, degree + 1)), c**degree
+    if name in DISTANCES:
+        exponent = exponents(x, x, kernel, x)
+        if (np.real(exponent) + 1e4 * np.eye(len(x)) < 1).any():
+            return np.expm1(-exponent), 1.0
+    return kernel_matrix(x, x, kernel), 0.0
+
+
+def centred_matrix(k: np.ndarray, estimator: str) -> np.ndarray:
+    """HKH, or what adds up to 0 in every row without the diagonal (Székely and Rizzo 2014).
+
+    Products of these have no terms that cancel, as Song's formula has where a kernel is all but constant.
+    """
+    n = len(k)
+    if estimator == "biased":
+        return k - k.mean(0) - k.mean(1, keepdims=True) + k.mean()
+    off = 1 - np.eye(n)
+    k = (k - (k * off).sum() / (n * (n - 1))) * off
+    return (k - (k.sum(0) + k.sum(1, keepdims=True)) / (n - 2) + k.sum() / ((n - 1) * (n - 2))) * off
 
 
 def hsic_of(k: np.ndarray, l: np.ndarray, estimator: str) -> Any:
     n = len(k)
-    if estimator == "biased":
-        h = np.eye(n) - np.ones((n, n)) / n
-        return ((h @ k @ h) * l.T).sum() / (n - 1) ** 2
-    # A constant in every entry off the diagonal changes nothing (Song et al. 2012, eq. 5), and keeps numbers small.
-    off = 1 - np.eye(n)
-    k, l = ((a - (a * off).sum() / (n * (n - 1))) * off for a in (k, l))
-    total = (k * l.T).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ l.sum(1))
-    return total / (n * (n - 3))
+    k, l = (centred_matrix(a, estimator) for a in (k, l))
+    return (k * l.T).sum() / ((n - 1) ** 2 if estimator == "biased" else n * (n - 3))
+
+
+def normalised(k: np.ndarray, l: np.ndarray, estimator: str) -> Any:
+    """CKA of two kernel matrices; NaN where what centring leaves of one is no more than its entries' rounding."""
+    xy, *own = (hsic_of(a, b, estimator) for a, b in ((k, l), (k, k), (l, l)))
+    eps, counted = np.finfo(k.dtype).eps, 1 - np.eye(len(k)) * (estimator == "unbiased")
+    for a, square in zip((k, l), own, strict=True):
+        if np.real(square) <= (16 * eps * np.abs(a * counted).max(initial=0)) ** 2:
+            return xy * np.nan
+    return xy / (np.sqrt(own[0]) * np.sqrt(own[1]))
 
 
 def centred_rows(x: np.ndarray) -> np.ndarray:
@@ -79,20 +117,20 @@ class Noise:
 
 
 def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any]) -> list[np.ndarray]:
-    """K and L of layers x and y."""
+    """K and L of layers x and y, up to a constant."""
     if kernel["name"] == "linear":
         x, y = centred_rows(x), centred_rows(y)
-    found = [kernel_matrix(a, a, kernel) for a in (x, y)]
+    found, constants = zip(*(off_constant(a, kernel) for a in (x, y)), strict=True)
     if Noise.unit:
         noise = [np.triu(Noise.unit * Noise.rng.choice([-1.0, 1.0], k.shape)) for k in found]
-        found = [k * (1 + a + np.triu(a, 1).T) for k, a in zip(found, noise, strict=True)]
-    return found
+        found = tuple(
+            k + (k + constant) * (a + np.triu(a, 1).T) for k, constant, a in zip(found, constants, noise, strict=True)
+        )
+    return list(found)
 
 
 def cka_of(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], estimator: str) -> Any:
-    k, l = matrices(x, y, kernel)
-    xy, xx, yy = (hsic_of(a, b, estimator) for a, b in ((k, l), (k, k), (l, l)))
-    return xy / np.sqrt(xx * yy)
+    return normalised(*matrices(x, y, kernel), estimator)
 
 
 def hsic_of_rows(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], estimator: str) -> Any:
