@@ -111,8 +111,11 @@ def gram_stats(
 ) -> tuple[Tensor, ...]:
     """S [M, M], R, D [M, n], shift [M] and norms [M, n] in float64, inner products [M, n, n] or [0]; see `ops.gram`."""
     inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, centre and kernel in SHIFT_INVARIANT)
-    shift = torch.zeros_like(constants[0])
-    s, r, d = _by_pairs(inputs, constants, kernel, degree, centre, shift)
+    k = _kernels(inputs, constants, kernel, degree, centre)
+    n, shift = k.shape[1], torch.zeros_like(constants[0])
+    if kernel != "linear" and n > 1:  # without their mean nothing is lost of kernels that hardly vary
+        shift = (k.sum(2) - k.diagonal(dim1=1, dim2=2)).sum(1) / (n * (n - 1))
+    s, r, d = _by_pairs(k, kernel == "linear", shift)
     norms = torch.stack([x.double().square().sum(1) for x in inputs])
     dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else inputs[0].new_empty(0)
     r, d, norms = _over_rows(mask, r, d, norms)
@@ -138,7 +141,7 @@ def statistics(
     if by_features:
         s, r, d = _by_features(inputs, split)
     else:
-        s, r, d = _by_pairs(inputs, constants, kernel, degree, centre, shift)
+        s, r, d = _by_pairs(_kernels(inputs, constants, kernel, degree, centre), kernel == "linear", shift)
     return s, *_over_rows(mask, r, d)
 
 
@@ -170,15 +173,19 @@ def _based_matrix(x: Tensor, kernel: str, constants: Tensor, degree: int, centre
     return torch.where(near, above, torch.exp((exponent + torch.where(near, 0, offset)).clamp_max(600)))
 
 
-def _by_pairs(
-    xs: list[Tensor], constants: Tensor, kernel: str, degree: int, centre: bool, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = [_based_matrix(x, kernel, c, degree, centre) for x, c in zip(xs, constants.unbind(1), strict=True)]
-    k = torch.stack(kernels).double() - shift[:, None, None]
+def _kernels(xs: list[Tensor], constants: Tensor, kernel: str, degree: int, centre: bool) -> Tensor:
+    """[M, n, n] float64"""
+    made = [_based_matrix(x, kernel, c, degree, centre) for x, c in zip(xs, constants.unbind(1), strict=True)]
+    return torch.stack(made).double()
+
+
+def _by_pairs(k: Tensor, linear: bool, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S, R and D of kernels [M, n, n] minus `shift` [M]."""
+    k = k - shift[:, None, None]
     d = k.diagonal(dim1=1, dim2=2).clone()
     off = k - torch.diag_embed(d)
     n = d.shape[1]
-    return torch.einsum("aij,bij->ab", off, off), -d - n * shift[:, None] if kernel == "linear" else off.sum(2), d
+    return torch.einsum("aij,bij->ab", off, off), -d - n * shift[:, None] if linear else off.sum(2), d
 
 
 def _by_features(xs: list[Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from pyrepr.ops.gram import Statistics, constants_of, gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
 from pyrepr.similarity._ranges import careful, suspect
-from pyrepr.similarity._rescaled import at_hand
+from pyrepr.similarity._rescaled import LOSS, at_hand
 from pyrepr.similarity.kernels import Kernel
 
 
@@ -99,12 +99,14 @@ def scaled_hsic(
     found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
     (hsic, size), unit = _terms(found, n, estimator), None
     if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
+        # How much larger terms may be than what they add up to.
+        most = min(1e8, LOSS[dtype] / torch.finfo(torch.float64).eps)
         dtype = torch.float64
         gram, features = route_costs(xs[0].shape[0], [x.shape[1] for x in xs], split)
         for by_features in (True, False) if features < gram and spec.name in ("linear", "cosine") else (False,):
             found, unit = careful(xs, mask, spec, scale, biased, split, by_features)
             hsic, size = _terms(found, found.d.shape[1], estimator)
-            if bool((size <= 1e8 * hsic.diagonal()).all()):
+            if bool((size <= most * hsic.diagonal()).all()):
                 break
     eps = torch.finfo(dtype).eps
     # Kernels that are not shift-invariant leave rounding errors of their mean value behind, and differences theirs.

@@ -58,13 +58,14 @@ class Differential:
 
     run: an expression in the case's names. variables: those that vary. truth: NumPy arrays of the variables, complex
     too, to the result (a complex step through it is the derivative). vmap_axes: the same, if a new leading axis of
-    all variables may be mapped over.
+    all variables may be mapped over. size: of the terms a derivative is made of, where they cancel.
     """
 
     run: str
     variables: tuple[str, ...]
     truth: Callable[..., np.ndarray]
     vmap: bool = True
+    size: float = 0.0
 
 
 @dataclass

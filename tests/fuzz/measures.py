@@ -11,6 +11,7 @@ from draw import EPS, Case, Differential, Draw, compare, f64
 
 DISTANCES = ("rbf", "laplacian")
 KERNELS = ("linear", "rbf", "laplacian", "polynomial", "cosine")
+KINK = 3e-6  # the steps of differences are a tenth of it
 FACTOR = 400  # of the change that rounding the inputs makes; errors seen stay below a tenth
 
 
@@ -52,19 +53,22 @@ def exponents(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], base: np.nda
     return np.where(np.real(d2) == 0, 0, np.sqrt(np.where(np.real(d2) == 0, 1, d2))) / sigma
 
 
-def off_constant(x: np.ndarray, kernel: dict[str, Any]) -> tuple[np.ndarray, float]:
+def off_constant(x: np.ndarray, kernel: dict[str, Any], scaled: bool) -> tuple[np.ndarray, float]:
     """k(x_i, x_j) minus a constant, which no HSIC notices, and the constant: that of rows at 0 or all alike, where the
-    others differ from it by less than their digits hold."""
+    others differ from it by less than their digits hold. `scaled`: only the direction of what is off the diagonal
+    matters, so where all rows are far apart the largest is 1."""
     name = kernel["name"]
     if name == "polynomial" and (c := kernel.get("coef0", 1.0)):
         gamma, degree = kernel.get("gamma"), kernel.get("degree", 3)
         z = (1 / max(1, x.shape[1]) if gamma is None else gamma) * (x @ x.T)
         return sum(math.comb(degree, i) * z**i * c ** (degree - i) for i in range(1, degree + 1)), c**degree
-    if name in DISTANCES:
-        exponent = exponents(x, x, kernel, x)
-        if (np.real(exponent) + 1e4 * np.eye(len(x)) < 1).any():
-            return np.expm1(-exponent), 1.0
-    return kernel_matrix(x, x, kernel), 0.0
+    if name not in DISTANCES:
+        return kernel_matrix(x, x, kernel), 0.0
+    exponent = exponents(x, x, kernel, x)
+    nearest = np.real(exponent)[~np.eye(len(x), dtype=bool)].min(initial=np.inf)
+    if nearest < 1:
+        return np.expm1(-exponent), 1.0
+    return np.exp(np.where(np.eye(len(x)), -np.inf, nearest - exponent) if scaled else -exponent), 0.0
 
 
 def centred_matrix(k: np.ndarray, estimator: str) -> np.ndarray:
@@ -116,11 +120,11 @@ class Noise:
         Noise.unit = 0.0
 
 
-def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any]) -> list[np.ndarray]:
-    """K and L of layers x and y, up to a constant."""
+def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], scaled: bool = False) -> list[np.ndarray]:
+    """K and L of layers x and y, up to a constant; `scaled`: also up to a factor, and without their diagonals."""
     if kernel["name"] == "linear":
         x, y = centred_rows(x), centred_rows(y)
-    found, constants = zip(*(off_constant(a, kernel) for a in (x, y)), strict=True)
+    found, constants = zip(*(off_constant(a, kernel, scaled) for a in (x, y)), strict=True)
     if Noise.unit:
         noise = [np.triu(Noise.unit * Noise.rng.choice([-1.0, 1.0], k.shape)) for k in found]
         found = tuple(
@@ -130,7 +134,7 @@ def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any]) -> list[np.nd
 
 
 def cka_of(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], estimator: str) -> Any:
-    return normalised(*matrices(x, y, kernel), estimator)
+    return normalised(*matrices(x, y, kernel, estimator == "unbiased"), estimator)
 
 
 def hsic_of_rows(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], estimator: str) -> Any:
@@ -319,6 +323,8 @@ def draw_pair(draw: Draw) -> Case:
             call.removeprefix("out = "),
             draw.choice((("x", "y"), ("x",))),
             lambda a, b=None: _derived(of, a, b, lines, kernel, estimator),
+            # The cosine of one feature is a sign: its derivative is 0, made of terms that cancel.
+            size=1.0 if kernel["name"] == "cosine" and 1 in (p, q) else 0.0,
         )
     if draw.chance(0.1):
         case.differential, case.expect = None, "error"
@@ -337,7 +343,13 @@ def _derived(
 ) -> np.ndarray:
     if b is None:
         b = _array(lines[1])
-    return np.ravel(of(a, b, kernel, estimator))
+    value = np.ravel(of(a, b, kernel, estimator))
+    if kernel["name"] == "laplacian":  # which has no derivative where two rows meet, nor differences across that
+        for x in (a, b):
+            d2 = distances(x.real, x.real)
+            if ((d2 > 0) & (d2 < KINK**2)).any():
+                return value * np.nan
+    return value
 
 
 _known: dict[str, np.ndarray] = {}
