@@ -13,6 +13,7 @@ full: what is left of a nonlinear target is fitted by all K·2^τ rows freely, �
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,17 @@ class Parts:
     down: Tensor | None  # [rank, d]
     up: Tensor | None  # [rank, h]
 
+    def in_units(self, x: float, y: float) -> Parts:
+        """The layer for inputs `x` times as large, and outputs `y` times, as those it was fitted to."""
+        up = None if self.up is None else self.up * (y / x)
+        return Parts(self.tables * y, self.bias * y, self.centre * x, self.scale / x, self.down, up)
+
+
+def unit(x: Tensor) -> float:
+    """The power of two that brings the largest of x near 1: squares of it, in float32 too, are then in range."""
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    return math.ldexp(1.0, max(-1000, min(1000, math.frexp(largest)[1])))
+
 
 def hold_out(count: int) -> Tensor:
     """[count] bool: an eighth of the rows in evenly spread runs, since neighbours (tokens of a sentence) are alike.
@@ -50,8 +62,8 @@ def hold_out(count: int) -> Tensor:
 
 def relative_mse(y: Tensor, truth: Tensor) -> float:
     """‖y − truth‖² over the variance of truth [N, h]; NaN where truth does not vary."""
-    truth = truth.double()
-    error, variance = (y.double() - truth).square().sum(), (truth - truth.mean(0)).square().sum()
+    y, truth = (each.double() / unit(truth) for each in (y, truth))
+    error, variance = (y - truth).square().sum(), (truth - truth.mean(0)).square().sum()
     return float(error / torch.where(variance > 0, variance, torch.nan))
 
 
@@ -161,11 +173,11 @@ def with_full_tables(
     the held-out `unseen` and `truth` best; unchanged if none serves them."""
     fitted, held = (Rows(parts, t, bits, weighting, hash) for t in (x, unseen))
     residual, held_residual = residual.float(), (truth - outputs(parts, held, unseen)).float()
-    squares, unit = fitted.squares(), float(fitted.weights.square().mean())
+    squares, typical = fitted.squares(), float(fitted.weights.square().mean())
     best, least = parts.tables, float(held_residual.square().sum())
     added = torch.zeros_like(parts.tables, dtype=torch.float32)
     for tokens in SHRINKAGE:
-        added, residual = _solve(fitted, added, residual, tokens * unit, squares)
+        added, residual = _solve(fitted, added, residual, tokens * typical, squares)
         error = float((held_residual - held.apply(added)).square().sum())
         if not error < least:
             break

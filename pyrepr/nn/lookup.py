@@ -371,8 +371,10 @@ class LookupLinear(nn.Module):
         x = x.to(weight.device, torch.float64)
         y = functional.linear(x, weight, bias)
         options = {"bits": bits, "weighting": weighting, "hash": hash}
-        parts, left = fit.sign_linear(x, y, weight, rank=rank, ridge=ridge, **options)
-        layer._take(parts)
+        units = fit.unit(x), fit.unit(y)
+        near, y, weight = x / units[0], y / units[1], weight * (units[0] / units[1])
+        parts, left = fit.sign_linear(near, y, weight, rank=rank, ridge=ridge, **options)
+        layer._take(parts.in_units(*units))
         layer._report(x, linear.weight.numel() * linear.weight.element_size(), fit.relative_mse(y - left, y))
         return layer
 
@@ -425,13 +427,16 @@ class LookupLinear(nn.Module):
         options = {"bits": bits, "weighting": weighting, "hash": hash}
         layer = cls(d, h, table_dtype=rows.dtype, device=rows.device, **options)
         held = fit.hold_out(len(rows)).to(rows.device)
-        x, y, unseen, truth = (t.double() for t in (rows[~held], y[~held], rows[held], y[held]))
-        weight = fit.regression(x, y, ridge)
-        parts, left = fit.sign_linear(x, y, weight, rank=rank, ridge=ridge, **options)
-        layer._take(fit.with_full_tables(parts, x, left, unseen, truth, **options))
+        units = fit.unit(rows), fit.unit(y)
+        x, unseen = (rows[part].double() / units[0] for part in (~held, held))
+        wanted, truth = (y[part].double() / units[1] for part in (~held, held))
+        weight = fit.regression(x, wanted, ridge)
+        parts, left = fit.sign_linear(x, wanted, weight, rank=rank, ridge=ridge, **options)
+        parts = fit.with_full_tables(parts, x, left, unseen, truth, **options)
+        layer._take(parts.in_units(*units))
         dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
-        errors = (fit.relative_mse(layer(a.to(rows.dtype)), b) for a, b in ((x, y), (unseen, truth)))
-        layer._report(x, dense_bytes, *errors)
+        errors = (fit.relative_mse(layer(rows[part]), y[part]) for part in (~held, held))
+        layer._report(rows[~held], dense_bytes, *errors)
         return layer
 
     def specification(self) -> dict[str, Any]:

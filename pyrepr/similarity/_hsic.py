@@ -110,7 +110,9 @@ def scaled_hsic(
                 break
     eps = torch.finfo(dtype).eps
     # Kernels that are not shift-invariant leave rounding errors of their mean value behind, and differences theirs.
-    return Table(hsic, torch.maximum((8 * eps * found.shift).square(), 8 * eps * size), unit)
+    # Rows divided by their norms come with those of a value of 1.
+    value = torch.ones_like(found.shift) if spec.name == "cosine" else found.shift
+    return Table(hsic, torch.maximum((8 * eps * value).square(), 8 * eps * size), unit)
 
 
 def hsic_table(

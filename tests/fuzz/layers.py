@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from causal_conv1d import convolve, cuts, silu
 from delta_rule import recurrence
-from draw import Case, Draw, compare, f64
+from draw import EPS, Case, Draw, compare, f64
 from lookup import HASHES, codes_of, sums, weights_of
 from measures import KERNELS, cka_of, near
 
@@ -111,8 +111,9 @@ def draw_delta(draw: Draw) -> Case:
     options |= {"use_short_conv": draw.chance(0.7), "conv_size": draw.choice((1, 2, 4)), "conv_bias": draw.chance(0.3)}
     options |= {"allow_neg_eigval": draw.chance(0.3), "layer_idx": 0}
     batch, total = draw.size(3, 0.01), draw.size(40, 0.02)
-    # Of heads so narrow the output may lie among float16's coarsest numbers, before its norm makes it 1 again.
-    dtype = draw.dtype((6, 2, 1, 0 if width == 1 else 1))
+    # Of heads so narrow the output may lie among float16's coarsest numbers, before its norm makes it 1 again, and keys
+    # and queries are signs, which 16 bits may round to the other one.
+    dtype = draw.dtype((6, 2, 0, 0) if width == 1 else (6, 2, 1, 1))
     text = ", ".join(f"{name}={value!r}" for name, value in options.items())
     lines = [
         f"torch.manual_seed({draw.seed_()})",
@@ -127,16 +128,23 @@ def draw_delta(draw: Draw) -> Case:
     )
 
 
-def judge(out: torch.Tensor, truth: np.ndarray, dtype: torch.dtype) -> str | None:
-    size = np.abs(truth).max(initial=0)
-    return compare("out", out, truth, ROOM * NARROW[dtype] * size + 1e-9, dtype)
+def judge(out: torch.Tensor, of: Any, x: torch.Tensor) -> str | None:
+    """`out` against of(x). 16-bit layers round between their stages too, which costs as much as rounding x: where a
+    query and a key all but cancel, the norm that follows makes that as large as the output."""
+    values = array(x)
+    truth = of(values)
+    room = ROOM * NARROW[x.dtype] * np.abs(truth).max(initial=0) + 1e-9
+    if x.dtype in (torch.bfloat16, torch.float16):
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            rounded = values * (1 + EPS[x.dtype] * rng.choice([-1.0, 1.0], values.shape))
+            room = np.maximum(room, 8 * np.abs(of(rounded) - truth).max(-1, keepdims=True, initial=0))
+    return compare("out", out, truth, room, x.dtype)
 
 
 def whole(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: int) -> Case:
     case.call = f"out = layer(x{', use_cache=True' * draw.chance(0.3)})[0]"
-    case.check = lambda names: judge(
-        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
-    )
+    case.check = lambda names: judge(names["out"], lambda x: delta_layer(names["layer"], x, options), names["x"])
     return case
 
 
@@ -157,9 +165,7 @@ def pieces(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
         return whole(draw, case, options, batch, total)
     lines.append(f"out = torch.cat([{', '.join(names)}], 1)")
     case.call, case.calls = "\n".join(lines), len(names)
-    case.check = lambda names: judge(
-        names["out"], delta_layer(names["layer"], array(names["x"]), options), names["x"].dtype
-    )
+    case.check = lambda names: judge(names["out"], lambda x: delta_layer(names["layer"], x, options), names["x"])
     return case
 
 
@@ -173,12 +179,14 @@ def masked(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     case.call = "out = layer(x, attention_mask=mask)[0]"
 
     def check(names: dict[str, Any]) -> str | None:
-        x = array(names["x"])
-        truth = np.zeros(x.shape)
-        for i, n in enumerate(lengths):
-            rows = slice(0, n) if side == "right" else slice(total - n, total)
-            truth[i, rows] = delta_layer(names["layer"], x[i : i + 1, rows], options)[0]
-        return judge(names["out"], truth, names["x"].dtype)
+        def of(x: np.ndarray) -> np.ndarray:
+            truth = np.zeros(x.shape)
+            for i, n in enumerate(lengths):
+                rows = slice(0, n) if side == "right" else slice(total - n, total)
+                truth[i, rows] = delta_layer(names["layer"], x[i : i + 1, rows], options)[0]
+            return truth
+
+        return judge(names["out"], of, names["x"])
 
     case.check = check
     return case
@@ -190,9 +198,7 @@ def packed(draw: Draw, case: Case, options: dict[str, Any], batch: int, total: i
     edges = cuts(draw, total)
     case.lines.append(f"cu_seqlens = torch.tensor({edges})")
     case.call = "out = layer(x, cu_seqlens=cu_seqlens)[0]"
-    case.check = lambda names: judge(
-        names["out"], delta_layer(names["layer"], array(names["x"]), options, edges), names["x"].dtype
-    )
+    case.check = lambda names: judge(names["out"], lambda x: delta_layer(names["layer"], x, options, edges), names["x"])
     return case
 
 
@@ -261,11 +267,16 @@ def draw_convolution(draw: Draw) -> Case:
         case.calls = 2
 
     def check(names: dict[str, Any]) -> str | None:
-        layer, x = names["layer"], array(names["x"])
+        layer = names["layer"]
         bias = None if layer.bias is None else array(layer.bias)
         bounds = [(i, 0, total) for i in range(batch)]
-        truth = convolve(np.swapaxes(x, 1, 2), array(layer.weight)[:, 0], bias, None, bounds, activation is not None)
-        return judge(names["out"], np.swapaxes(truth, 1, 2), names["x"].dtype)
+
+        def of(x: np.ndarray) -> np.ndarray:
+            filters = array(layer.weight)[:, 0]
+            truth = convolve(np.swapaxes(x, 1, 2), filters, bias, None, bounds, activation is not None)
+            return np.swapaxes(truth, 1, 2)
+
+        return judge(names["out"], of, names["x"])
 
     case.check = check
     return case

@@ -174,6 +174,8 @@ def near(
 ) -> str | None:
     """`out` against of(*arrays), with the room that its condition asks for; NaN is right where that is all of it."""
     out, dtype = names["out"], accumulation(names["dtype"])
+    if any(not np.isfinite(a).all() for a in arrays):
+        return None
     eps = EPS[dtype]
     rng = np.random.default_rng(0)
     truth = np.asarray(of(*arrays))
@@ -184,8 +186,6 @@ def near(
     lost = ~np.isfinite(change) | (bound > 0.05 * size) | ~np.isfinite(truth)
     if lost.all():
         return None  # rounding alone decides: any number and NaN are both honest
-    if any(not np.isfinite(a).all() for a in arrays):
-        return None
     return compare(name, out, truth, np.where(lost, np.inf, bound), dtype)
 
 
