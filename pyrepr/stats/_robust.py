@@ -8,7 +8,8 @@ from torch import Tensor
 
 def robust_centre(x: Tensor) -> Tensor:
     """The mean of the half of the rows nearest to the median of each feature (of up to 512 rows). [n, d] -> [d]."""
-    middle = x[:: max(1, len(x) // 256)].median(0).values
+    some = x[:: max(1, len(x) // 256)]
+    middle = some.contiguous().median(0).values  # torch reads beyond the end of an expanded tensor
     q = (x - middle).square().sum(1)
     near = x[q <= q.median()]
     if not len(near):  # numbers that are not finite

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from draw import Case, Draw, f64
-from measures import near
+from measures import Noise, near
 from streams import NAMES as _NAMES
 from streams import TROUBLE
 
@@ -353,6 +353,8 @@ def collapse(x: np.ndarray, y: np.ndarray, w: np.ndarray | None, b: np.ndarray |
     means = (y.T @ x) / y.sum(0)[:, None]
     within = sum((y[:, k : k + 1] * (x - means[k])).T @ (x - means[k]) for k in range(c)) / n
     m = means - means.mean(0)
+    if Noise.unit:  # decompositions, the truth's too, are exact for a matrix that near by its norm
+        m = m + Noise.unit * np.linalg.norm(m) * Noise.rng.choice([-1.0, 1.0], m.shape)
     _, sizes, axes = np.linalg.svd(m)
     kept = np.arange(len(sizes)) < np.sum(sizes[: c - 1] > 1e-13 * np.abs(means).max())
     nc1 = (
