@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyrepr.ops.moments import products_of
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._layer_moments import whole_block
@@ -71,8 +72,8 @@ class ClassSums:
         if not bool((e != 0).any()):
             return replace(self, shift=shift)
         square, sums = self.parts()
-        cross = sums.T @ e
-        square = square + cross + cross.T + (e * self.counts[:, None]).T @ e
+        cross = products_of(sums.T, e.T)
+        square = square + cross + cross.T + products_of((e * self.counts[:, None]).T, e.T)
         return replace(
             self, shift=shift, blocks=Blocks(PAIRS, [square, (sums + self.counts[:, None] * e).T.contiguous()])
         )
@@ -91,13 +92,14 @@ class ClassSums:
     def within(self) -> Tensor:
         """Σ (x − μ_class)(x − μ_class)ᵀ, [d, d]."""
         square, sums = self.parts()
-        return square - (sums / self.counts.clamp_min(1)[:, None]).T @ sums
+        return square - products_of((sums / self.counts.clamp_min(1)[:, None]).T, sums.T)
 
     def mean(self) -> Tensor:
         """[d], the mean of all samples."""
         means, has = self.means(), self.counts > 0
         centre = means[has].mean(0)  # near enough that weights do not cost digits
-        return centre + self.counts[has] / self.counts.sum() @ (means[has] - centre)
+        shares = self.counts[has] / self.counts.sum()
+        return centre + products_of(shares[None], (means[has] - centre).T)[0]
 
 
 def _first_rows(x: Tensor, y: Tensor, classes: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import INTEGERS, check_agreed, check_device, check_layer, check_tensor, shape_of, shown
+from pyrepr.ops.moments import products_of
 from pyrepr.stats import _covariances as of
 from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._class_moments import PAIRS, ClassSums
@@ -237,7 +238,7 @@ class Moments:
         means = sums.means()[sums.counts > 0]
         means = means - means[0]
         means = means - means.mean(0)
-        return means.T @ means / len(means)
+        return products_of(means.T, means.T) / len(means)
 
     # Linear models
 
@@ -379,7 +380,7 @@ class Moments:
         n, counts, mean = sums.n, sums.counts, sums.mean()
         deviation = torch.where(counts[:, None] > 0, sums.means() - mean, 0)  # [C, d]
         sxy = (counts[:, None] * deviation).T
-        sxx = sums.within() + sxy @ deviation
+        sxx = sums.within() + products_of(sxy, deviation.T)
         return n, mean, sxx, counts / n, sxy, counts.diag() - torch.outer(counts, counts) / n
 
     def _both(self, least: int = 2) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:

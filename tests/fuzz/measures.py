@@ -170,9 +170,10 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def near(
-    name: str, names: dict[str, Any], of: Any, arrays: list[np.ndarray], size: Any, pairs: Any = None
+    name: str, names: dict[str, Any], of: Any, arrays: list[np.ndarray], size: Any, more: float = 0.0
 ) -> str | None:
-    """`out` against of(*arrays), with the room that its condition asks for; NaN is right where that is all of it."""
+    """`out` against of(*arrays), with the room that its condition asks for, and `more` in units of `size`; NaN is right
+    where that is all of it."""
     out, dtype = names["out"], accumulation(names["dtype"])
     if any(not np.isfinite(a).all() for a in arrays):
         return None
@@ -182,11 +183,23 @@ def near(
     with np.errstate(all="ignore"), Noise(eps):
         changes = [np.abs(np.asarray(of(*(disturbed(a, eps, rng) for a in arrays))) - truth) for _ in range(3)]
     change = np.maximum.reduce(changes)
-    bound = FACTOR * (np.max(change, initial=0) + eps * size)
+    bound = FACTOR * (np.max(change, initial=0) + eps * size) + more * size
     lost = ~np.isfinite(change) | (bound > 0.05 * size) | ~np.isfinite(truth)
     if lost.all():
         return None  # rounding alone decides: any number and NaN are both honest
     return compare(name, out, truth, np.where(lost, np.inf, bound), dtype)
+
+
+def lost_by_moments(arrays: list[np.ndarray], first: int, estimator: str) -> float:
+    """What CKA made of moments may be off by: XᵀX around the mean of the `first` rows holds a long row's square, of
+    which the unbiased estimator asks for the rest. Errors seen are a tenth of it."""
+    ratios = [0.0]
+    for x in arrays if len(arrays[0]) >= 4 else ():
+        whole = distances(x, x[:first].mean(0)[None]).sum() ** 2
+        k = centred_rows(x) @ centred_rows(x).T
+        own = hsic_of(k, k, estimator) * len(x) * (len(x) - 3)
+        ratios.append(whole / own if own > 0 else np.inf)
+    return float(16 * EPS[torch.float64] * max(ratios))
 
 
 def draw_shapes(draw: Draw) -> tuple[int, list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from draw import Case, Draw, f64
-from measures import cka_of, hsic_of, kernel_matrix, near
+from measures import cka_of, hsic_of, kernel_matrix, lost_by_moments, near
 
 FACTOR = 4.0
 BAD = (
@@ -102,7 +102,9 @@ def draw(draw: Draw) -> Case:
             left, more = arrays[:layers], arrays[layers:] if right else arrays
             return np.array([[of(a, b, estimator) for b in more] for a in left])
 
-        return near("out", names, table, arrays, FACTOR)
+        first = next(count for count in rows if count)
+        more = lost_by_moments(arrays, first, estimator) if mode == "exact" else 0.0
+        return near("out", names, table, arrays, FACTOR, more)
 
     case.check = check
     return case
