@@ -173,6 +173,22 @@ def test_from_mlp_refuses_in_one_sentence(mlp, calibration, options, error, mess
         pyrepr.nn.LookupLinear.from_mlp(mlp, calibration, **options)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("hash", ["one_bit", "two_bit"])
+def test_fits_of_any_magnitude(hash, rank):
+    """The same errors at 1e-35 and 1e37, whose squares float32 does not hold; nearly three times as large without."""
+    linear, x = torch.nn.Linear(16, 3, bias=False), torch.randn(40, 16)
+    options = {"bits": 4, "hash": hash, "rank": rank}
+    for make in (pyrepr.nn.LookupLinear.from_linear, pyrepr.nn.LookupLinear.from_mlp):
+        expected = make(linear, x, **options).conversion
+        for scale in (2.0**-116, 2.0**70, 2.0**123):
+            layer = make(linear, x * scale, **options)
+            for name in ("relative_mse", "held_out_mse"):
+                ours, theirs = getattr(layer.conversion, name), getattr(expected, name)
+                assert ours == theirs or abs(ours - theirs) < 1e-5 * theirs
+            assert_close(layer(x * scale) / scale, make(linear, x, **options)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_quantized_layer_and_its_state():
     layer = pyrepr.nn.LookupLinear(64, 48)
     x = torch.randn(30, 64)

@@ -358,3 +358,14 @@ def test_bad_input():
     with pytest.raises(TypeError, match="y must be int32"):
         m.update(x, y.double())
     assert m.samples == 240 and torch.equal(m.covariance, Moments(5).update(x, y).covariance)
+
+
+def test_classes_have_the_same_bits_for_any_number_of_threads():
+    x, y = torch.randn(65, 17).half(), torch.arange(65) % 5
+    found = {}
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        m = Moments(classes=5).update(x[:28], y[:28]).merge(Moments(classes=5).update(x[28:], y[28:]))
+        found[threads] = [m.within, m.between, m.mean, m.covariance]
+    torch.set_num_threads(2)
+    assert all(torch.equal(a, b) for each in found.values() for a, b in zip(each, found[1], strict=True))

@@ -13,6 +13,7 @@ import torch
 
 import pyrepr
 from pyrepr.stats import LayerMoments
+from pyrepr.stats._robust import robust_centre
 
 N, WIDTHS = 8, (4, 5)
 RMS = (1e-25, 1.0, 300.0, 1e25)
@@ -310,3 +311,98 @@ def test_other_modes_of_differentiation_reach_the_careful_way():
     torch.testing.assert_close(along, (second.detach() * tangent).sum(), rtol=1e-4, atol=1e-6)
     (third,) = torch.autograd.grad((second * tangent).sum(), x)
     assert torch.isfinite(third).all() and third.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_laplacian_gradients_of_rows_that_nearly_meet(dtype):
+    """Rows 1e-4 apart, whose distance the norms of rows do not have in them: the derivative goes by its direction."""
+    x, y = torch.randn(17, 1, dtype=torch.float64), torch.randn(17, 6)
+    x[5], x[9] = x[2] + 1e-4, x[3]
+    x, y = x.to(dtype), y.to(dtype)
+    wide = x.double().requires_grad_()
+    # |x_i − x_j| word for word; identical rows have a derivative of 0.
+    k = torch.exp(-(wide - wide.T).abs() / 3)
+    l = torch.exp(-torch.cdist(y.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist") / 3)
+    h = torch.eye(17, dtype=torch.float64) - 1 / 17
+    k, l = h @ k @ h, h @ l @ h
+    ((k * l).sum() / (k.square().sum() * l.square().sum()).sqrt()).backward()
+    for run in (torch.func.grad, lambda f: lambda a: torch.func.vmap(torch.func.grad(f))(a[None])[0]):
+        ours = run(lambda a: pyrepr.cka(a, y, kernel="laplacian", sigma=3.0, estimator="biased"))(x)
+        off = (ours.double() - wide.grad).abs().max() / wide.grad.abs().max()
+        assert off < {torch.float32: 2e-4, torch.float64: 1e-11}[dtype]  # 7e-2 and 1e-10 by norms
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_laplacian_gram_gradients_of_rows_that_nearly_meet(symmetric):
+    x = torch.randn(9, 3)
+    x[4] = x[1] + 1e-4 * torch.tensor([1.0, -2.0, 2.0])
+    pull = torch.randn(9, 9, dtype=torch.float64)
+    ours, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    others = [None, None] if symmetric else [x.flip(0).requires_grad_(), x.double().flip(0).requires_grad_()]
+    (pyrepr.gram(ours, others[0], kernel="laplacian", sigma=1.0).double() * pull).sum().backward()
+    b = wide if symmetric else others[1]
+    step = wide[:, None] - b[None]
+    length = (step.square().sum(2) + (step == 0).all(2)).sqrt() * ~(step == 0).all(2)
+    (torch.exp(-length) * pull).sum().backward()
+    for got, truth in [(ours, wide)] + [(others[0], others[1])] * (not symmetric):
+        # The value itself has a distance made of norms in it, 1e-4 off where rows nearly meet; directions were by 1.
+        assert (got.grad.double() - truth.grad).abs().max() < 3e-4 * truth.grad.abs().max()
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("signs", [[1, -1, 1, 1], [1, 1, 1, 1, 1, 1, 1, -1]])
+def test_cosines_of_rows_on_one_line_are_no_similarity(backend_name, signs):
+    """All but one of the same sign: the kernel off its diagonal is r_i + r_j, and unbiased self-HSIC exactly 0."""
+    x = torch.tensor(signs, dtype=torch.float64)[:, None] * torch.rand(len(signs), 1, dtype=torch.float64)
+    y = torch.randn(len(signs), 5, dtype=torch.float64)
+    for dtype in TOLERANCE:
+        for width in (1, 15):
+            with (
+                pyrepr.use_backend(backend_name),
+                pytest.warns(pyrepr.DegenerateInputWarning, match="[xy]: all samples"),
+            ):
+                line = x.expand(-1, width).to(dtype)
+                assert pyrepr.cka(line, y.to(dtype), kernel="cosine").isnan()
+                assert pyrepr.nn.CKALoss(kernel="cosine")(y.to(dtype), line).isnan()
+
+
+def test_a_layer_beyond_its_numbers_leaves_the_others_theirs():
+    """A layer that became infinite beside one that needs care: NaN where it is meant, numbers elsewhere."""
+    x, y = torch.randn(33, 7), torch.randn(33, 4)
+    x[2, 3] = 1000.0
+    far = torch.full((33, 5), torch.inf)
+    for kernel in ("rbf", "laplacian", "polynomial", "cosine", "linear"):
+        sigma = {"sigma": 1.0} if kernel in ("rbf", "laplacian") else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = pyrepr.cka_matrix([x, far], [y], kernel=kernel, **sigma)
+            alone = pyrepr.cka(x, y, kernel=kernel, **sigma)
+        assert table[1, 0].isnan()
+        torch.testing.assert_close(table[0, 0], alone, rtol=1e-5, atol=1e-7, equal_nan=True)
+        assert table[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+def test_float64_keeps_its_digits_beside_a_long_row(backend_name):
+    """One element of -1e5, which cost up to 1e-10, and features around 1000, which the reference called alike."""
+    long = torch.randn(17, 16, dtype=torch.float64)
+    long[3, 5] = -1e5
+    around = torch.randn(17, 8, dtype=torch.float64) + 1000
+    y = torch.randn(17, 4, dtype=torch.float64)
+    cases = (("linear", long, {}), ("rbf", long, {"sigma": 3.0}), ("laplacian", long, {"sigma": 3.0}))
+    cases += (("polynomial 1", around, {"degree": 1, "coef0": 2.0}),)
+    for name, x, options in cases:
+        spec = {"name": name.split()[0], **options}
+        with mpmath.workdps(60):
+            sigmas = [_sigma(a, spec) for a in (x, y)]
+            expected = float(_cka(_exact(x), _exact(y), spec, "unbiased", sigmas))
+        with pyrepr.use_backend(backend_name):
+            ours = pyrepr.cka(x, y, kernel=pyrepr.Kernel(**spec))
+        # Inner products around 1000² hold what sets rows apart to 1e-9.
+        assert abs(ours.item() - expected) < (5e-9 if x is around else 1e-12), name
+
+
+def test_a_centre_of_an_expanded_layer():
+    """torch's median of rows that are one in memory is another number, from beyond its end."""
+    row = torch.randn(1, 3, dtype=torch.float64)
+    assert torch.equal(robust_centre(row.expand(33, 3)), row[0])
