@@ -406,3 +406,20 @@ def test_a_centre_of_an_expanded_layer():
     """torch's median of rows that are one in memory is another number, from beyond its end."""
     row = torch.randn(1, 3, dtype=torch.float64)
     assert torch.equal(robust_centre(row.expand(33, 3)), row[0])
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "laplacian", "cosine", "polynomial"])
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+def test_16_bit_gradients_are_those_of_the_numbers_they_hold(backend_name, kernel):
+    """Rounded once, at the end: the mean row is none of 16 bits, which moved inner products from their norms."""
+    x, y = torch.randn(16, 3).bfloat16(), torch.randn(16, 24).bfloat16()
+    options = {"sigma": 3.0} if kernel in ("rbf", "laplacian") else {}
+
+    def run(*layers):
+        layers = [a.clone().requires_grad_() for a in layers]
+        pyrepr.cka(*layers, kernel=kernel, estimator="biased", **options).backward()
+        return [a.grad for a in layers]
+
+    with pyrepr.use_backend(backend_name):
+        for ours, truth in zip(run(x, y), run(x.double(), y.double()), strict=True):
+            assert (ours.double() - truth).abs().max() < 2.0**-8 * truth.abs().max()

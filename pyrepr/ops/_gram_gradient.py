@@ -187,8 +187,9 @@ def matrix_backward(products: Products, args: tuple, kept: tuple, grads: tuple, 
     x, y, scale, kernel, degree, coef0, centre = args
     (pull,) = grads
     dtype = pull.dtype
-    mean = x.to(dtype)[:1] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
-    left = x.to(dtype) - mean
+    left = x.to(dtype)
+    mean = left[:1] + (left - left[:1]).mean(0) if centre and x.shape[0] else 0
+    left = left - mean
     right = left if y is None else y.to(dtype) - mean
     slopes = Slopes(kernel, scale.to(dtype)[0], degree, torch.full_like(scale[0], coef0, dtype=dtype))
     weights, own_left, own_right, near = pull, None, None, None

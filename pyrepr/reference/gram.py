@@ -212,8 +212,9 @@ def gram_matrix(
 ) -> Tensor:
     """Kernel matrix [n, m] in float32 (float64 for float64). With `centre`, both are shifted by the mean row of x."""
     dtype = compute_dtype(x.dtype)
-    mean = x.to(dtype)[0] + (x - x[:1]).to(dtype).mean(0) if centre and x.shape[0] else 0
-    x = x.to(dtype) - mean
+    x = x.to(dtype)
+    mean = x[0] + (x - x[:1]).mean(0) if centre and x.shape[0] else 0
+    x = x - mean
     return kernel_matrix(x, x if y is None else y.to(dtype) - mean, kernel, scale[0], degree, coef0)
 
 

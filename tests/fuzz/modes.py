@@ -86,7 +86,8 @@ class Problem:
         change = max(float(np.abs(a - truth).max(initial=0)) for a in around)
         if OF_CONDITION * change > self.size_of(truth) and change > 0:
             return None  # rounding decides
-        room = OF_CONDITION * change + OF_ROUNDING * self.eps * self.size_of(truth) + rounding
+        least = 1e-300 if self.eps == EPS[torch.float64] else 1e-36  # as in draw.compare: precision ends
+        room = OF_CONDITION * change + OF_ROUNDING * self.eps * self.size_of(truth) + rounding + least
         if np.isinf(room).any():
             return None  # the numbers themselves are beyond their type
         off = np.abs(got - truth) - room

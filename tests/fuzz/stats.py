@@ -418,7 +418,8 @@ def draw_probe(draw: Draw) -> Case:
                 right = answer.argmax(1) == y[n:].argmax(1)
                 scores.append((right[sure].sum() / held, (right[sure].sum() + (~sure).sum()) / held))
             else:
-                error = ((y[n:] - answer) ** 2).sum() / (centred(y[n:]) ** 2).sum()
+                varies = (centred(y[n:]) ** 2).sum() if np.ptp(y[n:], 0).any() else np.nan
+                error = ((y[n:] - answer) ** 2).sum() / varies
                 scale = max(1.0, error) * max(1.0, np.abs(x).max() / (x[:n].std() + 1e-30))
                 scores.append((1 - error - 1e-3 * scale, 1 - error + 1e-3 * scale))
         for i, (least, most) in enumerate(scores):
