@@ -423,3 +423,15 @@ def test_16_bit_gradients_are_those_of_the_numbers_they_hold(backend_name, kerne
     with pyrepr.use_backend(backend_name):
         for ours, truth in zip(run(x, y), run(x.double(), y.double()), strict=True):
             assert (ours.double() - truth).abs().max() < 2.0**-8 * truth.abs().max()
+
+
+def test_a_median_between_near_and_far_rows():
+    """Of six distances three are around 8 and three around 1e8: the median is the mean of one of each."""
+    x = torch.randn(4, 33, dtype=torch.float64)
+    x[1, 3] = 1e8
+    squares = (x[:, None] - x[None]).square().sum(2)
+    sigma = squares[tuple(torch.triu_indices(4, 4, 1))].sqrt().sort().values[2:4].mean()
+    expected = torch.exp(-squares.sqrt() / sigma)
+    found = pyrepr.gram(x, kernel="laplacian")
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-14, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)  # as norms of 6e14 hold a distance of 8

@@ -12,7 +12,7 @@ from pyrepr.backend import triton_interprets
 from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import median_op
 from pyrepr.reference._dtypes import compute_dtype
-from pyrepr.stats._robust import robust_centre
+from pyrepr.stats._robust import dominated, robust_centre
 
 # Squared norms between which inner products, and kernels of them, are safe.
 NORMS = {torch.float32: (1e-24, 1e30), torch.float64: (1e-200, 1e200)}
@@ -60,7 +60,8 @@ def medians(xs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     counted = norms if mask is None else norms[:, mask]
     rows = torch.stack([found, counted.amax(1), counted.median(1).values], 1).tolist()
     blurred = torch.finfo(dtype).eps / LOSS[dtype]
-    if all(
+    # Around a mean that one row makes, the smaller of two distances in the middle may be lost beside the other.
+    if not dominated(counted) and all(
         not 0 < largest < math.inf or (within(largest, NORMS[dtype]) and median**2 >= blurred * typical)
         for median, largest, typical in rows
     ):

@@ -338,6 +338,10 @@ def draw_pair(draw: Draw) -> Case:
             lambda a, b=None: _derived(of, a, b, lines, kernel, estimator),
             # The cosine of one feature is a sign: its derivative is 0, made of terms that cancel.
             size=1.0 if kernel["name"] == "cosine" and 1 in (p, q) else 0.0,
+            blind=lambda a, b=None: (
+                kernel["name"] in DISTANCES
+                and any(_vanishes(x, kernel) for x in (a, _array(lines[1]) if b is None else b))
+            ),
         )
     if draw.chance(0.1):
         case.differential, case.expect = None, "error"
@@ -363,6 +367,12 @@ def _derived(
             if ((d2 > 0) & (d2 < KINK**2)).any():
                 return value * np.nan
     return value
+
+
+def _vanishes(x: np.ndarray, kernel: dict[str, Any]) -> bool:
+    """Whether products of two entries off the diagonal, and their derivatives, leave float32's range."""
+    k = kernel_matrix(x, x, kernel) * (1 - np.eye(len(x)))
+    return bool(np.mean(k * k) < 1e-20)
 
 
 _known: dict[str, np.ndarray] = {}
