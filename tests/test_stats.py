@@ -248,3 +248,12 @@ def test_mean_cosine():
     cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
     torch.testing.assert_close(mean_cosine(x), (cosines.sum() - 39) / (40 * 39))
     assert mean_cosine(x[:1]).isnan()
+
+
+def test_entropy_of_few_rows_far_from_zero():
+    """Three centred rows have rank 2: what rounding the mean row of 1000 leaves of a third is none of theirs."""
+    x = torch.randn(3, 40, dtype=torch.float64)
+    expected = pyrepr.stats.effective_rank(x, "entropy")
+    around = pyrepr.stats.effective_rank((x * 2.0**20).round() / 2.0**20 + 1000, "entropy")
+    exact = pyrepr.stats.effective_rank((x * 2.0**20).round() / 2.0**20, "entropy")
+    assert abs(around.item() - exact.item()) < 1e-13 and abs(exact.item() - expected.item()) < 1e-4

@@ -43,7 +43,8 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
         if x.dim() < 2:
             raise ValueError(f"x must have shape [..., n, d], got {shape_of(x)}")
         x = x.to(compute_dtype(x.dtype))
-        x = x - x.mean(-2, keepdim=True) if center else x
+        for _ in range(2 if center else 0):  # again for the mean's own rounding, which the entropy would notice
+            x = x - x.mean(-2, keepdim=True)
         finite = x.isfinite().all(-1).all(-1)
         values = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0))
         values = torch.where(finite[..., None], values, torch.nan)

@@ -66,6 +66,8 @@ def off_constant(x: np.ndarray, kernel: dict[str, Any], scaled: bool) -> tuple[n
         return kernel_matrix(x, x, kernel), 0.0
     exponent = exponents(x, x, kernel, x)
     nearest = np.real(exponent)[~np.eye(len(x), dtype=bool)].min(initial=np.inf)
+    if Noise.unit:  # of rows very far apart, differences of exponents have no digits left, in float64 either
+        exponent = exponent + exponent * Noise.symmetric(EPS[torch.float64], exponent.shape)
     if nearest < 1:
         return np.expm1(-exponent), 1.0
     return np.exp(np.where(np.eye(len(x)), -np.inf, nearest - exponent) if scaled else -exponent), 0.0
@@ -119,6 +121,12 @@ class Noise:
     def __exit__(self, *error: Any) -> None:
         Noise.unit = 0.0
 
+    @classmethod
+    def symmetric(cls, unit: float, shape: tuple[int, ...]) -> np.ndarray:
+        """[n, n] of ± unit."""
+        upper = np.triu(unit * cls.rng.choice([-1.0, 1.0], shape))
+        return upper + np.triu(upper, 1).T
+
 
 def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], scaled: bool = False) -> list[np.ndarray]:
     """K and L of layers x and y, up to a constant; `scaled`: also up to a factor, and without their diagonals."""
@@ -126,9 +134,9 @@ def matrices(x: np.ndarray, y: np.ndarray, kernel: dict[str, Any], scaled: bool 
         x, y = centred_rows(x), centred_rows(y)
     found, constants = zip(*(off_constant(a, kernel, scaled) for a in (x, y)), strict=True)
     if Noise.unit:
-        noise = [np.triu(Noise.unit * Noise.rng.choice([-1.0, 1.0], k.shape)) for k in found]
         found = tuple(
-            k + (k + constant) * (a + np.triu(a, 1).T) for k, constant, a in zip(found, constants, noise, strict=True)
+            k + (k + constant) * Noise.symmetric(Noise.unit, k.shape)
+            for k, constant in zip(found, constants, strict=True)
         )
     return list(found)
 
@@ -162,7 +170,7 @@ def draw_kernel(draw: Draw) -> tuple[dict[str, Any], str]:
 
 
 def disturbed(x: np.ndarray, eps: float, rng: np.random.Generator) -> np.ndarray:
-    return x * (1 + eps * rng.choice([-1.0, 1.0], x.shape))
+    return x + x * (eps * rng.choice([-1.0, 1.0], x.shape))  # 1 + 2⁻⁵³ would be 1
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
