@@ -155,7 +155,7 @@ class LayerMoments:
         centred = [(x.double() - s).to(compute_dtype(x.dtype)) for x, s in zip(layers, state.shift, strict=True)]
         wide = [x.double() for x in centred]
         q = torch.stack([x.square().sum(1) for x in wide])  # [M, n] squared norms
-        if _needs_double(q, centred[0].dtype):
+        if _needs_double(q, centred):
             centred = wide = [x.double() - s for x, s in zip(layers, state.shift, strict=True)]
             q = torch.stack([x.square().sum(1) for x in wide])
         products, rows = products_of(q, q), [products_of(q, x.T) for x in wide]
@@ -288,13 +288,16 @@ class LayerMoments:
         self._state = loaded(state_dict, type(self).__name__)
 
 
-def _needs_double(q: Tensor, dtype: torch.dtype) -> bool:
-    """Whether sums of products in this dtype would lose a batch: its squared norms [M, n] are out of range, or a row
-    dwarfs all others together."""
-    if dtype == torch.float64 or not at_hand(q) or triton_interprets() or not q.shape[1]:
+def _needs_double(q: Tensor, centred: list[Tensor]) -> bool:
+    """Whether sums of products in the layers' dtype would lose a batch: its squared norms q [M, n] are out of range, a
+    row dwarfs all others together, or the rows are far from where they were centred, and near each other."""
+    if centred[0].dtype == torch.float64 or not at_hand(q) or triton_interprets() or not q.shape[1]:
         return False
-    largest = q.amax(1).tolist()
-    return dominated(q) or any(0 < value < math.inf and not NORMS[0] <= value <= NORMS[1] for value in largest)
+    means = torch.stack([(x.sum(0, dtype=torch.float64) / len(x)).square().sum() for x in centred])
+    rows = torch.stack([q.amax(1), q.mean(1), means], 1).tolist()
+    if dominated(q) or any(apart > 0.9 * typical > 0 for _, typical, apart in rows):
+        return True
+    return any(0 < value < math.inf and not NORMS[0] <= value <= NORMS[1] for value, *_ in rows)
 
 
 def checked_layers(xs: Any, ys: Any, widths: list[int], split: int) -> tuple[list[Tensor], int]:

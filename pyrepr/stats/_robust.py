@@ -26,4 +26,4 @@ def dominated(q: Tensor) -> bool:
     """
     n = q.shape[1]
     rows = torch.stack([q.amax(1), q.median(1).values], 1).tolist()
-    return any(largest > min(100 * n, n * n / 2) * typical for largest, typical in rows)
+    return any(largest > min(100 * n, 0.9 * (n - 1) ** 2, n * n / 2) * typical for largest, typical in rows)
