@@ -14,19 +14,22 @@ counts every token's rows once out of L2, where a tile of the tables is at best.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pyrepr.benchmarks.activations import minilm_linear
 from pyrepr.benchmarks.harness import Case, Workload, relative_error
 from torch import Tensor
 
 import pyrepr
+from pyrepr.nn import LookupLinear
 from pyrepr.ops.lookup import ROUTES, linear_op, to_huge_pages
 from pyrepr.reference import lookup as reference
 
@@ -34,6 +37,8 @@ BITS = 8
 COLD_BYTES = 128 << 20
 PACKED_FROM = 512  # tokens, from which on packed tables are timed too
 CHECKED = 4  # tokens whose result is compared with float64
+CONVERTED = "encoder.layer.3.intermediate.dense"
+CALIBRATION, UNSEEN = 8192, 2048  # rows
 
 
 class _Layer:
@@ -256,6 +261,62 @@ def _crossover(count: int, d: int, h: int) -> Workload:
     )
 
 
+class Called(NamedTuple):
+    """What a layer gave for the tokens that were timed, and the layer."""
+
+    out: Tensor
+    layer: Dense
+
+
+@functools.cache
+def _conversion(rank: int) -> tuple[str, dict[str, Dense], Tensor, Callable[[], Tensor]]:
+    """What is converted; the layer and what one could put in its place; unseen rows, and the true outputs of these."""
+    found, data = minilm_linear(CALIBRATION + UNSEEN, CONVERTED), "a layer of MiniLM on docstrings"
+    if found is None:
+        data = "random (no [demo] extra)"
+        generator = torch.Generator().manual_seed(0)
+        spread = torch.randn(384, 384, generator=generator) / torch.arange(1, 385)
+        found = torch.nn.Linear(384, 1536), torch.randn(CALIBRATION + UNSEEN, 384, generator=generator) @ spread
+    linear, rows = found
+    rows, unseen = rows.split([CALIBRATION, UNSEEN])
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    layers: dict[str, Dense] = {}
+    for name, hash in (("two bits", "two_bit"), ("one bit", "one_bit")):
+        layers[f"pyrepr {name}"] = LookupLinear.from_linear(linear, rows, hash=hash, rank=rank).quantize_("int8")
+    int8, int4 = _dynamic_int8(weight), _int4(weight, 1)[0]
+    layers |= {
+        "nn.Linear fp32": linear,
+        "dynamic int8": lambda x: int8(x).add_(bias),
+        "int4 weights": lambda x: int4(x).float().add_(bias),
+    }
+    return data, layers, unseen, lambda: F.linear(unseen.double(), weight.double(), bias.double())
+
+
+def _converted(count: int, rank: int) -> Workload:
+    """A layer of MiniLM, 384 -> 1536, converted to int8 tables with a low-rank part, beside what else makes it smaller.
+    The error is the squared one over the outputs' variance, on unseen rows."""
+    data, layers, unseen, truth = _conversion(rank)
+    inputs = unseen.split(count)[: UNSEEN // count]
+
+    def call(layer: Dense) -> Callable[[int], Called]:
+        return lambda i: Called(layer(inputs[i % len(inputs)]), layer)
+
+    def error(called: Called, exact: Tensor) -> float:
+        off, centred = called.layer(unseen).double() - exact, exact - exact.mean(0)
+        return float(off.square().sum() / centred.square().sum())
+
+    return Workload(
+        {name: torch.no_grad()(_rotating(call(layer))) for name, layer in layers.items()},
+        truth=torch.no_grad()(truth),
+        error=torch.no_grad()(error),
+        tolerance=0.1,
+        flops=2 * count * (384 // 4 * 1536 + rank * (2 * 384 + 1536)),
+        cached_bytes=count * 384 // 4 * 1536,
+        calls=8 if count == 1 else 1,
+        data=f"{data}, hot",
+    )
+
+
 def _overhead() -> Workload:
     """A layer so small that only the way to the kernel takes time, beside the cheapest operation there is."""
     generator = torch.Generator().manual_seed(0)
@@ -306,5 +367,9 @@ def cases() -> list[Case]:
         *forward,
         *crossover,
         *skewed,
+        *(
+            Case("lookup converted", f"T={count} 384 to 1536 int8, rank 48", lambda c=count: _converted(c, 48))
+            for count in (1, 8, 64, 1024)
+        ),
         Case("lookup forward+backward", "T=1024 d=h=1024", lambda: _training(1024, 1024, 1024)),
     ]

@@ -20,7 +20,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("delta_rule", "scan"): _STATE,
     ("gram", "matrix"): _FEW,
     ("lookup", "dots"): _FEW,
-    ("lookup", "rows"): _FEW,
     ("pairs", "exact"): _FEW,
     ("pairs", "logsumexp"): _KEPT,
     ("pairs", "screen"): _FEW,
@@ -57,8 +56,6 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
     ("delta_rule", "scan", "fp32", 256): {80: 544, 90: 496, 100: 568},
     ("gram", "matrix", "", 0): {90: 64},
     ("lookup", "dots", "fp32", 0): {100: 8},
-    ("lookup", "rows", "bf16", 0): {100: 8},
-    ("lookup", "rows", "fp16", 0): {100: 8},
     ("pairs", "exact", "bf16", 0): {90: 8, 100: 24},
     ("pairs", "exact", "fp16", 0): {90: 8, 100: 24},
     ("pairs", "exact", "fp32", 0): {90: 8, 100: 24},
@@ -75,7 +72,7 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
 ELSEWHERE: dict[str, tuple[int, int, int]] = {
     "3.9.0 sm_80": (496, 73, 504),
     "3.9.0 sm_90": (518, 45, 536),
-    "3.9.0 sm_100": (508, 46, 528),
+    "3.9.0 sm_100": (508, 47, 528),
 }
 
 DTYPES = ("fp32", "bf16", "fp16", "i8", "i64", "odd")

@@ -58,7 +58,7 @@ def test_default_selection_replaces_what_it_can_and_names_the_rest():
     report = convert(model, rank=4)
     assert layers(model, LookupLinear) == ["1.up", "1.down", "2.up", "2.down", "3"]
     assert [layer.name for layer in report.layers] == layers(model, LookupLinear)
-    assert report.skipped == {"0": "has in_features = 20, no multiple of bits = 8"}
+    assert report.skipped == {"0": "has in_features = 20, no multiple of a chunk's 8 elements"}
     assert isinstance(model[0], nn.Linear) and model[3].down.shape == (4, 32)
     assert all(0 < layer.relative_mse < 0.5 for layer in report.layers)
 
@@ -95,7 +95,7 @@ def test_report_counts_bytes_buckets_and_times():
     report = pyrepr.convert(model, batches(), select="3", rank=2, batch_sizes=(1, 33), progress=False)
     (layer,) = report.layers
     assert layer.bytes_before == 4 * (32 * 10 + 10)
-    assert layer.bytes_after == 4 * (4 * 256 * 10 + 10 + 2 * 32 + 2 * 32 + 2 * 10)  # tables, bias, shift, scale, V, U
+    assert layer.bytes_after == 4 * (4 * 256 * 10 + 10 + 2 * 32 + 2 * 32 + 2 * 10)  # tables, bias, centre, scale, V, U
     assert (layer.rows, report.calibration_rows, report.batch_sizes) == (1024, 1600, (1, 33))
     assert 0 <= layer.dead_rows < 1024 and 4 < layer.entropy <= 8
     assert len(layer.ms_before) == len(layer.ms_after) == 2
@@ -287,6 +287,8 @@ def test_wrapped_models_are_changed_inside():
         ({"bits": 17}, ValueError, "bits must be from 1 to 16, got 17"),
         ({"rank": -1}, ValueError, "rank must be an int of at least 0, got -1"),
         ({"weighting": "l2"}, ValueError, "weighting must be one of"),
+        ({"hash": "x"}, ValueError, "hash must be one of one_bit, two_bit, got 'x'"),
+        ({"hash": "two_bit", "bits": 3}, ValueError, "bits must be even with the two_bit hash, got 3"),
         ({"quantize": "int4"}, ValueError, "quantize must be None, 'int8' or 'bf16', got 'int4'"),
         ({"batch_sizes": (1, 0)}, ValueError, "batch_sizes must be positive ints, got 0"),
         ({"max_rows": 3}, ValueError, "max_rows must be an int of at least 16, got 3"),

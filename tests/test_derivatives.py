@@ -316,7 +316,38 @@ for weighting in plain_lookup.WEIGHTINGS:
         ["x"] if weighting == "none" else [],
         **TABLES,
     )
+    ROWS[f"lookup_linear of two bits, {weighting}"] = Row(
+        functools.partial(pyrepr.functional.lookup_linear, hash="two_bit", **options),
+        functools.partial(plain_lookup.lookup_linear, hash="two_bit", **options),
+        ["x"] if weighting == "none" else [],
+        x=(3, 4),
+        tables=(4, 4, 2),
+        bias=(2,),
+    )
+STANDARD = {"centre": torch.tensor([0.1, -0.2, 0.3, 0.0]), "scale": torch.tensor([1.2, 0.7, 1.0, 0.9])}
+LOW_RANK = {"down": (2, 4), "up": (2, 2)}
+for hash, bits in (("one_bit", 2), ("two_bit", 4)):
+    options = {"weighting": "scaled", "hash": hash}
+    ROWS[f"converted, {hash}"] = Row(
+        functools.partial(pyrepr.functional.lookup_linear, **options),
+        functools.partial(plain_lookup.lookup_linear, **options),
+        ["centre", "scale"],
+        x=(3, 4),
+        tables=(2, 1 << bits, 2),
+        bias=(2,),
+        **STANDARD,
+        **LOW_RANK,
+    )
 ROWS |= {
+    "converted, x alone": Row(
+        functools.partial(pyrepr.functional.lookup_linear, weighting="none"),
+        functools.partial(plain_lookup.lookup_linear, weighting="none"),
+        ["tables", "centre", "scale", "down", "up"],
+        x=(3, 4),
+        tables=(2, 4, 2),
+        **STANDARD,
+        **LOW_RANK,
+    ),
     "lookup_linear, x alone": Row(
         pyrepr.functional.lookup_linear, plain_lookup.lookup_linear, ["tables", "bias"], **TABLES
     ),
@@ -406,6 +437,8 @@ CHECKED = [
     "kda, in chunks",
     "convolution",
     "lookup_linear, scaled",
+    "lookup_linear of two bits, scaled",
+    "converted, two_bit",
     "lookup_sum",
     "segment_sum",
     "info_nce, cosine",
@@ -437,6 +470,7 @@ MODULES = {
     ),
     "ShortConvolution": (lambda: ShortConvolution(4, 3), (1, 3, 4)),
     "LookupLinear": (lambda: LookupLinear(4, 3, bits=2), (3, 4)),
+    "LookupLinear of two bits": (lambda: LookupLinear(4, 3, bits=4, hash="two_bit"), (3, 4)),
     "CKALoss": (lambda: CKALoss(kernel="cosine"), (5, 3)),
 }
 
@@ -523,6 +557,19 @@ def test_scales_of_int8_tables_have_no_derivative():
         torch.func.jvp(f, (scales,), (scales,))
 
 
+@pytest.mark.parametrize("name", STANDARD)
+def test_what_a_converted_layer_standardises_by_has_no_derivative(name):
+    x, tables = torch.randn(3, 4), torch.randn(2, 4, 2)
+
+    def f(constant):
+        return pyrepr.functional.lookup_linear(x, tables, **{**STANDARD, name: constant})
+
+    with pytest.raises(RuntimeError, match=f"{name} counts as a constant in lookup_converted"):
+        f(STANDARD[name].clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=f"{name} counts as a constant in lookup_converted"):
+        torch.func.jvp(f, (STANDARD[name],), (STANDARD[name],))
+
+
 def test_a_sparse_gradient_is_right_once():
     x, tables = torch.randn(3, 4), torch.randn(2, 4, 2)
 
@@ -575,6 +622,7 @@ GRAPHS = [
     "gated delta rule",
     "convolution",
     "lookup_linear, scaled",
+    "converted, two_bit",
     "lookup_sum",
     "segment_sum",
     "info_nce, cosine",
@@ -645,9 +693,14 @@ OPS = {
         lookup_ops.linear_op,
         (randn(3, 4), randn(2, 4, 3), None, randn(3), "scaled", 1.0, 0, False),
     ),
+    "lookup_converted": lambda: (
+        lookup_ops.converted_op,
+        (*(randn(3, 4), randn(2, 16, 3), None, randn(3), *STANDARD.values(), randn(2, 4), randn(2, 3)), *CONVERTED),
+    ),
     "lookup_sum": lambda: (lookup_ops.sum_op, (CODES, randn(3, 2), randn(2, 4, 3), None, 0, False)),
     "lookup_segments": lambda: (lookup_ops.segments_op, (randn(3, 2), CODES, randn(3, 2), 4)),
 }
+CONVERTED = ("scaled", 1.0, 0, False, "two_bit")
 ONES = torch.ones(2, dtype=torch.float64)
 CONSTANTS = gram_ops.constants_of(ONES, "linear")
 

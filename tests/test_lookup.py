@@ -83,6 +83,152 @@ def test_all_bits_forward_and_backward(bits):
         assert relative(leaf.grad, true.grad) < FLOAT32
 
 
+def two_bit_oracle(x: torch.Tensor, tables: torch.Tensor, weighting: str) -> torch.Tensor:
+    """The layer in float64: its code is that of z and |z| − 1, in turn, with twice the elements and one bit each."""
+    k, n, _ = tables.shape
+    z = x.double().reshape(len(x), k, -1)
+    code = reference.hash_codes(torch.stack([z, z.abs() - 1], -1).reshape(len(x), -1), n.bit_length() - 1).long()
+    p, size = torch.sigmoid(2 * z.abs()).prod(-1), z.abs().sum(-1)
+    w = {"probability": p, "scaled": p * size, "l1": size / z.shape[-1], "none": torch.ones_like(p)}[weighting]
+    return (w[..., None] * tables.double()[torch.arange(k), code]).sum(1)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_two_bits_on_every_route(bits, weighting):
+    for count, h, k in [(1, 5, 3), (63, 64, 8), (65, 131, 17)]:
+        x, tables, bias = torch.randn(count, k * bits // 2), torch.randn(k, 1 << bits, h), torch.randn(h)
+        truth = two_bit_oracle(x, tables, weighting) + bias
+        options = {"weighting": weighting, "hash": "two_bit"}
+        exact = reference.lookup_linear(x.double(), tables.double(), bias.double(), **options)
+        assert relative(exact, truth) < 1e-14
+        for route in ops.ROUTES.values():
+            out = ops.linear_op(x, tables, None, bias, weighting, 1.0, route, False, "two_bit")
+            assert relative(out, truth) < FLOAT32, (count, h, k, route)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_codes_of_two_bits_equal_the_reference_bit_for_bit(dtype):
+    """Of standardised input too, also where z is on the edge of a code: nobody rounds in another way."""
+    x = torch.randn(40, 240, dtype=torch.float64)
+    centre, scale = torch.randn(240, dtype=torch.float64), torch.rand(240, dtype=torch.float64) + 0.5
+    x[:20] = centre + x[:20].sign() / scale
+    x[0, :5] = torch.tensor([1.0, -1.0, torch.nan, torch.inf, -torch.inf])
+    x, (centre, scale) = x.to(dtype), (t if dtype == torch.float64 else t.float() for t in (centre, scale))
+    for bits in (2, 4, 6, 8, 10, 16):
+        assert torch.equal(pyrepr.hash_codes(x, bits, hash="two_bit"), reference.hash_codes(x, bits, "two_bit"))
+        for hash in reference.HASHES:
+            options = (x, bits, "none", 1.0, hash, centre, scale)
+            assert torch.equal(ops.hash_op(*options)[0], reference.hash_op(*options)[0])
+    with pytest.raises(ValueError, match="bits must be even with the two_bit hash, got 3"):
+        pyrepr.hash_codes(x, 3, hash="two_bit")
+
+
+def converted_problem(count: int, bits: int, h: int, rank: int, hash: str, dtype: torch.dtype = torch.float32):
+    """x [count, d] and what a converted layer has, with every z away from where its code changes."""
+    d = 9 * bits // reference.HASHES[hash]
+    centre, scale = torch.randn(d), torch.rand(d) + 0.5
+    down, up = (torch.randn(rank, d) / d, torch.randn(rank, h)) if rank else (None, None)
+    x = torch.randn(4 * count + 40, d).to(dtype)
+    rest, _ = reference.without_low_rank(x.double(), None if down is None else down.double())
+    z = reference.standardised(rest, centre.double(), scale.double())
+    clear = ((z.abs() > 1e-5) & ((z.abs() - 1).abs() > 1e-5)).all(1)
+    return x[clear][:count], {"centre": centre, "scale": scale, "down": down, "up": up}
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("hash", reference.HASHES)
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_converted_layers_in_one_call(table_dtype, hash):
+    """Every kernel with and without a low-rank part, for sizes that are no multiples of anything, and packed tables."""
+    for count, bits, h, rank in [
+        (1, 4, 70, 3),
+        (1, 8, 64, 0),
+        (7, 6, 33, 5),
+        (35, 8, 131, 17),
+        (70, 4, 64, 9),
+        (700, 8, 128, 6),
+    ]:
+        for x_dtype in (torch.float32, torch.bfloat16):
+            x, given = converted_problem(count, bits, h, rank, hash, x_dtype)
+            tables, scales, bias = torch.randn(9, 1 << bits, h).to(table_dtype), None, torch.randn(h)
+            if table_dtype == torch.int8:
+                tables, scales = int8_tables(9, 1 << bits, h)
+            wide = tables.double() if scales is None else tables.double() * scales.double()[..., None]
+            exact = {name: None if t is None else t.double() for name, t in given.items()}
+            options = {"weighting": "l1", "hash": hash}
+            truth = reference.lookup_linear(x.double(), wide, bias.double(), **options, **exact)
+            tolerance = (BYTES if table_dtype == torch.int8 else FLOAT32) + ROUNDING.get(x_dtype, 0)
+            for route in ops.ROUTES.values():
+                arguments = (x, tables, scales, bias, *given.values(), "l1", 1.0, route, False, hash)
+                assert relative(ops.converted_op(*arguments), truth) < tolerance, (count, route)
+            out = pyrepr.lookup_linear(x, tables, bias, scales=scales, **options, **given)
+            assert relative(out, truth) < tolerance
+            if h % 64 == 0:
+                packed = pyrepr.lookup_linear(x, pyrepr.pack_tables(tables), bias, scales=scales, **options, **given)
+                assert relative(packed, truth) < tolerance
+
+
+@pytest.mark.levels
+def test_a_converted_layer_has_the_same_bits_on_any_number_of_threads():
+    x, given = converted_problem(300, 8, 300, 20, "two_bit")
+    tables, scales = int8_tables(9, 256, 300)
+    outs = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        outs.append(pyrepr.lookup_linear(x, tables, scales=scales, hash="two_bit", **given))
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_a_converted_layer_in_float64_and_its_first_derivatives():
+    for hash in reference.HASHES:
+        x, given = converted_problem(40, 6, 13, 4, hash)
+        tables, bias, grad = torch.randn(9, 64, 13), torch.randn(13), torch.randn(40, 13)
+        for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, FLOAT32)):
+            constants = {name: given[name].to(dtype) for name in ("centre", "scale")}
+            given_leaves = (x, tables, bias, given["down"], given["up"])
+            leaves = [t.detach().clone().to(dtype).requires_grad_() for t in given_leaves]
+            true = [t.detach().double().requires_grad_() for t in given_leaves]
+            options = {"weighting": "scaled", "hash": hash}
+            out = pyrepr.lookup_linear(*leaves[:3], down=leaves[3], up=leaves[4], **constants, **options)
+            out.backward(grad.to(dtype))
+            wide = {name: given[name].double() for name in ("centre", "scale")}
+            expected = reference.lookup_linear(*true[:3], down=true[3], up=true[4], **wide, **options)
+            expected.backward(grad.double())
+            assert relative(out, expected) < tolerance
+            for leaf, truth in zip(leaves, true, strict=True):
+                assert relative(leaf.grad, truth.grad) < 3 * tolerance
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"hash": "three_bit"}, ValueError, "hash must be one of one_bit, two_bit, got 'three_bit'"),
+        ({"hash": None}, ValueError, "hash must be one of one_bit, two_bit, got None"),
+        ({"hash": "two_bit"}, ValueError, r"bits must be even with the two_bit hash, got 3"),
+        ({"centre": torch.zeros(6)}, ValueError, "centre and scale go together, got centre alone"),
+        ({"up": torch.zeros(2, 5)}, ValueError, "up and down go together, got up alone"),
+        ({"centre": torch.zeros(6), "scale": torch.ones(5)}, ValueError, r"scale must have shape \[d\]"),
+        ({"down": torch.ones(2, 6), "up": torch.ones(3, 5)}, ValueError, r"up must have shape \[rank, h\]"),
+        ({"down": torch.ones(2, 5), "up": torch.ones(2, 5)}, ValueError, r"down must have shape \[rank, d\]"),
+        (
+            {"centre": torch.zeros(6).double(), "scale": torch.ones(6)},
+            TypeError,
+            "centre must be float64 only where x is",
+        ),
+        ({"centre": 0.0, "scale": torch.ones(6)}, TypeError, "centre must be a torch.Tensor"),
+        ({"centre": torch.zeros(6), "scale": torch.ones(6, device="meta")}, ValueError, "scale"),
+    ],
+)
+def test_what_converted_layers_cannot_have_is_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        pyrepr.lookup_linear(torch.randn(3, 6), torch.randn(2, 8, 5), **options)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 64, 300, 8193])
 def test_sizes_of_a_batch(count):
     """Both forward kernels, their crossover, and more tokens than are hashed at a time."""

@@ -32,11 +32,19 @@ def test_initial_tables_keep_the_variance():
 
 
 @pytest.mark.parametrize(
-    ("weighting", "bits", "theory"), [("none", 4, 0.363), ("none", 8, 0.363), ("l1", 4, 0.273), ("l1", 8, 0.318)]
+    ("hash", "weighting", "bits", "theory"),
+    [
+        ("one_bit", "none", 4, 0.363),
+        ("one_bit", "none", 8, 0.363),
+        ("one_bit", "l1", 4, 0.273),
+        ("one_bit", None, 8, 0.318),
+        ("two_bit", None, 4, 0.1175),  # of the levels of Max and Lloyd
+        ("two_bit", "none", 8, 0.1175),
+    ],
 )
-def test_from_linear_meets_the_theory_on_white_input(weighting, bits, theory):
-    linear = torch.nn.Linear(32, 64)
-    layer = pyrepr.nn.LookupLinear.from_linear(linear, torch.randn(40000, 32), bits=bits, weighting=weighting)
+def test_from_linear_meets_the_theory_on_white_input(hash, weighting, bits, theory):
+    linear, options = torch.nn.Linear(32, 64), {"hash": hash, "weighting": weighting}
+    layer = pyrepr.nn.LookupLinear.from_linear(linear, torch.randn(40000, 32), bits=bits, **options)
     x = torch.randn(40000, 32)
     with torch.no_grad():
         truth = linear(x)
@@ -62,6 +70,38 @@ def test_from_linear_with_a_low_rank_part():
         pyrepr.nn.LookupLinear.from_linear(linear, x, rank=41)
 
 
+@pytest.mark.parametrize("hash", reference.HASHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_full_rank_is_exact_in_every_dtype(hash, dtype):
+    """What it leaves of x is roundings, which no table magnifies."""
+    for d, h in ((16, 40), (24, 16)):
+        linear, x = torch.nn.Linear(d, h).to(dtype), (torch.randn(500, d) * 3 + 1).to(dtype)
+        layer = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=min(d, h), hash=hash)
+        error = relative(layer(x), linear(x))
+        assert error < {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 0.02}[dtype]
+        assert layer.conversion.relative_mse < 1e-10
+
+
+def test_two_bits_serve_a_network_better():
+    mlp = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 16))
+    x, unseen = torch.randn(6000, 24), torch.randn(2000, 24)
+    layers = [pyrepr.nn.LookupLinear.from_mlp(mlp, x, bits=4, hash=hash) for hash in reference.HASHES]
+    one, two = (error_of(layer, mlp, unseen) for layer in layers)
+    assert two < 0.8 * one
+    assert layers[1].conversion.held_out_mse == pytest.approx(two, rel=0.1)
+
+
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+def test_layers_of_two_bits_train(weighting):
+    """Tables start with output of variance 1, and x has a gradient but where the weight is constant."""
+    layer = pyrepr.nn.LookupLinear(64, 128, hash="two_bit", weighting=weighting)
+    assert layer.tables.shape == (16, 256, 128)
+    x = torch.randn(2000, 64, requires_grad=True)
+    assert layer(x).std().item() == pytest.approx(1, abs=0.1)
+    layer(x).square().sum().backward()
+    assert bool(x.grad.any()) == (weighting != "none") and layer.tables.grad.any()
+
+
 def error_of(layer, function, x) -> float:
     with torch.no_grad():
         truth = function(x)
@@ -72,7 +112,7 @@ def test_from_mlp_finds_tables_that_no_linear_layer_has():
     """A lookup layer with random tables is the target: its signs' linear part explains 5 of 16 corners."""
     target = pyrepr.nn.LookupLinear(32, 24, bits=4, weighting="l1")
     layer = pyrepr.nn.LookupLinear.from_mlp(target, torch.randn(8000, 32), bits=4)
-    # Shift and scale are estimates, so that signs differ for elements within about 1 % of zero.
+    # Centre and scale are estimates, so that signs differ for elements within about 1 % of zero.
     assert error_of(layer, target, torch.randn(5000, 32)) < 0.06
     assert layer.conversion.held_out_mse == pytest.approx(error_of(layer, target, torch.randn(5000, 32)), rel=0.3)
 
@@ -168,13 +208,33 @@ def test_a_converted_layer_takes_any_shape_and_passes_nan_on():
 def test_state_of_a_converted_layer_fits_a_new_one():
     linear, x = torch.nn.Linear(64, 48), torch.randn(300, 64)
     converted = pyrepr.nn.LookupLinear.from_linear(linear, x, rank=8)
-    assert set(converted.state_dict()) == {"tables", "bias", "shift", "scale", "down", "up"}
+    assert set(converted.state_dict()) == {"tables", "bias", "centre", "scale", "down", "up"}
     loaded = pyrepr.nn.LookupLinear(64, 48, weighting="l1")
     loaded.load_state_dict(converted.state_dict())
     assert torch.equal(loaded(x), converted(x))
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in converted.named_parameters()]
     with pytest.raises(ValueError, match="x must have a last axis of in_features = 64, got shape"):
         loaded(x[:, 1:])
+
+
+def test_tables_of_two_bits_do_not_load_into_one():
+    linear, x = torch.nn.Linear(16, 64), torch.randn(300, 16)
+    two = pyrepr.nn.LookupLinear.from_linear(linear, x, bits=4, hash="two_bit", rank=4)
+    assert two.up.shape == (4, 64) and two.down.shape == (4, 16)
+    again = pyrepr.nn.LookupLinear(16, 64, bits=4, hash="two_bit", weighting="none")
+    again.load_state_dict(two.state_dict())
+    assert torch.equal(again(x), two(x))
+    other = pyrepr.nn.LookupLinear(32, 64, bits=4, weighting="none")  # as many tables
+    with pytest.raises(RuntimeError, match="hash must be 'two_bit' for these tables, got 'one_bit'"):
+        other.load_state_dict(two.state_dict())
+    specified = pyrepr.nn.LookupLinear.specified(two.quantize_("int8").pack_().specification())
+    specified.load_state_dict(two.state_dict())
+    assert torch.equal(specified(x), pyrepr.nn.LookupLinear.forward(two, x)) or relative(specified(x), two(x)) < 1e-4
+    assert two.usage(x).counts.shape == (8, 16)
+    with pytest.raises(ValueError, match="bits must be even with the two_bit hash, got 3"):
+        pyrepr.nn.LookupLinear(12, 4, bits=3, hash="two_bit")
+    with pytest.raises(ValueError, match="multiple of bits / 2 = 4, got 10"):
+        pyrepr.nn.LookupLinear(10, 4, hash="two_bit")
 
 
 def test_packed_layer_and_its_state():

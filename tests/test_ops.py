@@ -191,6 +191,15 @@ def looked_up(dtype=torch.float32, shape=(3, 12), tables=torch.float32):
     return pyrepr.lookup_linear(x, rows, torch.arange(5.0), scales=scales, weighting="l1")
 
 
+def converted(rank=3):
+    """As `looked_up`, of what a converted layer hashes."""
+    x = torch.linspace(-1, 2, 36).view(3, 12)
+    rows, generator = (torch.arange(6 * 16 * 5).view(6, 16, 5) % 7 - 3).float(), torch.Generator().manual_seed(0)
+    shapes = {"centre": 12, "scale": 12, "down": (rank, 12), "up": (rank, 5)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return pyrepr.lookup_linear(x, rows, torch.arange(5.0), hash="two_bit", **given)
+
+
 def convolved(dtype=torch.float32, D=32, S=4, dims=3):
     generator = torch.Generator().manual_seed(0)
     x, state = torch.randn(2, D, generator=generator).to(dtype), torch.randn(2, D, S, generator=generator).to(dtype)
@@ -204,6 +213,7 @@ SHORT = {
     "step of strided": lambda: delta_step(q=torch.full((1, 1, 2, 16), 0.3)[..., :8]),
     "lookup": looked_up,
     "lookup of three axes in float16": lambda: looked_up(torch.float16, (3, 1, 12)),
+    "lookup of a converted layer": converted,
     "lookup of one row in int8": lambda: looked_up(tables=torch.int8),
     "convolution": convolved,
     "convolution of odd width": lambda: convolved(D=33, S=5),

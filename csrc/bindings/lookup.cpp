@@ -35,19 +35,22 @@ View view_of(const MatrixTuple& matrix, const char* what) {
 }
 
 const cpu::LookupHash& checked_hash(const cpu::LookupHash& hash) {
-  const int weighting = static_cast<int>(hash.weighting);
-  if (hash.bits < 1 || hash.bits > 16 || hash.x.cols % hash.bits)
-    throw std::invalid_argument("x does not consist of chunks of `bits` elements");
+  const int weighting = static_cast<int>(hash.weighting), kind = static_cast<int>(hash.kind);
+  if (kind < 1 || kind > 2) throw std::invalid_argument("hash code " + std::to_string(kind) + " is unknown");
+  if (hash.bits < 1 || hash.bits > 16 || hash.bits % kind || hash.x.cols % (hash.bits / kind))
+    throw std::invalid_argument("x does not consist of chunks of `bits` bits");
+  if ((hash.centre == nullptr) != (hash.scale == nullptr)) throw std::invalid_argument("centre and scale go together");
   if (weighting < 0 || weighting > 3)
     throw std::invalid_argument("weighting code " + std::to_string(weighting) + " is unknown");
   if (hash.threads < 1) throw std::invalid_argument("threads must be positive");
   return hash;
 }
 
-cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
-                          int threads) {
-  return checked_hash(
-      {view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
+cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature, int kind,
+                          uintptr_t centre, uintptr_t scale, int threads) {
+  return checked_hash({view_of(x, "x"), dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature,
+                       threads, static_cast<cpu::Hash>(kind), pointer<const void>(centre, "centre", true),
+                       pointer<const void>(scale, "scale", true)});
 }
 
 cpu::LookupRoute route_from(int route) {
@@ -74,12 +77,19 @@ bool same_precision(DType x, cpu::TableType tables) { return (x == DType::f64) =
 // One call with plain numbers: at one token, making a tuple or an object costs as much as the arithmetic.
 void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_t n, int64_t h, bool packed,
                    uintptr_t x, int dtype, int64_t rows, int64_t stride, int64_t bits, int weighting,
-                   double temperature, uintptr_t bias, int route, uintptr_t out, int threads) {
+                   double temperature, int kind, uintptr_t centre, uintptr_t scale, uintptr_t down, uintptr_t up,
+                   int64_t rank, uintptr_t bias, int route, uintptr_t out, int threads) {
   const cpu::LookupTables tables = tables_from(data, type, scales, K, n, h, packed, threads);
   const bool empty = rows == 0 || h == 0;
-  const View view{pointer<const void>(x, "x", empty || K == 0), rows, K * bits, stride, 1};
+  const View view{pointer<const void>(x, "x", empty || K == 0), rows, K * bits / (kind == 2 ? 2 : 1), stride, 1};
   const cpu::LookupHash hash =
-      checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads});
+      checked_hash({view, dtype_of(dtype), bits, static_cast<cpu::Weighting>(weighting), temperature, threads,
+                    static_cast<cpu::Hash>(kind), pointer<const void>(centre, "centre", true),
+                    pointer<const void>(scale, "scale", true)});
+  if (rank < 0) throw std::invalid_argument("rank must not be negative");
+  const bool dense = rank > 0 && !empty;
+  const cpu::LookupLowRank low{rank, pointer<const void>(down, "down", !dense || K == 0),
+                               pointer<const void>(up, "up", !dense)};
   if (n != int64_t(1) << bits || !same_precision(hash.dtype, tables.type))
     throw std::invalid_argument("x and tables do not fit together");
   if (!tables.data && K && !empty) throw std::invalid_argument("tables has no memory");
@@ -87,27 +97,37 @@ void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_
   const void* const added = pointer<const void>(bias, "bias", true);
   const cpu::LookupRoute way = route_from(route);
   py::gil_scoped_release release;
-  if (!empty) check(current_level().lookup().linear(tables, hash, added, way, to));
+  if (!empty) check(current_level().lookup().linear(tables, hash, low, added, way, to));
 }
 
 // The tensors of lookup_linear as users give them: x [..., d], tables [K, n, h] or packed, scales [K, n] or None, bias
-// [h] or None.
+// [h] or None, of converted layers centre and scale [d], and down [rank, d] and up [rank, h] or None.
 struct LookupLinear {
-  Tensor x, tables, scales{}, bias{};
-  bool has_scales, has_bias, packed;
-  int64_t K, n, h, bits = 0, rows = 1, sizes[kMostDims];  // sizes of out
+  Tensor x, tables, scales{}, bias{}, centre{}, scale{}, down{}, up{};
+  bool has_scales, has_bias, converted, low_rank, packed;
+  int64_t K, n, h, bits = 0, rank = 0, rows = 1, sizes[kMostDims];  // sizes of out
 
-  bool read(py::handle x_, py::handle tables_, py::handle scales_, py::handle bias_, bool grad) {
+  LookupLinear(int kind) : kind_(kind) {}
+  // `rest` is a tuple of four: centre, scale, down and up. As one argument it costs a quarter of what four do.
+  bool read(py::handle x_, py::handle tables_, py::handle scales_, py::handle bias_, py::handle rest, bool grad) {
+    if (!PyTuple_CheckExact(rest.ptr()) || PyTuple_GET_SIZE(rest.ptr()) != 4) return false;
+    const auto given = [&](int i) { return py::handle(PyTuple_GET_ITEM(rest.ptr(), i)); };
     Reader reader(grad);
     has_scales = !scales_.is_none();
     has_bias = !bias_.is_none();
+    converted = !given(0).is_none();
+    low_rank = !given(2).is_none();
+    if (converted == given(1).is_none() || low_rank == given(3).is_none()) return false;
     return reader.read(x_, x) && reader.read(tables_, tables) && (!has_scales || reader.read(scales_, scales)) &&
-           (!has_bias || reader.read(bias_, bias));
+           (!has_bias || reader.read(bias_, bias)) &&
+           (!converted || (reader.read(given(0), centre) && reader.read(given(1), scale))) &&
+           (!low_rank || (reader.read(given(2), down) && reader.read(given(3), up)));
   }
   DType sums() const { return x.is(DType::f64) ? DType::f64 : DType::f32; }
   bool fits() { return layout_fits() && dtypes_fit(); }
 
  private:
+  const int kind_;
   bool layout_fits() {
     packed = tables.dims == 4 && tables.shape[3] == cpu::kLookupTile;
     if (!(packed || tables.dims == 3) || !tables.dense() || !x.rows_dense() || x.dims > kMostDims) return false;
@@ -119,31 +139,39 @@ struct LookupLinear {
     for (int i = 0; i + 1 < x.dims; i++) rows *= sizes[i] = x.shape[i];
     sizes[x.dims - 1] = h;
     const int64_t d = x.shape[x.dims - 1];
-    return bits > 0 && n == int64_t(1) << bits && d == K * bits && rows * h * d > 0 &&
-           (!has_bias || bias.has_shape({h})) && (!has_scales || scales.has_shape({K, n}));
+    if (low_rank && down.dims == 2) rank = down.shape[0];
+    return bits > 0 && n == int64_t(1) << bits && bits % kind_ == 0 && d == K * (bits / kind_) && rows * h * d > 0 &&
+           (!has_bias || bias.has_shape({h})) && (!has_scales || scales.has_shape({K, n})) &&
+           (!converted || (centre.has_shape({d}) && scale.has_shape({d}))) &&
+           (!low_rank || (down.has_shape({rank, d}) && up.has_shape({rank, h})));
   }
   bool dtypes_fit() const {
     const int dtype = x.code(), type = tables.code();
     return dtype >= 0 && dtype <= 3 && type >= 0 && same_precision(sums(), static_cast<cpu::TableType>(type)) &&
-           (!has_bias || (bias.is(sums()) && bias.dense())) && has_scales == (type == 4) &&
+           (!has_bias || added(bias)) && (!converted || (added(centre) && added(scale))) &&
+           (!low_rank || (added(down) && added(up))) && has_scales == (type == 4) &&
            (!has_scales || (scales.is(DType::f32) && scales.dense()));
   }
+  bool added(const Tensor& tensor) const { return tensor.is(sums()) && tensor.dense(); }
 };
 
 // [..., h] in float32 (float64 for float64), or None: see tensor.h.
-py::object lookup_linear_direct(py::handle x, py::handle tables, py::handle scales, py::handle bias, int weighting,
-                                py::handle temperature, bool grad, int threads) {
-  LookupLinear a;
+py::object lookup_linear_direct(py::handle x, py::handle tables, py::handle scales, py::handle bias,
+                                py::handle converted, int weighting, py::handle temperature, int kind, bool grad,
+                                int threads) {
+  if (kind < 1 || kind > 2) return py::none();
+  LookupLinear a(kind);
   if (weighting < 0 || !PyFloat_Check(temperature.ptr())) return py::none();
   const double t = PyFloat_AS_DOUBLE(temperature.ptr());
-  if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, grad) || !a.fits()) return py::none();
+  if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, converted, grad) || !a.fits()) return py::none();
   Tensor to;
   const py::object out = new_empty(x, a.sizes, a.x.dims, a.sums() == DType::f32 && !a.x.is(DType::f32));
   if (!Reader(false).read(out, to)) return py::none();
   const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data); };
   lookup_linear(address(a.tables), a.tables.code(), address(a.scales), a.K, a.n, a.h, a.packed, address(a.x),
-                a.x.code(), a.rows, a.x.dims == 2 ? a.x.stride(0) : a.K * a.bits, a.bits, weighting, t, address(a.bias),
-                0, address(to), threads);
+                a.x.code(), a.rows, a.x.dims == 2 ? a.x.stride(0) : a.K * (a.bits / kind), a.bits, weighting, t, kind,
+                address(a.centre), address(a.scale), address(a.down), address(a.up), a.rank, address(a.bias), 0,
+                address(to), threads);
   return out;
 }
 
@@ -217,9 +245,7 @@ void bind_lookup(py::module_& m) {
 #if defined(__linux__)
   py::class_<Block>(m, "Block", py::buffer_protocol())
       .def(py::init<int64_t>())
-      .def_buffer([](const Block& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
-      })
+      .def_buffer([](const Block& block) { return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size()); })
       .def_static("waiting", &Block::waiting)
       .def_static("limit", &Block::limit)
       .def_static("release", &Block::release);
@@ -230,24 +256,25 @@ void bind_lookup(py::module_& m) {
     py::gil_scoped_release release;
     return huge_pages(address, bytes, true);
   });
-  m.def("lookup_hash", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
-                          uintptr_t codes, uintptr_t weights, int threads) {
-    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, threads);
+  m.def("lookup_hash", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature, int kind,
+                          uintptr_t centre, uintptr_t scale, uintptr_t codes, uintptr_t weights, int threads) {
+    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, kind, centre, scale, threads);
     const bool empty = hash.x.rows * hash.x.cols == 0;
     int32_t* const c = pointer<int32_t>(codes, "codes", empty);
     void* const w = pointer<void>(weights, "weights", empty);
     py::gil_scoped_release release;
     if (!empty) check(current_level().lookup().hash(hash, c, w));
   });
-  m.def("lookup_hash_backward", [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature,
-                                   uintptr_t grad_weights, uintptr_t grad, int threads) {
-    const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, threads);
-    const bool empty = hash.x.rows * hash.x.cols == 0;
-    const void* const gw = pointer<const void>(grad_weights, "grad_weights", empty);
-    void* const g = pointer<void>(grad, "grad", empty);
-    py::gil_scoped_release release;
-    if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
-  });
+  m.def("lookup_hash_backward",
+        [](const MatrixTuple& x, int dtype, int64_t bits, int weighting, double temperature, int kind, uintptr_t centre,
+           uintptr_t scale, uintptr_t grad_weights, uintptr_t grad, int threads) {
+          const cpu::LookupHash hash = hash_from(x, dtype, bits, weighting, temperature, kind, centre, scale, threads);
+          const bool empty = hash.x.rows * hash.x.cols == 0;
+          const void* const gw = pointer<const void>(grad_weights, "grad_weights", empty);
+          void* const g = pointer<void>(grad, "grad", empty);
+          py::gil_scoped_release release;
+          if (!empty) check(current_level().lookup().hash_backward(hash, gw, g));
+        });
 #ifdef PYREPR_CUDA
   m.def("cuda_lookup_linear", &cuda_lookup_linear);
   m.def("cuda_lookup_linear_parts", &cuda::lookup_linear_parts);

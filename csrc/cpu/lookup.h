@@ -1,9 +1,11 @@
 // Family `lookup` on the CPU: what csrc/bindings/lookup.cpp calls and lookup.cpp defines once per instruction set.
 //
-// A row of x [T, d] is cut into K chunks z of `bits` elements. code(z) = sum over i of [z_i >= 0] 2^i, and with the
-// sizes s_i = |z_i| the weight w(z) is prod sigmoid(2 s_i / t) (probability), that times sum s_i (scaled), sum s_i /
-// bits (l1) or 1.
-//   linear    out[t] = bias + sum over k of w[t, k] table_k[code[t, k]]
+// A row of x [T, d], less `centre` and times `scale` where they are given, is cut into K chunks z, of `bits` elements
+// or of bits / 2. code(z) = sum over i of [z_i >= 0] 2^i (one_bit) or of ([z_i >= 0] + 2 [|z_i| >= 1]) 4^i (two_bit),
+// and with the sizes s_i = |z_i| the weight w(z) is prod sigmoid(2 s_i / t) (probability), that times sum s_i (scaled),
+// the mean of s_i (l1) or 1.
+//   linear    out[t] = bias + sum over k of w[t, k] table_k[code[t, k]];  with a low-rank part, of x - inner down for
+//   inner = x down^T, plus inner up
 //   backward  segments_k[c] = sum over t with code[t, k] = c of w[t, k] grad[t];  dots[t, k] = <grad[t],
 //   table_k[code[t, k]]>
 //
@@ -19,6 +21,9 @@ enum class TableType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i8 = 4 };
 
 // `WEIGHTINGS` in pyrepr/reference/lookup.py holds the same order.
 enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
+
+// What an element is hashed to; the number is that of its bits. `HASHES` in pyrepr/reference/lookup.py holds the same.
+enum class Hash : int { one_bit = 1, two_bit = 2 };
 
 // Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once; tables of few 8-bit
 // rows looked up in registers (by avx512_bf16 only). One that cannot run is replaced by another.
@@ -44,15 +49,24 @@ struct LookupHash {
   Weighting weighting;
   double temperature;
   int threads;
+  Hash kind = Hash::one_bit;
+  const void *centre = nullptr, *scale = nullptr;  // [d] of T, both or neither
+};
+
+struct LookupLowRank {
+  int64_t rank = 0;            // 0: there is none
+  const void* down = nullptr;  // [rank, d] of T, contiguous
+  const void* up = nullptr;    // [rank, h] of T, contiguous
 };
 
 struct LookupFunctions {
   // codes [T, K], weights [T, K] of T
   Status (*hash)(const LookupHash&, int32_t* codes, void* weights);
-  // grad [T, d] of T = grad_weights [T, K] of T times the derivative of the weights
+  // grad [T, d] of T = grad_weights [T, K] of T times the derivative of the weights with respect to x
   Status (*hash_backward)(const LookupHash&, const void* grad_weights, void* grad);
   // out [T, h] of T; bias [h] of T or null
-  Status (*linear)(const LookupTables&, const LookupHash&, const void* bias, LookupRoute, void* out);
+  Status (*linear)(const LookupTables&, const LookupHash&, const LookupLowRank&, const void* bias, LookupRoute,
+                   void* out);
   // out [T, h] of T from codes [T, K] within [0, n) and weights [T, K]
   Status (*sum)(const LookupTables&, int64_t tokens, const int32_t* codes, const void* weights, LookupRoute, void* out);
   // segments [K, n, h] of T or null; with first [K + 1] only the rows that occur, those of table k from row first[k]

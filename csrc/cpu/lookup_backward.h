@@ -61,7 +61,8 @@ class Backward {
     // Without dot products a table's columns can be shared out too.
     const int64_t shares = want_dots_ ? 1 : smaller(tiles_, ceil_div(4 * a_.threads, larger<int64_t>(a_.K, 1)));
     const int64_t tasks = a_.K * shares, per_share = ceil_div(tiles_, larger<int64_t>(shares, 1));
-    const int threads = tokens_ * a_.K * a_.h + a_.K * a_.n * a_.h < kParallelWork ? 1 : a_.threads;
+    const int threads =
+        (tokens_ * a_.K * a_.h + a_.K * a_.n * a_.h) * int64_t(sizeof(T)) < kParallelBytes ? 1 : a_.threads;
     const int64_t bytes = Order::bytes(tokens_, a_.n);
     const Memory memory(bytes * threads);
     if (!tiled_.ok() || !codes_.ok() || !weights_.ok() || !memory.ok()) return Status::out_of_memory;
@@ -136,7 +137,7 @@ class Backward {
   void transpose(const E* in, E* out, int64_t rows, int64_t cols) const {
     constexpr int64_t edge = 32;
     const int64_t across = ceil_div(cols, edge), blocks = ceil_div(rows, edge) * across;
-#pragma omp parallel for schedule(static) num_threads(a_.threads) if (rows * cols > kParallelWork)
+#pragma omp parallel for schedule(static) num_threads(a_.threads) if (rows * cols * int64_t(sizeof(E)) > kParallelBytes)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t r0 = block / across * edge, c0 = block % across * edge;
       const int64_t r1 = smaller(r0 + edge, rows), c1 = smaller(c0 + edge, cols);
@@ -148,7 +149,8 @@ class Backward {
   // The gradient as [tiles, tokens, C], the last tile padded with zeros.
   void make_tiles() const {
     T* const out = tiled_.template as<T>();
-#pragma omp parallel for schedule(static) num_threads(a_.threads) if (tokens_ * a_.h > kParallelWork)
+#pragma omp parallel for schedule(static) \
+    num_threads(a_.threads) if (tokens_ * a_.h * int64_t(sizeof(T)) > kParallelBytes)
     for (int64_t t = 0; t < tokens_; t++) {
       const T* const row = static_cast<const T*>(grad_.data) + t * grad_.row_stride;
       for (int64_t tile = 0; tile < tiles_; tile++) {

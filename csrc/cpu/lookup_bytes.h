@@ -129,11 +129,16 @@ class ByteRows {
   // out [C] = bias + the token's scale times the sums, whose columns the interleaving has moved: in quarter q of vector
   // v stand columns 16 q + 4 v ...
   void restore(int64_t t, const float* sums, const float* bias, float* out) const {
-    const float scale = weights_.block(t / ByteWeights::kTokens).scales[t % ByteWeights::kTokens];
-    for (int v = 0; v < 4; v++)
-      for (int q = 0; q < 4; q++)
-        for (int i = 0; i < 4; i++)
-          out[16 * q + 4 * v + i] = bias[16 * q + 4 * v + i] + scale * sums[v * 16 + 4 * q + i];
+    const __m512 scale = _mm512_set1_ps(weights_.block(t / ByteWeights::kTokens).scales[t % ByteWeights::kTokens]);
+    const __m512 v0 = _mm512_loadu_ps(sums), v1 = _mm512_loadu_ps(sums + 16), v2 = _mm512_loadu_ps(sums + 32),
+                 v3 = _mm512_loadu_ps(sums + 48);
+    const __m512 a = _mm512_shuffle_f32x4(v0, v1, 0x44), b = _mm512_shuffle_f32x4(v2, v3, 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(v0, v1, 0xee), d = _mm512_shuffle_f32x4(v2, v3, 0xee);
+    const __m512 whole[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+                             _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++)
+      _mm512_storeu_ps(out + q * 16, _mm512_fmadd_ps(scale, whole[q], _mm512_loadu_ps(bias + q * 16)));
   }
 
  private:

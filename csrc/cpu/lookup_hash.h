@@ -9,13 +9,19 @@
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-constexpr int64_t kParallelWork = int64_t(1) << 14;  // fewer elements than this are not worth waking threads for
+// A call of less than about 100 us on one thread wakes no other: these many elements to hash, or bytes of tables.
+constexpr int64_t kParallelElements = int64_t(1) << 17;
+constexpr int64_t kParallelBytes = int64_t(5) << 18;
 constexpr int kMostBits = 16;
+
+// Elements of a chunk, and chunks of a row.
+inline int64_t width_of(const LookupHash& p) { return p.bits / static_cast<int>(p.kind); }
+inline int64_t chunks_of(const LookupHash& p) { return p.x.cols / width_of(p); }
 
 // v holds 8 vectors: W chunks of 8 elements, in the order they stand in memory. Afterwards v[i] holds element i of
 // every chunk. The same exchange the other way undoes it.
 template <class T, bool BACK = false>
-inline void transpose_eights(Vec<T> (&v)[8]) {
+__attribute__((always_inline)) inline void transpose_eights(Vec<T> (&v)[8]) {
   constexpr int W = Lanes<T>::W;
   if constexpr (W >= 8) {
     const auto split = [&] {
@@ -76,7 +82,13 @@ class Chunks {
 
   static int64_t bytes(const LookupHash& p) { return round_up(2 * padded(p) * int64_t(sizeof(T)), 64); }
   Chunks(const LookupHash& p, void* buffer)
-      : p_(p), count_(p.x.cols / p.bits), z_(static_cast<T*>(buffer)), grad_(z_ + padded(p)) {
+      : p_(p),
+        width_(static_cast<int>(width_of(p))),
+        count_(chunks_of(p)),
+        centre_(static_cast<const T*>(p.centre)),
+        scale_(static_cast<const T*>(p.scale)),
+        z_(static_cast<T*>(buffer)),
+        grad_(z_ + padded(p)) {
     const double slope = 2 / p.temperature, largest = sizeof(T) == 4 ? 3e38 : 1e308;
     slope_ = static_cast<T>(slope < largest ? slope : largest);
     std::memset(z_ + p.x.cols, 0, static_cast<size_t>(padded(p) - p.x.cols) * sizeof(T));
@@ -84,59 +96,99 @@ class Chunks {
 
   void read(int64_t t) {
     const auto* const row = static_cast<const typename X::Memory*>(p_.x.data) + t * p_.x.row_stride;
-    const int64_t d = p_.x.cols;
-    int64_t i = 0;
-    for (; i + W <= d; i += W) store<T>(z_ + i, load_as<X>(row + i));
-    if (i < d) store_some<StoreOf<T>>(z_ + i, d - i, load_some<X>(row + i, d - i));
+    if (centre_)
+      copy(row, [&](int64_t i, int64_t count, V x) { return standardised(i, count, x); });
+    else
+      copy(row, [](int64_t, int64_t, V x) { return x; });
   }
 
   // use(k, count, hashed) for count <= W chunks from k on
   template <class Use>
   void hash(Use use) const {
-    if (p_.bits == 8)
-      hash_chunks<8>(use);
-    else
-      hash_chunks<0>(use);
+    by_width([&](auto width) {
+      if (p_.kind == Hash::two_bit)
+        hash_chunks<width, true>(use);
+      else
+        hash_chunks<width, false>(use);
+    });
   }
 
-  // grad [d] = outer [K] times the derivative of the weights. That of |z| is 0 at 0.
+  // grad [d] = outer [K] times the derivative of the weights with respect to x. That of |z| is 0 at 0.
   void derivative(const T* outer, T* grad) const {
+    by_width([&](auto width) { derivative_of_chunks<width>(outer); });
+    for (int64_t i = 0; scale_ && i < p_.x.cols; i++) grad_[i] *= scale_[i];
+    std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
+  }
+
+ private:
+  static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * width_of(p)); }
+
+  // Calls f with the elements of a chunk as a constant, or with 0 if they are known only here.
+  template <class F>
+  void by_width(F f) const {
+    if (width_ == 8)
+      f(std::integral_constant<int, 8>{});
+    else if (width_ == 4)
+      f(std::integral_constant<int, 4>{});
+    else
+      f(std::integral_constant<int, 0>{});
+  }
+
+  // z = f(i, count, x) of the `count` elements x of the row from i on.
+  template <class F>
+  void copy(const typename X::Memory* row, F f) {
+    const int64_t d = p_.x.cols;
+    int64_t i = 0;
+    for (; i + W <= d; i += W) store<T>(z_ + i, f(i, W, load_as<X>(row + i)));
+    if (i < d) store_some<StoreOf<T>>(z_ + i, d - i, f(i, d - i, load_some<X>(row + i, d - i)));
+  }
+  // (x - centre) scale of the `count` elements from i on. The same rounding at every level: there is no multiplication
+  // before the addition, which a fused one could spare.
+  V standardised(int64_t i, int64_t count, V x) const {
+    using S = StoreOf<T>;
+    return (x - load_some<S>(centre_ + i, count)) * load_some<S>(scale_ + i, count);
+  }
+
+  template <int WIDTH>
+  void derivative_of_chunks(const T* outer) const {
     for (int64_t k = 0; k < count_; k += W) {
       V z[kMostBits], slope[kMostBits];
-      load_chunks(k, z);
+      load_chunks<WIDTH>(k, z);
       V sum{}, inverse = splat<T>(1);
-      for (int i = 0; i < p_.bits; i++) slope[i] = sums(z[i], sum, inverse);
+      for (int i = 0; i < width_; i++) slope[i] = sums(z[i], sum, inverse);
       const int64_t left = count_ - k;
       const V out = load_some<StoreOf<T>>(outer + k, left);
-      for (int i = 0; i < p_.bits; i++) {
+      for (int i = 0; i < width_; i++) {
         const V one = splat<T>(1), zero{};
         const V sign = z[i] == z[i] ? (z[i] > zero ? one : zero) - (z[i] < zero ? one : zero) : z[i];
         V s = zero;
         if (p_.weighting == Weighting::probability) s = slope[i] / inverse;
         if (p_.weighting == Weighting::scaled) s = (1 + sum * slope[i]) / inverse;
-        if (p_.weighting == Weighting::l1) s = one / static_cast<T>(p_.bits);
+        if (p_.weighting == Weighting::l1) s = one / static_cast<T>(width_);
         z[i] = out * sign * s;
       }
-      store_chunks(k, z);
+      store_chunks<WIDTH>(k, z);
     }
-    std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
   }
 
- private:
-  static int64_t padded(const LookupHash& p) { return round_up(p.x.cols, W * p.bits); }
-  // BITS is their number, or 0 if it is known only here.
-  template <int BITS, class Use>
+  // WIDTH is the elements of a chunk, or 0 if they are known only here.
+  template <int WIDTH, bool TWO, class Use>
   void hash_chunks(Use use) const {
     typedef int32_t Codes __attribute__((vector_size(W * 4)));
-    const int bits = BITS ? BITS : static_cast<int>(p_.bits);
+    const int width = WIDTH ? WIDTH : width_;
     for (int64_t k = 0; k < count_; k += W) {
-      V z[BITS ? BITS : kMostBits];
-      load_chunks(k, z);
+      V z[WIDTH ? WIDTH : kMostBits];
+      load_chunks<WIDTH>(k, z);
       I code{};
       V sum{}, inverse = splat<T>(1);
 #pragma GCC unroll 8
-      for (int i = 0; i < bits; i++) {
-        code |= (z[i] >= V{}) & (I{} + (1 << i));
+      for (int i = 0; i < width; i++) {
+        if constexpr (TWO) {
+          const V one = splat<T>(1);
+          code |= ((z[i] >= V{}) & (I{} + (1 << 2 * i))) | (((z[i] >= one) | (-z[i] >= one)) & (I{} + (2 << 2 * i)));
+        } else {
+          code |= (z[i] >= V{}) & (I{} + (1 << i));
+        }
         sums(z[i], sum, inverse);
       }
       Hashed hashed;
@@ -150,36 +202,41 @@ class Chunks {
   bool decaying() const { return p_.weighting == Weighting::probability || p_.weighting == Weighting::scaled; }
 
   // z[i] = element i of the chunks k, k + 1, ...
+  template <int WIDTH>
   void load_chunks(int64_t k, V* z) const {
-    const T* const from = z_ + k * p_.bits;
-    if (p_.bits == 8) {
-      V v[8];
+    const T* const from = z_ + k * width_;
+    if constexpr (WIDTH == 0) {
+      T lanes[W];
+      for (int i = 0; i < width_; i++) {
+        for (int j = 0; j < W; j++) lanes[j] = from[j * width_ + i];
+        z[i] = load<T>(lanes);
+      }
+    } else {
+      V v[WIDTH];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) v[i] = load<T>(from + i * W);
-      transpose_eights<T>(v);
+      for (int i = 0; i < WIDTH; i++) v[i] = load<T>(from + i * W);
+      if constexpr (WIDTH == 8)
+        transpose_eights<T>(v);
+      else
+        unzip_four<T>(v);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) z[i] = v[i];
-      return;
-    }
-    T lanes[W];
-    for (int i = 0; i < p_.bits; i++) {
-      for (int j = 0; j < W; j++) lanes[j] = from[j * p_.bits + i];
-      z[i] = load<T>(lanes);
+      for (int i = 0; i < WIDTH; i++) z[i] = v[i];
     }
   }
+  template <int WIDTH>
   void store_chunks(int64_t k, const V* z) const {
-    T* const to = grad_ + k * p_.bits;
-    if (p_.bits == 8) {
+    T* const to = grad_ + k * width_;
+    if constexpr (WIDTH == 8) {
       V v[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) v[i] = z[i];
       transpose_eights<T, true>(v);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) store<T>(to + i * W, v[i]);
-      return;
+    } else {
+      for (int i = 0; i < width_; i++)
+        for (int j = 0; j < W; j++) to[j * width_ + i] = z[i][j];
     }
-    for (int i = 0; i < p_.bits; i++)
-      for (int j = 0; j < W; j++) to[j * p_.bits + i] = z[i][j];
   }
 
   // sum += |z|, inverse *= 1 + e with e = exp(-2 |z| / t) (so that it becomes 1 / p <= 2^16); the derivative of log p
@@ -200,14 +257,16 @@ class Chunks {
       case Weighting::scaled:
         return sum / inverse;
       case Weighting::l1:
-        return sum / static_cast<T>(p_.bits);
+        return sum / static_cast<T>(width_);
       default:
         return sum == sum ? splat<T>(1) : sum;
     }
   }
 
   const LookupHash& p_;
+  const int width_;
   const int64_t count_;  // K
+  const T *const centre_, *const scale_;
   T* const z_;
   T* const grad_;
   T slope_;
@@ -229,7 +288,7 @@ void share_of_tokens(const LookupHash& p, int64_t t0, int64_t t1, void* buffer, 
 template <class X, class Use>
 Status for_each_token(const LookupHash& p, Use use) {
   const int64_t bytes = Chunks<X>::bytes(p);
-  const int threads = p.x.rows * p.x.cols < kParallelWork ? 1 : p.threads;
+  const int threads = p.x.rows * p.x.cols < kParallelElements ? 1 : p.threads;
   const Memory memory(bytes * threads);
   if (!memory.ok()) return Status::out_of_memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -57,10 +57,13 @@ class Plan {
 
   template <class X>
   void hash(const LookupHash& p, int64_t t0, void* buffer) const {
-    share_of_tokens<X>(p, t0, t0 + tokens_, buffer, [&](const Chunks<X>& chunks, int64_t t) {
-      chunks.hash([&](int64_t k, int64_t count, const typename Chunks<X>::Hashed& hashed) {
-        put(k, t - t0, count, hashed.codes, hashed.weights);
-      });
+    share_of_tokens<X>(p, t0, t0 + tokens_, buffer, [&](const Chunks<X>& chunks, int64_t t) { put(chunks, t - t0); });
+  }
+  // The chunks of token t of the plan.
+  template <class X>
+  void put(const Chunks<X>& chunks, int64_t t) const {
+    chunks.hash([&](int64_t k, int64_t count, const typename Chunks<X>::Hashed& hashed) {
+      put(k, t, count, hashed.codes, hashed.weights);
     });
   }
 

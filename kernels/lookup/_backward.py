@@ -5,36 +5,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from pyrepr.kernels._launch import dot_input
-from pyrepr.kernels.lookup._shared import all_finite, checked, chunk_sums, divided, kernel, one_hot
+from pyrepr.kernels.lookup._shared import all_finite, checked, chunk_sums, divided, kernel, one_hot, standardised
 
 
 @kernel()
 def hash_backward_kernel(
-    x,  # [T, K bits], rows `stride` apart
+    x,  # [T, K width], rows `stride` apart
+    centre,  # [K width] float32, of the first `affine` columns
+    scale,  # likewise
     grad_weights,  # [T, K] float32
-    grad,  # [T, K bits] in the dtype of x
+    grad,  # [T, K width] in the dtype of x
     stride,
     tokens,
     chunks,
-    bits,
+    width,
+    each,
+    affine,
     slope,
     weighting,
     BLOCK: tl.constexpr,
 ):
     """Every element sums up its own chunk: more arithmetic than a chunk a thread, but reads and writes in order."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    count = tokens.to(tl.int64) * chunks * bits
+    count = tokens.to(tl.int64) * chunks * width
     inside = j < count
-    chunk, i = divided(j, bits, count)
+    chunk, i = divided(j, width, count)
     t, k = divided(chunk, chunks, count)
-    z = x + t * stride + k * bits
-    value = tl.load(z + i, mask=inside, other=0.0).to(tl.float32)
+    column = k * width
+    start = x + t * stride + column
+    value = tl.load(start + i, mask=inside, other=0.0).to(tl.float32)
+    value = standardised(value, centre, scale, column + i, inside, affine)
     outer = tl.load(grad_weights + chunk, mask=inside, other=0.0)
-    _, size, inverse = chunk_sums(z, inside, bits, slope)
+    outer *= tl.load(scale + column + i, mask=inside & (column + i < affine), other=1.0)
+    _, size, inverse = chunk_sums(start, column, centre, scale, inside, width, each, affine, slope)
     decay = tl.exp(-tl.abs(value) * slope)
     other = slope * decay / (1 + decay)  # of log p
     steep = tl.where(weighting == 1, 1 + size * other, other) / inverse
-    steep = tl.where(weighting == 2, 1.0 / bits, tl.where(weighting == 3, 0.0, steep))
+    steep = tl.where(weighting == 2, 1.0 / width, tl.where(weighting == 3, 0.0, steep))
     sign = tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value * 0))
     result = outer * sign * steep
     tl.store(grad + j, result.to(grad.dtype.element_ty), mask=inside)

@@ -19,13 +19,17 @@ from pyrepr.kernels.lookup._shared import (
 
 @kernel()
 def hash_kernel(
-    x,  # [T, K bits], rows `stride` apart
+    x,  # [T, K width], rows `stride` apart
+    centre,  # [K width] float32, of the first `affine` columns
+    scale,  # likewise
     codes,  # [T, K] int32, or [K, T] if by_chunk
     weights,  # float32, likewise
     stride,
     tokens,
     chunks,
-    bits,
+    width,
+    each,
+    affine,
     slope,
     weighting,
     by_chunk,
@@ -37,14 +41,18 @@ def hash_kernel(
     row, column = divided(j, tl.where(by_chunk != 0, tokens, chunks), count)
     t = tl.where(by_chunk != 0, column, row)
     k = tl.where(by_chunk != 0, row, column)
-    code, size, inverse = chunk_sums(x + t * stride + k * bits, inside, bits, slope)
+    column = k * width
+    start = x + t * stride + column
+    code, size, inverse = chunk_sums(start, column, centre, scale, inside, width, each, affine, slope)
     tl.store(codes + j, code, mask=inside)
-    tl.store(weights + j, weight_of(size, inverse, bits, weighting), mask=inside)
+    tl.store(weights + j, weight_of(size, inverse, width, weighting), mask=inside)
 
 
 @kernel("tables", "out", "h")
 def rows_kernel(
-    x,  # [T, K bits], rows `stride` apart, or None: codes and weights are given
+    x,  # [T, K width], rows `stride` apart, or None: codes and weights are given
+    centre,  # [K width] float32, of the first `affine` columns, or None
+    scale,  # likewise
     codes,  # [T, K] int32 or None
     weights,  # [T, K] float32 or None
     tables,  # [K, n, h]
@@ -53,7 +61,9 @@ def rows_kernel(
     stride,
     tokens,
     chunks,
-    bits,
+    width,
+    each,
+    affine,
     n,
     h,
     slope,
@@ -71,8 +81,10 @@ def rows_kernel(
         k = start + tl.arange(0, BLOCK_K)
         inside = k < last
         if x is not None:
-            code, size, inverse = chunk_sums_together(x + t * stride + k * bits, inside, bits, slope)
-            weight = weight_of(size, inverse, bits, weighting)
+            column = k * width
+            start = x + t * stride + column
+            code, size, inverse = chunk_sums_together(start, column, centre, scale, inside, width, each, affine, slope)
+            weight = weight_of(size, inverse, width, weighting)
         else:
             code = tl.load(codes + t * chunks + k, mask=inside, other=0)
             weight = tl.load(weights + t * chunks + k, mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""Family `lookup` in Triton: x [T, d] in K = d / bits chunks, codes [T, K], weights [T, K], tables [K, n, h].
+"""Family `lookup` in Triton: x [T, d] in K chunks of `width` elements, codes [T, K], weights [T, K], tables [K, n, h].
 
     out[t] = bias + Σ_k w[t, k] T_k[code[t, k]]           segments_k[c] = Σ_{t: code[t, k] = c} w[t, k] grad[t]
     dots[t, k] = ⟨grad[t], T_k[code[t, k]]⟩               codes and weights as in csrc/cpu/lookup.h
@@ -46,7 +46,7 @@ from pyrepr.kernels.lookup._shared import ONE_HOT_ROWS
 from torch import Tensor
 
 from pyrepr.backend import Unsupported
-from pyrepr.reference.lookup import WEIGHTINGS
+from pyrepr.reference.lookup import HASHES, WEIGHTINGS, without_low_rank
 
 # Up to this many tokens the rows kernel runs: a row is then read once or twice, and L1 has nothing to give.
 FEW_TOKENS = 256
@@ -103,12 +103,28 @@ def made_whole(x: Tensor) -> Tensor:
     return x
 
 
-def hash_arguments(x: Tensor, bits: int, weighting: str, temperature: float) -> dict[str, Any]:
-    """What the kernels that read x [T, K bits] want to know about it."""
-    chunks = x.shape[1] // bits
-    sizes = {"stride": x.stride(0), "tokens": x.shape[0], "chunks": chunks, "bits": bits}
+def hash_arguments(
+    x: Tensor,
+    bits: int,
+    weighting: str,
+    temperature: float,
+    hash: str = "one_bit",
+    centre: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> dict[str, Any]:
+    """What the kernels that read x [T, K width] want to know about it; but for `centre` and `scale`, of which those
+    that are not given need an address of float32 all the same."""
+    each = HASHES[hash]
+    width = bits // each
+    sizes = {"stride": x.stride(0), "tokens": x.shape[0], "chunks": x.shape[1] // width, "width": width, "each": each}
+    given = {} if centre is None or scale is None else {"centre": _constant(centre), "scale": _constant(scale)}
     slope = min(2 / temperature, 3e38)
-    return {"x": x, **sizes, "slope": slope, "weighting": WEIGHTINGS.index(weighting)}
+    options = {"affine": x.shape[1] if given else 0, "slope": slope, "weighting": WEIGHTINGS.index(weighting)}
+    return {"x": x, **sizes, **options, **given}
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.to(F32).contiguous()
 
 
 def parts_of(steps: int, programs: int, part_bytes: int, device: torch.device) -> int:
@@ -117,14 +133,24 @@ def parts_of(steps: int, programs: int, part_bytes: int, device: torch.device) -
     return max(1, min(steps, PROGRAMS[architecture(device)] // max(1, programs), most))
 
 
-def hash(x: Tensor, bits: int, weighting: str, temperature: float, by_chunk: bool = False) -> tuple[Tensor, Tensor]:
+def hashed(
+    x: Tensor,
+    bits: int,
+    weighting: str,
+    temperature: float,
+    hash: str = "one_bit",
+    centre: Tensor | None = None,
+    scale: Tensor | None = None,
+    by_chunk: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Codes [T, K] int32 and weights [T, K] float32 of x [T, d]; with `by_chunk` transposes of contiguous [K, T]."""
     refuse(x)
     x = readable(x)
-    tokens, chunks = x.shape[0], x.shape[1] // bits
+    arguments = hash_arguments(x, bits, weighting, temperature, hash, centre, scale)
+    tokens, chunks = arguments["tokens"], arguments["chunks"]
     shape = (chunks, tokens) if by_chunk else (tokens, chunks)
     codes, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=F32)
-    arguments = hash_arguments(x, bits, weighting, temperature)
+    arguments = {"centre": weights, "scale": weights, **arguments}
     arguments.update(codes=codes, weights=weights, by_chunk=int(by_chunk))
 
     def run(config: Config) -> None:
@@ -166,14 +192,24 @@ def _partial_sums(describe: Callable[[Config], Variant], config: Config, tokens:
     part = triton.cdiv(steps, parts) * block_k
     parts = triton.cdiv(chunks, part)
     out = tables.new_empty(parts, tokens, h, dtype=F32)
-    given = {**arguments, "out": out, "tokens": tokens, "chunks": chunks, "n": n, "h": h, "part": part}
+    given = {
+        "centre": out,
+        "scale": out,
+        **arguments,
+        "out": out,
+        "tokens": tokens,
+        "chunks": chunks,
+        "n": n,
+        "h": h,
+        "part": part,
+    }
     launch(describe(config), (blocks, columns, parts), given, tables.device)
     return out
 
 
-def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, bits: int, weighting: str, temperature: float) -> Tensor:
+def _from_x(x: Tensor, tables: Tensor, scales: Tensor | None, hashing: tuple) -> Tensor:
     """Few tokens, hash included: [parts, T, h]."""
-    arguments = {**hash_arguments(x, bits, weighting, temperature), "tables": tables, "scales": scales}
+    arguments = {**hash_arguments(x, *hashing), "tables": tables, "scales": scales}
     describe = functools.partial(table.rows_variant, x=x.dtype, tables=tables.dtype, whole=is_whole(tables))
 
     def run(config: Config) -> Tensor:
@@ -222,8 +258,13 @@ def linear(
     weighting: str,
     temperature: float,
     route: int,
+    sparse: bool = False,
+    hash: str = "one_bit",
+    centre: Tensor | None = None,  # [d]
+    scale: Tensor | None = None,  # [d]
 ) -> Tensor:
-    """The leaf op lookup_linear. Routes: 0 by size, 1 the rows kernel, 2 the stream kernel."""
+    """The leaf op lookup_linear, `sparse` being the backward's. Routes: 0 by size, 1 the rows kernel, 2 the stream
+    kernel."""
     refuse(x, tables)
     x, tables = readable(x), tables.contiguous()
     scales = None if scales is None else scales.contiguous()
@@ -235,12 +276,35 @@ def linear(
     hot = n <= ONE_HOT_ROWS and x.shape[0] >= ONE_HOT_TOKENS and (x.dtype, tables.dtype) in table.ONE_HOT_KINDS
     hot = hot and route == 0 and is_whole(tables)
     few = _few(x.shape[0], route)
+    hashing = (bits, weighting, temperature, hash, centre, scale)
     if few and not hot and (x.dtype, tables.dtype) in table.FUSED:
-        partial = _from_x(x, tables, scales, bits, weighting, temperature)
+        partial = _from_x(x, tables, scales, hashing)
     else:
-        codes, weights = hash(x, bits, weighting, temperature, by_chunk=hot or not few)
+        codes, weights = hashed(x, *hashing, by_chunk=hot or not few)
         partial = _from_codes(codes, weights, tables, scales, few and not hot, hot)
     return finish(partial, bias, x.dtype)
+
+
+def converted(
+    x: Tensor,
+    tables: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    centre: Tensor | None,
+    scale: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    weighting: str,
+    temperature: float,
+    route: int,
+    sparse: bool = False,
+    hash: str = "one_bit",
+) -> Tensor:
+    """The leaf op lookup_converted; the products with `down` and `up` are PyTorch's, in float32."""
+    refuse(x, tables)
+    rest, inner = without_low_rank(x, down)
+    out = linear(rest, tables, scales, bias, weighting, temperature, route, sparse, hash, centre, scale)
+    return out if inner is None else torch.addmm(out, inner, up.to(inner.dtype)).to(x.dtype)
 
 
 def sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, route: int) -> Tensor:
@@ -254,13 +318,24 @@ def sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, r
     return finish(_from_codes(codes.contiguous(), weights.contiguous(), tables, scales, few), None, F32)
 
 
-def hash_backward(x: Tensor, grad_weights: Tensor, bits: int, weighting: str, temperature: float) -> Tensor:
+def hash_backward(
+    x: Tensor,
+    grad_weights: Tensor,
+    bits: int,
+    weighting: str,
+    temperature: float,
+    hash: str = "one_bit",
+    centre: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """The leaf op lookup_hash_backward: grad_weights [T, K] · ∂w/∂x, [T, d] in the dtype of x."""
     refuse(x)
     x = readable(x)
     grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    arguments = hash_arguments(x, bits, weighting, temperature)
-    arguments.update(grad_weights=grad_weights.contiguous(), grad=grad)
+    grad_weights = grad_weights.contiguous()
+    arguments = {"centre": grad_weights, "scale": grad_weights}
+    arguments |= hash_arguments(x, bits, weighting, temperature, hash, centre, scale)
+    arguments.update(grad_weights=grad_weights, grad=grad)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(grad.numel(), config.blocks["BLOCK"]),)

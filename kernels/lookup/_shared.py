@@ -56,17 +56,34 @@ def divided(j, by, total):
 
 
 @triton.jit
-def chunk_sums(z, mask, bits, slope):
-    """Code, Σ |z| and 1 / p = Π (1 + exp(−2|z| / t)) ≤ 2^16 of the chunks that start at the pointers `z`, each by one
-    thread. slope: 2 / t. csrc/cpu/lookup_hash.h has the same arithmetic."""
-    length = mask.to(tl.int32) * bits
+def standardised(x, centre, scale, column, inside, affine):
+    """(x − centre) · scale of elements in these columns, x from column `affine` on. To no product anything is added,
+    which a fused multiply-add would round in another way than the CPU."""
+    given = inside & (column < affine)
+    return (x - tl.load(centre + column, mask=given, other=0.0)) * tl.load(scale + column, mask=given, other=1.0)
+
+
+@triton.jit
+def element_bits(value, i, each, inside):
+    """The bits of element i of a chunk, at their place in its code; `each` of them, 1 or 2."""
+    large = (each == 2) & (tl.abs(value) >= 1)
+    bits = tl.where(value >= 0, 1, 0) + tl.where(large, 2, 0)
+    return tl.where(inside, bits << (i * each), 0)
+
+
+@triton.jit
+def chunk_sums(x, column, centre, scale, mask, width, each, affine, slope):
+    """Code, Σ |z| and 1 / p = Π (1 + exp(−2|z| / t)) ≤ 2^16 of the chunks of `width` elements that start at the
+    pointers x and at these columns, each by one thread. slope: 2 / t. The arithmetic is csrc/cpu/lookup_hash.h's."""
+    length = mask.to(tl.int32) * width
     code = length * 0
     size = code.to(tl.float32)
     inverse = size + 1
     for i in tl.static_range(16):
         inside = i < length
-        value = tl.load(z + i, mask=inside, other=0.0).to(tl.float32)
-        code += tl.where(inside & (value >= 0), 1 << i, 0)
+        value = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+        value = standardised(value, centre, scale, column + i, inside, affine)
+        code += element_bits(value, i, each, inside)
         size += tl.abs(value)
         inverse *= tl.where(inside, 1 + tl.exp(-tl.abs(value) * slope), 1.0)
     return code, size, inverse
@@ -86,21 +103,22 @@ def _product(x):
 
 
 @triton.jit
-def chunk_sums_together(z, mask, bits, slope):
+def chunk_sums_together(x, column, centre, scale, mask, width, each, affine, slope):
     """As `chunk_sums`, but a chunk's elements lie side by side in a warp: fewer reads a thread where chunks are few."""
     i = tl.arange(0, 16)
-    inside = mask[:, None] & (i < bits)[None, :]
-    value = tl.load(z[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
-    code = tl.sum(tl.where(inside & (value >= 0), (1 << i)[None, :], 0), 1)
+    inside = mask[:, None] & (i < width)[None, :]
+    value = tl.load(x[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = standardised(value, centre, scale, column[:, None] + i[None, :], inside, affine)
+    code = tl.sum(element_bits(value, i[None, :], each, inside), 1)
     factors = tl.where(inside, 1 + tl.exp(-tl.abs(value) * slope), 1.0)
     return code, tl.sum(tl.abs(value), 1), _product(factors)
 
 
 @triton.jit
-def weight_of(size, inverse, bits, weighting):
+def weight_of(size, inverse, width, weighting):
     """w from what `chunk_sums` gives; weighting is an index in WEIGHTINGS."""
     weight = tl.where(weighting == 1, size / inverse, tl.where(size == size, 1.0, size))
-    return tl.where(weighting == 0, 1 / inverse, tl.where(weighting == 2, size / bits, weight))
+    return tl.where(weighting == 0, 1 / inverse, tl.where(weighting == 2, size / width, weight))
 
 
 @triton.jit

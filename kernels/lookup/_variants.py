@@ -44,7 +44,7 @@ def _variant(
     fixed = {**config.blocks, **constexprs, **{p: None for p, dtype in pointers.items() if dtype is None}}
     signature = {a: "fp32" if a == "slope" else "i32" for a in kernel.arg_names if a not in fixed}
     signature.update({p: "*" + DTYPE_NAMES[dtype] for p, dtype in pointers.items() if dtype is not None})
-    unnamed = ("codes", "weights", "order", "starts", "rows")
+    unnamed = ("centre", "scale", "codes", "weights", "order", "starts", "rows")
     kinds = [DTYPE_NAMES[d] for p, d in pointers.items() if d is not None and p not in unnamed]
     label = "-".join([name, *kinds] if whole else [name, *kinds, "odd"])
     function = kernel.whole if whole else kernel.odd
@@ -95,7 +95,8 @@ ONE_HOT_KINDS = ((BF16, BF16), (BF16, I8), (F16, F16), (F16, I8))
 
 @functools.cache
 def hash_variant(config: Config, x: torch.dtype) -> Variant:
-    return _variant(hash_kernel, "hash", config, {"x": x, "codes": torch.int32, "weights": F32})
+    pointers = {"x": x, "centre": F32, "scale": F32, "codes": torch.int32, "weights": F32}
+    return _variant(hash_kernel, "hash", config, pointers)
 
 
 def _sum_pointers(tables: torch.dtype, codes: bool = True) -> dict[str, torch.dtype | None]:
@@ -107,8 +108,9 @@ def _sum_pointers(tables: torch.dtype, codes: bool = True) -> dict[str, torch.dt
 @functools.cache
 def rows_variant(config: Config, x: torch.dtype | None, tables: torch.dtype, whole: bool) -> Variant:
     """x is None where codes and weights are given."""
-    unused = dict.fromkeys(("stride", "bits", "slope", "weighting")) if x is None else {}
-    pointers = {"x": x, **_sum_pointers(tables, codes=x is None)}
+    unused = dict.fromkeys(("stride", "width", "each", "affine", "slope", "weighting")) if x is None else {}
+    affine = None if x is None else F32
+    pointers = {"x": x, "centre": affine, "scale": affine, **_sum_pointers(tables, codes=x is None)}
     return _variant(rows_kernel, "rows", config, pointers, whole, **unused)
 
 
@@ -179,7 +181,8 @@ ONE_HOT_DOTS = _table(
 
 @functools.cache
 def hash_backward_variant(config: Config, x: torch.dtype) -> Variant:
-    return _variant(hash_backward_kernel, "hash_backward", config, {"x": x, "grad_weights": F32, "grad": x})
+    pointers = {"x": x, "centre": F32, "scale": F32, "grad_weights": F32, "grad": x}
+    return _variant(hash_backward_kernel, "hash_backward", config, pointers)
 
 
 @functools.cache

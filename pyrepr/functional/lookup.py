@@ -23,7 +23,7 @@ from pyrepr._checks import (
 )
 from pyrepr.ops import lookup as ops
 from pyrepr.reference._dtypes import compute_dtype
-from pyrepr.reference.lookup import TILE, WEIGHTINGS, pack, sizes
+from pyrepr.reference.lookup import HASHES, TILE, WEIGHTINGS, pack, sizes
 
 __all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
 
@@ -52,6 +52,37 @@ def check_weighting(weighting: str, temperature: float) -> None:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {shown(weighting)}")
     if not 0 < temperature < math.inf:  # not math.isfinite, which torch.compile cannot trace for symbolic numbers
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def check_hash(hash: str, bits: int) -> int:
+    """Returns the elements of a chunk; raises ValueError for an unknown hash, or an odd number of bits for two."""
+    if hash not in HASHES:
+        raise ValueError(f"hash must be one of {', '.join(HASHES)}, got {shown(hash)}")
+    if bits % HASHES[hash]:
+        raise ValueError(f"bits must be even with the {hash} hash, got {bits}")
+    return bits // HASHES[hash]
+
+
+def _check_converted(
+    x: Tensor, h: int, centre: Tensor | None, scale: Tensor | None, down: Tensor | None, up: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a converted layer has beside its tables."""
+    d = x.shape[-1]
+    rank = down.shape[0] if isinstance(down, Tensor) and down.dim() else 0
+    shapes = {"centre": ("[d]", (d,)), "scale": ("[d]", (d,)), "down": ("[rank, d]", (rank, d))}
+    shapes["up"] = ("[rank, h]", (rank, h))
+    given = {"centre": centre, "scale": scale, "down": down, "up": up}
+    for one, other in (("centre", "scale"), ("scale", "centre"), ("down", "up"), ("up", "down")):
+        if given[one] is not None and given[other] is None:
+            raise ValueError(f"{one} and {other} go together, got {one} alone")
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        check_shape(name, check_tensor(name, tensor), *shapes[name])
+        check_device(name, tensor, "x", x)
+        if tensor.dtype == torch.float64 and x.dtype != torch.float64:
+            raise TypeError(f"{name} must be float64 only where x is, got {name_of(x.dtype)} x")
+    return centre, scale, down, up
 
 
 def _check_tables(tables: object, scales: Tensor | None) -> Tensor:
@@ -93,19 +124,20 @@ def _check_codes(codes: object, n: int) -> Tensor:
     return codes.to(torch.int32)
 
 
-def hash_codes(x: Tensor, bits: int) -> Tensor:
-    """The sign bits of every chunk of `bits` elements as one integer; bit 0 is the chunk's first element.
+def hash_codes(x: Tensor, bits: int, *, hash: str = "one_bit") -> Tensor:
+    """The bits of every chunk of x as one integer; bit 0 is of the chunk's first element.
 
     Args:
-        x: [..., d], d a multiple of `bits`. float32, float64, bfloat16 or float16. 0 and −0 count as positive (bit 1),
-            NaN as negative (bit 0).
+        x: [..., d], d a multiple of the elements of a chunk. float32, float64, bfloat16 or float16.
         bits: τ, from 1 to 16.
+        hash: ``"one_bit"`` (default): the sign of each of `bits` elements; 0 and −0 count as positive (bit 1), NaN as
+            negative (bit 0). ``"two_bit"``: of each of bits / 2 elements the sign, then whether |x| ≥ 1 (NaN: no).
 
     Returns:
-        [..., d / bits] int32, from 0 to 2^bits − 1.
+        [..., K] int32, from 0 to 2^bits − 1, for K chunks.
 
     Raises:
-        ValueError: if `bits` is out of range or d is no multiple of it.
+        ValueError: if `bits` is out of range, odd with two bits an element, or d is no multiple of a chunk's elements.
         TypeError: if x is not a floating-point tensor.
 
     Example:
@@ -113,12 +145,12 @@ def hash_codes(x: Tensor, bits: int) -> Tensor:
         [[1, 3]]
     """
     _check_float("x", x, 1, "[..., d]")
-    check_bits(bits)
-    d = x.shape[-1]
-    if d % bits:
-        raise ValueError(f"x must have a last axis that is a multiple of bits = {bits}, got {d}")
-    codes, _ = ops.hash_op(x.detach().reshape(math.prod(x.shape[:-1]), d), bits, "none", 1.0)
-    return codes.reshape(*x.shape[:-1], d // bits)
+    width, d = check_hash(hash, check_bits(bits)), x.shape[-1]
+    if d % width:
+        of = "bits" if width == bits else "bits / 2"
+        raise ValueError(f"x must have a last axis that is a multiple of {of} = {width}, got {d}")
+    codes, _ = ops.hash_op(x.detach().reshape(math.prod(x.shape[:-1]), d), bits, "none", 1.0, hash)
+    return codes.reshape(*x.shape[:-1], d // width)
 
 
 def pack_tables(tables: Tensor) -> Tensor:
@@ -152,11 +184,21 @@ def lookup_linear(
     temperature: float = 1.0,
     scales: Tensor | None = None,
     sparse: bool = False,
+    hash: str = "one_bit",
+    centre: Tensor | None = None,
+    scale: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer's replacement: bias + Σ_k w(z_k) · tables[k, h(z_k)] over the K chunks z_k of x.
+    """A linear layer's replacement: bias + Σ_k w(z_k) · tables[k, h(z_k)] over the K chunks z_k of z.
 
-    Hash, weight, gather and bias in one pass. Gradients to x, tables and bias; the one to x flows through w only,
-    because the sign has no derivative: the result jumps where an element of x changes sign. Differentiable any number
+    z is x, or (x − centre) · scale where these are given. With `down` and `up` a dense map of low rank stands beside
+    the tables, which then get what it leaves of x: inner = x · downᵀ, z = (x − inner · down − centre) · scale, and
+    inner · up is added to the result. On the CPU all of it is one native call.
+
+    Hash, weight, gather and bias in one pass. Gradients to x, tables, bias, down and up; the one to x flows through w
+    (and the dense map) only, because a code has no derivative: the result jumps where an element of z changes sign,
+    and with two bits where it crosses 1 or −1. Differentiable any number
     of times, forward and reverse, and under ``torch.func``: first derivatives in reverse run on the kernels, forward
     mode and higher orders in plain PyTorch, with memory for the [..., K, h] rows that were read. ``vmap`` over x
     becomes part of the tokens; over tables, or for a gradient of tables for each entry, it loops.
@@ -164,26 +206,32 @@ def lookup_linear(
     Args:
         x: [..., d], float32, float64, bfloat16 or float16. NaN in a chunk makes the token's result NaN, ±inf counts as
             a sign and as a size.
-        tables: [K, 2^bits, h], d = K · bits. float32, bfloat16, float16, or int8 with `scales`; float64 for float64 x.
+        tables: [K, 2^bits, h], d = K · bits, or K · bits / 2 with two bits an element. float32, bfloat16, float16, or
+            int8 with `scales`; float64 for float64 x.
             Need not be of the dtype of x. Only contiguous tables are read in place. Or, for inference, what
             :func:`pack_tables` made of them. With int8 tables and many tokens the weights are rounded to 16 bits of the
             token's largest one on some processors: 1e-5 of the result, where int8 itself costs 7e-3.
         bias: [h], optional.
         weighting: ``"probability"`` (default, the paper): Π σ(2|z_i|/t). ``"scaled"`` (its released code): that times
-            Σ|z_i|. ``"l1"``: Σ|z_i|/bits, what suits converted linear layers. ``"none"``: 1.
+            Σ|z_i|. ``"l1"``: the mean of |z_i|, what suits linear layers converted with one bit. ``"none"``: 1.
         temperature: t of the first two; 1.0 as in the paper.
         scales: [K, 2^bits] float32, what the rows of int8 tables are multiplied with. No derivative: to ask for
             one is an error. int8 tables have none either.
         sparse: the gradient of tables as a sparse tensor of the rows that were read, for ``torch.optim.SparseAdam`` and
             ``torch.optim.SGD``. A dense one is the default since it works with every optimizer. Eager mode only; to
             differentiate a sparse gradient again is an error.
+        hash: ``"one_bit"`` (default): a chunk is `bits` elements, and their signs are its code. ``"two_bit"``: it is
+            bits / 2 elements, and each gives its sign and whether |z_i| ≥ 1: four levels of a standardised input.
+        centre, scale: [d], both or neither. Constants: to ask for their derivative is an error.
+        down, up: [rank, d] and [rank, h], both or neither.
 
     Returns:
         [..., h] in the dtype of x, summed in float32 (float64 for float64). Autocast changes nothing: there is no
         matrix product to speed up. The same bits on any number of threads.
 
     Raises:
-        ValueError: for shapes that do not fit together, int8 tables without scales, or tensors on several devices.
+        ValueError: for shapes that do not fit together, int8 tables without scales, an odd number of bits for two bits
+            an element, one of two arguments that go together, or tensors on several devices.
         TypeError: for a dtype that is not listed above.
 
     Example:
@@ -191,7 +239,8 @@ def lookup_linear(
         >>> pyrepr.lookup_linear(x, tables).shape
         torch.Size([5, 32])
     """
-    done = ops.lookup_linear_direct(x, tables, scales, bias, weighting, temperature)
+    converted = (centre, scale, down, up)
+    done = ops.lookup_linear_direct(x, tables, scales, bias, converted, weighting, temperature, hash)
     if done is not None:
         return done
     _check_float("x", x, 1, "[..., d]")
@@ -203,19 +252,23 @@ def lookup_linear(
     bits = n.bit_length() - 1
     if not 1 <= bits <= MAX_BITS or n != 1 << bits:
         raise ValueError(f"tables must have 2^bits rows, bits from 1 to {MAX_BITS}, got shape {shape_of(tables)}")
-    if x.shape[-1] != k * bits:
+    width = check_hash(hash, bits)
+    if x.shape[-1] != k * width:
+        of = "bits" if width == bits else "bits / 2"
         raise ValueError(
-            f"x must have a last axis of K · bits = {k} · {bits} = {k * bits} for tables {shape_of(tables)}, "
+            f"x must have a last axis of K · {of} = {k} · {width} = {k * width} for tables {shape_of(tables)}, "
             f"got {x.shape[-1]}"
         )
+    _check_converted(x, h, *converted)
     if bias is not None:
         _check_float("bias", bias, 1, "[h]")
         check_shape("bias", bias, "[h]", (h,))
         check_device("bias", bias, "x", x)
+    options = (converted, weighting, temperature, sparse, hash)
     if x.dim() == 2:
-        return ops.lookup_linear(x, tables, scales, bias, weighting, temperature, sparse)
+        return ops.lookup_linear(x, tables, scales, bias, *options)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = ops.lookup_linear(flat, tables, scales, bias, weighting, temperature, sparse)
+    out = ops.lookup_linear(flat, tables, scales, bias, *options)
     return out.reshape(*x.shape[:-1], h)
 
 

@@ -36,10 +36,10 @@ def as_linear(module: nn.Module) -> nn.Linear:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def choose_linears(model: nn.Module, select: Layers | None, bits: int) -> tuple[list[str], dict[str, str]]:
+def choose_linears(model: nn.Module, select: Layers | None, width: int) -> tuple[list[str], dict[str, str]]:
     """Names of the linear layers to replace, and of those left alone with the reason, in the order of definition.
 
-    `select` as of :func:`pyrepr.convert`.
+    `select` as of :func:`pyrepr.convert`; `width`: the elements of a chunk.
 
     Raises:
         ValueError: if it chooses no ``nn.Linear`` at all.
@@ -57,7 +57,7 @@ def choose_linears(model: nn.Module, select: Layers | None, bits: int) -> tuple[
             name = chosen[0]
             raise ValueError(f"select must choose an nn.Linear, got only {name} ({type(table[name]).__name__}){hint}")
     head = _language_head(model) if select is None else None
-    found = Obstacles(table, bits)
+    found = Obstacles(table, width)
     reasons = {name: found.reason(name) or (name == head and "is the language-model head") or "" for name in chosen}
     return [name for name in chosen if not reasons[name]], {name: why for name, why in reasons.items() if why}
 
@@ -77,8 +77,8 @@ def _language_head(model: nn.Module) -> str | None:
 class Obstacles:
     """Why a layer cannot be replaced by one that computes from the same input alone."""
 
-    def __init__(self, table: dict[str, nn.Module], bits: int) -> None:
-        self.table, self.bits = table, bits
+    def __init__(self, table: dict[str, nn.Module], width: int) -> None:
+        self.table, self.width = table, width
         self.owners: dict[int, list[str]] = {}  # of a parameter's memory
         for name, module in table.items():
             for attribute, parameter in module.named_parameters(recurse=False):
@@ -116,8 +116,8 @@ class Obstacles:
         if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
             return f"has a weight of class {type(module.weight.data).__name__}, whose values are not what is stored"
         width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-        if width % self.bits:
-            return f"has in_features = {width}, no multiple of bits = {self.bits}"
+        if width % self.width:
+            return f"has in_features = {width}, no multiple of a chunk's {self.width} elements"
         if not module.weight.is_floating_point() or module.weight.is_meta:
             where = "on the meta device" if module.weight.is_meta else str(module.weight.dtype).removeprefix("torch.")
             return f"has a weight {where}"

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from pyrepr._modules import evaluating, hooked
 from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
-from pyrepr.functional.lookup import check_bits, check_weighting
+from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
 from pyrepr.models._layers import Layers, layer_table, unwrap
 from pyrepr.models._recording import plain_execution
 from pyrepr.models._swapping import Swaps, as_linear, choose_linears
 from pyrepr.nn._lookup_fit import hold_out, relative_mse
-from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn.lookup import FITTED_WEIGHTING, LookupLinear
 
 __all__ = ["Conversion", "ConvertedLayer", "convert"]
 
@@ -75,7 +75,7 @@ class Conversion:
         output: the model's output that was looked at, by name (``"logits"``, ``"last_hidden_state"``, …); ``""`` for a
             model that puts out a tensor.
         output_mse: of that output over all batches, squared error over variance.
-        bits, rank, weighting, quantize: as asked for.
+        bits, hash, rank, weighting, quantize: as asked for.
         batch_sizes: numbers of rows at which times were measured.
         calibration_rows: the most that a layer was converted with.
         versions: of pyrepr, torch and Python.
@@ -98,6 +98,7 @@ class Conversion:
     batch_sizes: tuple[int, ...]
     calibration_rows: int
     output: str = ""
+    hash: str = "one_bit"
     versions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -106,7 +107,7 @@ class Conversion:
     def describe(self) -> str:
         """What was converted, how, and what it did to the model's output, in a line."""
         count = len(self.layers)
-        options = f"bits={self.bits}, rank={self.rank}, weighting={self.weighting!r}"
+        options = f"bits={self.bits}, hash={self.hash!r}, rank={self.rank}, weighting={self.weighting!r}"
         return (
             f"{count} layer{'' if count == 1 else 's'} converted, {len(self.skipped)} left alone; {options}"
             + (f", {self.quantize} tables" if self.quantize else "")
@@ -309,8 +310,9 @@ def convert(
     inputs: Inputs | None = None,
     select: Layers | None = None,
     bits: int = 8,
+    hash: str = "one_bit",
     rank: int = 0,
-    weighting: str = "l1",
+    weighting: str | None = None,
     quantize: str | None = None,
     batch_sizes: Sequence[int] = (1, 64, 1024),
     max_rows: int = 16384,
@@ -334,9 +336,10 @@ def convert(
             (``"encoder.layer.*.intermediate.dense"``); or a function of (name, module) that says yes or no. By default
             every ``nn.Linear`` (and ``Conv1D`` of transformers) but a language model's head. What is chosen and cannot
             be replaced (tied, quantised, offloaded or meta weights, adapters, a subclass, hooks, parametrizations,
-            in_features that is no multiple of `bits`, not called, an expert that saw no token, …) is left alone and in
-            the report with the reason.
-        bits, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``.
+            in_features that is no multiple of a chunk's elements, not called, an expert that saw no token, …) is left
+            alone and in the report with the reason.
+        bits, hash, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``. ``hash="two_bit"``
+            reads twice the tables and loses less than half.
         quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
             dtype of the layer.
         batch_sizes: numbers of rows at which each layer is timed before and after; ``()`` for no timing. Default: a
@@ -363,16 +366,17 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_bits(bits)
+    width = check_hash(hash, check_bits(bits))
+    weighting = weighting or FITTED_WEIGHTING[hash]
     check_weighting(weighting, 1.0)
     _check_options(rank, quantize, batch_sizes, max_rows)
-    names, skipped = choose_linears(model, select, bits)
+    names, skipped = choose_linears(model, select, width)
     job = _Job(unwrap(model), _batches(data), inputs, max_rows)
     done: list[ConvertedLayer] = []
     try:
         with evaluating([job.model]), plain_execution(), torch.no_grad():
             groups = job.groups(names, skipped)
-            options = {"bits": bits, "rank": rank, "weighting": weighting}
+            options = {"bits": bits, "hash": hash, "rank": rank, "weighting": weighting}
             for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
                 layer = job.replace(name, rows, options, quantize, tuple(batch_sizes))
                 if isinstance(layer, str):
@@ -387,6 +391,7 @@ def convert(
                 output=output,
                 output_mse=error,
                 bits=bits,
+                hash=hash,
                 rank=rank,
                 weighting=weighting,
                 quantize=quantize,

@@ -1,10 +1,12 @@
 """Fitting lookup tables to samples of a function, in float64: the mathematics behind ``LookupLinear.from_…``.
 
-The model of y: b + U V x + Σ_k w(z_k) T_k[h(z_k)], z = (x − Vᵀ V x) · scale + shift. First the dense part U V of rank r
-for the directions that carry most of the output, then the tables for the rest of x, in one or two steps:
+The model of y: b + U V x + Σ_k w(z_k) T_k[h(z_k)], z = (x − Vᵀ V x − centre) · scale. First the dense part U V of rank
+r for the directions that carry most of the output, then the tables for the rest of x, in one or two steps:
 
-sign-linear: with features w(z_k)·sign(z_i) a ridge regression gives A [d, h], and T_k[c] = Σ_i s_i(c) A_{kτ+i}. For a
-    linear target nothing is lost against free tables, and only d·h numbers are estimated.
+sign-linear: the features of an element are s₁ = sign(z_i), and with two bits also s₁ s₂, s₂ = sign(|z_i| − 1): levels
+    cut at 0 and at the standard deviation. A ridge regression on w(z_k) times these gives A, and T_k[c] = Σ_j f_j(c)
+    A_{kτ+j} for the features f of code c. For a linear target nothing is lost against free tables, and only as many
+    rows as there are features are estimated.
 full: what is left of a nonlinear target is fitted by all K·2^τ rows freely, Σ ‖r − Φ T‖² + λ ‖T‖², Φ the weighted
     one-hot matrix. λ shrinks rows that few tokens read towards the sign-linear ones.
 """
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrepr.functional.lookup import lookup_sum, segment_sum
-from pyrepr.reference.lookup import hash_codes, weights
+from pyrepr.reference.lookup import HASHES, hash_codes, standardised, weights, without_low_rank
 
 # λ in tokens: the number that must read a row for the data to weigh as much as the sign-linear start.
 SHRINKAGE = (1024.0, 256.0, 64.0, 16.0, 4.0, 1.0)
@@ -31,10 +33,10 @@ class Parts:
 
     tables: Tensor  # [K, 2^bits, h]
     bias: Tensor  # [h]
-    shift: Tensor  # [d]
+    centre: Tensor  # [d]
     scale: Tensor  # [d]
     down: Tensor | None  # [rank, d]
-    up: Tensor | None  # [h, rank]
+    up: Tensor | None  # [rank, h]
 
 
 def hold_out(count: int) -> Tensor:
@@ -76,45 +78,52 @@ def output_directions(weight: Tensor, x: Tensor, rank: int) -> Tensor:
     return rows
 
 
+def features_of_codes(bits: int, hash: str, like: Tensor) -> Tensor:
+    """[2^bits, bits]: what code c says of its elements, as the signs that a linear target is a sum of."""
+    codes = torch.arange(1 << bits, device=like.device)[:, None] >> torch.arange(bits, device=like.device)
+    signs = 2.0 * (codes & 1).to(like) - 1
+    if HASHES[hash] == 2:
+        signs[:, 1::2] *= signs[:, ::2]
+    return signs
+
+
 def sign_linear(
-    x: Tensor, y: Tensor, weight: Tensor, *, bits: int, weighting: str, rank: int, ridge: float
+    x: Tensor, y: Tensor, weight: Tensor, *, bits: int, weighting: str, hash: str, rank: int, ridge: float
 ) -> tuple[Parts, Tensor]:
     """Dense part and sign-linear tables for x [N, d], y [N, h], and what is left of y; `weight` [h, d] is its linear
     part."""
     down = up = None
+    least = 1e-6 * x.std(0, correction=0).max()  # what a full rank leaves is the products' rounding
     if rank:
         down = output_directions(weight, x, rank)
-        up = weight @ down.T
-        inner = x @ down.T
-        x, y = x - inner @ down, y - inner @ up.T
-    deviation = x.std(0, correction=0)
-    scale = 1 / torch.where(deviation > 1e-6 * deviation.max(), deviation, 1)
-    shift = -x.mean(0) * scale
-    z = x * scale + shift
-    features = weights(z, bits, weighting).repeat_interleave(bits, -1) * torch.where(z >= 0, 1.0, -1.0).to(z)
-    centre, mean = features.mean(0), y.mean(0)
-    features = features - centre
-    a = _ridge(features, y - mean, ridge)  # [d, h]
-    corner = torch.arange(1 << bits, device=x.device)[:, None] >> torch.arange(bits, device=x.device)
-    signs = 2.0 * (corner & 1).to(a) - 1  # [2^bits, bits]
+        up = down @ weight.T
+        x, inner = without_low_rank(x, down)
+        y = y - inner @ up
+    deviation, centre = x.std(0, correction=0), x.mean(0)
+    scale = 1 / torch.where(deviation > least, deviation, 1)
+    z = standardised(x, centre, scale)
+    signs, codes = features_of_codes(bits, hash, z), hash_codes(z, bits, hash)
+    features = (weights(z, bits, weighting, hash=hash)[..., None] * signs[codes]).flatten(-2)  # [N, K bits]
+    constant, mean = features.mean(0), y.mean(0)
+    features = features - constant
+    a = _ridge(features, y - mean, ridge)  # [K bits, h]
     tables = torch.einsum("ci,kih->kch", signs, a.unflatten(0, (-1, bits)))
-    return Parts(tables, mean - centre @ a, shift, scale, down, up), y - mean - features @ a
+    return Parts(tables, mean - constant @ a, centre, scale, down, up), y - mean - features @ a
 
 
 def outputs(parts: Parts, rows: Rows, x: Tensor) -> Tensor:
     """The fitted layer on x [N, d], whose Φ is `rows`: [N, h]."""
     out = rows.apply(parts.tables.float()) + parts.bias
-    return out if parts.down is None or parts.up is None else out + x @ parts.down.T @ parts.up.T
+    return out if parts.down is None or parts.up is None else out + x @ parts.down.T @ parts.up
 
 
 class Rows:
     """The weighted one-hot matrix Φ of some tokens, as its products: Φ T is a lookup, Φᵀ r a segment sum; float32."""
 
-    def __init__(self, parts: Parts, x: Tensor, bits: int, weighting: str) -> None:
-        rest = x if parts.down is None else x - x @ parts.down.T @ parts.down
-        z = rest * parts.scale + parts.shift
-        self.rows = 1 << bits
-        self.codes, self.weights = hash_codes(z, bits), weights(z, bits, weighting).float()  # [N, K]
+    def __init__(self, parts: Parts, x: Tensor, bits: int, weighting: str, hash: str) -> None:
+        z = standardised(without_low_rank(x, parts.down)[0], parts.centre, parts.scale)
+        self.rows, self.codes = 1 << bits, hash_codes(z, bits, hash)  # [N, K]
+        self.weights = weights(z, bits, weighting, hash=hash).float()
 
     def apply(self, tables: Tensor) -> Tensor:  # [K, 2^bits, h] -> [N, h]
         return lookup_sum(self.codes, self.weights, tables)
@@ -146,11 +155,11 @@ def _solve(rows: Rows, tables: Tensor, residual: Tensor, penalty: float, squares
 
 
 def with_full_tables(
-    parts: Parts, x: Tensor, residual: Tensor, unseen: Tensor, truth: Tensor, bits: int, weighting: str
+    parts: Parts, x: Tensor, residual: Tensor, unseen: Tensor, truth: Tensor, bits: int, weighting: str, hash: str
 ) -> Parts:
     """`parts` with tables that also explain `residual` [N, h] of x [N, d], for the λ of :data:`SHRINKAGE` that serves
     the held-out `unseen` and `truth` best; unchanged if none serves them."""
-    fitted, held = (Rows(parts, t, bits, weighting) for t in (x, unseen))
+    fitted, held = (Rows(parts, t, bits, weighting, hash) for t in (x, unseen))
     residual, held_residual = residual.float(), (truth - outputs(parts, held, unseen)).float()
     squares, unit = fitted.squares(), float(fitted.weights.square().mean())
     best, least = parts.tables, float(held_residual.square().sum())

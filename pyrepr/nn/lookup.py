@@ -18,11 +18,15 @@ from torch.nn import functional
 from pyrepr._checks import check_tensor, memory, shape_of, shown
 from pyrepr._modules import evaluating
 from pyrepr.functional import lookup
-from pyrepr.functional.lookup import check_bits, check_weighting
+from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
 from pyrepr.nn import _lookup_fit as fit
-from pyrepr.ops.lookup import to_huge_pages
-from pyrepr.reference.lookup import pack, unpack
+from pyrepr.ops.lookup import hash_op, to_huge_pages
+from pyrepr.reference.lookup import HASHES, pack, unpack, without_low_rank
 
+# What fits a linear target best, which is what most layers are.
+FITTED_WEIGHTING = {"one_bit": "l1", "two_bit": "none"}
+# What tables are made for, beside their sizes.
+OPTIONS = ("hash", "weighting", "temperature")
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -47,8 +51,8 @@ class Fit:
     break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weights
 
 
-def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
-    """Root mean square of w over chunks of independent standard normal elements, by quadrature."""
+def rms_weight(width: int, weighting: str, temperature: float = 1.0) -> float:
+    """Root mean square of w over chunks of `width` independent standard normal elements, by quadrature."""
     z = torch.linspace(0, 12, 24001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z * z / 2) * math.sqrt(2 / math.pi)
 
@@ -60,9 +64,9 @@ def rms_weight(bits: int, weighting: str, temperature: float = 1.0) -> float:
     p2 = torch.ones_like(z) if weighting == "l1" else torch.sigmoid(2 * z / temperature) ** 2
     own, first, second = mean(p2), mean(z * p2), mean(z * z * p2)
     if weighting == "probability":
-        return own ** (bits / 2)
-    square = bits * second * own ** (bits - 1) + bits * (bits - 1) * first**2 * own ** max(0, bits - 2)
-    return math.sqrt(square) / (bits if weighting == "l1" else 1)
+        return own ** (width / 2)
+    square = width * second * own ** (width - 1) + width * (width - 1) * first**2 * own ** max(0, width - 2)
+    return math.sqrt(square) / (width if weighting == "l1" else 1)
 
 
 def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None) -> None:
@@ -92,8 +96,11 @@ class LookupLinear(nn.Module):
     """:func:`pyrepr.lookup_linear` with its tables, in place of ``nn.Linear``.
 
     Args:
-        in_features, out_features, bias: as of ``nn.Linear``; in_features must be a multiple of `bits`.
-        bits: τ, elements of a chunk, 1 to 16. Default 8: τ-fold fewer reads than a dense layer, 2^τ/τ = 32-fold memory.
+        in_features, out_features, bias: as of ``nn.Linear``; in_features must be a multiple of the elements of a chunk.
+        bits: τ of a table, 1 to 16. Default 8: with one bit an element τ-fold fewer reads than a dense layer, and
+            2^τ/τ = 32-fold memory.
+        hash: ``"one_bit"`` (default): the signs of τ elements are a code. ``"two_bit"``: sign and magnitude of τ / 2
+            are, which takes twice the tables and reads and loses a third of what one bit loses (:meth:`from_linear`).
         weighting, temperature: see :func:`pyrepr.lookup_linear`; the defaults are the paper's.
         table_dtype: float32 (default), float64, bfloat16, float16, or int8 (for loading; see :meth:`quantize_`).
         sparse: row-sparse gradients of the tables, for ``torch.optim.SparseAdam``.
@@ -104,16 +111,16 @@ class LookupLinear(nn.Module):
     Attributes:
         tables: [in_features / bits, 2^bits, out_features] (but see :meth:`pack_`). bias: [out_features] or ``None``.
             scales: [K, 2^bits] float32 with int8 tables, else ``None``. A converted layer (:meth:`from_linear`) also
-            has shift and scale [in_features], for it hashes x · scale + shift, and with a low-rank part down
-            [rank, in_features] and up [out_features, rank]. ``load_state_dict`` makes room for them in a new layer,
-            which needs the same `weighting` ("l1" for converted ones by default) and `temperature`. A state dict, also
-            one that ``torch.save`` wrote, names both, and loading it into a layer with others is an error; a
-            safetensors file holds tensors only and cannot tell.
+            has centre and scale [in_features], for it hashes (x − centre) · scale, and with a low-rank part down
+            [rank, in_features] and up [rank, out_features]. ``load_state_dict`` makes room for them in a new layer,
+            which needs the same `hash`, `weighting` ("l1" for converted ones by default, "none" with two bits) and
+            `temperature`. A state dict, also one that ``torch.save`` wrote, names them, and loading it into a layer
+            with others is an error; a safetensors file holds tensors only and cannot tell.
 
     Tables start as N(0, 1 / (K · E w²)): standard normal input gives output of variance 1, whatever the weighting.
 
     Raises:
-        ValueError: if in_features is no multiple of bits, or bits or weighting are out of range.
+        ValueError: if in_features is no multiple of a chunk's elements, or bits, hash or weighting are out of range.
         MemoryError: if the tables are larger than the machine's memory, before they are allocated.
 
     Example:
@@ -124,7 +131,7 @@ class LookupLinear(nn.Module):
 
     bias: Tensor | None
     scales: Tensor | None
-    shift: Tensor | None
+    centre: Tensor | None
     scale: Tensor | None
     down: Tensor | None
     up: Tensor | None
@@ -136,6 +143,7 @@ class LookupLinear(nn.Module):
         bias: bool = True,
         *,
         bits: int = 8,
+        hash: str = "one_bit",
         weighting: str = "probability",
         temperature: float = 1.0,
         table_dtype: torch.dtype | None = None,
@@ -143,29 +151,31 @@ class LookupLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_bits(bits)
+        width = check_hash(hash, check_bits(bits))
         check_weighting(weighting, temperature)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if in_features < 1 or in_features % bits:
-            raise ValueError(f"in_features must be a positive multiple of bits = {bits}, got {in_features}")
+        if in_features < 1 or in_features % width:
+            of = "bits" if width == bits else "bits / 2"
+            raise ValueError(f"in_features must be a positive multiple of {of} = {width}, got {in_features}")
         if out_features < 1:
             raise ValueError(f"out_features must be positive, got {out_features}")
         table_dtype = table_dtype or torch.float32
         if table_dtype not in TABLE_DTYPES:
             raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.weighting, self.temperature, self.sparse = weighting, temperature, sparse
+        self.hash, self.weighting, self.temperature, self.sparse = hash, weighting, temperature, sparse
         self.conversion: Fit | None = None
-        shape = (in_features // bits, 1 << bits, out_features)
+        shape = (in_features // width, 1 << bits, out_features)
         _check_memory(shape, table_dtype, device)
         quantized = table_dtype == torch.int8
         self.tables = nn.Parameter(torch.empty(shape, dtype=table_dtype, device=device), requires_grad=not quantized)
         wide = torch.float64 if table_dtype == torch.float64 else torch.float32
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
+        added = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
+        self.register_parameter("bias", added)
         self.register_buffer("scales", torch.ones(shape[:2], device=device) if quantized else None)
-        for name in ("shift", "scale"):
+        for name in ("centre", "scale"):
             self.register_buffer(name, None)
         for name in ("down", "up"):
             self.register_parameter(name, None)
@@ -178,7 +188,7 @@ class LookupLinear(nn.Module):
         if self.tables.dtype == torch.int8:
             self.tables.zero_()
         elif self.tables.device.type != "meta":
-            rms = rms_weight(self.bits, self.weighting, self.temperature)
+            rms = rms_weight(self.bits // HASHES[self.hash], self.weighting, self.temperature)
             nn.init.normal_(self.tables, std=1 / (rms * math.sqrt(self.tables.shape[0])))
 
     def _apply(self, fn, recurse: bool = True):
@@ -197,38 +207,25 @@ class LookupLinear(nn.Module):
             raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got shape {shape_of(x)}")
         return x.reshape(math.prod(x.shape[:-1]), self.in_features)
 
-    def _hashed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is hashed, and what the low-rank part reads of x [T, in_features]: [T, rank]."""
-        z, inner = x, None
-        if self.shift is not None and self.scale is not None:
-            z = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
-        if self.down is not None and self.scale is not None:
-            down = self.down.to(x.dtype)
-            inner = functional.linear(x, down)
-            z = torch.addmm(z, inner, down * self.scale.to(x.dtype), alpha=-1)
-        return z, inner
-
-    def _looked_up(self, z: Tensor) -> Tensor:
-        return lookup.lookup_linear(
-            z,
-            self.tables,
-            self.bias,
-            weighting=self.weighting,
-            temperature=self.temperature,
-            scales=self._buffers["scales"],
-            sparse=self.sparse,
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         # Every attribute that is looked for in a module's dictionaries costs half a µs, a key in one of them nothing.
-        plain = self._buffers["shift"] is None and self._parameters["down"] is None
-        if plain and isinstance(x, Tensor) and x.dim() and x.shape[-1] == self.in_features:
-            return self._looked_up(x)
-        z, inner = self._hashed(self._rows(x))
-        out = self._looked_up(z)
-        if inner is not None and self.up is not None:
-            out = torch.addmm(out, inner, self.up.to(out.dtype).T)
-        return out.reshape(*x.shape[:-1], self.out_features)
+        parameters, buffers = self._parameters, self._buffers
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[-1] != self.in_features:
+            self._rows(x)  # says what is wrong
+        return lookup.lookup_linear(
+            x,
+            parameters["tables"],
+            parameters["bias"],
+            weighting=self.weighting,
+            temperature=self.temperature,
+            scales=buffers["scales"],
+            sparse=self.sparse,
+            hash=self.hash,
+            centre=buffers["centre"],
+            scale=buffers["scale"],
+            down=parameters["down"],
+            up=parameters["up"],
+        )
 
     @torch.no_grad()
     def quantize_(self, kind: str) -> LookupLinear:
@@ -276,17 +273,17 @@ class LookupLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:  # where torch keeps a module's version
-            metadata[prefix[:-1]].update(weighting=self.weighting, temperature=self.temperature)
+            metadata[prefix[:-1]].update({name: getattr(self, name) for name in OPTIONS})
         if self.packed:
             destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
-        for option in ("weighting", "temperature"):
+        for option in OPTIONS:
             came = local_metadata.get(option, getattr(self, option))
             if came != getattr(self, option):
                 errors.append(f"{prefix}{option} must be {came!r} for these tables, got {getattr(self, option)!r}")
-        for name in ("shift", "scale", "down", "up"):
+        for name in ("centre", "scale", "down", "up"):
             value = state_dict.get(prefix + name)
             if value is not None and getattr(self, name) is None:
                 room = torch.empty_like(value, device=self.tables.device)
@@ -299,7 +296,7 @@ class LookupLinear(nn.Module):
                 f"table_dtype={came}" + (", or quantize_('int8') it" if came == torch.int8 else "")
             )
             return
-        shape = (self.in_features // self.bits, 1 << self.bits, self.out_features)
+        shape = (self.in_features * HASHES[self.hash] // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -307,7 +304,8 @@ class LookupLinear(nn.Module):
     @torch.no_grad()
     def usage(self, x: Tensor) -> Usage:
         """Which rows the tokens x [..., in_features] read."""
-        codes = lookup.hash_codes(self._hashed(self._rows(x))[0], self.bits)  # [T, K]
+        rest, _ = without_low_rank(self._rows(x), self.down)
+        codes, _ = hash_op(rest, self.bits, "none", 1.0, self.hash, self.centre, self.scale)  # [T, K]
         n = 1 << self.bits
         flat = (codes + n * torch.arange(codes.shape[1], device=codes.device)).flatten()
         counts = torch.bincount(flat, minlength=codes.shape[1] * n).view(-1, n)
@@ -323,7 +321,8 @@ class LookupLinear(nn.Module):
         calibration: Tensor,
         *,
         bits: int = 8,
-        weighting: str = "l1",
+        hash: str = "one_bit",
+        weighting: str | None = None,
         rank: int = 0,
         ridge: float = 1e-6,
     ) -> LookupLinear:
@@ -331,13 +330,15 @@ class LookupLinear(nn.Module):
 
         For a linear target the best tables are linear in the signs: input z (standardised on the calibration data)
         becomes features w(z_k)·sign(z_i), their ridge regression on the outputs gives A, and T_k[c] = Σ_i
-        s_i(c)·A_{kτ+i}. For white Gaussian input the relative squared error is 1 − [2/π + (1 − 2/π)/τ] with "l1"
-        weights, 1 − 2/π with none.
+        s_i(c)·A_{kτ+i}; with two bits sign(|z_i| − 1)·sign(z_i) are features too. For white Gaussian input the relative
+        squared error is 1 − [2/π + (1 − 2/π)/τ] with "l1" weights, 1 − 2/π with none, and .1176 with two bits (Max
+        1960, "Quantizing for minimum distortion": .1175 where the cut is at .982 standard deviations, not 1).
 
         Args:
             linear: the layer; it is not changed.
             calibration: [..., in_features], inputs the layer sees; at least in_features rows, better ten times as many.
-            bits: see the class. weighting: "l1" (default) suits linear targets: it grows with the input.
+            bits, hash: see the class. weighting: "l1" (default) suits linear targets: it grows with the input. With two
+                bits it gains nothing, and "none" is the default; but then x has a gradient through the dense part only.
             rank: of a dense part U(Vx) for the directions that carry most of the output; the tables get the rest of x.
                 0 (default) for none; exact at min(in_features, out_features). An eighth of in_features is a strong
                 choice.
@@ -353,6 +354,7 @@ class LookupLinear(nn.Module):
         Warns:
             UserWarning: for fewer calibration rows than features.
         """
+        weighting = weighting or FITTED_WEIGHTING.get(hash, "l1")
         x = _calibration_rows(calibration, linear.in_features)
         _check_rank(rank, linear.in_features, linear.out_features)
         weight = linear.weight.double()
@@ -361,13 +363,15 @@ class LookupLinear(nn.Module):
             linear.in_features,
             linear.out_features,
             bits=bits,
+            hash=hash,
             weighting=weighting,
             table_dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
         x = x.to(weight.device, torch.float64)
         y = functional.linear(x, weight, bias)
-        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
+        options = {"bits": bits, "weighting": weighting, "hash": hash}
+        parts, left = fit.sign_linear(x, y, weight, rank=rank, ridge=ridge, **options)
         layer._take(parts)
         layer._report(x, linear.weight.numel() * linear.weight.element_size(), fit.relative_mse(y - left, y))
         return layer
@@ -380,7 +384,8 @@ class LookupLinear(nn.Module):
         calibration: Tensor,
         *,
         bits: int = 8,
-        weighting: str = "l1",
+        hash: str = "one_bit",
+        weighting: str | None = None,
         rank: int = 0,
         ridge: float = 1e-4,
     ) -> LookupLinear:
@@ -396,8 +401,8 @@ class LookupLinear(nn.Module):
                 is changed.
             calibration: [..., d], inputs the network sees, in its dtype and on its device. The free rows want many
                 tokens a row: some 10 · 2^bits of them, more for less noise.
-            bits, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since a
-                network's inputs have directions with hardly any variance.
+            bits, hash, weighting, rank: as of :meth:`from_linear`. ridge: of both regressions; larger by default, since
+                a network's inputs have directions with hardly any variance.
 
         Returns:
             A layer with the dtype of calibration, with a bias. Its ``conversion`` has the error on the fitted rows
@@ -410,18 +415,20 @@ class LookupLinear(nn.Module):
         Warns:
             UserWarning: for fewer calibration rows than features.
         """
+        weighting = weighting or FITTED_WEIGHTING.get(hash, "l1")
         rows = _calibration_rows(calibration)
         if len(rows) < 16:
             raise ValueError(f"calibration must have at least 16 rows, an eighth of which is held out, got {len(rows)}")
         y = _outputs(mlp, rows)
         d, h = rows.shape[1], y.shape[1]
         _check_rank(rank, d, h)
-        layer = cls(d, h, bits=bits, weighting=weighting, table_dtype=rows.dtype, device=rows.device)
+        options = {"bits": bits, "weighting": weighting, "hash": hash}
+        layer = cls(d, h, table_dtype=rows.dtype, device=rows.device, **options)
         held = fit.hold_out(len(rows)).to(rows.device)
         x, y, unseen, truth = (t.double() for t in (rows[~held], y[~held], rows[held], y[held]))
         weight = fit.regression(x, y, ridge)
-        parts, left = fit.sign_linear(x, y, weight, bits=bits, weighting=weighting, rank=rank, ridge=ridge)
-        layer._take(fit.with_full_tables(parts, x, left, unseen, truth, bits, weighting))
+        parts, left = fit.sign_linear(x, y, weight, rank=rank, ridge=ridge, **options)
+        layer._take(fit.with_full_tables(parts, x, left, unseen, truth, **options))
         dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
         errors = (fit.relative_mse(layer(a.to(rows.dtype)), b) for a, b in ((x, y), (unseen, truth)))
         layer._report(x, dense_bytes, *errors)
@@ -435,6 +442,7 @@ class LookupLinear(nn.Module):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bits": self.bits,
+            "hash": self.hash,
             "weighting": self.weighting,
             "temperature": self.temperature,
             "sparse": self.sparse,
@@ -457,8 +465,8 @@ class LookupLinear(nn.Module):
             dtypes = {name: getattr(torch, dtype) for name, dtype in options.pop("dtypes").items()}
             layer = cls(bias="bias" in dtypes, table_dtype=dtypes["tables"], device="meta", **options)
             d, h = layer.in_features, layer.out_features
-            shapes = {"tables": layer.tables.shape, "scales": layer.tables.shape[:2], "bias": (h,), "shift": (d,)}
-            shapes |= {"scale": (d,), "down": (rank, d), "up": (h, rank)}
+            shapes = {"tables": layer.tables.shape, "scales": layer.tables.shape[:2], "bias": (h,)}
+            shapes |= {"centre": (d,), "scale": (d,), "down": (rank, d), "up": (rank, h)}
             for name, dtype in dtypes.items():
                 tensor = torch.empty(shapes[name], dtype=dtype, device=device)
                 if name in layer._parameters:
@@ -476,7 +484,7 @@ class LookupLinear(nn.Module):
         wide = torch.promote_types(self.tables.dtype, torch.float32)
         self.tables.copy_(parts.tables)
         self.bias = nn.Parameter(parts.bias.to(wide))
-        self.shift, self.scale = parts.shift.to(wide), parts.scale.to(wide)
+        self.centre, self.scale = parts.centre.to(wide), parts.scale.to(wide)
         if parts.down is not None and parts.up is not None:
             # Contiguous, since safetensors stores nothing else.
             self.down = nn.Parameter(parts.down.to(self.tables.dtype).contiguous())
@@ -497,7 +505,7 @@ class LookupLinear(nn.Module):
         low = "" if self.down is None else f", rank={self.down.shape[0]}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, weighting={self.weighting!r}, table_dtype={self.tables.dtype}{low}"
+            f"bits={self.bits}, hash={self.hash!r}, weighting={self.weighting!r}, table_dtype={self.tables.dtype}{low}"
         )
 
 

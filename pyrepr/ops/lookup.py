@@ -21,7 +21,7 @@ from pyrepr.ops._leaf import leaf_op
 from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module, optional
 from pyrepr.reference import lookup as reference
 from pyrepr.reference._dtypes import compute_dtype
-from pyrepr.reference.lookup import WEIGHTINGS, sizes, unpack
+from pyrepr.reference.lookup import HASHES, WEIGHTINGS, sizes, unpack, without_low_rank
 
 # A table's storage type as csrc/cpu/lookup.h numbers it.
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
@@ -77,27 +77,38 @@ def _triton(function: str, count: int | None = None):
     return run
 
 
-def _hash_fake(x, bits, weighting, temperature):
-    shape = (x.shape[0], x.shape[1] // bits)
+def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What kernels read as it is: contiguous, in the compute dtype."""
+    return x if x is None else x.to(dtype).contiguous()
+
+
+def _hash_arguments(x, bits, weighting, temperature, hash, centre, scale):
+    """What the native functions want to know of a hash of x, and the tensors whose addresses are among it."""
+    held = x, centre, scale = (_rows_contiguous(x), *(_wide(t, compute_dtype(x.dtype)) for t in (centre, scale)))
+    options = (bits, WEIGHTING_CODES[weighting], temperature, HASHES[hash])
+    return (matrix(x), DTYPE_CODES[x.dtype], *options, optional("centre", centre), optional("scale", scale)), held
+
+
+def _hash_fake(x, bits, weighting, temperature, hash="one_bit", centre=None, scale=None):
+    shape = (x.shape[0], x.shape[1] * HASHES[hash] // bits)
     return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
-def _hash_cpu(x, bits, weighting, temperature):
-    codes, weights = _hash_fake(x, bits, weighting, temperature)
-    x = _rows_contiguous(x)
-    code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
-    module().lookup_hash(
-        matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, codes.data_ptr(), weights.data_ptr(), threads
-    )
+def _hash_cpu(x, bits, weighting, temperature, hash="one_bit", centre=None, scale=None):
+    codes, weights = _hash_fake(x, bits, weighting, temperature, hash)
+    arguments, held = _hash_arguments(x, bits, weighting, temperature, hash, centre, scale)
+    module().lookup_hash(*arguments, codes.data_ptr(), weights.data_ptr(), torch.get_num_threads())
+    del held
     return codes, weights
 
 
 hash_op = leaf_op(
-    "lookup_hash(Tensor x, int bits, str weighting, float temperature) -> (Tensor, Tensor)",
+    "lookup_hash(Tensor x, int bits, str weighting, float temperature, str hash='one_bit', Tensor? centre=None, "
+    "Tensor? scale=None) -> (Tensor, Tensor)",
     fake=_hash_fake,
     reference=reference.hash_op,
     cpu=_hash_cpu,
-    triton=_triton("hash"),
+    triton=_triton("hashed"),
 )
 
 
@@ -121,20 +132,54 @@ def _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, w
 
 
 def _linear_backward(args, kept, grads, wanted):
-    """Hashes x again: that costs less than keeping codes and weights."""
-    x, tables, scales, bias, weighting, temperature, _, sparse = args
+    x, tables, scales, bias, weighting, temperature, _, sparse, hash = args
     (grad,), (want_x, want_tables, _, want_bias) = grads, wanted
+    grad = _widened(grad, x)
+    hashing = (weighting, temperature, hash, None, None)
+    grad_x, grad_tables = _lookup_gradients(x, grad, tables, scales, sparse, hashing, want_x, want_tables)
+    return grad_x, grad_tables, None, _bias_gradient(grad, x, bias) if want_bias else None
+
+
+def _widened(grad, x):
+    """The gradient as the kernels take it: those of GPUs read fewer bytes and widen them themselves."""
+    return grad if grad.is_cuda else grad.to(compute_dtype(x.dtype))
+
+
+def _bias_gradient(grad, x, bias):
+    return grad.sum(0, dtype=compute_dtype(x.dtype)).to(bias.dtype)
+
+
+def _lookup_gradients(x, grad, tables, scales, sparse, hashing, want_x, want_tables):
+    """Those of x and tables. Hashes x again: that costs less than keeping codes and weights."""
+    if not want_x and not want_tables:
+        return None, None
     bits = sizes(tables)[1].bit_length() - 1
-    if not grad.is_cuda:  # GPU kernels read fewer bytes and widen them themselves
-        grad = grad.to(compute_dtype(x.dtype))
-    grad_x = grad_tables = None
-    if want_x or want_tables:
-        codes, weights = hash_op(x, bits, weighting, temperature)
-        grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
+    codes, weights = hash_op(x, bits, *hashing)
+    grad_tables, dots = _table_gradient(grad, codes, weights, tables, scales, sparse, want_tables, want_x)
+    return hash_backward_op(x, dots, bits, *hashing) if want_x else None, grad_tables
+
+
+def _converted_backward(args, kept, grads, wanted):
+    """x reaches the tables through what the low-rank part leaves of it, rest = x − inner · down."""
+    x, tables, scales, bias, centre, scale, down, up, weighting, temperature, _, sparse, hash = args
+    (grad,), (want_x, want_tables, _, want_bias, _, _, want_down, want_up) = grads, wanted
+    grad = _widened(grad, x)
+    hashing, want_rest = (weighting, temperature, hash, centre, scale), want_x or want_down
+    rest, inner = without_low_rank(x, down)
+    grad_x, grad_tables = _lookup_gradients(rest, grad, tables, scales, sparse, hashing, want_rest, want_tables)
+    grad_down = grad_up = None
+    if down is not None:
+        grad, wide_down = grad.to(inner.dtype), down.to(inner.dtype)
+        if want_up:
+            grad_up = (inner.T @ grad).to(up.dtype)
+        if want_rest:
+            grad_inner = grad @ up.to(inner.dtype).T - grad_x @ wide_down.T
+        if want_down:
+            grad_down = (grad_inner.T @ x.to(inner.dtype) - inner.T @ grad_x).to(down.dtype)
         if want_x:
-            grad_x = hash_backward_op(x, dots, bits, weighting, temperature)
-    grad_bias = grad.sum(0, dtype=compute_dtype(x.dtype)).to(bias.dtype) if want_bias else None
-    return grad_x, grad_tables, None, grad_bias
+            grad_x = (grad_x + grad_inner @ wide_down).to(x.dtype)
+    grad_bias = _bias_gradient(grad, x, bias) if want_bias else None
+    return grad_x if want_x else None, grad_tables, None, grad_bias, None, None, grad_down, grad_up
 
 
 def _sum_backward(args, kept, grads, wanted):
@@ -144,11 +189,18 @@ def _sum_backward(args, kept, grads, wanted):
     return None, dots if want_weights else None, grad_tables, None
 
 
-def _linear_fake(x, tables, scales, bias, weighting, temperature, route, sparse=False):
+def _linear_fake(x, tables, *_):
     return x.new_empty(x.shape[0], sizes(tables)[2])
 
 
-def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=False):
+def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=False, hash="one_bit"):
+    nothing = (None,) * 4
+    return _converted_cpu(x, tables, scales, bias, *nothing, weighting, temperature, route, sparse, hash)
+
+
+def _converted_cpu(
+    x, tables, scales, bias, centre, scale, down, up, weighting, temperature, route, sparse=False, hash="one_bit"
+):
     dtype = x.dtype
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     packed = tables.dim() == 4
@@ -160,6 +212,7 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
         bias = bias.to(compute).contiguous()
     if scales is not None:
         scales = scales.contiguous()
+    centre, scale, down, up = (_wide(t, compute) for t in (centre, scale, down, up))
     module().lookup_linear(
         tables.data_ptr(),
         TABLE_CODES[tables.dtype],
@@ -175,6 +228,12 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
         n.bit_length() - 1,
         WEIGHTING_CODES[weighting],
         temperature,
+        HASHES[hash],
+        optional("centre", centre),
+        optional("scale", scale),
+        optional("down", down),
+        optional("up", up),
+        0 if down is None else down.shape[0],
         optional("bias", bias),
         route,
         out.data_ptr(),
@@ -183,14 +242,16 @@ def _linear_cpu(x, tables, scales, bias, weighting, temperature, route, sparse=F
     return out if dtype is compute else out.to(dtype)
 
 
-def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=False):
+def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=False, hash="one_bit"):
     """Few tokens."""
+    if hash != "one_bit":
+        raise Unsupported(f"backend 'cuda' has no {hash} hash")
     if torch.float64 in (x.dtype, tables.dtype):
         raise Unsupported("backend 'cuda' computes lookup_linear in float32 and refuses float64 tensors")
     if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
         raise Unsupported(f"backend 'cuda' is for up to {CUDA_TOKENS} tokens, got {x.shape[0]}")
     tables = (unpack(tables) if tables.dim() == 4 else tables).contiguous()
-    x, out = _rows_contiguous(x), _linear_fake(x, tables, *[None] * 5)
+    x, out = _rows_contiguous(x), _linear_fake(x, tables)
     k, n, h = tables.shape
     scales = scales if scales is None else scales.contiguous()
     bias = bias if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous()
@@ -221,7 +282,7 @@ def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=
 
 linear_op = leaf_op(
     "lookup_linear(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, str weighting, float temperature, int route, "
-    "bool sparse=False) -> Tensor",
+    "bool sparse=False, str hash='one_bit') -> Tensor",
     fake=_linear_fake,
     derivative=Derivative(
         reference=lambda args, kept: (reference.linear_op(*args),),
@@ -231,8 +292,24 @@ linear_op = leaf_op(
     ),
     reference=reference.linear_op,
     cpu=_linear_cpu,
-    triton=_triton("linear", count=7),
+    triton=_triton("linear"),
     cuda=_linear_cuda,
+)
+
+converted_op = leaf_op(
+    "lookup_converted(Tensor x, Tensor tables, Tensor? scales, Tensor? bias, Tensor? centre, Tensor? scale, "
+    "Tensor? down, Tensor? up, str weighting, float temperature, int route, bool sparse=False, str hash='one_bit') "
+    "-> Tensor",
+    fake=_linear_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.converted_op(*args),),
+        backward=_converted_backward,
+        fixed=("scales", "centre", "scale"),
+        fold=Fold((0, *[SHARED] * 7), (0,)),
+    ),
+    reference=reference.converted_op,
+    cpu=_converted_cpu,
+    triton=_triton("converted"),
 )
 
 
@@ -317,22 +394,22 @@ backward_op = leaf_op(
 )
 
 
-def _hash_backward_fake(x, grad_weights, bits, weighting, temperature):
+def _hash_backward_fake(x, grad_weights, bits, weighting, temperature, hash="one_bit", centre=None, scale=None):
     return x.new_empty(x.shape)
 
 
-def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature):
+def _hash_backward_cpu(x, grad_weights, bits, weighting, temperature, hash="one_bit", centre=None, scale=None):
     grad = x.new_empty(x.shape, dtype=compute_dtype(x.dtype))
-    x, grad_weights = _rows_contiguous(x), grad_weights.contiguous()
-    code, threads = WEIGHTING_CODES[weighting], torch.get_num_threads()
-    module().lookup_hash_backward(
-        matrix(x), DTYPE_CODES[x.dtype], bits, code, temperature, grad_weights.data_ptr(), grad.data_ptr(), threads
-    )
+    grad_weights = grad_weights.contiguous()
+    arguments, held = _hash_arguments(x, bits, weighting, temperature, hash, centre, scale)
+    module().lookup_hash_backward(*arguments, grad_weights.data_ptr(), grad.data_ptr(), torch.get_num_threads())
+    del held
     return grad.to(x.dtype)
 
 
 hash_backward_op = leaf_op(
-    "lookup_hash_backward(Tensor x, Tensor grad_weights, int bits, str weighting, float temperature) -> Tensor",
+    "lookup_hash_backward(Tensor x, Tensor grad_weights, int bits, str weighting, float temperature, "
+    "str hash='one_bit', Tensor? centre=None, Tensor? scale=None) -> Tensor",
     fake=_hash_backward_fake,
     reference=reference.hash_backward_op,
     cpu=_hash_backward_cpu,
@@ -378,15 +455,18 @@ def lookup_linear_direct(
     tables: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
+    converted: tuple[Tensor | None, ...],  # centre, scale, down, up
     weighting: str,
     temperature: float,
+    hash: str,
 ) -> Tensor | None:
     """[..., h] of unchecked arguments in one native call, or ``None``: see `direct`."""
     native = direct()
-    if native is None or type(weighting) is not str:
+    if native is None or type(weighting) is not str or type(hash) is not str:
         return None
-    code, grad = WEIGHTING_CODES.get(weighting, -1), torch.is_grad_enabled()
-    out = native.lookup_linear_direct(x, tables, scales, bias, code, temperature, grad, torch.get_num_threads())
+    code, kind, grad = WEIGHTING_CODES.get(weighting, -1), HASHES.get(hash, 0), torch.is_grad_enabled()
+    threads = torch.get_num_threads()
+    out = native.lookup_linear_direct(x, tables, scales, bias, converted, code, temperature, kind, grad, threads)
     return out if out is None or out.dtype is x.dtype else out.to(x.dtype)
 
 
@@ -395,14 +475,19 @@ def lookup_linear(
     tables: Tensor,  # [K, 2^bits, h]
     scales: Tensor | None,  # [K, 2^bits] float32, for int8 tables
     bias: Tensor | None,  # [h]
+    converted: tuple[Tensor | None, ...],  # centre, scale [d], down [r, d], up [r, h]
     weighting: str,
     temperature: float,
     sparse: bool,
+    hash: str,
 ) -> Tensor:
-    """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables and bias."""
+    """Checked arguments to [T, h] in the dtype of x; differentiable in x, tables, bias, down and up."""
     if tables.dim() == 4 and not tables.is_cpu:
         tables = unpack(tables)
-    return linear_op(x, tables, scales, bias, weighting, temperature, ROUTES["auto"], sparse)
+    options = (weighting, temperature, ROUTES["auto"], sparse, hash)
+    if all(t is None for t in converted):
+        return linear_op(x, tables, scales, bias, *options)
+    return converted_op(x, tables, scales, bias, *converted, *options)
 
 
 def lookup_sum(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, sparse: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from draw import EPS, Case, Differential, Draw, compare, f64
 
 WEIGHTINGS = ("probability", "scaled", "l1", "none")
+HASHES = {"one_bit": 1, "two_bit": 2}
 INTEGERS = ("int32", "int64", "int16", "uint8")
 
 
@@ -17,11 +19,16 @@ def chunked(x: np.ndarray, bits: int) -> np.ndarray:
     return x.reshape(*x.shape[:-1], x.shape[-1] // bits, bits)
 
 
-def codes_of(x: np.ndarray, bits: int) -> np.ndarray:
-    return ((np.real(chunked(x, bits)) >= 0) << np.arange(bits)).sum(-1)
+def codes_of(x: np.ndarray, bits: int, hash: str = "one_bit") -> np.ndarray:
+    """The code of two bits is that of z and |z| − 1 in turn."""
+    z = np.real(x)
+    if hash == "two_bit":
+        z = np.stack([z, np.abs(z) - 1], -1).reshape(*z.shape[:-1], 2 * z.shape[-1])
+    return ((chunked(z, bits) >= 0) << np.arange(bits)).sum(-1)
 
 
-def weights_of(x: np.ndarray, bits: int, weighting: str, temperature: float) -> np.ndarray:
+def weights_of(x: np.ndarray, bits: int, weighting: str, temperature: float, hash: str = "one_bit") -> np.ndarray:
+    bits //= HASHES[hash]
     z = chunked(x, bits)
     z = np.where(np.real(z) < 0, -z, z)  # |z|, analytic beside 0
     if weighting == "none":
@@ -37,6 +44,14 @@ def sums(codes: np.ndarray, weights: np.ndarray, tables: np.ndarray) -> np.ndarr
     """Σ_k weights[..., k] tables[k, codes[..., k]]; tables: [K, n, h]."""
     rows = tables[np.arange(tables.shape[0]), codes]  # [..., K, h]
     return (weights[..., None] * rows).sum(-2)
+
+
+def bytes_bound(names: dict[str, Any], codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What it may cost that weights, times the rows' scales, are rounded to 16 bits of the token's largest."""
+    scales = f64(names["scales"])[np.arange(codes.shape[-1]), codes]
+    largest = np.abs(np.where(np.isfinite(weights), weights, 0) * scales).max(-1, keepdims=True)
+    plain = np.abs(f64(names["plain"] if "plain" in names else names["tables"]))
+    return 2.0**-15 * sums(codes, np.broadcast_to(largest, weights.shape), plain)
 
 
 def draw_tables(draw: Draw, k: int, n: int, h: int, kind: str) -> list[str]:
@@ -66,7 +81,9 @@ def draw_linear(draw: Draw) -> Case:
     if bits > 5:
         k, h = draw.size(3), draw.size(33)
     packed = h in (64, 128) and draw.chance(0.5)
-    shape = (*lead(draw), k * bits)
+    hash = draw.choice(tuple(HASHES)) if bits % 2 == 0 else "one_bit"
+    width = bits // HASHES[hash]
+    shape = (*lead(draw), k * width)
     dtype = draw.dtype()
     kind = "float64" if dtype == "float64" else draw.choice((dtype, "float32", "bfloat16", "float16", "int8"))
     smooth = draw.chance(0.4)
@@ -85,6 +102,11 @@ def draw_linear(draw: Draw) -> Case:
         arguments.append(f"temperature={temperature}")
     if kind == "int8":
         arguments.append("scales=scales")
+    if hash != "one_bit":
+        arguments.append(f"hash={hash!r}")
+    converted = draw_converted(draw, k * width, h, dtype)
+    lines += converted.lines
+    arguments += [f"{name}={name}" for name in converted.names]
     call = f"pyrepr.lookup_linear({', '.join(arguments)})"
     case = Case("lookup_linear", f"out = {call}", "value", lines)
 
@@ -93,19 +115,26 @@ def draw_linear(draw: Draw) -> Case:
         bias = f64(names["bias"]) if with_bias else 0.0
         dtype = names["x"].dtype
         eps = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
-        codes, weights = codes_of(x, bits), weights_of(x, bits, weighting, temperature)
-        truth = sums(codes, weights, tables) + bias
-        size = sums(codes, np.abs(weights), np.abs(tables)) + np.abs(bias)
-        bound = (4 * bits + 2 * k + 16) * eps * size
+        rest, dense, dense_size = converted.parts(names, x)
+        z = converted.standardised(names, rest)
+        codes, weights = codes_of(z, bits, hash), weights_of(z, bits, weighting, temperature, hash)
+        truth = sums(codes, weights, tables) + bias + dense
+        size = sums(codes, np.abs(weights), np.abs(tables)) + np.abs(bias) + dense_size
+        bound = (4 * bits + 2 * k + 16 + converted.steps) * eps * size
+        if converted.names:
+            bound = bound + converted.doubt(names, x, z, eps, weighting, hash, np.abs(tables))
         if kind == "int8" and k:
-            largest = np.abs(np.where(np.isfinite(weights), weights, 0)).max(-1, keepdims=True)
-            bound = bound + 2.0**-14 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
+            bound = bound + bytes_bound(names, codes, weights)
         if not np.isfinite(tables).all() or not np.isfinite(weights).all():
             truth = np.where(np.isnan(x).any(-1, keepdims=True), np.nan, truth)
+        if converted.names and not np.isfinite(x).all():
+            return None if np.isnan(f64(names["out"])[np.isnan(x).any(-1)]).all() else "NaN in x is not in out"
         return compare("out", names["out"], truth + np.zeros((*x.shape[:-1], tables.shape[2])), bound, dtype)
 
     case.check = check
-    if smooth and k and math.prod(shape) and h:
+    # Of many elements one is next to a jump, and of few in 16 bits one is 1, where that of two bits is.
+    apart = math.prod(shape) < 2000 and (hash == "one_bit" or dtype in ("float32", "float64"))
+    if smooth and k and math.prod(shape) and h and apart and not converted.names:
         variables = ["x", *["tables"] * (kind != "int8" and not packed), *["bias"] * with_bias]
         fixed = lines[1:]
 
@@ -113,13 +142,72 @@ def draw_linear(draw: Draw) -> Case:
             given = dict(zip(variables, varied, strict=True))
             tables = given.get("tables")
             tables = _tables(fixed) if tables is None else tables
-            weights = weights_of(given["x"], bits, weighting, temperature)
-            return np.ravel(sums(codes_of(given["x"], bits), weights, tables) + given.get("bias", 0.0))
+            weights = weights_of(given["x"], bits, weighting, temperature, hash)
+            return np.ravel(sums(codes_of(given["x"], bits, hash), weights, tables) + given.get("bias", 0.0))
 
         case.differential = Differential(call, tuple(variables), truth)
     if draw.chance(0.12):
-        spoil(draw, case, ["x", "tables", *["bias"] * with_bias, *["scales"] * (kind == "int8")])
+        names = ["x", "tables", *["bias"] * with_bias, *["scales"] * (kind == "int8")]
+        spoil(draw, case, [*names, *converted.names])
     return case
+
+
+@dataclass
+class Converted:
+    """What a converted layer has beside its tables, and what it does to x, in float64."""
+
+    lines: list[str]
+    names: tuple[str, ...] = ()
+    steps: int = 0  # of the longest sum
+
+    def parts(self, names: dict[str, Any], x: np.ndarray) -> tuple[np.ndarray, Any, Any]:
+        """What the tables get, what the dense part adds, and the size of its terms."""
+        if "down" not in self.names:
+            return x, 0.0, 0.0
+        down, up = f64(names["down"]), f64(names["up"])
+        inner = x @ down.T
+        return x - inner @ down, inner @ up, np.abs(x) @ np.abs(down).T @ np.abs(up)
+
+    def standardised(self, names: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        return (x - f64(names["centre"])) * f64(names["scale"]) if "centre" in self.names else x
+
+    def doubt(
+        self,
+        names: dict[str, Any],
+        x: np.ndarray,
+        z: np.ndarray,
+        eps: float,
+        weighting: str,
+        hash: str,
+        tables: np.ndarray,
+    ) -> np.ndarray:
+        """What roundings of z do: to weights, and, where a code may be another, anything."""
+        moved = np.abs(x)
+        if "down" in self.names:
+            down = np.abs(f64(names["down"]))
+            moved = moved + moved @ down.T @ down
+        if "centre" in self.names:
+            moved = (moved + np.abs(f64(names["centre"]))) * np.abs(f64(names["scale"]))
+        moved = 4 * (self.steps + 4) * eps * moved
+        unsure = (np.abs(z) <= moved) | ((hash == "two_bit") & (np.abs(np.abs(z) - 1) <= moved))
+        slope = tables.max(initial=0.0) * moved.sum(-1, keepdims=True) * (3 + np.abs(z).sum(-1, keepdims=True))
+        return np.where(unsure.any(-1, keepdims=True), np.inf, 4 * slope * (weighting != "none"))
+
+
+def draw_converted(draw: Draw, d: int, h: int, dtype: str) -> Converted:
+    kind, given = dtype if dtype == "float64" else draw.choice((dtype, "float32")), Converted([])
+    if draw.chance(0.6):
+        return given
+    if draw.chance(0.8):
+        given.lines += [f"centre = randn({draw.seed_()}, {d}).to(torch.{kind})"]
+        given.lines += [f"scale = (randn({draw.seed_()}, {d}).abs() + 0.3).to(torch.{kind})"]
+        given.names, given.steps = ("centre", "scale"), 2
+    if draw.chance(0.6):
+        rank = draw.choice((0, 1, 2, 5, 17))
+        given.lines += [f"down = (randn({draw.seed_()}, {rank}, {d}) * 0.3).to(torch.{kind})"]
+        given.lines += [f"up = randn({draw.seed_()}, {rank}, {h}).to(torch.{kind})"]
+        given.names, given.steps = (*given.names, "down", "up"), d + rank + 2
+    return given
 
 
 _known: dict[str, np.ndarray] = {}
@@ -147,9 +235,9 @@ def _tables(lines: list[str]) -> np.ndarray:
 def spoil(draw: Draw, case: Case, names: list[str]) -> None:
     case.expect, case.differential = "error", None
     name = draw.choice(names)
-    wider = {"tables": "bias = " in "".join(case.lines), "values": False, "weights": True, "codes": True}.get(
-        name, True
-    )
+    # Any number of codes a row will do where nothing goes with them.
+    takes = {"tables": "bias = " in "".join(case.lines), "values": False, "codes": case.kind != "segment_sum"}
+    wider = takes.get(name, True)
     case.lines.append(draw.wrong(name, wider=wider, deeper=name != "x"))
     # One code a row may have any shape, none as well.
     scalar = case.kind == "segment_sum" and "torch.zeros(()" in case.lines[-1]
@@ -198,8 +286,7 @@ def draw_sum(draw: Draw) -> Case:
         wide = torch.float64 if kind == "float64" else torch.float32
         bound = (2 * k + 16) * EPS[wide] * sums(codes, np.abs(weights), np.abs(tables))
         if kind == "int8" and k:
-            largest = np.abs(np.where(np.isfinite(weights), weights, 0)).max(-1, keepdims=True)
-            bound = bound + 2.0**-14 * sums(codes, np.broadcast_to(largest, weights.shape), np.abs(tables))
+            bound = bound + bytes_bound(names, codes, weights)
         return compare("out", names["out"], sums(codes, weights, tables), bound, wide)
 
     case.check = check
@@ -288,25 +375,26 @@ def draw_segments(draw: Draw) -> Case:
 
 def draw_hash(draw: Draw) -> Case:
     bits = draw.randint(1, 16)
-    shape = (*lead(draw), draw.size(7) * bits)
+    hash = draw.choice(tuple(HASHES)) if bits % 2 == 0 else "one_bit"
+    shape = (*lead(draw), draw.size(7) * (bits // HASHES[hash]))
     lines = [f"x = {draw.array(shape, draw.dtype(), wild=0.2, special=0.2)}"]
-    case = Case("hash_codes", f"out = pyrepr.hash_codes(x, {bits})", "value", lines)
+    case = Case("hash_codes", f"out = pyrepr.hash_codes(x, {bits}, hash={hash!r})", "value", lines)
 
     def check(names: dict[str, Any]) -> str | None:
         out, x = names["out"], f64(names["x"])
         if out.dtype != torch.int32:
             return f"codes are {out.dtype}"
-        return None if np.array_equal(out.numpy(), codes_of(x, bits)) else "codes are wrong"
+        return None if np.array_equal(out.numpy(), codes_of(x, bits, hash)) else "codes are wrong"
 
     case.check = check
     if draw.chance(0.15):
         case.expect = "error"
         if draw.chance(0.5):
-            lines.append(draw.wrong("x", wider=bits > 1, deeper=False, moved=False))
+            lines.append(draw.wrong("x", wider=bits > HASHES[hash], deeper=False, moved=False))
         else:
             case.call = f"out = pyrepr.hash_codes(x, {draw.choice((0, -1, 17, 2.0, True, None, repr('4')))})"
             case.names = ("bits", "x")
-        if lines[-1].startswith("x = x[None") or bits == 1:
+        if lines[-1].startswith("x = x[None") or bits == HASHES[hash]:
             case.expect, case.check = "either", lambda names: None
     return case
 

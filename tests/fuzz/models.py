@@ -217,6 +217,7 @@ def draw_convert(draw: Draw) -> Case:
         "batch_sizes=()",
         "progress=False",
         f"rank={draw.choice((0, 0, 0, 1, 2))}",
+        f"hash={draw.choice(('one_bit', 'two_bit'))!r}",
     ]
     if draw.chance(0.3):
         options.append(f"quantize={draw.choice(('int8', 'bf16'))!r}")
@@ -230,6 +231,7 @@ def draw_convert(draw: Draw) -> Case:
                     "select=lambda n, m: True",
                     "select=3",
                     "weighting='x'",
+                    "hash='x'",
                     "max_rows=3",
                     "max_rows=16",
                     "rank=-1",
@@ -255,6 +257,7 @@ def draw_convert(draw: Draw) -> Case:
         "bits",
         "rank",
         "weighting",
+        "hash",
         "quantize",
         "max_rows",
         "calibration",

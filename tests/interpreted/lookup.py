@@ -55,6 +55,23 @@ def test_codes_are_the_cpus_bit_for_bit(dtype):
         assert torch.equal(codes, reference.hash_codes(x, bits))
         with pyrepr.use_backend("cpu"):
             assert torch.equal(codes, pyrepr.hash_codes(x, bits))
+    x[3, :5] = torch.tensor([1.0, -1.0, 0.999, -0.999, 0.0]).to(dtype)
+    for bits in (2, 4, 6, 8, 10, 16):
+        codes = pyrepr.hash_codes(x, bits, hash="two_bit")
+        assert torch.equal(codes, reference.hash_codes(x, bits, "two_bit"))
+
+
+def test_standardised_codes_are_the_cpus_bit_for_bit():
+    """Also where z is close to where a code changes: no backend rounds in another way."""
+    centre, scale = torch.randn(240), torch.rand(240) + 0.5
+    x = centre + torch.randn(300, 240).sign() / scale  # z is ±1 up to its rounding
+    x[::3] = centre
+    options = (8, "none", 1.0, "two_bit", centre, scale)
+    codes, _ = ops.hash_op(x, *options)
+    assert 0.1 < (codes & 2 > 0).float().mean() < 0.9
+    assert torch.equal(codes, reference.hash_op(x, *options)[0])
+    with pyrepr.use_backend("cpu"):
+        assert torch.equal(codes, ops.hash_op(x, *options)[0])
 
 
 @pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
@@ -71,6 +88,44 @@ def test_weights_and_their_gradient(weighting):
         slope = ops.hash_backward_op(x, grad, bits, weighting, 1.0)
         truth = reference.hash_backward_op(x.double(), grad.double(), bits, weighting, 1.0)
         assert slope.dtype == dtype and relative(slope, truth) < FLOAT32 + ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+def test_two_bits_and_their_gradient(weighting):
+    for bits in (2, 6, 16):
+        x, grad = problem(5, 3, bits // 2, 1)[0], torch.randn(5, 3)
+        centre, scale = torch.randn(x.shape[1]), torch.rand(x.shape[1]) + 0.5
+        options = (bits, weighting, 0.8, "two_bit")
+        _, weights = ops.hash_op(x, *options, centre, scale)
+        wide = (x.double(), *options, centre.double(), scale.double())
+        assert relative(weights, reference.hash_op(*wide)[1]) < FLOAT32
+        slope = ops.hash_backward_op(x, grad, *options, centre, scale)
+        assert relative(slope, reference.hash_backward_op(wide[0], grad.double(), *wide[1:])) < FLOAT32
+
+
+@pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("table_dtype", [F32, BF16, I8])
+def test_converted_layers(x_dtype, table_dtype):
+    """Few tokens with the hash in the rows kernel, many, and tables for the tensor cores; elements away from jumps."""
+    for tokens, k, bits, h, rank in [(2, 33, 6, 131, 0), (2, 33, 6, 131, 3), (65, 3, 4, 64, 2), (260, 3, 6, 24, 2)]:
+        x, tables, scales, wide = problem(tokens, k, bits // 2, h, x_dtype, table_dtype)
+        tables, scales, wide = (
+            None if t is None else t.repeat_interleave(1 << bits // 2, 1) for t in (tables, scales, wide)
+        )
+        d = x.shape[1]
+        centre, scale = torch.randn(d), torch.rand(d) + 0.5
+        down, up = (torch.randn(rank, d) / d, torch.randn(rank, h)) if rank else (None, None)
+        given = {"centre": centre, "scale": scale, "down": down, "up": up}
+        exact = {name: None if t is None else t.double() for name, t in given.items()}
+        options = {"weighting": "l1", "hash": "two_bit"}
+        z = reference.standardised(
+            reference.without_low_rank(x.double(), exact["down"])[0], *map(exact.get, ("centre", "scale"))
+        )
+        clear = ((z.abs() > 1e-5) & ((z.abs() - 1).abs() > 1e-5)).all(1)
+        out = pyrepr.lookup_linear(x, tables, scales=scales, **options, **given)
+        truth = reference.lookup_linear(x.double(), wide, **options, **exact)
+        assert out.dtype == x_dtype and clear.sum() > 0.9 * tokens
+        assert relative(out[clear], truth[clear]) < FLOAT32 + ROUNDING[x_dtype], (tokens, rank)
 
 
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
