@@ -55,7 +55,7 @@ def accuracy(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor) -> float:
 
 
 def logistic_accuracy(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor) -> float:
-    """Held-out accuracy of scikit-learn's logistic regression: for few features, where ridge regression hides classes."""
+    """Held-out accuracy of logistic regression, scikit-learn's: for few features, where least squares hides classes."""
     linear = require("sklearn.linear_model", "scikit-learn")
     scale = x.std(0)
     fit = linear.LogisticRegression(max_iter=300).fit((x / scale).numpy(), y.numpy())

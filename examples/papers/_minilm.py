@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyrepr._optional import require
 
-PACKAGES, TEXTS = ("asyncio", "email", "unittest"), 160  # of each
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+TEXTS = 60  # of each
 
 
 @functools.lru_cache(1)
@@ -59,6 +60,11 @@ class Encoded(NamedTuple):
         """Mean token of every layer, [L + 1, n, d]."""
         weights = self.mask[None, :, :, None].float()
         return (self.states * weights).sum(2) / weights.sum(2)
+
+    @property
+    def last(self) -> Tensor:
+        """Last token of every layer, [L + 1, n, d]."""
+        return self.states[:, torch.arange(len(self.mask)), self.mask.sum(1) - 1]
 
 
 @torch.no_grad()

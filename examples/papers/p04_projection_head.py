@@ -13,8 +13,8 @@ PAPER = Paper(
     4,
     "Xue et al., Investigating the Benefits of Projection Head for Representation Learning, 2024",
     "f = W₂W₁x, −2 E f(x)ᵀf(x⁺) + E (f(x)ᵀf(x′))² + λ(‖W₁‖² + ‖W₂‖²)",
-    "singular values of the features before the head are the roots of those behind it (to 1e-3 of the largest), so that "
-    "they have the larger effective rank",
+    "singular values of the features before the head are the roots of those behind it (to 1e-3 of the largest), so "
+    "that they have the larger effective rank",
 )
 WIDTH, DECAY = 12, 0.02
 
@@ -24,7 +24,9 @@ def run() -> Finding:
     images = F.pad(x.view(-1, 8, 8), (1, 1, 1, 1))
     moved = images[:, 1:9, 2:10].flatten(1)
     pca = Moments().update(x).pca(WIDTH)
-    white, other = (((part.double() - pca.mean) @ pca.components.T) / pca.explained_variance.sqrt() for part in (x, moved))
+    white, other = (
+        ((part.double() - pca.mean) @ pca.components.T) / pca.explained_variance.sqrt() for part in (x, moved)
+    )
     white, other = white - white.mean(0), other - other.mean(0)
     pairs = white.T @ other / len(x)
     pairs = (pairs + pairs.T) / 2

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 PAPER = Paper(
     8,
     "Li et al., 2D Matryoshka Sentence Embeddings, 2024",
-    "loss of the last layer + of a sampled one, both at all prefixes, + τ KL(softmax(last/τ) ‖ softmax(layer/τ)), τ = .3",
+    "loss of the last layer + of a sampled one, both at all prefixes, + τ KL(softmax(last/τ) ‖ softmax(layer/τ)), "
+    "τ = .3",
     "nearest neighbours by 4 features of the first layer are right more often by .05 than in the plainly trained "
     "network; the whole embedding loses at most .01",
 )
@@ -70,4 +71,8 @@ def run() -> Finding:
     names = ("layer 0 at 4", "layer 1 at 4", "whole")
     text = ", ".join(f"{name} {a:.3f} → {b:.3f}" for name, a, b in zip(names, plain, ours, strict=True))
     holds = ours[0] - plain[0] >= 0.05 and plain[2] - ours[2] <= 0.01
-    return Finding(text, holds, {f"{n}, {k}": r for k, row in (("plain", plain), ("2d", ours)) for n, r in zip(names, row, strict=True)})
+    return Finding(
+        text,
+        holds,
+        {f"{n}, {k}": r for k, row in (("plain", plain), ("2d", ours)) for n, r in zip(names, row, strict=True)},
+    )

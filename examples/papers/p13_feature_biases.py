@@ -12,10 +12,11 @@ from pyrepr.stats import Moments
 
 PAPER = Paper(
     13,
-    "Lampinen et al., Learned feature representations are biased by complexity, learning order, position, and more, 2024",
+    "Lampinen et al., Learned feature representations are biased by complexity, learning order, position, and more, "
+    "2024",
     "R² of a feature's value in the units of a representation, weighted by variance",
-    "of a bit and an exclusive-or, both answered right on 99 % of unseen inputs, the bit explains more variance, by .05 "
-    "for each of three seeds",
+    "of a bit and an exclusive-or, both answered right on 99 % of unseen inputs, the bit explains more variance, by "
+    ".05 for each of three seeds",
 )
 INPUTS, SAMPLES = 16, 2560
 
@@ -33,8 +34,12 @@ def run() -> Finding:
         with torch.no_grad():
             worst = min(worst, float(((model(x[cut:]) > 0) == bits[cut:].bool()).float().mean(0).min()))
             hidden = model[:4](x[cut:])
-        shares.append([float(Moments().update(b[:, None], hidden).r2(multioutput="variance_weighted")) for b in bits[cut:].T])
+        shares.append(
+            [float(Moments().update(b[:, None], hidden).r2(multioutput="variance_weighted")) for b in bits[cut:].T]
+        )
     text = ", ".join(f"{bit:.2f} against {xor:.2f}" for bit, xor in shares)
     holds = worst >= 0.99 and all(bit - xor >= 0.05 for bit, xor in shares)
-    numbers = {f"{name} {seed}": s for seed, pair in enumerate(shares) for name, s in zip(("bit", "xor"), pair, strict=True)}
+    numbers = {
+        f"{name} {seed}": s for seed, pair in enumerate(shares) for name, s in zip(("bit", "xor"), pair, strict=True)
+    }
     return Finding(f"share of variance {text}; accuracy at least {worst:.3f}", holds, {**numbers, "accuracy": worst})

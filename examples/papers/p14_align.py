@@ -57,7 +57,9 @@ def run() -> Finding:
         sizes["ours"].append(ours[2])
         sizes["logits"].append(theirs[2])
     growth = {name: large / small for name, (small, large) in sizes.items()}
-    text = f"relative error at most {error:.1e}; {sizes['ours'][1] / 2**20:.1f} MiB kept, {growth['ours']:.2f} times that "
+    text = (
+        f"relative error at most {error:.1e}; {sizes['ours'][1] / 2**20:.1f} MiB kept, {growth['ours']:.2f} times that "
+    )
     text += f"of half the batch; {sizes['logits'][1] / 2**20:.0f} MiB by logits, {growth['logits']:.2f} times"
     holds = error < 1e-5 and growth["ours"] < 2.1 and growth["logits"] > 3
     return Finding(text, holds, {"error": error, **growth})

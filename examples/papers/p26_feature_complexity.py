@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from pyrepr.papers._data import digits, trained
 from pyrepr.papers._row import Finding, Paper
@@ -34,7 +36,9 @@ def run() -> Finding:
         features = layers[-1][:, live]
         known = []
         for z in layers:
-            fitted, held_out = (Moments().update(z[part], features[part]) for part in (slice(len(x)), slice(len(x), None)))
+            fitted, held_out = (
+                Moments().update(z[part], features[part]) for part in (slice(len(x)), slice(len(x), None))
+            )
             known.append(held_out.r2_of(fitted.ridge(1e-3), "raw_values"))
         known = torch.stack(known)
         weight = model[-1].weight.detach()[:, live]
@@ -45,5 +49,5 @@ def run() -> Finding:
     mean = sum(correlations) / SEEDS
     text = f"R² {', '.join(f'{r:.2f}' for r in curve)} from the pixels on; importance with complexity {mean:.2f} ("
     text += f"{', '.join(f'{r:.2f}' for r in correlations)})"
-    holds = all(a < b for a, b in zip(curve, curve[1:], strict=False)) and mean < -0.3
+    holds = all(a < b for a, b in pairwise(curve)) and mean < -0.3
     return Finding(text, holds, {"correlation": mean, **{f"layer {i}": r for i, r in enumerate(curve)}})

@@ -11,8 +11,8 @@ from pyrepr import gram
 
 PAPER = Paper(
     33,
-    "Xie et al., Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning, "
-    "2021",
+    "Xie et al., Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation "
+    "Learning, 2021",
     "y_i = Σ_j relu(cos(x_i, x_j))^γ x_j, γ = 2, of unit length",
     "within regions of like colour, features of a photograph propagated once vary at most half as much, beside the "
     "variance between regions; as much as that is not reached without the similarity (plain average of 5 × 5 places)",

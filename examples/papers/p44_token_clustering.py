@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import pairwise
+
 import torch.nn.functional as F
 from pyrepr.papers._data import patches, photograph
 from pyrepr.papers._row import Finding, Paper
@@ -35,7 +36,7 @@ def run() -> Finding:
         pooled.append(float((large - image).square().sum()) / whole)
     counts = [h * w for h, w in SIZES]
     text = ", ".join(f"{n}: {a:.3f} ({b:.3f} pooled)" for n, a, b in zip(counts, ours, pooled, strict=True))
-    falls = all(a > b for a, b in zip(ours, ours[1:], strict=False))
+    falls = all(a > b for a, b in pairwise(ours))
     holds = falls and all(a <= 0.8 * b for a, b in zip(ours, pooled, strict=True))
     numbers = {str(n): a for n, a in zip(counts, ours, strict=True)}
     return Finding(f"unexplained of {high * wide} tokens, by clusters {text}", holds, numbers)

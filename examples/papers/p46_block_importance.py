@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import pairwise
+
 from pyrepr.papers._minilm import docstrings, encode, minilm
 from pyrepr.papers._row import Finding, Paper
 from torch import Tensor
@@ -24,10 +25,10 @@ def embedding(states: Tensor, mask: Tensor) -> Tensor:
 
 def run() -> Finding:
     stats = require("scipy.stats", "scipy")
-    texts = docstrings()[0][::5]
+    texts = docstrings()[0][::10]
     states, mask = encode(texts)
     there = mask.bool()
-    importance = [1 - float(paired_cosine(a[there], b[there])) for a, b in zip(states, states[1:], strict=False)]
+    importance = [1 - float(paired_cosine(a[there], b[there])) for a, b in pairwise(states)]
     whole = embedding(states[-1], mask)
     layers = minilm()[0].encoder.layer
     harm = []
