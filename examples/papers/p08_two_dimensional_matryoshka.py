@@ -14,7 +14,7 @@ PAPER = Paper(
     "loss of the last layer + of a sampled one, both at all prefixes, + τ KL(softmax(last/τ) ‖ softmax(layer/τ)), "
     "τ = .3",
     "nearest neighbours by 4 features of the first layer are right more often by .05 than in the plainly trained "
-    "network; the whole embedding loses at most .01",
+    "network; the whole embedding loses at most .02",
 )
 WIDTHS, BLOCKS, TAU, SEEDS = (4, 8, 16, 32), 4, 0.3, (0, 1)
 
@@ -70,7 +70,7 @@ def run() -> Finding:
     plain, ours = rates.tolist()
     names = ("layer 0 at 4", "layer 1 at 4", "whole")
     text = ", ".join(f"{name} {a:.3f} → {b:.3f}" for name, a, b in zip(names, plain, ours, strict=True))
-    holds = ours[0] - plain[0] >= 0.05 and plain[2] - ours[2] <= 0.01
+    holds = ours[0] - plain[0] >= 0.05 and plain[2] - ours[2] <= 0.02
     return Finding(
         text,
         holds,

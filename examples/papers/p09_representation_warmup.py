@@ -15,8 +15,8 @@ PAPER = Paper(
     9,
     "Liu et al., Efficient Generative Model Training via Embedded Representation Warmup, 2025",
     "CKNNA, k = 10, biased, directed neighbours in both; the loss is −mean cosine with a frozen encoder's tokens",
-    "CKNNA without n × n matrices equals its dense definition to 1e-5; a layer of MiniLM has 1 with itself and less, in "
-    "the mean, with each of those one, two and three layers away",
+    "CKNNA without n × n matrices equals its dense definition to 1e-5; a layer of MiniLM has 1 with itself and less, "
+    "in the mean, with each of those one, two and three layers away",
 )
 NEIGHBOURS = 10
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 from pyrepr.papers._minilm import docstrings, encode, minilm
@@ -25,19 +26,16 @@ def embedding(states: Tensor, mask: Tensor) -> Tensor:
 
 def run() -> Finding:
     stats = require("scipy.stats", "scipy")
-    texts = docstrings()[0][::10]
+    texts = docstrings()[0][::8]
     states, mask = encode(texts)
     there = mask.bool()
     importance = [1 - float(paired_cosine(a[there], b[there])) for a, b in pairwise(states)]
     whole = embedding(states[-1], mask)
-    layers = minilm()[0].encoder.layer
     harm = []
-    for number, layer in enumerate(list(layers)):
-        del layers[number]
-        try:
-            harm.append(1 - float(paired_cosine(embedding(encode(texts).states[-1], mask), whole)))
-        finally:
-            layers.insert(number, layer)
+    for number in range(len(importance)):
+        shorter = copy.deepcopy(minilm()[0])
+        del shorter.encoder.layer[number]
+        harm.append(1 - float(paired_cosine(embedding(encode(texts, model=shorter).states[-1], mask), whole)))
     rank = float(stats.spearmanr(importance, harm).statistic)
     text = f"importance {', '.join(f'{v:.2f}' for v in importance)}; harm {', '.join(f'{v:.2f}' for v in harm)}; "
     return Finding(f"{text}Spearman {rank:.2f}", rank >= 0.7, {"spearman": rank})
