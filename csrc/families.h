@@ -4,7 +4,7 @@
 PYREPR_FAMILY(gram, GramFunctions, avx512)
 PYREPR_FAMILY(moments, MomentsFunctions, avx512)
 PYREPR_FAMILY(pairs, PairsFunctions, avx512_bf16)
-PYREPR_FAMILY(delta_rule, DeltaRuleFunctions, avx512_bf16)
+PYREPR_FAMILY(delta_rule, DeltaRuleFunctions, avx512)
 PYREPR_FAMILY(lookup, LookupFunctions, avx512_bf16)
 PYREPR_FAMILY(causal_conv1d, CausalConvFunctions, avx512)
 PYREPR_FAMILY(probe, ProbeFunctions, avx512)

@@ -3,8 +3,8 @@
 //
 //   S <- e^{g_t} S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t          S [K, V]
 //
-// In chunks of kChunk tokens, with S the state before the chunk, q already scaled, G = cumsum(g) inside the chunk and
-// Gamma_ts = e^{G_t - G_s} for t >= s:
+// The forward does just that: see delta_rule_recurrence.h. The backward goes by chunks of kChunk tokens: with S the state
+// before the chunk, q already scaled, G = cumsum(g) inside the chunk and Gamma_ts = e^{G_t - G_s} for t >= s:
 //
 //   A = tril(diag(beta) (K K^T o Gamma), -1)      X = (I + A)^-1      P = tril(Q K^T o Gamma)
 //   R = diag(beta) (V - diag(e^G) K S)            V' = X R            O = diag(e^G) Q S + P V'

@@ -405,46 +405,5 @@ inline void next_state(const DeltaRuleProblem& p, const Chunk& chunk, const Pane
                                     chunk.gates.last, requests);
 }
 
-// Whether all elements of x [C, n] are finite.
-inline bool all_finite(const Panels& x, int64_t n) {
-  V zeros{};
-  for (int64_t c = 0; c < n; c += W)
-    for (int64_t t = 0; t < C; t++) zeros += load<float>(x.at(t, c)) * 0.f;
-  return lane_sum<float>(zeros) == 0;
-}
-
-// Takes a sequence chunk by chunk, in float.
-class FloatForward {
- public:
-  static int64_t size(int64_t padded) { return Chunk::size(padded); }
-  FloatForward(const DeltaRuleProblem& p, float* memory) : p(p), chunk(memory, round_up(p.width, NR)) {}
-
-  // What the value columns of the chunk at t0 share.
-  template <class S>
-  void load(const Sequence& s, int64_t t0) {
-    chunk.load_k<S>(p, s, t0);
-    chunk.solve(p);
-    chunk.load_q<S>(p, s, t0, p.scale);
-    chunk.gate(p, true);
-  }
-  // o [C, n] from v [C, n], and the state [K, n] after the chunk; v is used up, `values` is scratch. False, and the state
-  // left alone, if an element of o is not finite: triangles are multiplied with their zeros, so that it need not be
-  // right for the tokens before.
-  bool advance(int64_t n, const Panels& v, const Panels& values, const Panels& o, const Panels& state,
-               Requests& requests) {
-    requests.spread((2 * C + p.width) / Panels::MR);
-    new_values(p, chunk, state, n, v, values, &requests);
-    multiply_panels<Part::all, true>(chunk.qt, C, state, n, p.width, o, 1, &requests);
-    multiply_panels<Part::terms_upto, false>(chunk.pt, C, values, n, C, o);
-    if (!all_finite(o, n)) return false;
-    next_state(p, chunk, values, n, state, &requests);
-    return true;
-  }
-
- private:
-  const DeltaRuleProblem& p;
-  Chunk chunk;
-};
-
 }  // namespace
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

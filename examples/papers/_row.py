@@ -20,12 +20,14 @@ class Paper:
         citation: authors, title, year.
         operation: what the released code computes, in a formula.
         claim: what is tested, in a sentence that can be false.
+        fails: why it is known not to hold on data of this size; empty where it is expected to hold.
     """
 
     number: int
     citation: str
     operation: str
     claim: str
+    fails: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Row:
     paper: Paper
     finding: Finding
     seconds: float
+
+    @property
+    def expected(self) -> bool:
+        """Whether the claim holds where it is known to, and does not where it is known not to."""
+        return self.finding.holds == (not self.paper.fails)
 
 
 def proofs(numbers: set[int] | None = None) -> Iterator[ModuleType]:

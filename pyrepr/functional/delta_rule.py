@@ -71,8 +71,7 @@ def chunk_delta_rule(
         ``torch.func``, whose ``vmap`` becomes part of the batch (with cu_seqlens it loops). First derivatives in
         reverse run on the kernels; forward mode and higher orders go through the chunk form in plain PyTorch, which
         takes some ten times as long as its first derivative, and memory for 300 to 500 tensors as large as q. 16-bit
-        inputs are accumulated in float32. On processors with 16-bit dot products (AVX-512 VNNI and BF16) bf16 inputs
-        use them where there is no gate per key, with errors well below what rounding o to bf16 costs.
+        inputs are computed in float32.
 
     Raises:
         ValueError, TypeError: if an argument has the wrong shape, dtype, device or range. NaN is not an error: it

@@ -300,8 +300,8 @@ def spoil(draw: Draw, case: Case, gate: str, with_state: bool, packed: bool, in_
         )
         name = "q"
     case.lines.append(line)
-    may_be_none = (
-        ("initial_state", "cu_seqlens", "beta") if "recurrent" in case.kind else ("initial_state", "cu_seqlens")
-    )
+    may_be_none = ["initial_state", "cu_seqlens"]
+    if "recurrent" in case.kind:
+        may_be_none += ["beta"] + ["g"] * ("gated" in case.kind)
     if line == f"{name} = None" and name in may_be_none:
         case.expect, case.check = "either", lambda names: None

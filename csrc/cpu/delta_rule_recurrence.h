@@ -1,0 +1,282 @@
+// The delta rule token by token, with the state of some value columns in L1. Included by level units only.
+//
+// Work per token, head and element of the state: three multiply-adds, four with a gate per key; no triangular matrices
+// and no products that are thrown away, so it is ahead of the chunk form as long as its columns stay in L1. One pass
+// over them writes token t and reads for token t + 1: with S before token t, e = v - S'^T k and delta = beta e,
+//
+//   S_t = e^{g_t} S + k_t delta_t^T,    then of the same registers    S_t^T (e^{g} k)_{t+1}  and  S_t^T (e^{g} q)_{t+1}
+//
+// so every element is loaded and stored once. A gate per head multiplies no element either: the state is kept as S / D,
+// D the product of the decays since, and multiplied out where D leaves [2^-8, 2^8].
+#pragma once
+
+#include "cpu/delta_rule_chunk.h"
+
+namespace pyrepr::cpu::PYREPR_LEVEL {
+namespace {
+
+// One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
+// since S'^T q = (e^g S)^T q + <k, q> delta.
+struct Token {
+  float *k, *decay, *decayed_k, *decayed_q;  // [K] k, e^g, e^g k, e^g q
+  float beta, kq;
+
+  static int64_t size(int64_t width) { return 4 * round_up(width, NR); }
+  Token(float* memory, int64_t width) {
+    k = memory;
+    decay = k + round_up(width, NR);
+    decayed_k = decay + round_up(width, NR);
+    decayed_q = decayed_k + round_up(width, NR);
+  }
+
+  template <class S>
+  void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t) {
+    const int64_t padded = round_up(p.width, NR), row = s.row(p, t);
+    load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
+    load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
+    beta = p.beta[row];
+    const V same = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row])) : splat<float>(1);
+    V products{};
+    for (int64_t c = 0; c < padded; c += W) {
+      const V key = pyrepr::load<float>(k + c), query = pyrepr::load<float>(decayed_q + c);
+      const V e = p.gate == Gate::per_key
+                      ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
+                      : same;
+      products += key * query;
+      store<float>(decay + c, e);
+      store<float>(decayed_k + c, key * e);
+      store<float>(decayed_q + c, query * e);
+    }
+    kq = static_cast<float>(lane_sum<float>(products));
+  }
+
+  // The state [K, NV * W] at `from` forward by this token, to `to`, which may be the same; v, o [NV * W].
+  template <int NV>
+  void step(int64_t width, const float* from, float* to, int64_t stride, const float* v, float* o) const {
+    // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
+    constexpr int64_t rows = 8;
+    V erased[NV] = {}, read[NV] = {}, delta[NV];
+    int64_t i = 0;
+    for (; i + rows <= width; i += rows)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        V e{}, r{};
+#pragma GCC unroll 8
+        for (int64_t row = i; row < i + rows; row++) {
+          const V s = pyrepr::load<float>(from + row * stride + j * W);
+          e += decayed_k[row] * s;
+          r += decayed_q[row] * s;
+        }
+        erased[j] += e;
+        read[j] += r;
+      }
+    for (; i < width; i++)
+      for (int j = 0; j < NV; j++) {
+        const V s = pyrepr::load<float>(from + i * stride + j * W);
+        erased[j] += decayed_k[i] * s;
+        read[j] += decayed_q[i] * s;
+      }
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) {
+      delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
+      store<float>(o + j * W, read[j] + kq * delta[j]);
+    }
+    // Last row first: the rows just read are still in L1.
+    for (i = width - 1; i >= 0; i--)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) {
+        const int64_t at = i * stride + j * W;
+        store<float>(to + at, decay[i] * pyrepr::load<float>(from + at) + k[i] * delta[j]);
+      }
+  }
+};
+
+// Value columns of a sequence through all its tokens. Columns: see DeltaRule<S>::Columns.
+template <class S, class Columns>
+class Recurrence {
+ public:
+  static int64_t size(int64_t width, int64_t columns) {
+    return (C + 1) * Token::size(width) + ceil_div(columns, NR) * (width + 2) * NR;
+  }
+
+  Recurrence(const Columns& at, float* memory)
+      : at_(at), p_(at.p), tokens_(memory), blocks_(ceil_div(at.columns, NR)) {
+    carry_ = tokens_ + (C + 1) * Token::size(p_.width);
+    state_ = carry_ + blocks_ * 2 * NR;
+  }
+
+  void run(const DeltaRuleStates& states) {
+    load_state();
+    const int64_t slot = states.data ? at_.s.first_slot(p_, states.segment) : 0, length = at_.s.length;
+    for (int64_t t0 = 0, number = 0; t0 < length; t0 += C, number++) {
+      if (states.data && number % states.segment == 0) {
+        const int64_t head = (slot + number / states.segment) * p_.value_heads + at_.s.value_head;
+        store_state(states.data + head * p_.width * p_.value_width + at_.v0);
+      }
+      const int64_t rows = smaller(C, length - t0);
+      load_tokens(t0, rows);
+      for (int64_t b = 0; b < blocks_; b++) walk(t0, rows, b);
+    }
+    store_state(at_.final);
+  }
+
+ private:
+  static constexpr int NV = NR / W;
+  static constexpr int64_t kChain = 16;  // rows that are summed on their own first: long chains of additions round more
+  enum class Change { none, scaled, by_row };
+
+  Token token(int64_t r) const { return Token(tokens_ + r * Token::size(p_.width), p_.width); }
+  float* block(int64_t b) const { return state_ + b * p_.width * NR; }
+  int64_t count(int64_t b) const { return smaller<int64_t>(NR, at_.columns - b * NR); }
+
+  void load_state() {
+    const float* const from = at_.initial();
+    for (int64_t b = 0; b < blocks_; b++)
+      for (int64_t i = 0; i < p_.width; i++)
+        for (int j = 0; j < NV; j++)
+          store<float>(block(b) + i * NR + j * W,
+                       from ? load_some<StoreF32>(from + i * p_.value_width + b * NR + j * W, count(b) - j * W) : V{});
+  }
+  void store_state(float* to) const {
+    for (int64_t b = 0; b < blocks_; b++)
+      for (int64_t i = 0; i < p_.width; i++)
+        for (int j = 0; j < NV && j * W < count(b); j++)
+          store_some<StoreF32>(to + i * p_.value_width + b * NR + j * W, count(b) - j * W,
+                               load<float>(block(b) + i * NR + j * W) * scale_);
+  }
+
+  // The tokens of a window, and the one after it; what becomes of the scale.
+  void load_tokens(int64_t t0, int64_t rows) {
+    for (int64_t r = 0; r <= rows && t0 + r < at_.s.length; r++) {
+      Token next = token(r);
+      next.load<S>(p_, at_.s, t0 + r);
+      if (r == rows) break;
+      beta_[r] = next.beta;
+      kq_[r] = next.kq;
+      before_[r] = scale_;
+      change_[r] = p_.gate == Gate::per_key ? Change::by_row : Change::none;
+      if (p_.gate == Gate::per_head) {
+        factor_[r] = scale_ * next.decay[0];
+        const bool kept = factor_[r] >= 0x1p-8f && factor_[r] <= 0x1p8f;
+        change_[r] = kept ? Change::none : Change::scaled;
+        scale_ = kept ? factor_[r] : 1;
+      }
+      inverse_[r] = 1 / scale_;
+    }
+    if (t0 == 0)
+      for (int64_t b = 0; b < blocks_; b++) look(token(0), b);
+  }
+
+  // What the first token reads.
+  void look(const Token& first, int64_t b) {
+    V erased[NV] = {}, read[NV] = {};
+    for (int64_t i = 0; i < p_.width; i++)
+      for (int j = 0; j < NV; j++) {
+        const V s = load<float>(block(b) + i * NR + j * W);
+        erased[j] += first.decayed_k[i] * s;
+        read[j] += first.decayed_q[i] * s;
+      }
+    keep(b, erased, read);
+  }
+  void keep(int64_t b, const V (&erased)[NV], const V (&read)[NV]) {
+    for (int j = 0; j < NV; j++) {
+      store<float>(carry_ + b * 2 * NR + j * W, erased[j]);
+      store<float>(carry_ + b * 2 * NR + NR + j * W, read[j]);
+    }
+  }
+
+  void walk(int64_t t0, int64_t rows, int64_t b) {
+    V erased[NV], read[NV], delta[NV];
+    for (int j = 0; j < NV; j++) {
+      erased[j] = load<float>(carry_ + b * 2 * NR + j * W);
+      read[j] = load<float>(carry_ + b * 2 * NR + NR + j * W);
+    }
+    // What is far apart in memory, four kilobytes often, would push itself out of L1 row by row.
+    alignas(64) float v[C * NR], o[C * NR];
+    const Panels columns{v, C}, out{o, C};
+    load_matrix<S>(at_.v(t0, b * NR), p_.v.token, rows, C, count(b), columns);
+    for (int64_t r = 0; r < rows; r++) {
+      ask(t0 + C + r, b);
+      for (int j = 0; j < NV; j++) {
+        const int64_t at = r * NR + j * W;
+        delta[j] = beta_[r] * (load<float>(v + at) - before_[r] * erased[j]);
+        store<float>(o + at, before_[r] * read[j] + kq_[r] * delta[j]);
+        delta[j] *= inverse_[r];
+      }
+      const Token now = token(r), next = token(t0 + r + 1 < at_.s.length ? r + 1 : r);
+      switch (change_[r]) {
+        case Change::none:
+          pass<Change::none>(now, next, 1, delta, block(b), erased, read);
+          break;
+        case Change::scaled:
+          pass<Change::scaled>(now, next, factor_[r], delta, block(b), erased, read);
+          break;
+        case Change::by_row:
+          pass<Change::by_row>(now, next, 1, delta, block(b), erased, read);
+          break;
+      }
+    }
+    store_matrix<S>(out, rows, count(b), at_.out(t0, b * NR), p_.value_heads * p_.value_width);
+    keep(b, erased, read);
+  }
+
+  // Asks memory for this block's share of a token: the hardware does not see it coming.
+  void ask(int64_t t, int64_t b) const {
+    if (t >= at_.s.length) return;
+    const auto some = [](const typename S::Memory* x, int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i += 64 / static_cast<int64_t>(sizeof *x)) __builtin_prefetch(x + i, 0, 2);
+    };
+    const int64_t first = p_.width * b / blocks_, last = p_.width * (b + 1) / blocks_;
+    some(at_.s.template token<S>(p_.k, t, at_.s.head), first, last);
+    some(at_.s.template token<S>(p_.q, t, at_.s.head), first, last);
+    some(at_.v(t, b * NR), 0, count(b));
+    if (p_.gate == Gate::per_key)
+      for (int64_t i = first; i < last; i += 16) __builtin_prefetch(p_.g + at_.s.row(p_, t) * p_.width + i, 0, 2);
+  }
+
+  template <Change change>
+  void pass(const Token& now, const Token& next, float factor, const V (&delta)[NV], float* state, V (&erased)[NV],
+            V (&read)[NV]) const {
+    // Copies: what is stored could be any of these, for all that the compiler knows.
+    const float *const k = now.k, *const decay = now.decay, *const keys = next.decayed_k, *const queries = next.decayed_q;
+    V d[NV], all_e[NV] = {}, all_r[NV] = {};
+    for (int j = 0; j < NV; j++) d[j] = delta[j];
+    const int64_t width = p_.width;
+    for (int64_t i = 0; i < width;) {
+      const int64_t end = smaller(i + kChain, width);
+      V e[NV] = {}, r[NV] = {};
+#pragma GCC unroll 4
+      for (; i < end; i++) {
+        const float write = k[i], keep = change == Change::by_row ? decay[i] : factor, key = keys[i], query = queries[i];
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; j++) {
+          float* const at = state + i * NR + j * W;
+          V s = load<float>(at);
+          s = (change == Change::none ? s : keep * s) + write * d[j];
+          store<float>(at, s);
+          e[j] += key * s;
+          r[j] += query * s;
+        }
+      }
+      for (int j = 0; j < NV; j++) {
+        all_e[j] += e[j];
+        all_r[j] += r[j];
+      }
+    }
+    for (int j = 0; j < NV; j++) {
+      erased[j] = all_e[j];
+      read[j] = all_r[j];
+    }
+  }
+
+  const Columns& at_;
+  const DeltaRuleProblem& p_;
+  float *tokens_, *carry_, *state_;
+  const int64_t blocks_;
+  float scale_ = 1;  // the state is what is kept times this
+  float beta_[C], kq_[C], before_[C], inverse_[C], factor_[C];
+  Change change_[C];
+};
+
+}  // namespace
+}  // namespace pyrepr::cpu::PYREPR_LEVEL
