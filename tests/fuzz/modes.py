@@ -99,7 +99,7 @@ class Problem:
         return None
 
     def size_of(self, truth: np.ndarray) -> float:
-        return max(self.typical, self.case.differential.size, float(np.abs(truth).max(initial=0)))
+        return max(self.typical, self.case.differential.size(*self.arrays), float(np.abs(truth).max(initial=0)))
 
     typical = 0.0
 
