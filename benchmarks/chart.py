@@ -47,7 +47,7 @@ OVERVIEW = (
     ("cka_matrix rbf", "L=6 n=2048 d=384"),
     ("cka forward+backward", "n=1024 d=4096"),
     ("gated forward", "B=1 T=2048 H=8 K=V=128"),
-    ("gated forward, bf16", "B=1 T=2048 H=8 K=V=128"),
+    ("gated forward", "B=1 T=16 H=8 K=V=128"),
     ("gated forward+backward", "B=1 T=2048 H=8 K=V=128"),
     ("decode, gated", "B=1 H=8 K=V=128"),
     ("convolution + SiLU", "B=1 D=6144 T=2048 W=4"),

@@ -1,4 +1,4 @@
-"""Cases of family `delta_rule`. Peers: the chunk form in plain torch, and transformers' PyTorch fallback."""
+"""Cases of family `delta_rule`. Peers: ONNX Runtime, the chunk form in plain torch, transformers' PyTorch fallback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from pyrepr.benchmarks.harness import Case, Workload, module_error
+from pyrepr.benchmarks.onnx_peer import onnx_runtime
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -86,9 +87,9 @@ def _peers(rule: str) -> dict[str, Callable[..., Tensor]]:
 OURS = {"plain": pyrepr.chunk_delta_rule, "gated": pyrepr.chunk_gated_delta_rule, "kda": pyrepr.chunk_kda}
 
 
-def _operations(T: int, H: int, K: int, chunk: int = 32) -> float:
-    """Of the forward, two per multiply-add: three K × K products per token, and inside the chunk half of four."""
-    return 2.0 * T * H * (3 * K * K + 4 * chunk * K / 2)
+def _operations(rule: str, T: int, H: int, K: int) -> float:
+    """Of the forward, two per multiply-add: three for every element of a state and token, four with a gate per key."""
+    return 2.0 * T * H * K * K * (4 if rule == "kda" else 3)
 
 
 def _truth(inputs: Sequence[Tensor]) -> Tensor:
@@ -102,12 +103,14 @@ def _forward(rule: str, T: int, H: int, K: int, dtype: torch.dtype = torch.float
     if dtype != torch.float32:
         wide = [x.float() for x in inputs]
         functions["pyrepr in float32"] = lambda *_: OURS[rule](*wide)[0]
-    functions |= _peers(rule)
+    elif engine := onnx_runtime(rule, T, H, K):
+        functions["ONNX Runtime"] = lambda *x: engine(*x)[0]
+    functions |= _peers(rule) if T % 64 == 0 else {}
     return Workload(
         {name: lambda f=f: f(*inputs) for name, f in functions.items()},
         truth=lambda: _truth(inputs),
         tolerance=2e-6 if dtype == torch.float32 else 8e-3,
-        flops=_operations(T, H, K),
+        flops=_operations(rule, T, H, K),
         bytes=4 * T * H * K * inputs[0].element_size(),
     )
 
@@ -128,7 +131,7 @@ def _training(rule: str, T: int, H: int, K: int, dtype: torch.dtype = torch.floa
         {name: lambda f=f: step(f, inputs) for name, f in (functions | _peers(rule)).items()},
         truth=lambda: step(exact, [x.double() for x in inputs]),
         tolerance=1e-5 if dtype == torch.float32 else 8e-3,
-        flops=_operations(T, H, K) + 2.0 * T * H * (8 * K * K + 11 * 32 * K / 2),
+        flops=_operations(rule, T, H, K) + 2.0 * T * H * (8 * K * K + 11 * 32 * K / 2),
         bytes=11 * T * H * K * inputs[0].element_size(),
     )
 
@@ -144,6 +147,8 @@ def _decoding(H: int, K: int) -> Workload:
         "pyrepr": lambda: ours(q, k, v, g, beta=beta, initial_state=start, output_final_state=True),
         "pyrepr, out_state": lambda: ours(q, k, v, g, beta=beta, initial_state=start, out_state=out),
     }
+    if engine := onnx_runtime("gated", 1, H, K, state=True):
+        functions["ONNX Runtime"] = lambda: engine(*inputs, start)
     fallback = _transformers("qwen3_next", "torch_recurrent_gated_delta_rule")
     if fallback:
         functions["transformers fallback"] = lambda: fallback(
@@ -164,6 +169,10 @@ def cases() -> list[Case]:
         Case("delta rule forward", "B=1 T=512 H=8 K=V=64", lambda: _forward("plain", 512, 8, 64), quick=True),
         Case("delta rule forward", shape, lambda: _forward("plain", 2048, 8, 128), quick=True),
         Case("gated forward", shape, lambda: _forward("gated", 2048, 8, 128), quick=True),
+        *(
+            Case("gated forward", f"B=1 T={T} H=8 K=V=128", lambda T=T: _forward("gated", T, 8, 128))
+            for T in (2, 8, 16, 32, 128)
+        ),
         Case("KDA forward", "B=1 T=512 H=4 K=V=128", lambda: _forward("kda", 512, 4, 128), quick=True),
         Case("KDA forward", shape, lambda: _forward("kda", 2048, 8, 128)),
         Case("gated forward, bf16", shape, lambda: _forward("gated", 2048, 8, 128, torch.bfloat16)),
