@@ -83,6 +83,9 @@ class Problem:
         around = [of(self.disturbed()) for _ in range(2)]
         if not np.isfinite(truth).all() or not all(np.isfinite(a).all() for a in around):
             return None
+        wide = torch.finfo(torch.float64 if self.eps == EPS[torch.float64] else torch.float32)
+        if np.abs(truth).max(initial=0) > wide.max / 4:
+            return None
         change = max(float(np.abs(a - truth).max(initial=0)) for a in around)
         if OF_CONDITION * change > self.size_of(truth) and change > 0:
             return None  # rounding decides
