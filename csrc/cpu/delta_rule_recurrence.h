@@ -91,29 +91,34 @@ struct Token {
   }
 };
 
+// Tokens that are brought in together, while those after them are asked for. Tokens are four kilobytes apart as a rule,
+// so that more of them would push each other out of the cache's sets.
+constexpr int64_t kWindow = 16;
+static_assert(C % kWindow == 0, "states are kept between chunks of the backward");
+
 // Value columns of a sequence through all its tokens. Columns: see DeltaRule<S>::Columns.
 template <class S, class Columns>
 class Recurrence {
  public:
   static int64_t size(int64_t width, int64_t columns) {
-    return (C + 1) * Token::size(width) + ceil_div(columns, NR) * (width + 2) * NR;
+    return (kWindow + 1) * Token::size(width) + ceil_div(columns, NR) * (width + 2) * NR;
   }
 
   Recurrence(const Columns& at, float* memory)
       : at_(at), p_(at.p), tokens_(memory), blocks_(ceil_div(at.columns, NR)) {
-    carry_ = tokens_ + (C + 1) * Token::size(p_.width);
+    carry_ = tokens_ + (kWindow + 1) * Token::size(p_.width);
     state_ = carry_ + blocks_ * 2 * NR;
   }
 
   void run(const DeltaRuleStates& states) {
     load_state();
     const int64_t slot = states.data ? at_.s.first_slot(p_, states.segment) : 0, length = at_.s.length;
-    for (int64_t t0 = 0, number = 0; t0 < length; t0 += C, number++) {
-      if (states.data && number % states.segment == 0) {
-        const int64_t head = (slot + number / states.segment) * p_.value_heads + at_.s.value_head;
+    for (int64_t t0 = 0; t0 < length; t0 += kWindow) {
+      if (states.data && t0 % (C * states.segment) == 0) {
+        const int64_t head = (slot + t0 / (C * states.segment)) * p_.value_heads + at_.s.value_head;
         store_state(states.data + head * p_.width * p_.value_width + at_.v0);
       }
-      const int64_t rows = smaller(C, length - t0);
+      const int64_t rows = smaller(kWindow, length - t0);
       load_tokens(t0, rows);
       for (int64_t b = 0; b < blocks_; b++) walk(t0, rows, b);
     }
@@ -192,11 +197,11 @@ class Recurrence {
       read[j] = load<float>(carry_ + b * 2 * NR + NR + j * W);
     }
     // What is far apart in memory, four kilobytes often, would push itself out of L1 row by row.
-    alignas(64) float v[C * NR], o[C * NR];
-    const Panels columns{v, C}, out{o, C};
-    load_matrix<S>(at_.v(t0, b * NR), p_.v.token, rows, C, count(b), columns);
+    alignas(64) float v[kWindow * NR], o[kWindow * NR];
+    const Panels columns{v, kWindow}, out{o, kWindow};
+    load_matrix<S>(at_.v(t0, b * NR), p_.v.token, rows, kWindow, count(b), columns);
     for (int64_t r = 0; r < rows; r++) {
-      ask(t0 + C + r, b);
+      ask(t0 + kWindow + r, b);
       for (int j = 0; j < NV; j++) {
         const int64_t at = r * NR + j * W;
         delta[j] = beta_[r] * (load<float>(v + at) - before_[r] * erased[j]);
@@ -274,8 +279,8 @@ class Recurrence {
   float *tokens_, *carry_, *state_;
   const int64_t blocks_;
   float scale_ = 1;  // the state is what is kept times this
-  float beta_[C], kq_[C], before_[C], inverse_[C], factor_[C];
-  Change change_[C];
+  float beta_[kWindow], kq_[kWindow], before_[kWindow], inverse_[kWindow], factor_[kWindow];
+  Change change_[kWindow];
 };
 
 }  // namespace
