@@ -51,6 +51,8 @@ OVERVIEW = (
     ("gated forward+backward", "B=1 T=2048 H=8 K=V=128"),
     ("decode, gated", "B=1 H=8 K=V=128"),
     ("convolution + SiLU", "B=1 D=6144 T=2048 W=4"),
+    ("top-k", "n=m=20000 d=384 k=10"),
+    ("InfoNCE forward+backward", "n=m=8192 d=512"),
     ("lookup forward", "T=1 d=h=2048 int8"),
     ("lookup forward", "T=64 d=h=2048 bf16"),
 )
