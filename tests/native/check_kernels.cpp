@@ -262,10 +262,10 @@ void check_lookup(const Level& level) {
   std::vector<float> out(T * h);
   for (const LookupRoute route : {LookupRoute::rows, LookupRoute::stream, LookupRoute::registers}) {
     const LookupTables floats{table.data(), TableType::f32, nullptr, K, n, h, false, 2};
-    level.lookup().linear(floats, hash, bias.data(), route, out.data());
+    level.lookup().linear(floats, hash, {}, bias.data(), route, out.data());
     compare(level.name, "lookup", out, sums, 1e-6);
     const LookupTables quantised{bytes.data(), TableType::i8, scales.data(), K, n, h, false, 2};
-    level.lookup().linear(quantised, hash, bias.data(), route, out.data());
+    level.lookup().linear(quantised, hash, {}, bias.data(), route, out.data());
     compare(level.name, "lookup int8", out, byte_sums, 1e-5);
   }
 }
