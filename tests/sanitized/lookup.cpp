@@ -54,7 +54,7 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
       random, "lookup linear", [&] { return outputs({{T * h, wide}}); },
       [&](int threads, std::vector<Buffer>& out) {
         on(threads);
-        return functions.linear(tables, hash, with_bias ? bias.at() : nullptr, route, out[0].at());
+        return functions.linear(tables, hash, {}, with_bias ? bias.at() : nullptr, route, out[0].at());
       });
   std::vector<Buffer> hashed = outputs({{T * K, DType::f32}, {T * K, wide}});
   if (functions.hash(hash, hashed[0].as<int32_t>(), hashed[1].at()) != Status::ok) die("lookup hash", "out of memory");
