@@ -138,6 +138,8 @@ def test_all_of_them_at_once_on_the_short_way():
 FUNCTIONS = {
     pyrepr.fused_recurrent_gated_delta_rule: rule(1),
     pyrepr.chunk_gated_delta_rule: rule(5),
+    pyrepr.fused_recurrent_kda: rule(3) | {"g": numbers(1, 3, 2, 8)},
+    pyrepr.functional.rms_norm_gated: {"x": numbers(2, 5), "g": numbers(2, 5), "weight": numbers(5)},
     pyrepr.causal_conv1d_update: CALLS["convolution of a token"][1],
     pyrepr.causal_conv1d_fn: CALLS["convolution"][1],
     pyrepr.lookup_linear: CALLS["lookup"][1],

@@ -44,7 +44,7 @@ class Extras(NamedTuple):
 
     def activations(self) -> tuple | None:
         """What a native call takes, where there is nothing else but ``output_states``."""
-        gates = (self.use_gate_in_kernel, self.use_beta_sigmoid_in_kernel, self.allow_neg_eigval)
+        gates = map(bool, (self.use_gate_in_kernel, self.use_beta_sigmoid_in_kernel, self.allow_neg_eigval))
         alone = all(x is None or x is False for x in self[7:-1])
         return (self.A_log, self.dt_bias, self.lower_bound, *gates) if alone else None
 

@@ -94,7 +94,7 @@ def native_count(output_states: object) -> int:
     if output_states == EVERY_TOKEN:
         return -1
     good = isinstance(output_states, int) and not isinstance(output_states, bool)
-    return max(0, int(output_states)) if good else 0  # type: ignore[call-overload]
+    return max(0, min(int(output_states), STATES_LIMIT)) if good else 0  # type: ignore[call-overload]
 
 
 def count_of(output_states: object, v: Tensor, shape: tuple[int, ...]) -> int | str | None:

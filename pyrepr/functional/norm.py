@@ -53,10 +53,12 @@ def rms_norm_gated(
         >>> pyrepr.functional.rms_norm_gated(x, g, torch.ones(16)).shape
         torch.Size([2, 5, 4, 16])
     """
+    if type(eps) not in (float, int) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, got {shown(eps)}")
     if bias is None and residual is None and not prenorm and activation in ACTIVATIONS:
         native = direct()
         done = native and native.rms_norm_gated(
-            x, g, weight, eps, activation != "sigmoid", torch.is_grad_enabled(), torch.get_num_threads()
+            x, g, weight, float(eps), activation != "sigmoid", torch.is_grad_enabled(), torch.get_num_threads()
         )
         if done is not None:
             return done
