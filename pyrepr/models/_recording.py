@@ -55,7 +55,7 @@ PROBED = 8  # samples in the experiment
 @contextmanager
 def plain_execution() -> Iterator[None]:
     """Models run eager and on the slow attention path, where hooks see every layer; both settings come back after."""
-    with ExitStack() as stack:
+    with (stack := ExitStack()), stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds

@@ -218,7 +218,7 @@ def _only(student: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None
     wanted = {id(p) for p in trained.values()}
     changes: list[tuple[object, str, object]] = [(p, "requires_grad", id(p) in wanted) for p in student.parameters()]
     changes += [(m, "sparse", False) for m in student.modules() if isinstance(m, LookupLinear) and m.sparse]
-    with restored(changes), ExitStack() as stack:
+    with restored(changes), (stack := ExitStack()), stack:
         for p in trained.values():
             stack.callback(setattr, p, "grad", None)
         yield
