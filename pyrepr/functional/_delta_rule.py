@@ -21,7 +21,10 @@ from pyrepr.reference.delta_rule import Gate
 
 def check_inputs(q, k, v, g, beta, cu_seqlens, gate: Gate, g_name: str = "g") -> tuple[int, int, int, int]:
     """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), (g_name, g if gate != Gate.NONE else beta)):
+    given = [("q", q), ("k", k), ("v", v)]
+    given += [] if beta is None else [("beta", beta)]
+    given += [] if gate == Gate.NONE else [(g_name, g)]
+    for name, x in given:
         check_tensor(name, x)
         check_device(name, x, "q", q)
     shape = q.shape
@@ -41,9 +44,9 @@ def check_inputs(q, k, v, g, beta, cu_seqlens, gate: Gate, g_name: str = "g") ->
         raise ValueError(
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
-    if beta.dim() == 4:
+    if beta is not None and beta.dim() == 4:
         check_shape("beta", beta, "[B, T, HV] or [B, T, HV, V]", tuple(values))
-    else:
+    elif beta is not None:
         check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
     if gate == Gate.PER_HEAD:
         check_shape(g_name, g, "[B, T, HV]", (batch, total, value_heads))

@@ -104,7 +104,7 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if gate and output_final_state and not args and not _packed(kwargs):
+        if gate and beta is not None and output_final_state and not args and not _packed(kwargs):
             l2norm = bool(use_qk_l2norm_in_kernel)
             done = rule.step(query, key, value, g, beta, None, initial_state, initial_state, l2norm, gate)
             if done is not None:
