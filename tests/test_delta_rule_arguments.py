@@ -426,6 +426,7 @@ ours = {
 }
 ours |= {"ShortConvolution": pyrepr.nn.ShortConvolution, "FusedRMSNormGated": pyrepr.nn.FusedRMSNormGated}
 ours |= {"RMSNorm": pyrepr.nn.FusedRMSNormGated, "causal_conv1d": convolution}
+ours |= {"ACT2FN": {"relu": torch.relu, "sigmoid": torch.sigmoid}}
 for module in (delta_net, gated_deltanet, gated_deltaproduct, gla, kda):
     for name in ours.keys() & vars(module).keys():
         setattr(module, name, ours[name])
