@@ -396,7 +396,7 @@ def test_a_scan_of_packed_sequences():
         ({"C": torch.zeros(B, 5, G, 3)}, ValueError, r"C must have shape \[B, T, G, N\]"),
         ({"dt_limit": (2.0, 1.0)}, ValueError, "dt_limit must be two numbers, the smaller one first"),
         ({"seq_idx": torch.zeros(1, 5).int()}, ValueError, "x must have B = 1 with seq_idx"),
-        ({"initial_states": torch.zeros(B, HV, N, P)}, ValueError, "initial_state must have shape"),
+        ({"initial_states": torch.zeros(B, HV, N, P)}, ValueError, "initial_states must have shape"),
         ({"x": None}, TypeError, "x must be a torch.Tensor"),
     ],
 )

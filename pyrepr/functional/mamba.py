@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyrepr._checks import check_device, check_shape, check_tensor, check_written, name_of, shape_of, shown
+from pyrepr._checks import (
+    INTEGERS,
+    check_cu_seqlens,
+    check_device,
+    check_shape,
+    check_tensor,
+    check_written,
+    name_of,
+    shape_of,
+    shown,
+)
 from pyrepr.functional._delta_rule import check_undifferentiated
 from pyrepr.functional.gla import chunk_simple_gla, fused_recurrent_simple_gla
 from pyrepr.reference._dtypes import compute_dtype
@@ -80,6 +90,12 @@ def mamba_chunk_scan_combined(
         if cu_seqlens is not None:
             raise ValueError("seq_idx and cu_seqlens both say where sequences end; give one of them")
         cu_seqlens = _bounds(seq_idx, x)
+    sequences = x.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, "x", x)
+    if initial_states is not None:
+        check_device("initial_states", check_tensor("initial_states", initial_states), "x", x)
+        wanted = (sequences, *x.shape[2:], B.shape[3])
+        check_shape("initial_states", initial_states, "[sequences, H, P, N]", wanted)
+        initial_states = initial_states.to(dtype)
     values = x.to(dtype) * steps[..., None]
     o, state = chunk_simple_gla(
         C.to(dtype),
@@ -87,7 +103,7 @@ def mamba_chunk_scan_combined(
         values,
         A.to(dtype) * steps,
         scale=1.0,
-        initial_state=None if initial_states is None else _state_of("initial_states", initial_states, dtype),
+        initial_state=initial_states,
         output_final_state=bool(return_final_states),
         state_v_first=True,
         cu_seqlens=cu_seqlens,
@@ -186,10 +202,6 @@ def _skipped(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor
     return o.to(x.dtype)
 
 
-def _state_of(name: str, state: Any, dtype: torch.dtype) -> Tensor:
-    return check_tensor(name, state).to(dtype)
-
-
 def _limits(limits: Any) -> tuple[float, float]:
     numbers = limits if isinstance(limits, (tuple, list)) and len(limits) == 2 else (None,)
     if not all(isinstance(x, (int, float)) for x in numbers) or not numbers[0] <= numbers[1]:
@@ -199,7 +211,7 @@ def _limits(limits: Any) -> tuple[float, float]:
 
 def _bounds(seq_idx: Any, x: Tensor) -> Tensor:
     """Where runs of one number start and end."""
-    seq_idx = check_tensor("seq_idx", seq_idx, (torch.int32, torch.int64))
+    seq_idx = check_tensor("seq_idx", seq_idx, INTEGERS)
     check_device("seq_idx", seq_idx, "x", x)
     if x.shape[0] != 1:
         raise ValueError(f"x must have B = 1 with seq_idx, got {shape_of(x)}")
@@ -225,8 +237,8 @@ def _check_groups(B: Tensor, C: Tensor, symbols: str, leading: tuple[int, ...], 
 
 def _check_scan(x, dt, A, B, C, D, z, dt_bias) -> None:
     _check_tensors(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape [B, T, H, P], got {shape_of(x)}")
+    if x.dim() != 4 or x.shape[3] == 0:
+        raise ValueError(f"x must have shape [B, T, H, P] with P of at least 1, got {shape_of(x)}")
     batch, total, heads, width = x.shape
     check_shape("dt", dt, "[B, T, H]", (batch, total, heads))
     check_shape("A", A, "[H]", (heads,))
@@ -241,8 +253,8 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias) -> None:
 
 def _check_update(state, x, dt, A, B, C, D, z, dt_bias) -> None:
     _check_tensors(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape [B, H, P], got {shape_of(x)}")
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise ValueError(f"x must have shape [B, H, P] with P of at least 1, got {shape_of(x)}")
     batch, heads, width = x.shape
     _check_groups(B, C, "[B, G, N]", (batch,), heads)
     columns = B.shape[-1]
