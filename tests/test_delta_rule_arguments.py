@@ -510,7 +510,7 @@ def unreached(*_):
 @pytest.mark.parametrize("heads", [1, 3, 16, 37])
 @pytest.mark.parametrize(("rule", "bound"), [("gated_delta_rule", None), ("kda", None), ("kda", -5.0)])
 def test_gates_of_a_native_step_are_the_formula(monkeypatch, dtype, heads, bound, rule):
-    monkeypatch.setattr(_delta_rule_extras, "_activated", unreached)
+    monkeypatch.setattr(_delta_rule_extras, "activated", unreached)
     generator = torch.Generator().manual_seed(heads)
 
     def draw(*shape):

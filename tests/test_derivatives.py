@@ -258,7 +258,32 @@ def scan_row(T, constant=()):
     return Row(ours, plain, constant, **tensors)
 
 
+def apart_row(function, T, **shapes):
+    """A rule that reads what it erases along a vector of its own."""
+    B, H, K, HV, V = 1, 1, 2, 2, 1
+    tensors = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, HV, V), "initial_state": (B, HV, K, V)} | shapes
+    tensors["g"] = -torch.rand(shapes["g"], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def plain(q, k, v, g, initial_state, p=None, beta=None, b=None, w=None):
+        q, k, p = (None if x is None else x.repeat_interleave(HV, 2) for x in (q, k, p))
+        s, out = initial_state, []
+        for t in range(T):
+            if b is None:
+                error = beta[:, t, :, None] * (v[:, t] - (s * p[:, t, ..., None]).sum(2))
+                s = s * g[:, t, :, None, None].exp()
+            else:
+                s = s * g[:, t, ..., None].exp()
+                error = w[:, t] * v[:, t] - (s * (b * k)[:, t, ..., None]).sum(2)
+            s = s + k[:, t, ..., None] * error[:, :, None]
+            out.append((s * q[:, t, ..., None]).sum(2) * K**-0.5)
+        return torch.stack(out, 1), s
+
+    return Row(functools.partial(function, output_final_state=True), plain, ["q"], **tensors)
+
+
 ROWS |= {
+    "comba": apart_row(functional.chunk_comba, 3, p=(1, 3, 1, 2), g=(1, 3, 2), beta=(1, 3, 2)),
+    "gdn2": apart_row(functional.chunk_gdn2, 3, g=(1, 3, 2, 2), b=(1, 3, 2, 2), w=(1, 3, 2, 1)),
     "linear attention": without_erase_row(functional.chunk_simple_gla, 4),
     "simple gla": without_erase_row(functional.fused_recurrent_simple_gla, 3, g=(1, 3, 2)),
     "simple gla, in chunks": without_erase_row(functional.chunk_simple_gla, 11, ["v", "initial_state"], g=(1, 11, 2)),

@@ -1,4 +1,5 @@
-"""The rule without an erase, several steps a token, and Mamba-2's scan, each against its formula in float64."""
+"""The rule without an erase, with one along a vector of its own, with several steps a token, and Mamba-2's scan, each
+against its formula in float64."""
 
 from __future__ import annotations
 
@@ -295,6 +296,89 @@ def test_what_is_wrong_with_a_product_is_said(changes, message):
         F.chunk_gated_delta_product(**{"num_householder": 2} | product_inputs(5, 2) | changes)
 
 
+# An erase along a vector of its own
+
+
+def apart_inputs(T, rule):
+    x = inputs(T, "g" if rule == "comba" else "gk")
+    torch.manual_seed(5)
+    if rule == "comba":
+        return x | {"p": 0.7 * x["k"] + 0.1 * torch.randn_like(x["k"]), "beta": torch.rand(B, T, HV)}
+    return x | {"g": x.pop("gk"), "b": torch.rand(B, T, HV, K), "w": torch.rand(B, T, HV, V)}
+
+
+def apart(q, k, v, g, initial_state, p=None, beta=None, b=None, w=None, normalize=False):
+    if normalize:
+        q, k, p = (x if x is None else x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k, p))
+    q, k, p = (None if x is None else x.repeat_interleave(HV // H, 2) for x in (q, k, p))
+    s, out = initial_state, []
+    for t in range(v.shape[1]):
+        if b is None:
+            error = beta[:, t, :, None] * (v[:, t] - (s * p[:, t, ..., None]).sum(2))
+            s = s * g[:, t, :, None, None].exp()
+        else:
+            s = s * g[:, t, ..., None].exp()
+            error = w[:, t] * v[:, t] - (s * (b * k)[:, t, ..., None]).sum(2)
+        s = s + k[:, t, ..., None] * error[:, :, None]
+        out.append((s * q[:, t, ..., None]).sum(2) * K**-0.5)
+    return torch.stack(out, 1), s
+
+
+APART = {"comba": (F.chunk_comba, F.fused_recurrent_comba), "gdn2": (F.chunk_gdn2, F.fused_recurrent_gdn2)}
+
+
+@pytest.mark.parametrize("rule", APART)
+@pytest.mark.parametrize(("T", "which", "normalize"), [(1, 1, False), (5, 0, True), (70, 0, False)])
+def test_an_erase_apart_is_the_formula(rule, T, which, normalize):
+    x = apart_inputs(T, rule)
+    options = {"use_qk_l2norm_in_kernel": normalize, "output_final_state": True}
+    wide = {name: t.double() for name, t in x.items()}
+    expected = with_gradients(lambda **given: apart(**given, normalize=normalize), wide, torch.float64)
+    for dtype in TOLERANCE:
+        check(with_gradients(lambda **given: APART[rule][which](**given, **options), x, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("rule", APART)
+def test_an_erase_apart_of_packed_sequences(rule):
+    x, states, cu = apart_inputs(11, rule), torch.randn(2, HV, K, V), torch.tensor([0, 4, 11])
+    row = {name: t[:1] for name, t in x.items() if name != "initial_state"}
+    o, last = APART[rule][0](**row, initial_state=states, cu_seqlens=cu, output_final_state=True)
+    for i, (a, b) in enumerate(((0, 4), (4, 11))):
+        own = {name: t[:, a:b].double() for name, t in row.items()}
+        expected = apart(**own, initial_state=states[i : i + 1].double())
+        assert worst({"o": o[:, a:b], "s": last[i : i + 1]}, dict(zip("os", expected, strict=True))) < 4e-6
+
+
+def test_an_erase_along_the_key_is_the_rule():
+    x = apart_inputs(9, "gdn2")
+    x["b"], x["w"] = (t[..., :1].expand_as(t) for t in (x["b"], x["b"].new_zeros(B, 9, HV, V) + x["b"][..., :1]))
+    raw = {"use_gate_in_kernel": True, "A_log": torch.randn(HV), "dt_bias": torch.randn(HV * K)}
+    state = {"initial_state": x.pop("initial_state").mT.contiguous(), "state_v_first": True, "output_final_state": True}
+    got = F.chunk_gdn2(**x, **raw, **state)
+    beta = x["b"][..., 0]
+    expected = pyrepr.chunk_kda(**{n: x[n] for n in "qkvg"}, beta=beta, **raw, **state)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "message"),
+    [
+        ("comba", {"p": torch.zeros(B, 5, HV, K)}, r"p must have shape \[B, T, H, K\]"),
+        ("comba", {"g": torch.zeros(B, 5, HV, K)}, r"g must have shape \[B, T, HV\]"),
+        ("comba", {"cu_seqlens_cpu": torch.zeros(3).int()}, "cu_seqlens_cpu is a copy of cu_seqlens"),
+        ("gdn2", {"b": torch.zeros(B, 5, HV)}, r"b must have shape \[B, T, HV, K\]"),
+        ("gdn2", {"w": torch.zeros(B, 5, HV, K)}, r"w must have shape \[B, T, HV, V\]"),
+        ("gdn2", {"initial_state": torch.zeros(B, HV, V, K)}, r"initial_state must have shape \[N, HV, K, V\]"),
+        ("gdn2", {"use_gate_in_kernel": True}, "A_log must be given with use_gate_in_kernel=True"),
+        ("gdn2", {"return_intermediate_states": True}, "return_intermediate_states must be False"),
+    ],
+)
+def test_what_is_wrong_with_an_erase_apart_is_said(rule, changes, message):
+    with pytest.raises(ValueError, match=message):
+        APART[rule][0](**apart_inputs(5, rule) | changes)
+
+
 # Mamba-2's scan
 
 G, N, P = 2, 16, 24
@@ -435,14 +519,16 @@ import itertools
 import types
 import torch
 import test_linear_attention as t
-from fla.ops import gated_delta_product, gla, simple_gla
+from fla.ops import comba, gated_delta_product, gdn2, gla, simple_gla
+from fla.ops.comba import naive as control
+from fla.ops.gdn2 import naive as gates
 from fla.ops.gated_delta_product import naive as product
 from fla.ops.gla import naive as per_key
 from fla.ops.simple_gla import naive as simple
 torch.Tensor.float = torch.Tensor.double
 wide = types.ModuleType("torch")
 wide.__dict__.update(torch.__dict__ | {"float32": torch.float64, "float": torch.float64})
-for module in (product, per_key, simple):
+for module in (product, per_key, simple, control, gates):
     module.torch = wide
 
 def heads(x, names):
@@ -470,9 +556,20 @@ check(
     lambda **x: product.naive_recurrent_gated_delta_product(**x, **steps),
     heads(t.product_inputs(13, 3), "qk"),
 )
-for module in (simple_gla, gla, gated_delta_product):
+check(
+    lambda **x: t.F.chunk_comba(**x, **final),
+    lambda **x: control.naive_chunk_comba(**x, **final),
+    heads(t.apart_inputs(37, "comba"), ("q", "k", "p")),
+)
+check(
+    lambda **x: t.F.chunk_gdn2(**x, **final),
+    lambda **x: gates.naive_recurrent_gdn2(**x, **final),
+    heads(t.apart_inputs(37, "gdn2"), ("q", "k")),
+)
+for module in (simple_gla, gla, gated_delta_product, comba, gdn2):
     for name in ("chunk_simple_gla", "fused_recurrent_simple_gla", "chunk_gla", "fused_recurrent_gla",
-                 "chunk_gated_delta_product"):
+                 "chunk_gated_delta_product", "chunk_comba", "fused_recurrent_comba", "chunk_gdn2",
+                 "fused_recurrent_gdn2"):
         if hasattr(module, name):
             theirs = inspect.signature(inspect.unwrap(getattr(module, name))).parameters.values()
             ours = inspect.signature(getattr(t.F, name)).parameters.values()

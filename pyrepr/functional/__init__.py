@@ -11,6 +11,7 @@ from pyrepr.functional.delta_rule import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
+from pyrepr.functional.erase import chunk_comba, chunk_gdn2, fused_recurrent_comba, fused_recurrent_gdn2
 from pyrepr.functional.gla import chunk_gla, chunk_simple_gla, fused_recurrent_gla, fused_recurrent_simple_gla
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.functional.mamba import mamba_chunk_scan_combined, selective_state_update
@@ -23,15 +24,19 @@ __all__ = [
     "bag_of_codes",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "chunk_comba",
     "chunk_delta_rule",
     "chunk_gated_delta_product",
     "chunk_gated_delta_rule",
+    "chunk_gdn2",
     "chunk_gla",
     "chunk_kda",
     "chunk_simple_gla",
     "cluster_tokens",
+    "fused_recurrent_comba",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn2",
     "fused_recurrent_gla",
     "fused_recurrent_kda",
     "fused_recurrent_simple_gla",

@@ -88,12 +88,12 @@ def run(
         return done if (done := step(*given)) is not None else _update(*given)
     done = None if cu_seqlens is not None else step(*given)
     if done is None:
-        q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+        q, k, v, scale, shape = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
         done = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, shape)
     return done if output_final_state else (done[0], None)
 
 
-def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
+def prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
     """q, k and v of one dtype, the scale as a number and the shape of the state, all of it checked."""
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate)
     if initial_state is not None:
@@ -105,7 +105,7 @@ def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
 
 
 def _update(q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+    q, k, v, scale, shape = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
     check_state("out_state", out_state, v, shape)
     check_written("out_state", out_state)
     check_undifferentiated("out_state", q, k, v, g, beta, initial_state, out_state)

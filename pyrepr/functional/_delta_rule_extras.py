@@ -104,7 +104,7 @@ def call(
         return run(q, k, v, g, beta, scale, initial_state, output_final_state, l2norm, cu_seqlens, gate, out_state)
     activations = more.activations() if cu_seqlens is None else None
     if activations is not None:
-        _check_options(more, cu_seqlens)
+        check_options(more, cu_seqlens)
     if activations is not None and more.output_states is None:
         given = (q, k, v, g, beta, scale, initial_state, out_state, bool(l2norm), gate, activations)
         asked = output_final_state or out_state is not None
@@ -119,8 +119,8 @@ def call(
             return o, every[-1].clone() if output_final_state else None, every.transpose(0, 1)
     g, gate, g_name = _decay_of(more, g, gate)
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate, g_name)
-    _check_options(more, cu_seqlens)
-    g, beta = _activated(more, v, g, beta, gate)
+    check_options(more, cu_seqlens)
+    g, beta = activated(more, v, g, beta, gate)
     by_value = more.gv is not None or (beta is not None and beta.dim() == 4)
     if more.gv is not None:
         check_device("gv", check_tensor("gv", more.gv), "v", v)
@@ -146,7 +146,7 @@ def _decay_of(more: Extras, g: Any, gate: Gate) -> tuple[Any, Gate, str]:
     return more.gk, Gate.PER_KEY, "gk"
 
 
-def _check_options(more: Extras, cu_seqlens: Tensor | None) -> None:
+def check_options(more: Extras, cu_seqlens: Tensor | None) -> None:
     bound = more.lower_bound
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound < 0):
         raise ValueError(f"lower_bound must be a negative number or None, got {shown(bound)}")
@@ -178,7 +178,7 @@ def _check_copy(copy: Any, cu_seqlens: Tensor | None) -> None:
         raise ValueError("cu_seqlens_cpu must hold the numbers of cu_seqlens, got others")
 
 
-def _activated(more: Extras, v: Tensor, g: Any, beta: Tensor, gate: Gate) -> tuple[Any, Tensor]:
+def activated(more: Extras, v: Tensor, g: Any, beta: Tensor, gate: Gate) -> tuple[Any, Tensor]:
     """g and β as the rule takes them, in float32 (float64 for float64 inputs)."""
     dtype = compute_dtype(v.dtype)
     if more.use_gate_in_kernel:

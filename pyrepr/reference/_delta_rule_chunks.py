@@ -43,11 +43,14 @@ class Chunks:
         v: Tensor,  # [B, T, HV, V]
         g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
         beta: Tensor | None,  # [B, T, HV]; None: nothing is erased
+        p: Tensor | None = None,  # [B, T, HV, K], what is read to be erased; None: k. `backward` knows k alone
+        undecayed: bool = False,  # whether p reads the state before its decay; then no gate per key
     ) -> None:
         # A gate per key takes C passes over [T, K] to make the pairs: smaller chunks.
         size = min(16 if g is not None and g.dim() == 4 else 64, max(1, q.shape[1]))
         self.total, self.gate = q.shape[1], None if g is None else g.dim()
         self.q, self.k, self.v = (_cut(x, size) for x in (q, k, v))
+        self.p, self.undecayed = self.k if p is None else _cut(p, size), undecayed
         self.beta = None if beta is None else _cut(beta, size)[..., None]
         g = q.new_zeros(1, q.shape[1], 1, 1) if g is None else g[..., None] if g.dim() == 3 else g
         self.g = _cut(g, size)  # [B, HV, n, C, 1 or K]
@@ -62,7 +65,13 @@ class Chunks:
         self.kk = kk[0].tril(-1)
         unit = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(self.kk)
         self.inverse = torch.linalg.solve_triangular(self.beta * self.kk, unit, upper=False, unitriangular=True)
-        self.erase = self.inverse @ (self.beta * self.decay * self.k)
+        self.erase = self.inverse @ (self.beta * self._before(self.decay) * self.p)
+
+    def _before(self, decays: Tensor) -> Tensor:
+        """Decays up to every token as p sees them: without the token's own where it reads the state before."""
+        if not self.undecayed:
+            return decays
+        return torch.cat([torch.ones_like(decays[..., :1, :]), decays[..., :-1, :]], -2)
 
     def _later(self, j: int) -> Tensor:
         """e^{G_t − G_j} for the tokens t of a chunk, [B, HV, n, C, K]; 1 where t < j, which nobody asks for."""
@@ -76,11 +85,11 @@ class Chunks:
         return self.g.expand(*self.g.shape[:-1], size).tril(-1).cumsum(-2).exp()
 
     def _pairs(self) -> list[Tensor]:
-        """Σ x_t k_j e^{G_t − G_j} with x = q and, where something is erased, x = k; right for j ≤ t."""
-        rows = [self.q] if self.beta is None else [self.q, self.k]
+        """Σ x_t k_j e^{G_t − G_j} with x = q and, where something is erased, x = p; right for j ≤ t, j < t."""
+        rows = [self.q] if self.beta is None else [self.q, self.p]
         if self.gate != 4:
             decays = self._decays()
-            return [x @ self.k.mT * decays for x in rows]
+            return [x @ self.k.mT * seen for x, seen in zip(rows, (decays, self._before(decays)), strict=False)]
         columns = []
         for j in range(self.k.shape[-2]):
             later = self._later(j) * self.k[..., j : j + 1, :]

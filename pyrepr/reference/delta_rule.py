@@ -193,6 +193,38 @@ def delta_rule_chunks(
 ) -> tuple[Tensor, Tensor]:
     """:func:`delta_rule` in chunks, as differentiable as that: what second derivatives go through."""
     tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    return _by_segments(tensors, initial_state, cu_seqlens, v.dtype)
+
+
+def delta_rule_apart(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    p: Tensor,  # [B, T, H or HV, K]
+    v: Tensor,  # [B, T, HV, V]
+    g: Tensor | None,  # [B, T, HV] or [B, T, HV, K]
+    beta: Tensor,  # [B, T, HV]
+    initial_state: Tensor | None,  # [N, HV, K, V]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    scale: float,
+    use_qk_l2norm: bool,
+    undecayed: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`delta_rule_chunks` whose erase reads along p: S ← e^g S + β k (v − S̄ᵀ p)ᵀ with S̄ = e^g S, or with
+    `undecayed`, which takes no gate per key, S̄ = S."""
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    p = _heads(p, v.shape[2] // p.shape[2], use_qk_l2norm, tensors[2].dtype)
+    return _by_segments((*tensors, p), initial_state, cu_seqlens, v.dtype, undecayed)
+
+
+def _by_segments(
+    tensors: tuple[Any, ...],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    undecayed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """o in `dtype` and the final state, of what :class:`Chunks` takes."""
+    k, v = tensors[1:3]
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         state = tensors[2].new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
@@ -202,10 +234,11 @@ def delta_rule_chunks(
     outputs = []
     for tokens, row in _segments(v, cu_seqlens):
         *own, i = *_at(tokens, *tensors), row.start or 0
-        o, states[i] = _recur(*own, states[i]) if own[0].shape[1] <= FEW else Chunks(*own).forward(states[i])
+        few = own[0].shape[1] <= FEW and len(own) == 5
+        o, states[i] = _recur(*own, states[i]) if few else Chunks(*own, undecayed=undecayed).forward(states[i])
         outputs.append(o)
     o = torch.cat(outputs, 1) if outputs else torch.zeros_like(tensors[2])
-    return o.to(v.dtype), torch.cat(states) if states else state
+    return o.to(dtype), torch.cat(states) if states else state
 
 
 def delta_rule_forward(
