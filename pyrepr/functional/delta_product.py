@@ -76,13 +76,14 @@ def chunk_gated_delta_product(
         cu_seqlens = None if cu_seqlens is None else check_tensor("cu_seqlens", cu_seqlens, INTEGERS) * n
         if cu_seqlens_cpu is not None:
             cu_seqlens_cpu = check_tensor("cu_seqlens_cpu", cu_seqlens_cpu, INTEGERS) * n
-    counted = isinstance(output_states, int) and not isinstance(output_states, bool)
+    if isinstance(output_states, int) and not isinstance(output_states, bool):
+        output_states *= n
     more = extras(
         beta,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        output_states=output_states * n if counted else output_states,
+        output_states=output_states,
     )
     normalize, final = use_qk_l2norm_in_kernel, output_final_state
     found = call(more, q, k, v, g, beta, scale, initial_state, final, normalize, cu_seqlens, gate, out_state)

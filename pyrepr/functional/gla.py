@@ -3,7 +3,7 @@
     S ← e^{g_t}·S;   S ← S + k_t v_tᵀ;   o_t = scale · Sᵀ q_t
 
 Names, order and meaning of arguments are those of flash-linear-attention 0.6. It is the delta rule of
-:mod:`pyrepr.functional.delta_rule` without its erase, and runs on the same kernels of the CPU, a third faster; GPU
+:mod:`pyrepr.functional.delta_rule` without its erase, and runs on the same kernels of the CPU with less to do; GPU
 tensors take plain PyTorch.
 """
 
@@ -214,11 +214,12 @@ def _backwards(
         if value is not None:
             raise ValueError(f"{name} is for tokens in their order, so reverse must be False with it, got True")
 
-    def turned(name: str, x: Tensor | None, axis: int = 1) -> Tensor | None:
+    def turned(name: str, x: Any, axis: int = 1) -> Any:
         return x if x is None or check_tensor(name, x).dim() <= axis else x.flip(axis)
 
-    packed = cu_seqlens is not None and check_tensor("cu_seqlens", cu_seqlens, INTEGERS).numel() > 0
-    if packed:
+    packed = False
+    if cu_seqlens is not None and check_tensor("cu_seqlens", cu_seqlens, INTEGERS).numel() > 0:
+        packed = True
         cu_seqlens, initial_state = cu_seqlens[-1] - cu_seqlens.flip(0), turned("initial_state", initial_state, 0)
     q, k, v, g = (turned(name, x) for name, x in zip("qkvg", (q, k, v, g), strict=True))
     more = without_erase(**{name: x if isinstance(x, bool) else turned(name, x) for name, x in options.items()})

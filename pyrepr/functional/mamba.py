@@ -152,8 +152,8 @@ def selective_state_update(
         torch.Size([1, 4, 16])
     """
     if check_tensor("state", state).dim() == 3:
-        heads = [None if y is None else y.unsqueeze(1) for y in (state, x, dt, B, C, z)]
-        shared = [None if y is None else y.unsqueeze(0) for y in (A, D, dt_bias)]
+        heads: list[Any] = [None if y is None else y.unsqueeze(1) for y in (state, x, dt, B, C, z)]
+        shared: list[Any] = [None if y is None else y.unsqueeze(0) for y in (A, D, dt_bias)]
         whole, x, dt, B, C, z = heads
         return selective_state_update(whole, x, dt, shared[0], B, C, shared[1], z, shared[2], dt_softplus).squeeze(1)
     _check_update(state, x, dt, A, B, C, D, z, dt_bias)
@@ -203,7 +203,7 @@ def _skipped(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor
 
 
 def _limits(limits: Any) -> tuple[float, float]:
-    numbers = limits if isinstance(limits, (tuple, list)) and len(limits) == 2 else (None,)
+    numbers: Any = limits if isinstance(limits, (tuple, list)) and len(limits) == 2 else (None,)
     if not all(isinstance(x, (int, float)) for x in numbers) or not numbers[0] <= numbers[1]:
         raise ValueError(f"dt_limit must be two numbers, the smaller one first, got {shown(limits)}")
     return float(numbers[0]), float(numbers[1])

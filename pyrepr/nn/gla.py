@@ -90,7 +90,8 @@ class GLA(_DeltaLayer):
             if whole % num_heads:
                 raise ValueError(f"hidden_size · {name} must be a multiple of num_heads = {num_heads}, got {whole}")
             widths.append(whole // num_heads)
-        self._set_sizes(hidden_size, num_heads, num_heads, *widths, "chunk" if mode == "fused_chunk" else mode)
+        kind = "chunk" if mode == "fused_chunk" else mode
+        self._set_sizes(hidden_size, num_heads, num_heads, widths[0], widths[1], kind)
         self.num_kv_heads = num_kv_heads or num_heads
         self.num_kv_groups = num_heads // self.num_kv_heads
         self.feature_map, self.gate_fn, self.clamp_min, self.layer_idx = feature_map, gate_fn, clamp_min, layer_idx

@@ -128,7 +128,8 @@ def delta_rule(
     groups = v.shape[2] // k.shape[2]
     q, k = (_heads(x, groups, use_qk_l2norm, dtype) for x in (q, k))
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    values, beta, g = (None if x is None else x.to(dtype) for x in (v, beta, g))
+    values = v.to(dtype)
+    beta, g = (None if x is None else x.to(dtype) for x in (beta, g))
     state = initial_state
     if state is None:
         sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
