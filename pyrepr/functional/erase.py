@@ -4,8 +4,8 @@
     Gated DeltaNet-2:    S ← e^{g_t}·S;   S ← S + k_t (w_t v_t − Sᵀ (b_t k_t))ᵀ
 
 Names, order and meaning of arguments are those of flash-linear-attention 0.6. There are no kernels for these: they are
-computed in chunks in plain PyTorch, which takes some six times as long as :func:`pyrepr.chunk_gated_delta_rule` and
-:func:`pyrepr.chunk_kda`, and with a gradient memory for 300 to 500 tensors as large as q.
+computed in chunks in plain PyTorch, which takes ten to twenty times as long as :func:`pyrepr.chunk_gated_delta_rule`
+and :func:`pyrepr.chunk_kda`, and with a gradient memory for 300 to 500 tensors as large as q.
 """
 
 from __future__ import annotations
