@@ -4,6 +4,7 @@ from pyrepr.nn.contrastive import ClipLoss, MatryoshkaLoss
 from pyrepr.nn.delta_cache import DeltaCache
 from pyrepr.nn.delta_rule import DeltaNet, GatedDeltaNet, KimiDeltaAttention, ShortConvolution
 from pyrepr.nn.gram import CKALoss
+from pyrepr.nn.linear_plus import LinearPlus
 from pyrepr.nn.lookup import LookupLinear
 from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 from pyrepr.nn.norm import FusedRMSNormGated
@@ -16,6 +17,7 @@ __all__ = [
     "FusedRMSNormGated",
     "GatedDeltaNet",
     "KimiDeltaAttention",
+    "LinearPlus",
     "LookupLinear",
     "LookupQKV",
     "MatryoshkaLoss",
