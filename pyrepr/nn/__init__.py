@@ -6,6 +6,7 @@ from pyrepr.nn.delta_rule import DeltaNet, GatedDeltaNet, KimiDeltaAttention, Sh
 from pyrepr.nn.gram import CKALoss
 from pyrepr.nn.linear_plus import LinearPlus
 from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn.memory import ProductKeyMemory
 from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 from pyrepr.nn.norm import FusedRMSNormGated
 
@@ -23,5 +24,6 @@ __all__ = [
     "MatryoshkaLoss",
     "MemoryFormerBlock",
     "MemoryFormerMLP",
+    "ProductKeyMemory",
     "ShortConvolution",
 ]
