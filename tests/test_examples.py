@@ -57,7 +57,7 @@ def test_train_memoryformer(example, tmp_path):
 
 
 def test_memory_layer(example, tmp_path):
-    printed = example("memory_layer", tmp_path, *"--steps 3 --batch 16 --facts 64 --width 16".split())
+    printed = example("memory_layer", tmp_path, *["--steps", "3", "--batch", "16", "--facts", "64", "--width", "16"])
     runs = json.loads((tmp_path / "memory_layer.json").read_text())["runs"]
     assert set(runs) == {"with memory", "twin"} and "knows" in printed
     assert runs["with memory"]["parameters"] == runs["twin"]["parameters"] + 4096 * 16 + 4 * 2 * 64 * 4 + 17 * 32 + 16

@@ -35,7 +35,7 @@ class MemoryFormerMLP(nn.Module):
 
     K = d/bits tables each; between them (bits + expand)·K features, normalised so that their signs are balanced.
 
-    Args: d, bits, expand (2, as in the paper); others (``hash``, …) as of :class:`LookupLinear`. Shape: [..., d] -> [..., d].
+    Args: d, bits, expand (2, as in the paper); others as of :class:`LookupLinear`. Shape: [..., d] -> [..., d].
 
     Example:
         >>> pyrepr.nn.MemoryFormerMLP(64)(torch.randn(2, 10, 64)).shape
