@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> dict:
     networks = {"with memory": Network(options.width, True), "twin": Network(options.width, False)}
     runs = {}
     for name, network in networks.items():
-        values = [] if network.memory is None else [network.memory.values]
+        values = [] if network.memory is None else [network.memory.values.weight]
         rest = [p for p in network.parameters() if all(p is not v for v in values)]
         groups = [{"params": rest}, *({"params": [v], "lr": VALUES_LR} for v in values)]
         optimizer = torch.optim.Adam(groups, LR, fused=True)

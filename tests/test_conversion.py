@@ -482,7 +482,7 @@ def shared():
         (lambda: {"train": "tables"}, ValueError, "train must be 'lookup', 'all' or a function, got 'tables'"),
         (lambda: {"train": lambda name, p: False}, ValueError, "train must choose at least one parameter"),
         (lambda: {"loss": lambda *args: 0.0}, ValueError, "loss must give a scalar tensor with a gradient, got float"),
-        (quantized, ValueError, "student must be float32 or float64 to be trained, got int8 3.tables"),
+        (quantized, ValueError, "student must be float32, float64 or bfloat16 to be trained, got int8 3.tables"),
         (shared, ValueError, "teacher must not share what is trained"),
     ],
 )

@@ -25,7 +25,7 @@ def plain(layer: ProductKeyMemory, x: torch.Tensor) -> torch.Tensor:
         one, two = layer.norm(query).chunk(2, -1)
         scores = ((one @ first.T)[:, :, None] + (two @ second.T)[:, None, :]).flatten(1)
         best, slots = scores.topk(layer.k, dim=1)
-        out = out + (best.softmax(-1)[..., None] * layer.values[slots]).sum(1)
+        out = out + (best.softmax(-1)[..., None] * layer.values.weight[slots]).sum(1)
     if layer.gate_in is not None:
         out = layer.gate_out(out * torch.nn.functional.silu(layer.gate_in(x)))
     return out
@@ -72,21 +72,21 @@ def test_derivatives_are_right_or_refused_in_every_mode(mode):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_second_derivative_by_the_values_is_refused(sparse):
     layer = ProductKeyMemory(6, 3, keys=5, k=3, heads=2, sparse=sparse)
-    first = torch.autograd.grad(layer(torch.randn(4, 6)).sin().sum(), layer.values, create_graph=True)[0]
+    first = torch.autograd.grad(layer(torch.randn(4, 6)).sin().sum(), layer.values.weight, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="derivative for '_embedding_bag_backward' is not implemented"):
-        torch.autograd.grad((first.to_dense() if sparse else first).square().sum(), layer.values)
+        torch.autograd.grad((first.to_dense() if sparse else first).square().sum(), layer.values.weight)
 
 
 def test_sparse_gradients_of_the_values():
     layer = ProductKeyMemory(16, 8, keys=16, k=4, heads=2)
     twin = copy.deepcopy(layer)
-    twin.sparse = True
+    twin.values.sparse = True
     x = torch.randn(9, 16)
     for each in (layer, twin):
         each(x).square().sum().backward()
-    assert twin.values.grad.is_sparse and twin.values.grad.coalesce().indices().shape[1] <= 9 * 2 * 4
-    assert_close(twin.values.grad.to_dense(), layer.values.grad)
-    torch.optim.SparseAdam([twin.values], 0.01).step()
+    assert twin.values.weight.grad.is_sparse and twin.values.weight.grad.coalesce().indices().shape[1] <= 9 * 2 * 4
+    assert_close(twin.values.weight.grad.to_dense(), layer.values.weight.grad)
+    torch.optim.SparseAdam([twin.values.weight], 0.01).step()
 
 
 def test_shapes_dtypes_state_and_nan():
@@ -105,7 +105,7 @@ def test_shapes_dtypes_state_and_nan():
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x[1]).isfinite().all()
     assert "keys=16, k=4, heads=4, key_dim=8" in repr(layer)
-    assert ProductKeyMemory(16, device="meta").values.shape == (128 * 128, 16)
+    assert ProductKeyMemory(16, device="meta").values.weight.shape == (128 * 128, 16)
 
 
 @pytest.mark.parametrize(

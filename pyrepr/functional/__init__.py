@@ -10,6 +10,7 @@ from pyrepr.functional.delta_rule import (
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
+from pyrepr.functional.flops import flop_formulas
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.functional.norm import rms_norm_gated
 from pyrepr.functional.pairs import info_nce, pairwise_logsumexp, pairwise_topk
@@ -24,6 +25,7 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_kda",
     "cluster_tokens",
+    "flop_formulas",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_kda",

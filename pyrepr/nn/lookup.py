@@ -94,7 +94,9 @@ class LookupLinear(nn.Module):
             are, which takes twice the tables and reads and loses a third of what one bit loses (:meth:`from_linear`).
         weighting, temperature: see :func:`pyrepr.lookup_linear`; the defaults are the paper's.
         table_dtype: float32 (default), float64, bfloat16, float16, or int8 (for loading; see :meth:`quantize_`).
-        sparse: row-sparse gradients of the tables, for ``torch.optim.SparseAdam``.
+        sparse: row-sparse gradients of the tables, for ``torch.optim.SparseAdam``. Not under
+            ``DistributedDataParallel``, which asks ``nn.Embedding`` alone whether gradients are sparse and fails at
+            those of other modules; dense ones (default) work there.
 
     Shape:
         x: [..., in_features] -> [..., out_features] in the dtype of x.

@@ -41,7 +41,8 @@ class ProductKeyMemory(nn.Module):
         x: [..., d] -> [..., h] in the dtype of x. NaN in a token makes its result NaN.
 
     Attributes:
-        keys: [heads, 2, n, key_dim / 2]. values: [n², h]; slot (i, j) is row i · n + j. query: ``nn.Linear``; norm:
+        keys: [heads, 2, n, key_dim / 2]. values: ``nn.EmbeddingBag``, whose weight [n², h] has slot (i, j) in row
+            i · n + j. query: ``nn.Linear``; norm:
             ``nn.LayerNorm`` over a head's query, not the batch norm of the first paper: it needs no other tokens, in
             training or in use, and keeps scores in range as well. gate_in, gate_out: ``nn.Linear`` or ``None``.
 
@@ -88,17 +89,17 @@ class ProductKeyMemory(nn.Module):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be a bool, got {shown(flag)}")
         options = {"device": device, "dtype": dtype}
-        self.in_features, self.out_features, self.k, self.heads, self.sparse = (
+        self.in_features, self.out_features, self.k, self.heads = (
             in_features,
             out_features,
             k,
             heads,
-            sparse,
         )
         self.query = nn.Linear(in_features, heads * key_dim, **options)
         self.norm = nn.LayerNorm(key_dim, **options)
         self.keys = nn.Parameter(torch.empty(heads, 2, keys, key_dim // 2, **options))
-        self.values = nn.Parameter(torch.empty(keys * keys, out_features, **options))
+        # torch's module, since DistributedDataParallel asks it, and no other, whether gradients are sparse.
+        self.values = nn.EmbeddingBag(keys * keys, out_features, mode="sum", sparse=sparse, **options)
         self.gate_in = nn.Linear(in_features, out_features, **options) if gate else None
         self.gate_out = nn.Linear(out_features, out_features, **options) if gate else None
         self.reset_parameters()
@@ -110,7 +111,7 @@ class ProductKeyMemory(nn.Module):
                 module.reset_parameters()
         bound = 1 / math.sqrt(self.keys.shape[-1])
         nn.init.uniform_(self.keys, -bound, bound)
-        nn.init.normal_(self.values, std=1 / math.sqrt(self.out_features))
+        nn.init.normal_(self.values.weight, std=1 / math.sqrt(self.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_tensor("x", x)
@@ -142,16 +143,15 @@ class ProductKeyMemory(nn.Module):
 
     def _read(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Σ weights · values[rows]: [T, heads, k] -> [T, h]."""
-        rows, weights = rows.flatten(1), weights.flatten(1)
+        values = self.values.weight
+        rows, weights = rows.flatten(1), weights.flatten(1).to(values.dtype)
         if transformed():
-            return (weights[..., None].to(self.values.dtype) * self.values[rows]).sum(1)
-        return functional.embedding_bag(
-            rows, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum", sparse=self.sparse
-        )
+            return (weights[..., None] * values[rows]).sum(1)
+        return self.values(rows, per_sample_weights=weights)
 
     def extra_repr(self) -> str:
         _, _, n, half = self.keys.shape
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, keys={n}, k={self.k}, "
-            f"heads={self.heads}, key_dim={2 * half}, sparse={self.sparse}"
+            f"heads={self.heads}, key_dim={2 * half}"
         )
