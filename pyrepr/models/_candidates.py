@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrepr.nn._lookup_fit import relative_mse
 from pyrepr.nn.lookup import FITTED_WEIGHTING
 from pyrepr.reference.lookup import HASHES
 
@@ -123,8 +124,62 @@ def _dynamic_int8(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
         return Linear.from_float(twin)
 
 
-def times(modules: dict[str, Callable[[Tensor], Tensor]], rows: Tensor, size: int) -> dict[str, float]:
-    """Median milliseconds of each on `size` rows, in turn."""
+class Measurements:
+    """A layer, the rows it gets, and what it could become instead: each measured in turn with the layer itself, so that
+    one is held in memory at a time."""
+
+    def __init__(self, name: str, linear: nn.Linear, rows: Tensor, held: Tensor, batch_sizes: Sequence[int]) -> None:
+        self.name, self.linear, self.batch_sizes = name, linear, batch_sizes
+        self.rows, self.unseen = rows, rows[held] if bool(held.any()) else rows
+        self.truth = linear(self.unseen)
+        alone = [_times(linear, linear, rows, size)[0] for size in batch_sizes]
+        self.before = Candidate(name, 0.0, bytes_of(linear), tuple(alone), False)
+        self.found: list[Candidate] = []
+
+    def add(self, name: str, function: Callable[[Tensor], Tensor], size: int, tables: bool) -> Candidate:
+        """Measures a candidate; its milliseconds are those of the layer times how much longer it took beside it."""
+        ms = []
+        for count, alone in zip(self.batch_sizes, self.before.ms, strict=True):
+            before, after = _times(self.linear, function, self.rows, count)
+            ms.append(alone * after / before)
+        error = relative_mse(function(self.unseen), self.truth)
+        self.found.append(Candidate(name, error, size, tuple(ms), tables))
+        return self.found[-1]
+
+    def excess(self, candidate: Candidate, budget: Mapping[str, float]) -> float:
+        """How many times over the budget a candidate is."""
+        return max(share / budget[key] for key, share in self._shares(candidate).items() if key in budget)
+
+    def _shares(self, candidate: Candidate) -> dict[str, float]:
+        shares = {"bytes": candidate.bytes / self.before.bytes}
+        return shares | ({"time": candidate.ms[0] / self.before.ms[0]} if candidate.ms else {})
+
+    def refusal(self, budget: Mapping[str, float]) -> str:
+        """The sentence for a budget that no tables keep to."""
+
+        def told(each: Candidate) -> str:
+            takes = ", ".join(f"{key} {self._shares(each)[key]:.3g}" for key in budget)
+            return f"{each.name} ({takes}, error {each.relative_mse:.3g})"
+
+        nearest = sorted((each for each in self.found if each.tables), key=lambda each: self.excess(each, budget))[:3]
+        asked = ", ".join(f"{key} {share:.3g}" for key, share in budget.items())
+        return (
+            f"budget must be met by some tables for every layer, got {asked} for {self.name}; "
+            f"nearest: {'; '.join(map(told, nearest))}"
+        )
+
+    def candidates(self, chosen: Candidate) -> tuple[Candidate, ...]:
+        return tuple(replace(each, chosen=each is chosen) for each in self.found)
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def _times(
+    before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor], rows: Tensor, size: int
+) -> tuple[float, float]:
+    """Median milliseconds of both on `size` rows, in turn."""
     x = rows[torch.arange(size, device=rows.device) % len(rows)]
 
     def once(module: Callable[[Tensor], Tensor]) -> float:
@@ -134,40 +189,6 @@ def times(modules: dict[str, Callable[[Tensor], Tensor]], rows: Tensor, size: in
             torch.cuda.synchronize(x.device)
         return 1e3 * (time.perf_counter() - start)
 
-    first = max(once(module) for module in modules.values())  # and a warm-up
-    turns = [[once(m) for m in modules.values()] for _ in range(max(3, min(30, int(20 / first))))]
-    return {name: statistics.median(column) for name, column in zip(modules, zip(*turns, strict=True), strict=True)}
-
-
-def choose(
-    layer: str, candidates: Iterable[Candidate], budget: Mapping[str, float], before: Candidate
-) -> tuple[Candidate, ...]:
-    """The candidates, with the most accurate tables that the budget allows as the chosen one; `before` is the layer.
-
-    Raises:
-        ValueError: if none keeps to the budget; the nearest are in the sentence.
-    """
-    candidates = tuple(candidates)
-
-    def costs(candidate: Candidate) -> dict[str, float]:
-        every = {"bytes": candidate.bytes / before.bytes}
-        return every | ({"time": candidate.ms[0] / before.ms[0]} if candidate.ms else {})
-
-    def excess(candidate: Candidate) -> float:
-        return max(costs(candidate)[key] / budget[key] for key in budget)
-
-    tables = [candidate for candidate in candidates if candidate.tables]
-    allowed = [candidate for candidate in tables if excess(candidate) <= 1]
-    if not allowed:
-
-        def told(each: Candidate) -> str:
-            takes = ", ".join(f"{key} {costs(each)[key]:.3g}" for key in budget)
-            return f"{each.name} ({takes}, error {each.relative_mse:.3g})"
-
-        nearest = "; ".join(map(told, sorted(tables, key=excess)[:3]))
-        asked = ", ".join(f"{key} {share:.3g}" for key, share in budget.items())
-        raise ValueError(
-            f"budget must be met by some tables for every layer, got {asked} for {layer}; nearest: {nearest}"
-        )
-    best = min(allowed, key=lambda each: math.inf if math.isnan(each.relative_mse) else each.relative_mse)
-    return tuple(replace(each, chosen=each is best) for each in candidates)
+    first = max(once(before), once(after))  # and a warm-up
+    turns = [(once(before), once(after)) for _ in range(max(3, min(30, int(20 / first))))]
+    return statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)

@@ -9,9 +9,9 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,20 @@ from pyrepr._modules import as_linear, evaluating, hooked
 from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
-from pyrepr.models._candidates import Candidate, asked_name, check_budget, choose, others, table_options, times
+from pyrepr.models._candidates import (
+    Candidate,
+    Measurements,
+    asked_name,
+    bytes_of,
+    check_budget,
+    others,
+    table_options,
+)
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
 from pyrepr.models._layers import Layers, layer_table, unwrap
 from pyrepr.models._recording import plain_execution
 from pyrepr.models._swapping import Swaps, choose_linears
-from pyrepr.nn._lookup_fit import hold_out, relative_mse
+from pyrepr.nn._lookup_fit import hold_out
 from pyrepr.nn.lookup import FITTED_WEIGHTING, LookupLinear
 
 __all__ = ["Conversion", "ConvertedLayer", "convert"]
@@ -621,22 +629,26 @@ class _Job:
             return f"has no rank {options['rank']}: it maps {d} to {h} features"
         held = hold_out(len(rows)).to(rows.device)
         wanted = {asked_name(options): options} if budget is None else table_options(d, h, options, options["bits"])
-        layers: dict[str, LookupLinear] = {}
+        measured = Measurements(name, linear, rows, held, batch_sizes)
+        best: tuple[Candidate, LookupLinear] | None = None
         for key, each in wanted.items():
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "calibration has")
-                    layers[key] = LookupLinear.from_linear(linear, rows[~held], **each)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            if quantize:
-                layers[key].quantize_(quantize)
+            layer = _fitted(name, linear, rows[~held], each, quantize)
+            found = measured.add(key, layer, bytes_of(layer), True)
+            if budget is not None and not measured.excess(found, budget) <= 1:
+                continue
+            if best is None or found.relative_mse < best[0].relative_mse:
+                best = found, layer
+        if best is None:
+            assert budget is not None
+            raise ValueError(measured.refusal(budget))
+        if batch_sizes or budget is not None:
+            for key, (function, size) in others(linear, rows[~held]).items():
+                measured.add(key, function, size, False)
+        chosen, layer = best
         if len(rows) < d:
             warnings.warn(
                 f"data gives layer {name} {len(rows)} rows for {d} features; the fit leans on the ridge", stacklevel=3
             )
-        measured = _measured(name, linear, layers, rows, held, batch_sizes, budget)
-        layer = layers[next((each.name for each in measured.candidates if each.chosen), asked_name(options))]
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.requires_grad and linear.weight.requires_grad)
         layer.train(self.training[name])
@@ -646,54 +658,28 @@ class _Job:
         except (AttributeError, TypeError) as error:
             self.swaps.undo([name])
             return f"is used in a way a lookup layer cannot be ({error})"
-        return measured
+        usage = layer.usage(rows)
+        return ConvertedLayer(
+            name=name,
+            in_features=d,
+            out_features=h,
+            relative_mse=chosen.relative_mse,
+            bytes_before=measured.before.bytes,
+            bytes_after=chosen.bytes,
+            ms_before=measured.before.ms,
+            ms_after=chosen.ms,
+            entropy=float(usage.entropy.mean()),
+            rows=usage.counts.numel(),
+            dead_rows=usage.dead_rows,
+            candidates=measured.candidates(chosen) if len(measured.found) > 1 else (),
+        )
 
 
-def _measured(
-    name: str,
-    linear: nn.Linear,
-    layers: dict[str, LookupLinear],
-    rows: Tensor,
-    held: Tensor,
-    batch_sizes: tuple[int, ...],
-    budget: Mapping[str, float] | None,
-) -> ConvertedLayer:
-    """What one of `layers` costs, the first or what the budget chooses, and what all it could be would."""
-    unseen = rows[held] if bool(held.any()) else rows
-    truth = linear(unseen)
-    sized: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-        key: (layer, _bytes(layer)) for key, layer in layers.items()
-    }
-    if batch_sizes or budget is not None:
-        sized |= others(linear, rows[~held])
-    modules = {"": linear, **{key: module for key, (module, _) in sized.items()}}
-    timed = [times(modules, rows, size) for size in batch_sizes]
-    candidates = [
-        Candidate(key, relative_mse(module(unseen), truth), size, tuple(line[key] for line in timed), key in layers)
-        for key, (module, size) in sized.items()
-    ]
-    before = Candidate(name, 0.0, _bytes(linear), tuple(line[""] for line in timed), False)
-    if budget is None:
-        candidates[0] = replace(candidates[0], chosen=True)
-    else:
-        candidates = list(choose(name, candidates, budget, before))
-    chosen = next(each for each in candidates if each.chosen)
-    usage = layers[chosen.name].usage(rows)
-    return ConvertedLayer(
-        name=name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        relative_mse=chosen.relative_mse,
-        bytes_before=before.bytes,
-        bytes_after=chosen.bytes,
-        ms_before=before.ms,
-        ms_after=chosen.ms,
-        entropy=float(usage.entropy.mean()),
-        rows=usage.counts.numel(),
-        dead_rows=usage.dead_rows,
-        candidates=tuple(candidates) if len(candidates) > 1 else (),
-    )
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+def _fitted(name: str, linear: nn.Linear, rows: Tensor, options: dict[str, Any], quantize: str | None) -> LookupLinear:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "calibration has")
+            layer = LookupLinear.from_linear(linear, rows, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return layer.quantize_(quantize) if quantize else layer
