@@ -1,6 +1,6 @@
 """Cases of family `lookup`, τ = 8. Peers: `F.linear` in float32 and bfloat16, what else makes a linear layer smaller
-(torch.ao's dynamic int8 with a scale a channel, PyTorch's int4 weights in groups of 32), and bags of ready-made codes:
-`F.embedding_bag`, and FBGEMM's of bytes.
+(torch.ao's dynamic int8 with a scale a channel, by the engines x86 and oneDNN, PyTorch's int4 weights in groups of 32),
+and bags of ready-made codes: `F.embedding_bag`, and FBGEMM's of bytes.
 
 Cold means that neither tables nor dense weights stay in cache between calls: every call takes the next of several dense
 weights (together 128 MiB or more) and the next tokens, which read other rows of the tables. Of a single token eight
@@ -19,6 +19,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,16 +97,26 @@ def _error(result: object, truth: Tensor) -> float:
 Dense = Callable[[Tensor], Tensor]
 
 
-def _dynamic_int8(weight: Tensor) -> Dense:
-    """torch.ao's layer for this weight: int8 with a scale a channel, activations rounded as they come."""
+ENGINES = {"dynamic int8": "x86", "dynamic int8 oneDNN": "onednn"}  # of PyTorch's quantized products
+
+
+def _engines() -> dict[str, str]:
+    return {name: engine for name, engine in ENGINES.items() if engine in torch.backends.quantized.supported_engines}
+
+
+def _dynamic_int8(weight: Tensor, engine: str) -> Dense:
+    """torch.ao's layer for this weight: int8 with a scale a channel, activations rounded as they come. The engine that
+    packs the weight is the one that multiplies."""
     from torch.ao.nn.quantized.dynamic import Linear
     from torch.ao.quantization import per_channel_dynamic_qconfig
 
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight)
     linear.qconfig = per_channel_dynamic_qconfig
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")  # it is to move to another package
+        stack.callback(setattr, torch.backends.quantized, "engine", torch.backends.quantized.engine)
+        torch.backends.quantized.engine = engine
         return Linear.from_float(linear)
 
 
@@ -165,14 +176,17 @@ def _forward(count: int, d: int, h: int, tables: str, *, cold: bool = True, code
     def product() -> Tensor:
         return inputs[0][:CHECKED].double() @ dense[0].double().T
 
+    def quantized(layers: list[Dense]) -> Callable[[int], Other]:
+        return lambda i: Other(take(layers, i)(take(inputs, i)), product)
+
     # Smaller weights need more of them to leave the caches.
-    int8 = [_dynamic_int8(w) for w in dense * (4 if cold else 1)]
+    int8 = {name: [_dynamic_int8(w, engine) for w in dense * (4 if cold else 1)] for name, engine in _engines().items()}
     int4 = [layer for w in dense for layer in _int4(w, 8 if cold else 1)]
     implementations = {
         "pyrepr": lambda i: pyrepr.lookup_linear(take(inputs, i), stored, scales=scales),
         "F.linear fp32": lambda i: Other(F.linear(take(inputs, i), take(dense, i)), product),
         "F.linear bf16": lambda i: Other(F.linear(take(inputs_bf16, i), take(dense_bf16, i)), product),
-        "dynamic int8": lambda i: Other(take(int8, i)(take(inputs, i)), product),
+        **{name: quantized(layers) for name, layers in int8.items()},
         "int4 weights": lambda i: Other(take(int4, i)(take(inputs, i)), product),
     }
     if count >= PACKED_FROM:
@@ -283,12 +297,12 @@ def _conversion(rank: int) -> tuple[str, dict[str, Dense], Tensor, Callable[[], 
     layers: dict[str, Dense] = {}
     for name, hash in (("two bits", "two_bit"), ("one bit", "one_bit")):
         layers[f"pyrepr {name}"] = LookupLinear.from_linear(linear, rows, hash=hash, rank=rank).quantize_("int8")
-    int8, int4 = _dynamic_int8(weight), _int4(weight, 1)[0]
-    layers |= {
-        "nn.Linear fp32": linear,
-        "dynamic int8": lambda x: int8(x).add_(bias),
-        "int4 weights": lambda x: int4(x).float().add_(bias),
-    }
+    layers["nn.Linear fp32"] = linear
+    for name, engine in _engines().items():
+        int8 = _dynamic_int8(weight, engine)
+        layers[name] = lambda x, int8=int8: int8(x).add_(bias)
+    int4 = _int4(weight, 1)[0]
+    layers["int4 weights"] = lambda x: int4(x).float().add_(bias)
     return data, layers, unseen, lambda: F.linear(unseen.double(), weight.double(), bias.double())
 
 

@@ -6,7 +6,8 @@
 
 Two ways to convert: each of the two linear layers of a network by itself (`pyrepr.convert`), or the network as a whole
 (`LookupLinear.from_mlp`); then `pyrepr.distill`. Two dense baselines take the place of the whole network as well: what
-they reach is owed to the network being nearly linear, not to tables. Embeddings (mean over tokens) of held-out
+they reach is owed to the network being nearly linear, not to tables. A dense map with the network's strongest neurons
+beside it, and torch.ao's dynamic int8, are the rivals. Embeddings (mean over tokens) of held-out
 sentences are compared with the original's: their cosine, and the rank correlation (Spearman) of the similarities of
 all pairs.
 
@@ -43,13 +44,22 @@ SPEEDS = ((1, 32), (64, 32))  # sentences × tokens
 @dataclass(frozen=True)
 class Setting:
     """What becomes of a feed-forward network: ``"linear"``: tables for each linear layer; ``"ffn"``: for both at once;
-    ``"dense"``: one linear map of this rank, without tables."""
+    ``"dense"``: one linear map of this rank, without tables; ``"neurons"``: a dense map and this many of the network's
+    neurons; ``"int8"``: torch.ao's dynamic int8 of each linear layer, with a scale a channel."""
 
     kind: str
     bits: int = 0
     rank: int = 0
+    hash: str = "one_bit"
+    neurons: int = 0
 
     def __str__(self) -> str:
+        if self.kind == "int8":
+            return "dynamic int8"
+        if self.neurons:
+            return f"dense map and {self.neurons} neurons"
+        if self.hash == "two_bit":
+            return f"{self.kind}, two bits, rank {self.rank}"
         return f"{self.kind}, {self.bits} bits, rank {self.rank}" if self.bits else f"{self.kind}, rank {self.rank}"
 
 
@@ -63,6 +73,12 @@ SETTINGS = (
     Setting("ffn", 8, 96),
     Setting("dense", rank=48),
     Setting("dense", rank=384),
+    Setting("linear", 8, 48, "two_bit"),
+    Setting("linear", 8, 96, "two_bit"),
+    Setting("neurons", neurons=48),
+    Setting("neurons", neurons=384),
+    Setting("neurons", neurons=768),
+    Setting("int8"),
 )
 
 
@@ -170,19 +186,44 @@ def converted(original: nn.Module, setting: Setting, batches: list[Any]) -> nn.M
     model = copy.deepcopy(original)
     if setting.kind == "linear":
         select = ["encoder.layer.*.intermediate.dense", "encoder.layer.*.output.dense"]
-        report = pyrepr.convert(model, batches, select=select, bits=setting.bits, rank=setting.rank, batch_sizes=())
-        print(report)
+        options = {"bits": setting.bits, "hash": setting.hash, "rank": setting.rank, "batch_sizes": ()}
+        print(pyrepr.convert(model, batches, select=select, **options))
         return model
+    if setting.kind == "int8":
+        return with_dynamic_int8(model)
 
     def make(network: nn.Module, x: Tensor) -> nn.Module:
         if setting.kind == "dense":
             return low_rank(x, network(x), setting.rank)
+        if setting.kind == "neurons":
+            layer = pyrepr.nn.LookupLinear.from_mlp(network, x, kind="linear+neurons", neurons=setting.neurons)
+            print(layer.conversion)
+            return layer
         layer = pyrepr.nn.LookupLinear.from_mlp(network, x, bits=setting.bits, rank=setting.rank)
         print(layer.conversion)
         return layer
 
     replace_networks(model, batches, make)
     return model
+
+
+def with_dynamic_int8(model: nn.Module) -> nn.Module:
+    """The model itself; the linear layers of its feed-forward networks become torch.ao's."""
+    from torch.ao.nn.quantized.dynamic import Linear
+    from torch.ao.quantization import per_channel_dynamic_qconfig
+
+    for block in model.encoder.layer:
+        for holder in (block.intermediate, block.output):
+            holder.dense.qconfig = per_channel_dynamic_qconfig
+            holder.dense = Linear.from_float(holder.dense)
+    return model
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Of parameters, buffers and packed weights: their values, and a scale, a zero point and a bias a channel."""
+    size = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+    packed = [m for m in module.modules() if type(m).__module__.startswith("torch.ao") and hasattr(m, "in_features")]
+    return size + sum(m.in_features * m.out_features + 20 * m.out_features for m in packed)
 
 
 def with_int8_tables(model: nn.Module) -> nn.Module:
@@ -193,6 +234,11 @@ def with_int8_tables(model: nn.Module) -> nn.Module:
     return model
 
 
+def wide(scores: dict[str, float]) -> bool:
+    """Whether a converted model is so far off that steps of a hundredth of its parameters do no harm."""
+    return scores["spearman"] < 0.92
+
+
 def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick: bool) -> dict[str, Any]:
     """Converts, measures, distils, measures; then the same with int8 tables."""
     start = time.perf_counter()
@@ -201,16 +247,19 @@ def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick:
     middle = time.perf_counter()
     networks = [part for block in model.encoder.layer for part in (block.intermediate, block.output.dense)]
     own = {id(p) for network in networks for p in network.parameters()}
-    result = pyrepr.distill(
-        model, original, data.train, layers="encoder.layer.*", train=lambda name, p: id(p) in own, epochs=(1, 1)
-    )
-    print(result)
+    if own:
+        options = {
+            "layers": "encoder.layer.*",
+            "train": lambda name, p: id(p) in own,
+            "lr": 0.01 if wide(before) else 0.002,
+        }
+        print(pyrepr.distill(model, original, data.train, **options))
     end = time.perf_counter()
     line = {
         "kind": setting.kind,
         "bits": setting.bits,
         "rank": setting.rank,
-        "MB": sum(t.numel() * t.element_size() for n in networks for t in [*n.parameters(), *n.buffers()]) / 1e6,
+        "MB": sum(map(bytes_of, networks)) / 1e6,
         "before": before,
         "after": quality(embed(model, data.test), truth),
         "speed": speed(model, original, quick),
@@ -259,9 +308,9 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
-    colours = {"linear": "#3b528b", "ffn": "#21918c", "dense": "0.55"}
+    colours = {"linear": "#3b528b", "ffn": "#21918c", "dense": "0.55", "neurons": "#d1495b", "int8": "#edae49"}
     for i, (axes, (count, length)) in enumerate(zip(figure.subplots(1, 2, sharey=True), SPEEDS, strict=True)):
-        for (name, line), marker in zip(lines.items(), itertools.cycle("os^Dv<>Ph"), strict=False):
+        for (name, line), marker in zip(lines.items(), itertools.cycle("os^Dv<>PhX*pd"), strict=False):
             ratio = line["speed"][i]["original_ms"] / line["speed"][i]["ms"]
             colour, scores = colours[line["kind"]], [line[when]["spearman"] for when in ("before", "after")]
             axes.plot([ratio, ratio], scores, color=colour, linewidth=1, alpha=0.5)

@@ -5,7 +5,8 @@
 
 They see the same batches in the same order, in turn, so that their times compare; the twin is the usual transformer of
 the same width, heads and depth. The MemoryFormer trains with three times the learning rate, as in the paper
-(Ding et al. 2024, arXiv 2411.12992), a copy of it with the twin's, and both with the weighting of the released code:
+(Ding et al. 2024, arXiv 2411.12992), a copy of it with the twin's, one that hashes to sign and magnitude (two bits an
+element, twice the tables) with three times, and all with the weighting of the released code:
 the probability in the paper's text is small (0.15 at 8 bits), tables have to be large to make up for it, and Adam's
 steps change large tables little (--weighting probability shows it). Dense Adam for all: a batch of two thousand bytes
 reads five of six rows of the tables at the start, so row-sparse gradients would save little; at a few tokens a step
@@ -168,6 +169,9 @@ def train(options: argparse.Namespace) -> dict:
         "MemoryFormer at the twin's rate": Run(copy.deepcopy(model), LR, options.steps),
         "dense twin": Run(DenseTwin(**shape), LR, options.steps),
     }
+    torch.manual_seed(SEED)
+    two_bits = MemoryFormer(**shape, bits=options.bits, weighting=options.weighting, hash="two_bit")
+    runs["MemoryFormer, two bits"] = Run(two_bits, 3 * LR, options.steps)
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(source: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +218,7 @@ def plot(result: dict, path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for (name, run), colour in zip(result["runs"].items(), ("#21918c", "#8fd744", "#3b528b"), strict=True):
+    for (name, run), colour in zip(result["runs"].items(), ("#21918c", "#8fd744", "#3b528b", "#d1495b"), strict=True):
         steps = range(1, len(run["train"]) + 1)
         by_step.plot(steps, run["train"], color=colour, linewidth=0.7, alpha=0.35)
         at, losses = zip(*run["validation"], strict=True)

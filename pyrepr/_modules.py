@@ -40,3 +40,23 @@ def hooked(registrations: Iterable[Callable[[], RemovableHandle]]) -> Iterator[N
         for register in registrations:
             stack.callback(register().remove)
         yield
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, or ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The ``nn.Linear`` that computes the same: the module itself, or one with a transposed view of a Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight, bias = module.weight, module.bias
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return linear.train(module.training)

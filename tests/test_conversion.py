@@ -356,7 +356,7 @@ def test_printed_table_and_page(report, tmp_path):
     lines = str(report).splitlines()
     assert report.describe() in lines[0] and "\n" not in repr(report)
     assert lines[1].split()[0] == "layer" and "ms at 64" in lines[1]
-    assert len(lines) == 2 + len(report.layers) + 1 + len(report.skipped)
+    assert len(lines) == 2 + len(report.layers) + 1 + len(report.skipped) + len(report.curve())
     page = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "__DATA__" not in page and "__TITLE__" not in page and "http" not in page
     assert "src=" not in page and "<link" not in page and page.count("</script>") == 1
@@ -482,7 +482,7 @@ def shared():
         (lambda: {"train": "tables"}, ValueError, "train must be 'lookup', 'all' or a function, got 'tables'"),
         (lambda: {"train": lambda name, p: False}, ValueError, "train must choose at least one parameter"),
         (lambda: {"loss": lambda *args: 0.0}, ValueError, "loss must give a scalar tensor with a gradient, got float"),
-        (quantized, ValueError, "student must be float32 or float64 to be trained, got int8 3.tables"),
+        (quantized, ValueError, "student must be float32, float64 or bfloat16 to be trained, got int8 3.tables"),
         (shared, ValueError, "teacher must not share what is trained"),
     ],
 )

@@ -45,7 +45,7 @@ def test_train_memoryformer(example, tmp_path):
     printed = example("train_memoryformer", tmp_path / "out", *options.split())
     written = json.loads((tmp_path / "out/train_memoryformer.json").read_text())
     same_rate = "MemoryFormer at the twin's rate"
-    assert set(written["runs"]) == {"MemoryFormer", same_rate, "dense twin"}
+    assert set(written["runs"]) == {"MemoryFormer", same_rate, "dense twin", "MemoryFormer, two bits"}
     assert written["runs"][same_rate]["lr"] == written["runs"]["dense twin"]["lr"]
     assert written["runs"][same_rate]["train"][0] == written["runs"]["MemoryFormer"]["train"][0]
     assert written["runs"]["MemoryFormer"]["lr"] == 3 * written["runs"]["dense twin"]["lr"]
@@ -54,6 +54,14 @@ def test_train_memoryformer(example, tmp_path):
         assert all(math.isfinite(loss) and loss < 8 for loss in run["train"])
         assert name in printed
     assert (tmp_path / "out/train_memoryformer.png").stat().st_size > 1000
+
+
+def test_memory_layer(example, tmp_path):
+    printed = example("memory_layer", tmp_path, *["--steps", "3", "--batch", "16", "--facts", "64", "--width", "16"])
+    runs = json.loads((tmp_path / "memory_layer.json").read_text())["runs"]
+    assert set(runs) == {"with memory", "twin"} and "knows" in printed
+    assert runs["with memory"]["parameters"] == runs["twin"]["parameters"] + 4096 * 16 + 4 * 2 * 64 * 4 + 17 * 32 + 16
+    assert all(len(run["losses"]) == 3 and 0 <= run["known"] <= 1 for run in runs.values())
 
 
 def test_speculative(example, tmp_path):

@@ -12,6 +12,7 @@ from pyrepr.functional.delta_rule import (
     fused_recurrent_kda,
 )
 from pyrepr.functional.erase import chunk_comba, chunk_gdn2, fused_recurrent_comba, fused_recurrent_gdn2
+from pyrepr.functional.flops import flop_formulas
 from pyrepr.functional.gla import chunk_gla, chunk_simple_gla, fused_recurrent_gla, fused_recurrent_simple_gla
 from pyrepr.functional.lookup import hash_codes, lookup_linear, lookup_sum, pack_tables, segment_sum
 from pyrepr.functional.mamba import mamba_chunk_scan_combined, selective_state_update
@@ -33,6 +34,7 @@ __all__ = [
     "chunk_kda",
     "chunk_simple_gla",
     "cluster_tokens",
+    "flop_formulas",
     "fused_recurrent_comba",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",

@@ -6,6 +6,7 @@ Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fu
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from pyrepr.reference.lookup import HASHES, TILE, WEIGHTINGS, pack, sizes
 __all__ = ["hash_codes", "lookup_linear", "lookup_sum", "pack_tables", "segment_sum"]
 
 MAX_BITS = 16
+_tracing = torch._C._get_tracing_state
 
 
 def _check_float(name: str, x: object, least_dim: int, shape: str) -> Tensor:
@@ -35,6 +37,13 @@ def _check_float(name: str, x: object, least_dim: int, shape: str) -> Tensor:
     if x.dim() < least_dim:
         raise ValueError(f"{name} must have shape {shape}, got {shape_of(x)}")
     return x
+
+
+def _traced_sizes(tables: Tensor) -> tuple[int, ...]:
+    """Those of tables as the plain numbers that `torch.jit.trace` hides: they are the same whenever the trace runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(map(int, sizes(tables)))
 
 
 def check_bits(bits: int) -> int:
@@ -248,7 +257,7 @@ def lookup_linear(
     check_weighting(weighting, temperature)
     _check_precision("x", x, tables)
     check_device("tables", tables, "x", x)
-    k, n, h = sizes(tables)
+    k, n, h = sizes(tables) if _tracing() is None else _traced_sizes(tables)
     bits = n.bit_length() - 1
     if not 1 <= bits <= MAX_BITS or n != 1 << bits:
         raise ValueError(f"tables must have 2^bits rows, bits from 1 to {MAX_BITS}, got shape {shape_of(tables)}")

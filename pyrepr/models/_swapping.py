@@ -9,29 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pyrepr._modules import restored
+from pyrepr._modules import is_conv1d, is_linear, restored
 from pyrepr.models._layers import ROOT, Layers, choose_modules, layer_table, unwrap
-
-
-def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear``, or ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def as_linear(module: nn.Module) -> nn.Linear:
-    """The ``nn.Linear`` that computes the same: the module itself, or one with a transposed view of a Conv1D."""
-    if isinstance(module, nn.Linear):
-        return module
-    weight, bias = module.weight, module.bias
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
-    linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
-    return linear.train(module.training)
-
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -97,7 +76,7 @@ class Obstacles:
             return f"belongs to an adapter, {adapter}; merge it into the model first"
         if hasattr(module, "_hf_hook"):
             return "is offloaded: its weights are moved in and out by hooks"
-        if type(module) is not nn.Linear and not _is_conv1d(module):
+        if type(module) is not nn.Linear and not is_conv1d(module):
             return f"is a subclass of nn.Linear, {type(module).__name__}, that may do more"
         if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
             return "has hooks, or a forward of its own"

@@ -8,9 +8,8 @@ import math
 import os
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,15 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import evaluating, hooked
+from pyrepr._modules import as_linear, evaluating, hooked
 from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
+from pyrepr.models._candidates import (
+    Candidate,
+    Measurements,
+    asked_name,
+    bytes_of,
+    check_budget,
+    others,
+    table_options,
+)
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
 from pyrepr.models._layers import Layers, layer_table, unwrap
 from pyrepr.models._recording import plain_execution
-from pyrepr.models._swapping import Swaps, as_linear, choose_linears
-from pyrepr.nn._lookup_fit import hold_out, relative_mse
+from pyrepr.models._swapping import Swaps, choose_linears
+from pyrepr.nn._lookup_fit import hold_out
 from pyrepr.nn.lookup import FITTED_WEIGHTING, LookupLinear
 
 __all__ = ["Conversion", "ConvertedLayer", "convert"]
@@ -49,6 +57,8 @@ class ConvertedLayer:
             calibration rows, hot: what fits in the cache is there.
         entropy: of the codes, in bits, mean over the tables; at most the layer's `bits`.
         rows, dead_rows: of all tables together, and those that no calibration row reads.
+        candidates: what else it could have become, and the chosen one, each with its error, bytes and milliseconds
+            (:class:`Candidate`); empty where neither times nor a budget were asked for.
     """
 
     name: str
@@ -62,6 +72,7 @@ class ConvertedLayer:
     entropy: float
     rows: int
     dead_rows: int
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,6 +89,7 @@ class Conversion:
         bits, hash, rank, weighting, quantize: as asked for.
         batch_sizes: numbers of rows at which times were measured.
         calibration_rows: the most that a layer was converted with.
+        budget: as asked for; hash and rank are then those asked for, not those of every layer.
         versions: of pyrepr, torch and Python.
 
     Example:
@@ -99,6 +111,7 @@ class Conversion:
     calibration_rows: int
     output: str = ""
     hash: str = "one_bit"
+    budget: dict[str, float] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -108,6 +121,9 @@ class Conversion:
         """What was converted, how, and what it did to the model's output, in a line."""
         count = len(self.layers)
         options = f"bits={self.bits}, hash={self.hash!r}, rank={self.rank}, weighting={self.weighting!r}"
+        if self.budget is not None:
+            shares = " and ".join(f"{share:g} times its {key}" for key, share in self.budget.items())
+            options = f"bits={self.bits}, each the most accurate tables within {shares}"
         return (
             f"{count} layer{'' if count == 1 else 's'} converted, {len(self.skipped)} left alone; {options}"
             + (f", {self.quantize} tables" if self.quantize else "")
@@ -147,12 +163,33 @@ class Conversion:
         dead, rows = sum(x.dead_rows for x in self.layers), sum(x.rows for x in self.layers)
         return [*lines, line("all", "", "", self.layers, ["", f"{dead} of {rows}"])] if lines else []
 
+    def curve(self, name: str | None = None) -> list[list[str]]:
+        """What a layer could have become as cells, headers first: its candidates, the fastest first; all that every
+        layer has, summed over the layers (errors are means), without a name.
+
+        Raises:
+            ValueError: for a name that no converted layer has.
+        """
+        layers = [layer for layer in self.layers if name in (None, layer.name)]
+        if name is not None and not layers:
+            raise ValueError(f"name must be that of a converted layer, got {name!r}")
+        head = ["could be", "rel. sq. error", "MB", *(f"ms at {size}" for size in self.batch_sizes), "chosen"]
+        found = [{each.name: each for each in layer.candidates} for layer in layers]
+        lines = []
+        for key in found[0] if found else ():
+            if all(key in one for one in found):
+                some = [one[key] for one in found]
+                ms = [sum(each.ms[i] for each in some) for i in range(len(self.batch_sizes))]
+                size, error = sum(each.bytes for each in some), statistics.fmean(each.relative_mse for each in some)
+                chosen = sum(each.chosen for each in some)
+                cells = [key, f"{error:.4f}", f"{size / 1e6:.3g}", *(f"{each:.3g}" for each in ms), str(chosen or "")]
+                lines.append((ms or [size], cells))
+        return [head, *(cells for _, cells in sorted(lines, key=lambda line: line[0]))] if lines else []
+
     def __str__(self) -> str:
-        cells = [self.columns(), *self.table()]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells] if self.layers else []
         left = [f"left alone: {name} {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([f"{self.model}: {self.describe()}", *lines, *left])
+        lines = _aligned([self.columns(), *self.table()]) if self.layers else []
+        return "\n".join([f"{self.model}: {self.describe()}", *lines, *left, *_aligned(self.curve())])
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Writes one self-contained page: the table, sortable, with bars for the errors.
@@ -172,6 +209,7 @@ class Conversion:
             "total": total,
             "errors": [x.relative_mse if math.isfinite(x.relative_mse) else None for x in self.layers],
             "skipped": list(self.skipped.items()),
+            "curve": self.curve(),
         }
         return write_page(Path(path), "conversion.html", title, data)
 
@@ -196,7 +234,9 @@ class Conversion:
         pandas = require("pandas", "pandas")
         lines = []
         for layer in self.layers:
-            line = {key: value for key, value in asdict(layer).items() if key not in ("ms_before", "ms_after")}
+            line = {
+                key: value for key, value in asdict(layer).items() if key not in ("ms_before", "ms_after", "candidates")
+            }
             for i, size in enumerate(self.batch_sizes):
                 line |= {f"ms_before_{size}": layer.ms_before[i], f"ms_after_{size}": layer.ms_after[i]}
             lines.append(line)
@@ -282,12 +322,21 @@ class Conversion:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise KeyError("format")
-            layers = tuple(
-                ConvertedLayer(**_with_nan(layer, "ms_before", "ms_after")) for layer in content.pop("layers")
-            )
+            layers = tuple(_layer(fields) for fields in content.pop("layers"))
             return cls(layers=layers, **_with_nan(content, "batch_sizes"))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"path must be a file written by Conversion.save, got {os.fspath(path)!r}") from error
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """Lines of text from lines of cells."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _layer(fields: dict[str, Any]) -> ConvertedLayer:
+    candidates = tuple(Candidate(**_with_nan(each, "ms")) for each in fields.get("candidates", ()))
+    return ConvertedLayer(**{**_with_nan(fields, "ms_before", "ms_after"), "candidates": candidates})
 
 
 def _without_nan(value: Any) -> Any:
@@ -314,6 +363,7 @@ def convert(
     rank: int = 0,
     weighting: str | None = None,
     quantize: str | None = None,
+    budget: Mapping[str, float] | None = None,
     batch_sizes: Sequence[int] = (1, 64, 1024),
     max_rows: int = 16384,
     progress: bool = True,
@@ -342,8 +392,14 @@ def convert(
             reads twice the tables and loses less than half.
         quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
             dtype of the layer.
+        budget: what a layer may take, as multiples of what it takes: ``{"time": 0.8}`` of its milliseconds at the first
+            of `batch_sizes`, ``{"bytes": 2.0}`` of its bytes, or both. Each layer then becomes the most accurate of the
+            tables that keep to it, on unseen rows as measured here and now: both hashes with `bits`, without a dense
+            part and with ranks of a sixteenth, an eighth and a quarter of in_features, and what was asked for. That is
+            nine fits a layer instead of one. ``None`` (default): every layer becomes what was asked for.
         batch_sizes: numbers of rows at which each layer is timed before and after; ``()`` for no timing. Default: a
-            token, a small and a large batch.
+            token, a small and a large batch. What else one could do is timed beside it, for the report's ``curve``:
+            dense maps of low rank, and torch.ao's dynamic int8.
         max_rows: the most rows of input a layer is fitted to, taken evenly from all batches; at least ten times the
             layer's in_features is good.
         progress: a tqdm bar on stderr, where tqdm is installed.
@@ -353,7 +409,8 @@ def convert(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came; patterns that match
-            nothing come with near matches. MemoryError: if tables are larger than the machine's memory.
+            nothing come with near matches, and a budget that no tables of a layer keep to with the nearest.
+            MemoryError: if tables are larger than the machine's memory.
 
     Warns:
         UserWarning: for layers that get fewer calibration rows than they have features.
@@ -370,6 +427,7 @@ def convert(
     weighting = weighting or FITTED_WEIGHTING[hash]
     check_weighting(weighting, 1.0)
     _check_options(rank, quantize, batch_sizes, max_rows)
+    check_budget(budget, batch_sizes)
     names, skipped = choose_linears(model, select, width)
     job = _Job(unwrap(model), _batches(data), inputs, max_rows)
     done: list[ConvertedLayer] = []
@@ -378,7 +436,7 @@ def convert(
             groups = job.groups(names, skipped)
             options = {"bits": bits, "hash": hash, "rank": rank, "weighting": weighting}
             for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
-                layer = job.replace(name, rows, options, quantize, tuple(batch_sizes))
+                layer = job.replace(name, rows, options, quantize, tuple(batch_sizes), budget)
                 if isinstance(layer, str):
                     skipped[name] = layer
                 else:
@@ -397,6 +455,7 @@ def convert(
                 quantize=quantize,
                 batch_sizes=tuple(batch_sizes),
                 calibration_rows=job.most_rows,
+                budget=None if budget is None else {key: float(share) for key, share in budget.items()},
                 versions=versions(),
             )
             _tell_transformers(job.model)
@@ -553,29 +612,43 @@ class _Job:
         return torch.cat(found)
 
     def replace(
-        self, name: str, rows: Tensor, options: dict[str, Any], quantize: str | None, batch_sizes: tuple[int, ...]
+        self,
+        name: str,
+        rows: Tensor,
+        options: dict[str, Any],
+        quantize: str | None,
+        batch_sizes: tuple[int, ...],
+        budget: Mapping[str, float] | None,
     ) -> ConvertedLayer | str:
         """Fits and puts in place one layer; the reason where the model does not run with it."""
         linear = self.linear(name)
+        d, h = linear.in_features, linear.out_features
         if not len(rows):
             return "saw no row of the data"
-        if options["rank"] > min(linear.in_features, linear.out_features):
-            return f"has no rank {options['rank']}: it maps {linear.in_features} to {linear.out_features} features"
+        if options["rank"] > min(d, h):
+            return f"has no rank {options['rank']}: it maps {d} to {h} features"
         held = hold_out(len(rows)).to(rows.device)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "calibration has")
-                layer = LookupLinear.from_linear(linear, rows[~held], **options)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if len(rows) < linear.in_features:
-            count, d = len(rows), linear.in_features
+        wanted = {asked_name(options): options} if budget is None else table_options(d, h, options, options["bits"])
+        measured = Measurements(name, linear, rows, held, batch_sizes)
+        best: tuple[Candidate, LookupLinear] | None = None
+        for key, each in wanted.items():
+            layer = _fitted(name, linear, rows[~held], each, quantize)
+            found = measured.add(key, layer, bytes_of(layer), True)
+            if budget is not None and not measured.excess(found, budget) <= 1:
+                continue
+            if best is None or found.relative_mse < best[0].relative_mse:
+                best = found, layer
+        if best is None:
+            assert budget is not None
+            raise ValueError(measured.refusal(budget))
+        if batch_sizes or budget is not None:
+            for key, (function, size) in others(linear, rows[~held]).items():
+                measured.add(key, function, size, False)
+        chosen, layer = best
+        if len(rows) < d:
             warnings.warn(
-                f"data gives layer {name} {count} rows for {d} features; the fit leans on the ridge",
-                stacklevel=3,
+                f"data gives layer {name} {len(rows)} rows for {d} features; the fit leans on the ridge", stacklevel=3
             )
-        if quantize:
-            layer.quantize_(quantize)
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.requires_grad and linear.weight.requires_grad)
         layer.train(self.training[name])
@@ -585,45 +658,28 @@ class _Job:
         except (AttributeError, TypeError) as error:
             self.swaps.undo([name])
             return f"is used in a way a lookup layer cannot be ({error})"
-        return _measured(name, linear, layer, rows, held, batch_sizes)
+        usage = layer.usage(rows)
+        return ConvertedLayer(
+            name=name,
+            in_features=d,
+            out_features=h,
+            relative_mse=chosen.relative_mse,
+            bytes_before=measured.before.bytes,
+            bytes_after=chosen.bytes,
+            ms_before=measured.before.ms,
+            ms_after=chosen.ms,
+            entropy=float(usage.entropy.mean()),
+            rows=usage.counts.numel(),
+            dead_rows=usage.dead_rows,
+            candidates=measured.candidates(chosen) if len(measured.found) > 1 else (),
+        )
 
 
-def _measured(
-    name: str, linear: nn.Linear, layer: LookupLinear, rows: Tensor, held: Tensor, batch_sizes: tuple[int, ...]
-) -> ConvertedLayer:
-    unseen = rows[held] if bool(held.any()) else rows
-    usage = layer.usage(rows)
-    times = [_times(linear, layer, rows, size) for size in batch_sizes]
-    return ConvertedLayer(
-        name=name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        relative_mse=relative_mse(layer(unseen), linear(unseen)),
-        bytes_before=_bytes(linear),
-        bytes_after=_bytes(layer),
-        ms_before=tuple(before for before, _ in times),
-        ms_after=tuple(after for _, after in times),
-        entropy=float(usage.entropy.mean()),
-        rows=usage.counts.numel(),
-        dead_rows=usage.dead_rows,
-    )
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
-
-
-def _times(before: nn.Module, after: nn.Module, rows: Tensor, size: int) -> tuple[float, float]:
-    """Median milliseconds of both on `size` rows, in turn."""
-    x = rows[torch.arange(size, device=rows.device) % len(rows)]
-
-    def once(module: nn.Module) -> float:
-        start = time.perf_counter()
-        module(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        return 1e3 * (time.perf_counter() - start)
-
-    first = max(once(before), once(after))  # and a warm-up
-    turns = [(once(before), once(after)) for _ in range(max(3, min(30, int(20 / first))))]
-    return statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)
+def _fitted(name: str, linear: nn.Linear, rows: Tensor, options: dict[str, Any], quantize: str | None) -> LookupLinear:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "calibration has")
+            layer = LookupLinear.from_linear(linear, rows, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return layer.quantize_(quantize) if quantize else layer

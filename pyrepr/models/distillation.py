@@ -100,7 +100,9 @@ def distill(
     parameter's own size, which in each phase rise for a tenth of the steps and fall along half a cosine.
 
     Args:
-        student: the converted model. teacher: the original, for instance a ``copy.deepcopy`` made before.
+        student: the converted model, in float32, float64 or bfloat16; the parameters of the last are trained as float32
+            copies, from which they are rounded after every step.
+        teacher: the original, for instance a ``copy.deepcopy`` made before.
         data: as of :func:`pyrepr.compare`; a list or a ``DataLoader``, for it is gone through ``sum(epochs)`` times.
             Padding is left out by the mask of the stream a layer works on.
         inputs: a function from a batch to what both models take, as of :func:`pyrepr.compare`.
@@ -202,10 +204,10 @@ def _trained(
         raise ValueError("train must choose at least one parameter of student, got none")
     shared = {p.data_ptr() for p in teacher.parameters()}
     for name, p in chosen.items():
-        if p.dtype not in (torch.float32, torch.float64):
+        if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             came = str(p.dtype).removeprefix("torch.")
             raise ValueError(
-                f"student must be float32 or float64 to be trained, got {came} {name}; quantize afterwards"
+                f"student must be float32, float64 or bfloat16 to be trained, got {came} {name}; quantize afterwards"
             )
         if p.data_ptr() in shared:
             raise ValueError(f"teacher must not share what is trained, got {name} in both; deepcopy before converting")
@@ -236,7 +238,9 @@ def _run(
     """One phase; a loss a step."""
     if not epochs:
         return
-    groups = [{"params": [p], "lr": lr * _size(p)} for p in trained.values()]
+    # Steps of a hundredth are lost in bfloat16: what is trained is a float32 copy, which the parameter is rounded from.
+    masters = {name: p.detach().float() if p.dtype == torch.bfloat16 else p for name, p in trained.items()}
+    groups = [{"params": [p], "lr": lr * _size(p)} for p in masters.values()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     length = epochs * len(data) if isinstance(data, Sized) else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, length))
@@ -248,12 +252,24 @@ def _run(
             raise FloatingPointError(f"the loss must be finite, got {value.item()} at step {steps}; try a smaller lr")
         optimizer.zero_grad()
         value.backward()
-        optimizer.step()
+        _step(optimizer, trained, masters)
         schedule.step()
         steps += 1
         yield value.item()
     if not steps:
         raise ValueError("data must give at least one batch, got none")
+
+
+def _step(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], masters: dict[str, Tensor]) -> None:
+    """One of the optimizer's, whose parameters are the masters; theirs are the gradients of what is trained."""
+    copies = [(p, masters[name]) for name, p in trained.items() if masters[name] is not p]
+    for p, master in copies:
+        master.grad = None if p.grad is None else p.grad.float()
+        p.grad = None
+    optimizer.step()
+    with torch.no_grad():
+        for p, master in copies:
+            p.copy_(master)
 
 
 def _pace(step: int, length: int | None) -> float:

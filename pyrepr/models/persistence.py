@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyrepr._modules import is_linear
 from pyrepr._optional import require
 from pyrepr._reporting import replacing, versions
 from pyrepr.models._layers import ROOT, layer_table, unwrap
-from pyrepr.models._swapping import Swaps, is_linear
+from pyrepr.models._swapping import Swaps
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["load_converted", "save_converted"]

@@ -28,6 +28,18 @@ SHRINKAGE = (1024.0, 256.0, 64.0, 16.0, 4.0, 1.0)
 STEPS = 8
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What converting a layer cost: squared error over the variance of its outputs, and bytes."""
+
+    relative_mse: float  # on the calibration data the layer was fitted to
+    held_out_mse: float | None  # on calibration data it was not; None if all of it was used
+    dense_bytes: int
+    table_bytes: int  # 0 without tables
+    dead_rows: int  # that no calibration row reads
+    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weights
+
+
 @dataclass
 class Parts:
     """A fitted layer, float64. With rank 0 down and up are ``None``."""
@@ -112,7 +124,8 @@ def sign_linear(
         x, inner = without_low_rank(x, down)
         y = y - inner @ up
     deviation, centre = x.std(0, correction=0), x.mean(0)
-    scale = 1 / torch.where(deviation > least, deviation, 1)
+    # Elements that hardly vary are 0, whatever comes later: no table magnifies roundings.
+    scale = torch.where(deviation > least, 1 / deviation, 0)
     z = standardised(x, centre, scale)
     signs, codes = features_of_codes(bits, hash, z), hash_codes(z, bits, hash)
     features = (weights(z, bits, weighting, hash=hash)[..., None] * signs[codes]).flatten(-2)  # [N, K bits]
@@ -174,6 +187,8 @@ def with_full_tables(
     fitted, held = (Rows(parts, t, bits, weighting, hash) for t in (x, unseen))
     residual, held_residual = residual.float(), (truth - outputs(parts, held, unseen)).float()
     squares, typical = fitted.squares(), float(fitted.weights.square().mean())
+    if not typical:
+        return parts  # no table has a weight
     best, least = parts.tables, float(held_residual.square().sum())
     added = torch.zeros_like(parts.tables, dtype=torch.float32)
     for tokens in SHRINKAGE:
@@ -183,3 +198,42 @@ def with_full_tables(
             break
         best, least = parts.tables + added, error
     return replace(parts, tables=best)
+
+
+def dense_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight [h, d] and bias [h] of the linear map that best gives y [N, h] from x [N, d]."""
+    weight = regression(x, y, ridge)
+    return weight, y.mean(0) - weight @ x.mean(0)
+
+
+def beside_tables(
+    x: Tensor, y: Tensor, unseen: Tensor, truth: Tensor, *, bits: int, weighting: str, hash: str, ridge: float
+) -> tuple[Tensor, Tensor, Parts]:
+    """A dense map (weight, bias) and the tables that hash x [N, d] beside it, for y [N, h]: the map, the sign-linear
+    tables for what it leaves, the map again for what those leave, then full tables."""
+    options = {"bits": bits, "weighting": weighting, "hash": hash}
+    weight, bias = dense_map(x, y, ridge)
+    for _ in range(2):
+        rest = y - x @ weight.T - bias
+        parts, left = sign_linear(x, rest, weight, rank=0, ridge=ridge, **options)
+        weight, bias = dense_map(x, y - (rest - left), ridge)
+    left = y - x @ weight.T - bias - (rest - left)
+    return weight, bias, with_full_tables(parts, x, left, unseen, truth - unseen @ weight.T - bias, **options)
+
+
+def strongest_neurons(x: Tensor, hidden: Tensor, out: Tensor, count: int, ridge: float) -> Tensor:
+    """Numbers, ascending, of the neurons whose part of the output no linear map of x [N, d] has: those with the largest
+    variance of what a regression leaves of hidden [N, n], times the square of what they write, out [h, n]."""
+    weight, bias = dense_map(x, hidden, ridge)
+    strength = (hidden - x @ weight.T - bias).var(0) * out.square().sum(0)
+    return strength.topk(count).indices.sort().values
+
+
+def beside_neurons(x: Tensor, hidden: Tensor, y: Tensor, out: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias and what neurons hidden [N, n] write [h, n] so that together they give y [N, h]; the ridge pulls
+    towards what they wrote in the network, `out` [h, n], which is right where all of them are here."""
+    sizes = [part.std(0).clamp_min(1e-12 * max(1e-300, float(part.std(0).max()))) for part in (x, hidden)]
+    features = torch.cat([part / size for part, size in zip((x, hidden), sizes, strict=True)], 1)
+    change, bias = dense_map(features, y - hidden @ out.T, ridge)
+    weight, written = change.split([x.shape[1], hidden.shape[1]], 1)
+    return weight / sizes[0], bias, out + written / sizes[1]

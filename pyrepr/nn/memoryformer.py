@@ -121,4 +121,4 @@ class MemoryFormerBlock(nn.Module):
         """For s tokens: attention's 2·s²·d and a multiply-add for every table entry that is read."""
         layers = (self.qkv.lookup, self.mlp.up, self.mlp.down)
         d = self.mlp.down.out_features
-        return 2 * s * s * d + s * sum(a.in_features // a.bits * a.out_features for a in layers)
+        return 2 * s * s * d + s * sum(a.tables.shape[0] * a.out_features for a in layers)
