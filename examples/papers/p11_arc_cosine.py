@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import arc_cosine, digits
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import gram
 
@@ -33,4 +33,6 @@ def run() -> Finding:
     text = ", ".join(f"k{order}: {errors[order, 0]:.4f} → {errors[order, 1]:.4f}" for order in range(2))
     holds = bool((ratios > 2.5).all() and (ratios < 6.5).all() and (errors[:, 1] < 0.05).all())
     numbers = {f"k{order} {count}": float(errors[order, i]) for order in range(2) for i, count in enumerate(UNITS)}
-    return Finding(f"relative error {text}", holds, numbers)
+    series = {f"order {order}": errors[order].tolist() for order in range(2)}
+    chart = Chart(series, UNITS, "random units", "relative error", "lines", log=True, log_x=True)
+    return Finding(f"relative error {text}", holds, numbers, chart)
