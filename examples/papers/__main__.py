@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from pyrepr.papers._nothing import NOTHING
 from pyrepr.papers._pages import counts, write_docs, write_html
 from pyrepr.papers._row import Row, proofs, run
@@ -44,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--docs writes the pages of all papers, and takes no numbers")
     rows = []
     for proof in found:
-        torch.manual_seed(0)
         rows.append(run(proof))
         show(rows[-1], f"{len(rows)} of {len(found)}")
     for number, why in NOTHING.items():

@@ -13,7 +13,7 @@ from pyrepr.papers._row import Row
 
 from pyrepr._reporting import replacing
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .25rem .6rem; vertical-align: top }
 tr { border-bottom: 1px solid #ddd } .holds { color: #26734d } .fails { color: #b3283d } .nothing { color: #777 }
 section { margin-top: 2.5rem; border-top: 1px solid #ddd } dt { font-weight: 600 } dd { margin: 0 0 .5rem }

@@ -16,7 +16,7 @@ PAPER = Paper(
     "linear probe of 2 and 4 features beats one of a plain embedding's first by .10",
     stronger="the heads are at least as accurate as networks of that width alone, at every width",
 )
-WIDTHS, SEEDS = (2, 4, 8, 16, 32), (0, 1)
+WIDTHS, SEEDS, PROBED = (2, 4, 8, 16, 32), (0, 1), 5
 
 
 class Nested(nn.Module):
@@ -49,16 +49,17 @@ def run() -> Finding:
     x, y, seen, labels = digits()
     ours, alone = torch.zeros(len(WIDTHS)), torch.zeros(len(WIDTHS))
     probes = torch.zeros(2, len(WIDTHS))
-    for seed in SEEDS:
-        model = nested(WIDTHS, seed, x, y)
-        single = [nested((width,), seed, x, y) for width in WIDTHS]
+    for seed in range(PROBED):
+        model, plain = nested(WIDTHS, seed, x, y), nested(WIDTHS[-1:], seed, x, y)
+        single = [nested((width,), seed, x, y) for width in WIDTHS[:-1]] + [plain] if seed in SEEDS else []
         with torch.no_grad():
-            ours += (model(seen).argmax(2) == labels[:, None]).float().mean(0) / len(SEEDS)
-            alone += torch.stack([(m(seen)[:, 0].argmax(1) == labels).float().mean() for m in single]) / len(SEEDS)
-            for row, encoder in enumerate((model.encoder, single[-1].encoder)):
+            if single:
+                ours += (model(seen).argmax(2) == labels[:, None]).float().mean(0) / len(SEEDS)
+                alone += torch.stack([(m(seen)[:, 0].argmax(1) == labels).float().mean() for m in single]) / len(SEEDS)
+            for row, encoder in enumerate((model.encoder, plain.encoder)):
                 for column, width in enumerate(WIDTHS):
                     z, held = encoder(x)[:, :width], encoder(seen)[:, :width]
-                    probes[row, column] += accuracy(z, y, held, labels) / len(SEEDS)
+                    probes[row, column] += accuracy(z, y, held, labels) / PROBED
     behind = alone - ours
     text = f"nested {', '.join(f'{a:.3f}' for a in ours)}; alone {', '.join(f'{a:.3f}' for a in alone)}; "
     text += f"probe of 2 and 4: {probes[0, 0]:.2f}, {probes[0, 1]:.2f}, plain {probes[1, 0]:.2f}, {probes[1, 1]:.2f}"

@@ -16,8 +16,8 @@ PAPER = Paper(
     25,
     "",
     "gain = accuracy of two networks' mean probabilities − the mean of their accuracies",
-    "over pairs of ten digits networks of different inputs and depths, 1 − CKA of the last hidden layers ranks the gain "
-    "of averaging two (Spearman at least .3)",
+    "over pairs of ten digits networks of different inputs and depths, 1 − CKA of the last hidden layers ranks the "
+    "gain of averaging two (Spearman at least .3)",
 )
 NETWORKS = 10
 

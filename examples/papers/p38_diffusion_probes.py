@@ -11,7 +11,8 @@ PAPER = Paper(
     38,
     "Xiang et al., Denoising Diffusion Autoencoders are Unified Self-supervised Learners, 2023",
     "linear probe of every block of a denoiser at every noise level",
-    "the accuracy of the best block falls by .2 from the least noise to the most, and rises by more than .01 at no step",
+    "the accuracy of the best block falls by .2 from the least noise to the most, and rises by more than .01 at no "
+    "step",
     stronger="a block in the middle is read best, by .02 over the first and the last",
 )
 LEVELS, BLOCKS, WIDTH = (0.05, 0.2, 0.5, 1.0, 2.0), 5, 96

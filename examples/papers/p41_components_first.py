@@ -11,8 +11,8 @@ PAPER = Paper(
     41,
     "",
     "ridge regression on the first k principal components of all inputs",
-    "with 5000 inputs of a factor model and labels of 15, components first leave at most .75 of the error of regression "
-    "on the inputs, in the mean of sixteen draws",
+    "with 5000 inputs of a factor model and labels of 15, components first leave at most .75 of the error of "
+    "regression on the inputs, in the mean of sixteen draws",
 )
 D, FACTORS, UNLABELLED, LABELLED, DRAWS, ALPHAS = 60, 4, 5000, 15, 16, (0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -11,8 +11,8 @@ PAPER = Paper(
     43,
     "",
     "CKA of the last layer with itself after all weights of blocks were rounded, a scale a row",
-    "a measurement, not the paper's claim: CKA of MiniLM's last layer with itself falls with every bit from 6 to 3, and "
-    "is below .9 with 3",
+    "a measurement, not the paper's claim: CKA of MiniLM's last layer with itself falls with every bit from 6 to 3, "
+    "and is below .9 with 3",
 )
 BITS = (6, 5, 4, 3)
 
