@@ -34,7 +34,12 @@ def svg(chart: Chart) -> str:
         if chart.kind != "heat":
             axes.spines[["top", "right"]].set_visible(False)
             if len(chart.series) > 1:
-                figure.legend(loc="outside upper center", ncols=min(3, len(chart.series)), frameon=False, fontsize=8)
+                figure.legend(
+                    loc="outside upper center",
+                    ncols=3 if sum(map(len, chart.series)) < 50 else 2,
+                    frameon=False,
+                    fontsize=8,
+                )
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
@@ -46,8 +51,8 @@ def bars(axes: Any, chart: Chart) -> None:
     for i, (name, values) in enumerate(chart.series.items()):
         at = [x + (i - (count - 1) / 2) * width for x in range(len(values))]
         drawn = axes.bar(at, values, width * 0.92, color=COLOURS[i], label=name)
-        if count * len(values) <= 10:
-            axes.bar_label(drawn, fmt="%.2g", fontsize=7, padding=1)
+        if count * len(values) <= (6 if chart.log else 10):
+            axes.bar_label(drawn, fmt="%.1e" if chart.log else "%.3g", fontsize=7, padding=1)
     turned = max(map(len, map(str, chart.x))) * len(chart.x) > 50
     axes.set_xticks(range(len(chart.x)), chart.x, **({"rotation": 30, "ha": "right"} if turned else {}))
     if chart.log:
@@ -65,7 +70,7 @@ def lines(axes: Any, chart: Chart) -> None:
         axes.set_xscale("log")
     if len(chart.x) <= 8:
         axes.set_xticks(chart.x, [f"{x:g}" for x in chart.x])
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def points(axes: Any, chart: Chart) -> None:

@@ -21,7 +21,7 @@ LOST = (2, 4)
 
 
 def run() -> Finding:
-    texts = docstrings()[0][::2]
+    texts = docstrings()[0][::4]
     shorter = copy.deepcopy(minilm()[0])
     kept = [i for i in range(len(shorter.encoder.layer)) if i not in LOST]
     shorter.encoder.layer = torch.nn.ModuleList(shorter.encoder.layer[i] for i in kept)

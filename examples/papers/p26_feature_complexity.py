@@ -32,7 +32,7 @@ def run() -> Finding:
             layers = [torch.cat([x, seen])]
             for block in model[:-1]:
                 layers.append(block(layers[-1]))
-        live = layers[-1].std(0) > 1e-3
+        live = layers[-1].std(0) > 0.05
         features = layers[-1][:, live]
         known = []
         for z in layers:

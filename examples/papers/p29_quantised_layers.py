@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from itertools import pairwise
 
 import torch
@@ -37,11 +38,15 @@ def quantised(bits: int) -> nn.Module:
     return model
 
 
+@functools.lru_cache(8)
+def layers(bits: int | None = None) -> Tensor:
+    """Mean tokens of every layer of MiniLM, or of it rounded."""
+    return encode(docstrings()[0][::4], model=quantised(bits) if bits else None).means
+
+
 def kept(bits: int) -> list[float]:
     """CKA of every layer, the embedding first, with itself rounded."""
-    texts = docstrings()[0][::4]
-    layers = [encode(texts, model=model).means for model in (None, quantised(bits))]
-    return [float(cka(a.double(), b.double())) for a, b in zip(*layers, strict=True)]
+    return [float(cka(a.double(), b.double())) for a, b in zip(layers(), layers(bits), strict=True)]
 
 
 def run() -> Finding:

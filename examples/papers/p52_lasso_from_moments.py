@@ -37,6 +37,6 @@ def run() -> Finding:
         right.append(len(set(active) & set(planted.tolist())))
         coefficients = torch.tensor(weights[:, -1])
     text = f"of {PLANTED} planted inputs, found first: {', '.join(map(str, right))}"
-    series = {"planted": truth.tolist(), "path after five steps": coefficients.tolist()}
-    chart = Chart(series, list(range(D)), "input (last seed)", "coefficient", "lines")
+    names = ("planted coefficient (last seed)", "coefficient after five steps")
+    chart = Chart({"an input": coefficients.tolist()}, truth.tolist(), *names, "points")
     return Finding(text, min(right) == PLANTED, {"found": min(right)}, chart)
