@@ -36,13 +36,13 @@ def test_the_page_says_what_the_proof_does(number):
 
 
 def test_moebius_addition_is_that_of_geoopt():
-    geoopt = pytest.importorskip("geoopt")
+    oracle = pytest.importorskip("geoopt.manifolds.stereographic.math")
     generator = torch.Generator().manual_seed(0)
     x, y = (0.4 * torch.rand(64, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     for c in (0.1, 1.0, 2.0):
         inputs = [x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(c).double().requires_grad_()]
         ours = p39_hyperbolic.Addition.apply(*inputs)
-        theirs = geoopt.PoincareBall(c=inputs[2]).mobius_add(inputs[0], inputs[1], project=False)
+        theirs = oracle.mobius_add(inputs[0], inputs[1], k=-inputs[2])
         assert (ours - theirs).abs().max() < 1e-12
         for a, b in zip(*(torch.autograd.grad(z.sum(), inputs) for z in (ours, theirs)), strict=True):
             assert (a - b).norm() < 1e-9 * b.norm()
