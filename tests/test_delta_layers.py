@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 
 import pyrepr
-from pyrepr.nn import DeltaCache, DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from pyrepr.nn import GLA, DeltaCache, DeltaNet, GatedDeltaNet, GatedDeltaProduct, KimiDeltaAttention
 
+THEIRS = {"GLA": "GatedLinearAttention"}  # what flash-linear-attention calls it
 # Arguments, and the state_dict that flash-linear-attention 0.6.0 makes of them.
 CONVOLUTIONS = {"q_conv1d.weight": [32, 1, 4], "k_conv1d.weight": [32, 1, 4]}
 BIASES = {"q_conv1d.bias": [32], "k_conv1d.bias": [32]}
@@ -81,6 +82,37 @@ LAYERS = {
         | {"b_proj.weight": [2, 64], "g_proj.0.weight": [16, 64], "g_proj.1.weight": [32, 16], "g_proj.1.bias": [32]}
         | {"o_norm.weight": [16], "o_proj.weight": [64, 32]},
     ),
+    "product": (
+        GatedDeltaProduct,
+        {"hidden_size": 64, "num_heads": 2, "num_v_heads": 4, "head_dim": 16, "expand_v": 1.5, "num_householder": 3},
+        {"A_log": [4], "dt_bias": [4], "q_proj.weight": [32, 64], "k_proj.weight": [96, 64]}
+        | {"v_proj.weight": [288, 64], "b_proj.weight": [12, 64], "a_proj.weight": [4, 64], "g_proj.weight": [96, 64]}
+        | {"q_conv1d.weight": [32, 1, 4], "k_conv1d.weight": [96, 1, 4], "v_conv1d.weight": [288, 1, 4]}
+        | {"o_norm.weight": [24], "o_proj.weight": [64, 96]},
+    ),
+    "product, bare": (
+        GatedDeltaProduct,
+        {"hidden_size": 32, "num_heads": 2, "head_dim": 8, "use_output_gate": False, "use_forget_gate": False}
+        | {"allow_neg_eigval": False, "use_short_conv": False},
+        {"q_proj.weight": [16, 32], "k_proj.weight": [32, 32], "v_proj.weight": [64, 32], "b_proj.weight": [4, 32]}
+        | {"o_norm.weight": [16], "o_proj.weight": [32, 32]},
+    ),
+    "gla": (
+        GLA,
+        {"hidden_size": 64},
+        {"q_proj.weight": [32, 64], "k_proj.weight": [32, 64], "v_proj.weight": [64, 64], "g_proj.weight": [64, 64]}
+        | {"gk_proj.0.weight": [16, 64], "gk_proj.1.weight": [32, 16], "gk_proj.1.bias": [32]}
+        | {"o_proj.weight": [64, 64], "g_norm_swish_gate.weight": [16]},
+    ),
+    "gla, shared heads": (
+        GLA,
+        {"hidden_size": 64, "num_kv_heads": 2, "feature_map": "relu", "use_short_conv": True, "gate_fn": "sigmoid"}
+        | {"clamp_min": -0.04},
+        {"q_proj.weight": [32, 64], "k_proj.weight": [16, 64], "v_proj.weight": [32, 64], "g_proj.weight": [64, 64]}
+        | {"q_conv1d.weight": [32, 1, 4], "k_conv1d.weight": [16, 1, 4], "v_conv1d.weight": [32, 1, 4]}
+        | {"gk_proj.0.weight": [16, 64], "gk_proj.1.weight": [16, 16], "gk_proj.1.bias": [16]}
+        | {"o_proj.weight": [64, 64], "g_norm.weight": [16]},
+    ),
 }
 
 
@@ -116,12 +148,45 @@ def plain_rule(q, k, v, g, beta):
     return torch.stack(out)
 
 
+def plain_product(q, k, v, g, beta, n):
+    """q: [T, H, K], k: [T, n, H, K], v: [T, n, HV, V], g: [T, HV], beta: [T, n, HV] -> [T, HV, V]."""
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[-2], -2) for x in (q, k))
+    state, out = torch.zeros(v.shape[2], q.shape[2], v.shape[3], dtype=q.dtype), []
+    for t in range(len(q)):
+        state = g[t].exp()[:, None, None] * state
+        for i in range(n):
+            error = v[t, i] - (state * k[t, i][..., None]).sum(1)
+            state = state + (beta[t, i][:, None] * k[t, i])[..., None] * error[:, None]
+        out.append((state * q[t][..., None]).sum(1) * q.shape[2] ** -0.5)
+    return torch.stack(out)
+
+
+def plain_gla(arguments, weights, linear, x, q, k, v):
+    """The layer without an erase; q, k, v: [T, D] -> [T, hidden]."""
+    heads, shared = 4, arguments.get("num_kv_heads", 4)
+    g = functional.logsigmoid(x @ linear["gk_proj.0"].T @ linear["gk_proj.1"].T + weights["gk_proj.1.bias"]) / 16
+    g = g.clamp_min(arguments.get("clamp_min", -torch.inf))
+    q = q.unflatten(1, (heads, -1))
+    k, v, g = (y.unflatten(1, (shared, -1)).repeat_interleave(heads // shared, 1) for y in (k, v, g))
+    if arguments.get("feature_map"):
+        q, k = q.relu(), k.relu()
+    state, out = torch.zeros(heads, q.shape[2], v.shape[2], dtype=q.dtype), []
+    for t in range(len(q)):
+        state = g[t].exp()[..., None] * state + k[t][..., None] * v[t][:, None]
+        out.append((state * q[t][..., None]).sum(1) * q.shape[2] ** -0.5)
+    o = torch.stack(out)
+    norm = weights["g_norm.weight"] if "g_norm.weight" in weights else weights["g_norm_swish_gate.weight"]
+    gate = (x @ linear["g_proj"].T).view(o.shape)
+    gate = gate.sigmoid() if arguments.get("gate_fn") == "sigmoid" else functional.silu(gate)
+    return (o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm * gate).flatten(1) @ linear["o_proj"].T
+
+
 def plain_forward(name, weights, x):
     """One row of the batch, [T, hidden] -> [T, hidden]; weights: the state_dict in float64."""
     kind, arguments, _ = LAYERS[name]
     heads = arguments.get("num_heads", 4)
     linear = {n.removesuffix(".weight"): w for n, w in weights.items() if n.endswith("weight") and w.dim() == 2}
-    activation = arguments.get("qk_activation", "silu")
+    activation = "none" if name == "gla" else arguments.get("qk_activation", "silu")
 
     def mixed(part):
         y = x @ linear[f"{part}_proj"].T
@@ -129,9 +194,12 @@ def plain_forward(name, weights, x):
             w = weights[f"{part}_conv1d.weight"]
             padded = functional.pad(y.T[None], (w.shape[2] - 1, 0))
             y = functional.conv1d(padded, w, weights.get(f"{part}_conv1d.bias"), groups=len(w))[0].T
-        return functional.silu(y) if part == "v" or activation == "silu" else y
+        return functional.silu(y) if (part == "v" and kind is not GLA) or activation == "silu" else y
 
-    q, k = (mixed(part).unflatten(1, (heads, -1)) for part in "qk")
+    if kind is GLA:
+        return plain_gla(arguments, weights, linear, x, *map(mixed, "qkv"))
+    steps = arguments.get("num_householder", 2) if kind is GatedDeltaProduct else 1
+    q, k = (mixed(p).unflatten(1, (n, -1)) for p, n in (("q", heads), ("k", steps * heads)))
     if activation == "relu":
         q, k = q.relu(), k.relu()
     if activation == "elu":
@@ -140,9 +208,9 @@ def plain_forward(name, weights, x):
         q, k = (y / y.abs().sum(-1, keepdim=True) for y in (q, k))
     else:
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    v = mixed("v").unflatten(1, (arguments.get("num_v_heads", heads), -1))
+    v = mixed("v").unflatten(1, (steps * arguments.get("num_v_heads", heads), -1))
     beta = (x @ linear["b_proj"].T).sigmoid() if "b_proj" in linear else x.new_ones(v.shape[:2])
-    beta = beta * (2 if arguments.get("allow_neg_eigval") else 1)
+    beta = beta * (2 if arguments.get("allow_neg_eigval", kind is GatedDeltaProduct) else 1)
     g = torch.zeros_like(beta)[..., None]
     if kind is GatedDeltaNet:
         g = (-weights["A_log"].exp() * functional.softplus(x @ linear["a_proj"].T + weights["dt_bias"]))[..., None]
@@ -150,7 +218,14 @@ def plain_forward(name, weights, x):
         raw = (x @ linear["f_proj.0"].T @ linear["f_proj.1"].T + weights["dt_bias"]).unflatten(1, (v.shape[1], -1))
         rate, bound = weights["A_log"].exp()[:, None], arguments.get("lower_bound")
         g = bound * (rate * raw).sigmoid() if bound else -rate * functional.softplus(raw)
-    o = plain_rule(q, k, v, g, beta)
+    if kind is GatedDeltaProduct:
+        k, v, beta = (y.unflatten(1, (steps, -1)) for y in (k, v, beta))
+        g = torch.zeros_like(beta[:, 0])
+        if "a_proj" in linear:
+            g = -weights["A_log"].exp() * functional.softplus(x @ linear["a_proj"].T + weights["dt_bias"])
+        o = plain_product(q, k, v, g, beta, steps)
+    else:
+        o = plain_rule(q, k, v, g, beta)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights["o_norm.weight"]
     if "g_proj" in linear:
         o = o * functional.silu((x @ linear["g_proj"].T).view(o.shape))
@@ -228,7 +303,7 @@ def test_a_cache_that_is_only_read_does_not_change():
     torch.testing.assert_close(first, layer(x)[0][:, 19:], atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["delta", "gated", "kimi", "delta, bare"])
+@pytest.mark.parametrize("name", ["delta", "gated", "kimi", "delta, bare", "product", "gla"])
 def test_padding_on_either_side_with_a_cache(name):
     layer = build(name)
     x = hidden(layer, 3, 40)
@@ -252,7 +327,7 @@ def test_padding_on_either_side_with_a_cache(name):
     assert not second[1].any()
 
 
-@pytest.mark.parametrize("name", ["delta", "gated", "kimi"])
+@pytest.mark.parametrize("name", ["delta", "gated", "kimi", "product", "gla, shared heads"])
 def test_packed_sequences_are_independent(name):
     layer = build(name)
     x, bounds = hidden(layer, 1, 50), torch.tensor([0, 2, 2, 33, 50])
@@ -330,7 +405,7 @@ def rule(q, k, v, g, beta):
 t.plain_rule = rule
 for name, (kind, arguments, _) in t.LAYERS.items():
     torch.manual_seed(1)
-    theirs = getattr(fla.layers, kind.__name__)(**arguments, layer_idx=0)
+    theirs = getattr(fla.layers, t.THEIRS.get(kind.__name__, kind.__name__))(**arguments, layer_idx=0)
     layer = kind(**arguments, layer_idx=0)
     layer.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(layer.state_dict(), strict=True)
@@ -352,6 +427,14 @@ for name, (kind, arguments, _) in t.LAYERS.items():
         (lambda: DeltaNet(qk_norm="l1"), "qk_norm must be l2 or sum, got 'l1'"),
         (lambda: GatedDeltaNet(num_heads=4, num_v_heads=6), "num_v_heads must be a multiple of num_heads = 4, got 6"),
         (lambda: GatedDeltaNet(output_gate_activation="relu"), "output_gate_activation must be swish, silu or sigmoid"),
+        (
+            lambda: GatedDeltaProduct(num_heads=4, num_v_heads=6),
+            "num_v_heads must be a multiple of num_heads = 4, got 6",
+        ),
+        (lambda: GatedDeltaProduct(num_householder=0), "num_householder must be a positive integer, got 0"),
+        (lambda: GLA(hidden_size=64, num_kv_heads=3), "num_heads must be a multiple of num_kv_heads = 3, got 4"),
+        (lambda: GLA(feature_map="elu"), "feature_map must be one of relu, sigmoid, silu, swish, got 'elu'"),
+        (lambda: GLA(gate_fn=None), "gate_fn must be one of relu, sigmoid, silu, swish, got None"),
         (lambda: KimiDeltaAttention(safe_gate=True), "safe_gate needs a lower_bound"),
         (lambda: KimiDeltaAttention(lower_bound=1.0), "lower_bound must be negative, got 1.0"),
         (lambda: DeltaNet(hidden_size=32)(torch.zeros(2, 5, 16)), r"hidden_states must have shape \[B, T, 32\]"),

@@ -413,19 +413,25 @@ def test_its_layers_run_on_a_cpu_with_these_functions():
 import torch
 import pyrepr
 import test_delta_layers as t
-from fla.layers import delta_net, gated_deltanet, kda
+from fla.layers import delta_net, gated_deltanet, gated_deltaproduct, gla, kda
 from fla.models.utils import Cache
 
 def convolution(x, weight, bias=None, activation=None, backend=None):
     return pyrepr.causal_conv1d_fn(x.mT, weight, bias, activation=activation).mT, None
 
-ours = {n: getattr(pyrepr, n) for n in dir(pyrepr) if n.endswith(("delta_rule", "kda"))}
+ours = {
+    n: getattr(pyrepr.functional, n)
+    for n in dir(pyrepr.functional)
+    if n.endswith(("delta_rule", "kda", "_gla", "delta_product"))
+}
 ours |= {"ShortConvolution": pyrepr.nn.ShortConvolution, "FusedRMSNormGated": pyrepr.nn.FusedRMSNormGated}
 ours |= {"RMSNorm": pyrepr.nn.FusedRMSNormGated, "causal_conv1d": convolution}
-for module in (delta_net, gated_deltanet, kda):
+ours |= {"ACT2FN": {"relu": torch.relu, "sigmoid": torch.sigmoid}}
+for module in (delta_net, gated_deltanet, gated_deltaproduct, gla, kda):
     for name in ours.keys() & vars(module).keys():
         setattr(module, name, ours[name])
 kinds = {c.__name__: c for c in (delta_net.DeltaNet, gated_deltanet.GatedDeltaNet, kda.KimiDeltaAttention)}
+kinds |= {"GLA": gla.GatedLinearAttention, "GatedDeltaProduct": gated_deltaproduct.GatedDeltaProduct}
 
 def close(a, b, name):
     assert (a - b).abs().max() < 2e-6 * b.abs().max().clamp_min(1), (name, (a - b).abs().max())
@@ -504,7 +510,7 @@ def unreached(*_):
 @pytest.mark.parametrize("heads", [1, 3, 16, 37])
 @pytest.mark.parametrize(("rule", "bound"), [("gated_delta_rule", None), ("kda", None), ("kda", -5.0)])
 def test_gates_of_a_native_step_are_the_formula(monkeypatch, dtype, heads, bound, rule):
-    monkeypatch.setattr(_delta_rule_extras, "_activated", unreached)
+    monkeypatch.setattr(_delta_rule_extras, "activated", unreached)
     generator = torch.Generator().manual_seed(heads)
 
     def draw(*shape):

@@ -379,11 +379,11 @@ def test_files_that_are_no_cache(tmp_path):
         {"DeltaCache": 1, "rollback": -1, "layers": {}},
     ):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=r"path must be a file that DeltaCache.save wrote, got .*cache.pt"):
+        with pytest.raises(ValueError, match=r"path must be a file that DeltaCache.save wrote, got "):
             DeltaCache.load(path)
     for raw in (b"", b"no archive", path.read_bytes()[:40]):
         path.write_bytes(raw)
-        with pytest.raises(ValueError, match=r"path must be a file that DeltaCache.save wrote, got .*cache.pt"):
+        with pytest.raises(ValueError, match=r"path must be a file that DeltaCache.save wrote, got "):
             DeltaCache.load(path)
     with pytest.raises(FileNotFoundError):
         DeltaCache.load(tmp_path / "nowhere.pt")

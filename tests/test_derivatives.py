@@ -16,7 +16,17 @@ from derivatives import HESSIANS, MODES
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyrepr
-from pyrepr.nn import CKALoss, DeltaNet, GatedDeltaNet, KimiDeltaAttention, LookupLinear, ShortConvolution
+from pyrepr import functional
+from pyrepr.nn import (
+    GLA,
+    CKALoss,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    KimiDeltaAttention,
+    LookupLinear,
+    ShortConvolution,
+)
 from pyrepr.ops import causal_conv1d as conv_ops
 from pyrepr.ops import delta_rule as delta_ops
 from pyrepr.ops import gram as gram_ops
@@ -189,6 +199,102 @@ ROWS |= {
     "kda, in chunks": rule_row(RULES["kda "][0], "kda ", T=10, constant=["q", "v", "beta", "initial_state"]),
     "delta rule, packed": rule_row(RULES["gated "][0], "gated ", T=5, cu=[0, 2, 2, 5], constant=["q", "v"]),
     "delta rule, keys alone": rule_row(RULES[""][0], "", states=False, constant=["q", "v", "beta"]),
+}
+
+
+def without_erase_row(function, T, constant=(), **gates):
+    """Gated linear attention; its gates by name with their shapes."""
+    B, H, K, HV, V = 1, 1, 2, 2, 1
+    tensors = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, HV, V), "initial_state": (B, HV, K, V)}
+    generator = torch.Generator().manual_seed(2)
+    tensors |= {n: -torch.rand(shape, generator=generator, dtype=torch.float64) for n, shape in gates.items()}
+
+    def plain(**given):
+        g = given.pop("gk", None)
+        return plain_rule.delta_rule(**{"g": g} | given, beta=None, scale=0.7)
+
+    return Row(functools.partial(function, scale=0.7, output_final_state=True), plain, constant, **tensors)
+
+
+def product_row(n, T, constant=()):
+    """Several steps a token, written out as tokens of which every n-th is read."""
+    B, H, K, HV, V = 1, 1, 2, 2, 1
+    tensors = {"q": (B, T, H, K), "k": (B, T * n, H, K), "v": (B, T * n, HV, V), "beta": (B, T * n, HV)}
+    tensors["initial_state"] = (B, HV, K, V)
+    tensors["g"] = -torch.rand(B, T, HV, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def ours(**given):
+        return functional.chunk_gated_delta_product(
+            **given, num_householder=n, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+
+    def plain(q, g, **given):
+        first = torch.arange(T * n) % n == 0
+        q, g = q.repeat_interleave(n, 1), torch.where(first[:, None], g.repeat_interleave(n, 1), 0)
+        o, state = plain_rule.delta_rule(q=q, g=g, **given, use_qk_l2norm=True)
+        return o[:, n - 1 :: n], state
+
+    return Row(ours, plain, constant, **tensors)
+
+
+def scan_row(T, constant=()):
+    """Mamba-2's scan, written out."""
+    x, G, N = (1, T, 2, 1), 1, 2
+    tensors = {"x": x, "dt": x[:3], "B": (1, T, G, N), "C": (1, T, G, N), "D": (2,), "z": x, "dt_bias": (2,)}
+    tensors |= {"initial_states": (1, 2, 1, N), "A": -torch.tensor([0.7, 0.2], dtype=torch.float64)}
+
+    def ours(**given):
+        return functional.mamba_chunk_scan_combined(**given, dt_softplus=True, return_final_states=True)
+
+    def plain(x, dt, A, B, C, D, z, dt_bias, initial_states):
+        state, out = initial_states, []
+        dt = (1 + (dt + dt_bias).exp()).log()
+        for t in range(T):
+            state = state * (A * dt[:, t]).exp()[..., None, None]
+            state = state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            out.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+        return torch.stack(out, 1) * z / (1 + (-z).exp()), state
+
+    return Row(ours, plain, constant, **tensors)
+
+
+def apart_row(function, T, **shapes):
+    """A rule that reads what it erases along a vector of its own."""
+    B, H, K, HV, V = 1, 1, 2, 2, 1
+    tensors = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, HV, V), "initial_state": (B, HV, K, V)} | shapes
+    generator = torch.Generator().manual_seed(2)
+    for name in shapes:  # steps below 1: states that grow lose digits
+        sign = -1 if name == "g" else 0.5
+        tensors[name] = sign * torch.rand(shapes[name], generator=generator, dtype=torch.float64)
+
+    def plain(q, k, v, g, initial_state, p=None, beta=None, b=None, w=None):
+        q, k, p = (None if x is None else x.repeat_interleave(HV, 2) for x in (q, k, p))
+        s, out = initial_state, []
+        for t in range(T):
+            if b is None:
+                error = beta[:, t, :, None] * (v[:, t] - (s * p[:, t, ..., None]).sum(2))
+                s = s * g[:, t, :, None, None].exp()
+            else:
+                s = s * g[:, t, ..., None].exp()
+                error = w[:, t] * v[:, t] - (s * (b * k)[:, t, ..., None]).sum(2)
+            s = s + k[:, t, ..., None] * error[:, :, None]
+            out.append((s * q[:, t, ..., None]).sum(2) * K**-0.5)
+        return torch.stack(out, 1), s
+
+    return Row(functools.partial(function, output_final_state=True), plain, ["q"], **tensors)
+
+
+ROWS |= {
+    "comba": apart_row(functional.chunk_comba, 3, p=(1, 3, 1, 2), g=(1, 3, 2), beta=(1, 3, 2)),
+    "gdn2": apart_row(functional.chunk_gdn2, 3, g=(1, 3, 2, 2), b=(1, 3, 2, 2), w=(1, 3, 2, 1)),
+    "linear attention": without_erase_row(functional.chunk_simple_gla, 4),
+    "simple gla": without_erase_row(functional.fused_recurrent_simple_gla, 3, g=(1, 3, 2)),
+    "simple gla, in chunks": without_erase_row(functional.chunk_simple_gla, 11, ["v", "initial_state"], g=(1, 11, 2)),
+    "gla": without_erase_row(functional.chunk_gla, 4, g=(1, 4, 2, 2)),
+    "gla, in chunks": without_erase_row(functional.fused_recurrent_gla, 10, ["q", "v"], gk=(1, 10, 2, 2)),
+    "delta product": product_row(2, 3),
+    "delta product, in chunks": product_row(3, 4, ["v", "beta", "initial_state"]),
+    "mamba": scan_row(3, ["dt_bias", "z"]),
 }
 
 
@@ -435,6 +541,7 @@ def test_every_function_in_every_mode(row, mode):
 CHECKED = [
     "gated delta rule",
     "kda, in chunks",
+    "simple gla",
     "convolution",
     "lookup_linear, scaled",
     "lookup_linear of two bits, scaled",
@@ -468,6 +575,11 @@ MODULES = {
         lambda: KimiDeltaAttention(hidden_size=4, num_heads=1, head_dim=2, expand_v=1, conv_size=2),
         (1, 3, 4),
     ),
+    "GatedDeltaProduct": (
+        lambda: GatedDeltaProduct(hidden_size=4, num_heads=1, head_dim=2, expand_v=1, conv_size=2),
+        (1, 3, 4),
+    ),
+    "GLA": (lambda: GLA(hidden_size=4, num_heads=1, gate_logit_normalizer=1), (1, 3, 4)),
     "ShortConvolution": (lambda: ShortConvolution(4, 3), (1, 3, 4)),
     "LookupLinear": (lambda: LookupLinear(4, 3, bits=2), (3, 4)),
     "LookupLinear of two bits": (lambda: LookupLinear(4, 3, bits=4, hash="two_bit"), (3, 4)),
@@ -620,6 +732,7 @@ def test_what_vmap_hides_is_not_looked_at():
 
 GRAPHS = [
     "gated delta rule",
+    "gla",
     "convolution",
     "lookup_linear, scaled",
     "converted, two_bit",
@@ -684,6 +797,10 @@ OPS = {
     "delta_rule": lambda: (
         delta_ops.forward_op,
         (randn(1, 5, 1, 3), randn(1, 5, 1, 3), randn(1, 5, 2, 2), None, randn(1, 5, 2), None, None, 0.5, False, 1),
+    ),
+    "delta_rule, no erase": lambda: (
+        delta_ops.forward_op,
+        (randn(1, 5, 1, 3), randn(1, 5, 1, 3), randn(1, 5, 2, 2), randn(1, 5, 2), None, None, None, 0.5, False, 1),
     ),
     "causal_conv1d": lambda: (
         conv_ops.forward_op,

@@ -111,6 +111,15 @@ CALLS = {
     "gated delta rule": (lambda g, **x: pyrepr.chunk_gated_delta_rule(g=-g.abs(), **x), RULE | {"g": numbers(2, 5, 2)}),
     "delta rule, packed": (lambda **x: pyrepr.chunk_delta_rule(**x, cu_seqlens=LENGTHS), PACKED),
     "kda": (lambda g, **x: pyrepr.chunk_kda(g=-g.abs(), **x), RULE | {"g": numbers(2, 5, 2, 4)}),
+    "gla": (
+        lambda g, beta, **x: pyrepr.functional.chunk_gla(g=-g.abs(), **x),
+        RULE | {"g": numbers(2, 5, 2, 4)},
+    ),
+    "mamba": (
+        lambda x, dt, A, B, C: pyrepr.functional.mamba_chunk_scan_combined(x, dt.abs(), -A.abs(), B, C),
+        {"x": numbers(2, 5, 2, 4), "dt": numbers(2, 5, 2), "A": numbers(2)}
+        | {"B": numbers(2, 5, 1, 3), "C": numbers(2, 5, 1, 3)},
+    ),
     "delta rule, recurrent": (
         lambda **x: pyrepr.fused_recurrent_delta_rule(**x, output_final_state=True),
         {name: x[:, :1] for name, x in RULE.items()},

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pyrepr
+from pyrepr import functional
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ def delta(q, k, v, beta, g=None, state=None):
     for t in range(T):
         if g is not None:
             s = s * (g[:, t, :, None, None] if g.dim() == 3 else g[:, t, ..., None]).exp()
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", s, k[:, t])
-        s = s + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], error)
+        error = v[:, t]
+        if beta is not None:
+            error = beta[:, t, :, None] * (error - torch.einsum("bhkv,bhk->bhv", s, k[:, t]))
+        s = s + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
         out.append(torch.einsum("bhkv,bhk->bhv", s, q[:, t])[:, None] * q.shape[3] ** -0.5)
     return torch.cat(out, 1), s
+
+
+def scanned(x, dt, A, b, c):
+    o, s = delta(c * c.shape[3] ** 0.5, b, x * dt[..., None], None, A * dt)
+    return o, s.mT
 
 
 def one_hot(codes, n, like):
@@ -118,6 +126,20 @@ CASES = {
         lambda s, **x: pyrepr.chunk_kda(initial_state=x.pop("state"), **x, output_final_state=True),
         lambda s, **x: delta(**x),
         frozenset("HKV"),
+    ),
+    "chunk_gla": Case(
+        DELTA,
+        {n: s for n, s in RULE.items() if n != "beta"} | {"g": "B T J K", "state": "B J K V"},
+        lambda s, **x: functional.chunk_gla(initial_state=x.pop("state"), **x, output_final_state=True),
+        lambda s, **x: delta(**x, beta=None),
+        frozenset("HKV"),
+    ),
+    "mamba_chunk_scan_combined": Case(
+        {"B": 2, "T": 3, "H": 2, "P": 4, "N": 5},
+        {"x": "B T H P", "dt": "B T H", "A": "H", "b": "B T 1 N", "c": "B T 1 N"},
+        lambda s, x, dt, A, b, c: functional.mamba_chunk_scan_combined(x, dt, A, b, c, return_final_states=True),
+        lambda s, **x: scanned(**{n: t.clamp_min(0) if n == "dt" else t for n, t in x.items()}),
+        frozenset("PN"),
     ),
     "chunk_gated_delta_rule packed": Case(
         {"N": 2, "J": 2},

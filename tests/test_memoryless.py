@@ -139,6 +139,18 @@ FUNCTIONS = {
     pyrepr.fused_recurrent_gated_delta_rule: rule(1),
     pyrepr.chunk_gated_delta_rule: rule(5),
     pyrepr.fused_recurrent_kda: rule(3) | {"g": numbers(1, 3, 2, 8)},
+    pyrepr.functional.chunk_simple_gla: {n: x for n, x in rule(5).items() if n != "beta"},
+    pyrepr.functional.fused_recurrent_gla: {n: x for n, x in rule(1).items() if n in "qkv"}
+    | {"gk": -rule(1)["q"].abs()},
+    pyrepr.functional.chunk_gated_delta_product: rule(4) | {"num_householder": 1},
+    pyrepr.functional.mamba_chunk_scan_combined: {"x": numbers(1, 5, 2, 8), "dt": numbers(1, 5, 2), "A": numbers(2)}
+    | {"B": numbers(1, 5, 1, 3), "C": numbers(1, 5, 1, 3)},
+    pyrepr.functional.selective_state_update: {
+        "state": numbers(1, 2, 8, 3),
+        "x": numbers(1, 2, 8),
+        "dt": numbers(1, 2, 8),
+    }
+    | {"A": numbers(2, 8, 3), "B": numbers(1, 1, 3), "C": numbers(1, 1, 3)},
     pyrepr.functional.rms_norm_gated: {"x": numbers(2, 5), "g": numbers(2, 5), "weight": numbers(5)},
     pyrepr.causal_conv1d_update: CALLS["convolution of a token"][1],
     pyrepr.causal_conv1d_fn: CALLS["convolution"][1],

@@ -246,7 +246,7 @@ def test_the_short_way_is_not_taken_where_it_would_be_wrong():
     assert not short(x[0].to("meta"), *x[1:])
     assert not short(x[0].double(), *x[1:])
     assert not short(x[0][..., :4], *x[1:])
-    assert not short(*x[:4], None)
+    assert not short(*x[:4], x[4][..., :1])
     assert not short(*x, initial=memory[8:136].view(1, 2, 8, 8)), "a state that overlaps the one to write"
     with pyrepr.use_backend("reference"):
         assert not short(*x)

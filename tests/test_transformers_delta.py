@@ -80,6 +80,37 @@ OTHERS = {
 }
 
 
+# Models of Mamba-2's kind.
+SIZES = {k: v for k, v in COMMON.items() if k != "layer_types"} | {"num_hidden_layers": 2}
+STATE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+PLAIN = {"state_size": 16, "n_groups": 2, "chunk_size": 16}
+SCANS = {
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", PLAIN | {"num_heads": 8, "head_dim": 16}),
+    "bamba": ("BambaConfig", "BambaForCausalLM", STATE | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", STATE | {"mamba_d_ssm": 128, "head_dim": 16}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        STATE
+        | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16, "head_dim": 16}
+        | {"ssm_state_size": 16, "n_groups": 2, "chunk_size": 16},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        {"layers_block_type": ["mamba", "hybrid", "mamba"], "num_hidden_layers": 3, "n_mamba_heads": 8}
+        | {"mamba_headdim": 16, "mamba_d_state": 16, "mamba_ngroups": 2, "chunk_size": 16}
+        | {"num_mem_blocks": 1, "adapter_rank": 8},
+    ),
+}
+
+
 @pytest.fixture(autouse=True)
 def leave_nothing_behind():
     yield
@@ -87,9 +118,10 @@ def leave_nothing_behind():
 
 
 def build(name):
-    config, model, options = (MODELS | OTHERS)[name]
+    config, model, options = (MODELS | OTHERS | SCANS)[name]
+    common = SIZES if name in SCANS else COMMON
     torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**(COMMON | options))).eval()
+    return getattr(transformers, model)(getattr(transformers, config)(**(common | options))).eval()
 
 
 def tokens(rows, length):
@@ -230,6 +262,64 @@ def test_packed_sequences_are_kept_apart(name, packing):
             with pytest.raises(ValueError, match="batch of 1"):
                 layer(x.expand(2, -1, -1), seq_idx=seq_idx.expand(2, -1))
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_models_with_a_scan(name):
+    """A prompt, a padded one, and decoding."""
+    model, ids = build(name), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+
+    def run():
+        with torch.no_grad():
+            logits = model(ids, use_cache=False)[0], model(ids, attention_mask=mask).logits[:, 13:]
+        return logits, model.generate(ids, max_new_tokens=12, do_sample=False)
+
+    expected, got = both(run)
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[1], expected[1])
+
+
+def test_gradients_and_16_bits_of_a_scan():
+    model, ids = build("mamba2"), tokens(2, 40)
+
+    def step():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    expected, got = both(step)
+    for parameter, grad in expected.items():
+        torch.testing.assert_close(got[parameter], grad, atol=1e-5, rtol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
+    model.bfloat16()
+    with torch.no_grad():
+        expected, got = both(lambda: model(ids).logits)
+    torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
+def test_packed_sequences_of_a_scan_are_kept_apart():
+    layer = next(m for m in build("mamba2").modules() if type(m).__name__ == "Mamba2Mixer")
+    x, bounds = torch.randn(1, 50, 64), [0, 2, 20, 50]
+    numbers = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(bounds).diff())[None]
+    with torch.no_grad():
+        with fallback():
+            alone = torch.cat([layer(x[:, a:b]) for a, b in itertools.pairwise(bounds)], 1)
+        with accelerated.enabled():
+            packed = layer(x, seq_idx=numbers)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scan_decodes_in_place():
+    """The state that a prompt leaves has the layout that the kernel writes where it stands."""
+    model, ids = build("mamba2"), tokens(1, 9)
+    with torch.no_grad(), accelerated.enabled():
+        cache = model(ids[:, :8], use_cache=True).cache_params
+        state = cache.layers[0].recurrent_states[0]
+        assert state.mT.is_contiguous()
+        before = state.clone()
+        model(ids[:, 8:], cache_params=cache)
+    assert cache.layers[0].recurrent_states[0] is state and not torch.equal(state, before)
 
 
 def test_the_convolution_serves_models_without_a_delta_rule():

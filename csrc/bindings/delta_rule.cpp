@@ -65,7 +65,7 @@ struct DeltaRuleArguments {
     problem.q = tokens(0, "q", no_keys);
     problem.k = tokens(1, "k", no_keys);
     problem.v = tokens(2, "v", no_values);
-    problem.beta = pointer<const float>(addresses[4], "beta", no_gates);
+    problem.beta = pointer<const float>(addresses[4], "beta", true);
     problem.initial = pointer<const float>(addresses[5], "initial_state", true);
     set_sizes(problem, sizes, dtype_of(dtype), gate_of(gate), scale, l2norm, threads);
     problem.g = pointer<const float>(addresses[3], "g", no_gates || problem.gate == Gate::none);
@@ -116,7 +116,7 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
       pointer<float>(grads[2], "dk", no_keys),
       pointer<float>(grads[3], "dv", no_values),
       pointer<float>(grads[4], "dg", a.problem.gate == Gate::per_key ? no_keys : no_gates),
-      pointer<float>(grads[5], "dbeta", no_gates),
+      pointer<float>(grads[5], "dbeta", no_gates || !a.problem.beta),
       pointer<float>(grads[6], "dstate", a.no_states())};
   py::gil_scoped_release release;
   check(current_level().delta_rule().backward(a.problem, states, out));
@@ -145,7 +145,7 @@ struct DeltaRuleWideArguments {
                data(1, "k", gates * sizes[1] == 0),
                data(2, "v", gates * sizes[2] == 0),
                data(3, "g", gates == 0 || gate_of(gate) == Gate::none),
-               data(4, "beta", gates == 0),
+               data(4, "beta", true),
                data(5, "initial_state", true),
                sizes[0],
                sizes[1],
@@ -168,7 +168,8 @@ struct DeltaRuleWideArguments {
     const cpu::DeltaRuleWideGradients out{data(0), data(1), data(2), data(3), data(4), data(5), data(6)};
     if (!empty() && bounds.back() > 0)
       for (size_t i = 0; i < grads.size(); i++)
-        if (!grads[i] && (i != 4 || problem.g)) throw std::invalid_argument("a gradient has no memory");
+        if (!grads[i] && (i != 4 || problem.g) && (i != 5 || problem.beta))
+          throw std::invalid_argument("a gradient has no memory");
     py::gil_scoped_release release;
     if (!empty()) check(current_level().delta_rule().backward_wide(problem, out));
   }
@@ -253,8 +254,8 @@ struct Activations {
 
 // The tensors of a step, read and found to be as the kernel takes them.
 struct DeltaRuleStep {
-  Tensor q, k, v, g{}, beta, initial, final;
-  bool has_gate, has_initial, has_final;
+  Tensor q, k, v, g{}, beta{}, initial, final;
+  bool has_gate, has_beta, has_initial, has_final;
   const float *decay = nullptr, *step_sizes = nullptr;
   std::vector<float> wide_beta;
   Activations activations;
@@ -265,9 +266,10 @@ struct DeltaRuleStep {
             py::handle final_, py::handle activations_, bool grad) {
     Reader reader(grad);
     has_gate = !g_.is_none();
+    has_beta = !beta_.is_none();
     has_initial = !initial_.is_none();
     has_final = !final_.is_none();
-    return reader.read(q_, q) && reader.read(k_, k) && reader.read(v_, v) && reader.read(beta_, beta) &&
+    return reader.read(q_, q) && reader.read(k_, k) && reader.read(v_, v) && (!has_beta || reader.read(beta_, beta)) &&
            (!has_gate || reader.read(g_, g)) && (!has_initial || reader.read(initial_, initial)) &&
            (!has_final || reader.read(final_, final)) && activations.read(activations_, reader);
   }
@@ -278,7 +280,8 @@ struct DeltaRuleStep {
     const int code = v.code();
     if (H < 1 || HV % H || K < 1 || V < 1 || q.code() != code || k.code() != code) return false;
     if (!is_narrow(v)) return false;
-    if (!k.has_shape({B, T, H, K}) || v.shape[0] != B || v.shape[1] != T || !beta.has_shape({B, T, HV})) return false;
+    if (!k.has_shape({B, T, H, K}) || v.shape[0] != B || v.shape[1] != T) return false;
+    if (has_beta && !beta.has_shape({B, T, HV})) return false;
     if (!q.rows_dense() || !k.rows_dense() || !v.rows_dense() || has_gate != (wanted != Gate::none)) return false;
     if (has_gate && !(wanted == Gate::per_head ? g.has_shape({B, T, HV}) : g.has_shape({B, T, HV, K}))) return false;
     for (const Tensor* state : {has_initial ? &initial : nullptr, has_final ? &final : nullptr})
@@ -286,9 +289,11 @@ struct DeltaRuleStep {
     if (has_final && !is_apart(final, {&q, &k, &v, &g, &beta})) return false;
     if (has_initial && has_final && initial.data != final.data && !is_apart(final, {&initial})) return false;
     gate = wanted;
+    if (!has_beta && (activations.gate || activations.sigmoid)) return false;
     if (B * T * HV == 0 || !activations.run(g, beta, HV, wanted == Gate::per_key ? K : 1, threads)) return false;
     if (has_gate && !activations.gate && !(g.is(DType::f32) && g.dense())) return false;
     decay = activations.gate ? activations.g.data() : static_cast<const float*>(g.data);
+    if (!has_beta) return true;
     step_sizes = activations.sigmoid ? activations.beta.data() : widened(beta, wide_beta);  // of bf16 models it is in bf16
     return step_sizes;
   }
@@ -332,7 +337,7 @@ struct DeltaRuleStep {
     for (cpu::Tokens* x : {&part.q, &part.k, &part.v})
       x->data = static_cast<const char*>(x->data) + (b * x->batch + first * x->token) * item;
     part.g = problem.g ? problem.g + at * (gate == Gate::per_key ? problem.width : 1) : nullptr;
-    part.beta = problem.beta + at;
+    part.beta = problem.beta ? problem.beta + at : nullptr;
     part.initial = before;
     part.batch = part.sequences = 1;
     part.total = tokens;

@@ -49,7 +49,7 @@ class DeltaRule {
       if (s.length <= 1 && !states.data)
         step_in_place(at, scratch);
       else
-        Recurrence<S, Columns>(at, scratch).run(states);
+        by_erase(p, [&](auto erases) { Recurrence<S, Columns, decltype(erases)::value>(at, scratch).run(states); });
     };
     // Token after token, a thread gets the same heads, whose states its cache holds.
     if (decoding) {
@@ -90,8 +90,13 @@ class DeltaRule {
     Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
   };
 
+  template <class F>
+  static void by_erase(const DeltaRuleProblem& p, const F& f) {
+    p.beta ? f(std::true_type{}) : f(std::false_type{});
+  }
+
   static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
-    return larger(Token::size(p.width) + Panels::size(p.width, NR), Recurrence<S, Columns>::size(p.width, slice));
+    return larger(Token::size(p.width) + Panels::size(p.width, NR), Recurrence<S, Columns, true>::size(p.width, slice));
   }
 
   template <int NV>
@@ -99,7 +104,7 @@ class DeltaRule {
                            int64_t stride) {
     alignas(64) float v[NV * W], o[NV * W];
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(0, c + j * W), at.columns - c - j * W));
-    token.step<NV>(at.p.width, from, to, stride, v, o);
+    token.step<NV>(at.p.width, at.p.beta, from, to, stride, v, o);
     for (int j = 0; j < NV; j++) store_some<S>(at.out(0, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
   }
 

@@ -23,6 +23,8 @@
 //
 // because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s.
 //
+// Without the erase A = 0, V' = V and Z = 0, and beta is 1 where it stands beside a value.
+//
 // With a gate per key channel (KDA) g_t, G_t and e^{G_t} are vectors over K. They then belong to the elements of K and
 // Q instead of the rows, (K K^T o Gamma)_ts is sum_c K_tc K_sc e^{G_tc - G_sc}, e^{G_C} scales the rows of S, and what
 // is summed over c in dG is not.
@@ -44,7 +46,7 @@ struct DeltaRuleProblem {
   Tokens q, k;           // [B, T, H, K]
   Tokens v;              // [B, T, HV, V]
   const float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]; null without a gate
-  const float* beta;     // [B, T, HV]
+  const float* beta;     // [B, T, HV]; null: nothing is erased, S <- e^{g_t} S + k_t v_t^T
   const float* initial;  // [N, HV, K, V]; null: zero
   int64_t batch, total, heads, width, value_heads, value_width;
   const int64_t* bounds;  // [N + 1] where the packed sequences start and end; null: one sequence per row of the batch
@@ -69,7 +71,7 @@ struct DeltaRuleGradients {
   float* k;        // [B, T, HV, K]
   float* v;        // [B, T, HV, V]
   float* g;        // [B, T, HV], with a gate per key [B, T, HV, K]
-  float* beta;     // [B, T, HV]
+  float* beta;     // [B, T, HV]; not looked at without beta
   float* state;    // [N, HV, K, V] the gradient of the final state, replaced by that of the initial state
 };
 
@@ -78,7 +80,7 @@ struct DeltaRuleWide {
   const double *q, *k;    // [B, T, HV, K]
   const double* v;        // [B, T, HV, V]
   const double* g;        // [B, T, HV], [B, T, HV, K] per key; null: no decay
-  const double* beta;     // [B, T, HV]
+  const double* beta;     // [B, T, HV]; null: nothing is erased
   const double* initial;  // [N, HV, K, V]; null: zero
   int64_t heads, width, value_width;  // HV, K, V
   const int64_t* bounds;              // [N + 1] where sequences start and end, counting tokens through the batch

@@ -169,13 +169,13 @@ class DeltaRuleBackward {
       request_gates(requests, p, s, t0 + C, t0 + 2 * C);
       requests.spread(vp / NR * (C + p.width) / Panels::MR);
       chunk.solve(p);
-      std::memcpy(inverse_of(i).data, chunk.xt.data, C * C * sizeof(float));
+      if (p.beta) copy_panels(chunk.xt, C, C, inverse_of(i));
       chunk.gate(p, false);
       load_matrix<S>(v(t0), p.v.token, smaller(C, s.length - t0), C, p.value_width, scratch);
       new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
       if (first + i + 1 == last) break;
-      std::memcpy(used.data, values_of(i).data, static_cast<size_t>(C * vp) * sizeof(float));
-      std::memcpy(state_of(i + 1).data, state_of(i).data, static_cast<size_t>(kp * vp) * sizeof(float));
+      copy_panels(values_of(i), C, vp, used);
+      copy_panels(state_of(i), kp, vp, state_of(i + 1));
       next_state(p, chunk, used, vp, state_of(i + 1), &requests);
     }
   }
@@ -207,9 +207,11 @@ class DeltaRuleBackward {
       for (int64_t t = 0; t < rows; t++) end += static_cast<double>(products[t]);
       if (chunk.gates.gated) end += state_product(state);
       multiply_panels<Part::terms_upto, false>(d, C, chunk.k, kp, C, dq);
-      multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
       multiply_panels<Part::terms_from, false>(dt, C, chunk.q, kp, C, rest);
-      multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
+      if (p.beta) {
+        multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
+        multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
+      }
       write(t0, rows, end);
     }
     state_gradient();
@@ -246,15 +248,17 @@ class DeltaRuleBackward {
     multiply_panels<Part::all, true>(chunk.kt, C, dstate, vp, p.width, d_values, 1, &requests);
     transpose_panels(chunk.pt, C, C, turned);
     multiply_panels<Part::terms_from, false>(turned, C, d_o, vp, C, d_values);
+    if (!p.beta) return copy_panels(d_values, C, vp, d_r);
     transpose_panels(inverse, C, C, turned);
     multiply_panels<Part::terms_from, true>(turned, C, d_values, vp, C, d_r);
   }
 
-  // D^T and M^T (row s, column t), D, and in `turned` diag(beta) M.
+  // D^T and M^T (row s, column t), D, and in `turned` diag(beta) M, which is zero without an erase.
   void pair_gradients() {
     multiply_panels<Part::upper, true>(values_t, C, d_o_t, C, p.value_width, d);
     mask_upper(chunk.gamma, d);
     transpose_panels(d, C, C, dt);
+    if (!p.beta) return zero(turned.data, C * C);
     multiply_panels<Part::upper, true>(values_t, C, d_r_t, C, p.value_width, m);
     mask_upper(chunk.gamma, m);
     for (int64_t t = 0; t < C * C; t += W) store<float>(m.data + t, -load<float>(m.data + t));
@@ -273,7 +277,10 @@ class DeltaRuleBackward {
       scale_columns(values_t, p.value_width, gates.tail);
     }
     multiply_panels<Part::all, true>(d_o_t, C, turned_state, kp, p.value_width, dq, 1, &requests);
-    multiply_panels<Part::all, true>(d_r_t, C, turned_state, kp, p.value_width, z, 1, &requests);
+    if (p.beta)
+      multiply_panels<Part::all, true>(d_r_t, C, turned_state, kp, p.value_width, z, 1, &requests);
+    else
+      zero(z.data, C * kp);
     transpose_panels(dstate, kp, vp, turned_state);
     multiply_panels<Part::all, true>(values_t, C, turned_state, kp, p.value_width, rest, 1, &requests);
   }
@@ -296,7 +303,7 @@ class DeltaRuleBackward {
     }
     add_column_products(rest, chunk.k, C, kp, last);
     add_decayed_terms(d, chunk.k, gates.step, kp, dq);
-    add_decayed_terms(m, chunk.k, gates.step, kp, z);
+    if (p.beta) add_decayed_terms(m, chunk.k, gates.step, kp, z);
     add_decayed_terms_of_later(dt, chunk.q, turned, chunk.k, gates.step, kp, rest);
   }
 
@@ -354,13 +361,13 @@ class DeltaRuleBackward {
         sum -= static_cast<double>(of_rest[t]);
         grads.g[row] = static_cast<float>(sum);
       }
-      grads.beta[row] = of_values[t] + of_z[t];
+      if (p.beta) grads.beta[row] = of_values[t] + of_z[t];
       for (int64_t c = 0; c < kp; c += W)
         store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
       write_key(z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
     }
-    scale_rows(d_r, vp, gates.beta);
+    if (p.beta) scale_rows(d_r, vp, gates.beta);
     store_matrix<StoreF32>(d_r, rows, p.value_width, grads.v + s.row(p, t0) * p.value_width,
                            p.value_heads * p.value_width);
   }
@@ -375,13 +382,14 @@ class DeltaRuleBackward {
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
     if (p.gate != Gate::per_key) {
       multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last, &requests);
-      multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+      if (p.beta) multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
       return;
     }
     const KeyGates& per_key = chunk.key_gates;
     per_key.decay_rows(dstate, kp, vp);
     multiply_each(chunk.q, per_key.decay, C, kp, chunk.scaled);
     multiply_panels<Part::all, false>(chunk.scaled, kp, d_o, vp, C, dstate, 1, &requests);
+    if (!p.beta) return;
     multiply_each(chunk.k, per_key.decay, C, kp, chunk.scaled);
     multiply_panels<Part::all, false>(chunk.scaled, kp, d_r, vp, C, dstate);
   }

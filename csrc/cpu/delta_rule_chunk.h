@@ -134,7 +134,7 @@ struct Gates {
     double total = 0;
     gated = p.gate == Gate::per_head;
     for (int64_t t = 0; t < C; t++) {
-      beta[t] = t < rows ? p.beta[s.row(p, t0 + t)] : 0;
+      beta[t] = p.beta && t < rows ? p.beta[s.row(p, t0 + t)] : 0;
       const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
       total += static_cast<double>(g < vanishes ? vanishes : g);
       sum[t] = total;
@@ -238,6 +238,11 @@ inline void invert(const Panels& a, const Panels& x) {
       store<float>(x.at(s, c * W), row[c] - *a.at(s, s + 1) * load<float>(x.at(s + 1, c * W)));
     *x.at(s, s) = 1;
   }
+}
+
+// x [rows, columns] to panels of as many rows.
+inline void copy_panels(const Panels& x, int64_t rows, int64_t columns, const Panels& out) {
+  std::memcpy(out.data, x.data, static_cast<size_t>(rows * columns) * sizeof(float));
 }
 
 // Columns of x [rows, C] times weights [C].
@@ -348,6 +353,7 @@ struct Chunk {
   }
   // X^T; `pt` serves as scratch.
   void solve(const DeltaRuleProblem& p) {
+    if (!p.beta) return;
     if (p.gate == Gate::per_key)
       decayed_products(k, k, key_gates.step, p.width, pt);
     else
@@ -391,6 +397,7 @@ struct Chunk {
 // V' [C, n] for the columns that `state` [K, n] and `v` [C, n] hold; v is used up.
 inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Panels& state, int64_t n, const Panels& v,
                        const Panels& out, Requests* requests) {
+  if (!p.beta) return copy_panels(v, C, n, out);
   scale_rows(v, n, chunk.gates.beta);
   multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v, 1, requests);
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);

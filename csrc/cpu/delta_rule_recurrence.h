@@ -6,7 +6,7 @@
 //
 //   S_t = e^{g_t} S + k_t delta_t^T,    then of the same registers    S_t^T (e^{g} k)_{t+1}  and  S_t^T (e^{g} q)_{t+1}
 //
-// so every element is loaded and stored once. A gate per head multiplies no element either: the state is kept as S / D,
+// so every element is loaded and stored once. Without the erase delta = v, and a multiply-add less. A gate per head multiplies no element either: the state is kept as S / D,
 // D the product of the decays since, and multiplied out where D leaves [2^-8, 2^8].
 #pragma once
 
@@ -34,7 +34,7 @@ struct Token {
     const int64_t padded = round_up(p.width, NR), row = s.row(p, t);
     load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
     load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
-    beta = p.beta[row];
+    beta = p.beta ? p.beta[row] : 1;
     const V same = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row])) : splat<float>(1);
     V products{};
     for (int64_t c = 0; c < padded; c += W) {
@@ -52,7 +52,7 @@ struct Token {
 
   // The state [K, NV * W] at `from` forward by this token, to `to`, which may be the same; v, o [NV * W].
   template <int NV>
-  void step(int64_t width, const float* from, float* to, int64_t stride, const float* v, float* o) const {
+  void step(int64_t width, bool erases, const float* from, float* to, int64_t stride, const float* v, float* o) const {
     // Eight rows are summed on their own first: short chains of additions round less, and do not wait for each other.
     constexpr int64_t rows = 8;
     V erased[NV] = {}, read[NV] = {}, delta[NV];
@@ -78,7 +78,8 @@ struct Token {
       }
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) {
-      delta[j] = beta * (pyrepr::load<float>(v + j * W) - erased[j]);
+      const V value = pyrepr::load<float>(v + j * W);
+      delta[j] = erases ? beta * (value - erased[j]) : value;
       store<float>(o + j * W, read[j] + kq * delta[j]);
     }
     // Last row first: the rows just read are still in L1.
@@ -97,7 +98,7 @@ constexpr int64_t kWindow = 16;
 static_assert(C % kWindow == 0, "states are kept between chunks of the backward");
 
 // Value columns of a sequence through all its tokens. Columns: see DeltaRule<S>::Columns.
-template <class S, class Columns>
+template <class S, class Columns, bool erases>
 class Recurrence {
  public:
   static int64_t size(int64_t width, int64_t columns) {
@@ -204,7 +205,8 @@ class Recurrence {
       ask(t0 + kWindow + r, b);
       for (int j = 0; j < NV; j++) {
         const int64_t at = r * NR + j * W;
-        delta[j] = beta_[r] * (load<float>(v + at) - before_[r] * erased[j]);
+        const V value = load<float>(v + at);
+        delta[j] = erases ? beta_[r] * (value - before_[r] * erased[j]) : value;
         store<float>(o + at, before_[r] * read[j] + kq_[r] * delta[j]);
         delta[j] *= inverse_[r];
       }
@@ -259,7 +261,7 @@ class Recurrence {
           V s = load<float>(at);
           s = (change == Change::none ? s : keep * s) + write * d[j];
           store<float>(at, s);
-          e[j] += key * s;
+          if (erases) e[j] += key * s;
           r[j] += query * s;
         }
       }

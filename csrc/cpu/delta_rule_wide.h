@@ -62,6 +62,7 @@ class WideRule {
   }
   int64_t row(int64_t t) const { return t * p_.heads + head_; }
   const double* key(int64_t t) const { return p_.k + row(t) * p_.width; }
+  double beta_of(int64_t t) const { return p_.beta ? p_.beta[row(t)] : 1; }
   double decay_of(int64_t t, int64_t i) const {
     return p_.g ? __builtin_exp(p_.gate == Gate::per_key ? p_.g[row(t) * p_.width + i] : p_.g[row(t)]) : 1;
   }
@@ -96,11 +97,11 @@ class WideRule {
       for (int64_t j = 0; j < p_.value_width; j++) state[i * p_.value_width + j] *= e;
     }
   }
-  // e = v - S'^T k
+  // e = v - S'^T k, or v alone where nothing is erased
   void error(int64_t t, const double* state, double* e) const {
     const int64_t V = p_.value_width;
     std::memcpy(e, p_.v + row(t) * V, static_cast<size_t>(V) * 8);
-    for (int64_t i = 0; i < p_.width; i++) add(V, -key(t)[i], state + i * V, e);
+    for (int64_t i = 0; i < p_.width && p_.beta; i++) add(V, -key(t)[i], state + i * V, e);
   }
   // S' to S, and out = S^T q; `out` holds the error meanwhile.
   void write(int64_t t, double* state, double* out) const {
@@ -112,7 +113,7 @@ class WideRule {
   }
   void learn(int64_t t, const double* e, double* state) const {
     for (int64_t i = 0; i < p_.width; i++)
-      add(p_.value_width, p_.beta[row(t)] * key(t)[i], e, state + i * p_.value_width);
+      add(p_.value_width, beta_of(t) * key(t)[i], e, state + i * p_.value_width);
   }
 
   // scratch: the states before each segment, the decayed states of a segment, its errors, and a vector.
@@ -149,7 +150,7 @@ class WideRule {
     const int64_t V = p_.value_width, K = p_.width, at = row(t);
     const double *const q = p_.q + at * K, *const k = key(t), *const grad = grads.o + at * V;
     double *const dq = grads.q + at * K, *const dk = grads.k + at * K, *const ds = grads.state + state_offset_;
-    const double beta = p_.beta[at];
+    const double beta = beta_of(t);
     const double along = dot(V, e, grad);  // S do = S' do + beta k <e, do>
     zero(dv, V);
     for (int64_t i = 0; i < K; i++) {
@@ -157,13 +158,16 @@ class WideRule {
       add(V, q[i], grad, ds + i * V);
       add(V, k[i], ds + i * V, dv);  // du
     }
-    grads.beta[at] = dot(V, dv, e);
+    if (p_.beta) grads.beta[at] = dot(V, dv, e);
     for (int64_t j = 0; j < V; j++) grads.v[at * V + j] = dv[j] *= beta;
     double of_gate = 0;
     for (int64_t i = 0; i < K; i++) {
       double *const own = ds + i * V, *const before = state + i * V;
-      dk[i] = beta * dot(V, own, e) - dot(V, before, dv);
-      add(V, -k[i], dv, own);
+      dk[i] = beta * dot(V, own, e);
+      if (p_.beta) {
+        dk[i] -= dot(V, before, dv);
+        add(V, -k[i], dv, own);
+      }
       if (!p_.g) continue;
       const double here = dot(V, own, before), decayed = decay_of(t, i);
       if (p_.gate == Gate::per_key)

@@ -19,10 +19,73 @@
 #include "cpu/lookup_rows.h"
 #include "cpu/lookup_stream.h"
 
+namespace pyrepr::cpu::avx512 {
+LookupFunctions lookup_functions();
+}
+
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
 constexpr int64_t kTokens = 8192;  // tokens hashed at a time
+
+#if defined(PYREPR_LEVEL_avx512_bf16)  // products of bytes are all that it adds
+
+// Many tokens, tables of 8-bit integers: products of bytes. Tokens whose weights do not fit gather their rows.
+Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const float* bias,
+                       LookupRoute route, float* out) {
+  const int64_t tokens = p.x.rows, capacity = smaller(tokens, kTokens);
+  const bool in_registers = Registers::pays(a, capacity, route);
+  const int64_t most = in_registers ? Registers::bytes(a, capacity) : Stream<StoreI8>::bytes(a, capacity);
+  const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), most), 64);
+  Plan<float> plan(a, capacity);
+  const Memory memory(bytes * a.threads);
+  const ByteWeights weights(a, plan, capacity);
+  const Inputs<float> inputs(p, low, capacity, a.h);
+  if (!plan.ok() || !memory.ok() || !weights.ok() || !inputs.ok()) return Status::out_of_memory;
+  for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
+    plan.start(smaller(kTokens, tokens - t0));
+    float* const to = out + t0 * a.h;
+    const Rows<StoreI8> rows(a, plan, bias, to);
+    const Registers registers(a, weights, bias, to, plan.tokens());
+    const ByteRows byte_rows(plan, weights, a.n);
+    Stream<StoreI8> stream(a, plan, bias, to, a.threads);
+    stream.take_bytes(&byte_rows);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+      void* const buffer = memory.as<char>(bytes * thread_number());
+      inputs.hash(plan, t0, buffer);
+      weights.share();
+      if (in_registers)
+        registers.share(buffer);
+      else
+        stream.share(buffer);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < plan.tokens(); t++)
+        if (!weights.fits(t)) rows.token(t);
+      inputs.raise(plan, to, buffer);
+    }
+  }
+  return Status::ok;
+}
+
+Status linear(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const void* bias, LookupRoute route,
+              void* out) {
+  const int64_t tokens = smaller(p.x.rows, kTokens);
+  const bool stream = Stream<StoreI8>::pays(a, tokens, route) && Stream<StoreI8>::in_fours(a);
+  if (ByteWeights::fits(a) && (stream || Registers::pays(a, tokens, route)))
+    return linear_in_bytes(a, p, low, static_cast<const float*>(bias), route, static_cast<float*>(out));
+  return avx512::lookup_functions().linear(a, p, low, bias, route, out);
+}
+
+}  // namespace
+
+LookupFunctions lookup_functions() {
+  LookupFunctions functions = avx512::lookup_functions();
+  functions.linear = linear;
+  return functions;
+}
+
+#else
 
 // Calls f(S{}) with the storage type of tables.
 template <class F>
@@ -67,54 +130,8 @@ Status forward(const LookupTables& a, int64_t tokens, const void* bias, LookupRo
   return Status::ok;
 }
 
-#if defined(PYREPR_LEVEL_avx512_bf16)
-// Many tokens, tables of 8-bit integers: products of bytes. Tokens whose weights do not fit gather their rows.
-Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const float* bias,
-                       LookupRoute route, float* out) {
-  const int64_t tokens = p.x.rows, capacity = smaller(tokens, kTokens);
-  const bool in_registers = Registers::pays(a, capacity, route);
-  const int64_t most = in_registers ? Registers::bytes(a, capacity) : Stream<StoreI8>::bytes(a, capacity);
-  const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), most), 64);
-  Plan<float> plan(a, capacity);
-  const Memory memory(bytes * a.threads);
-  const ByteWeights weights(a, plan, capacity);
-  const Inputs<float> inputs(p, low, capacity, a.h);
-  if (!plan.ok() || !memory.ok() || !weights.ok() || !inputs.ok()) return Status::out_of_memory;
-  for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
-    plan.start(smaller(kTokens, tokens - t0));
-    float* const to = out + t0 * a.h;
-    const Rows<StoreI8> rows(a, plan, bias, to);
-    const Registers registers(a, weights, bias, to, plan.tokens());
-    const ByteRows byte_rows(plan, weights, a.n);
-    Stream<StoreI8> stream(a, plan, bias, to, a.threads);
-    stream.take_bytes(&byte_rows);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
-      void* const buffer = memory.as<char>(bytes * thread_number());
-      inputs.hash(plan, t0, buffer);
-      weights.share();
-      if (in_registers)
-        registers.share(buffer);
-      else
-        stream.share(buffer);
-#pragma omp for schedule(static)
-      for (int64_t t = 0; t < plan.tokens(); t++)
-        if (!weights.fits(t)) rows.token(t);
-      inputs.raise(plan, to, buffer);
-    }
-  }
-  return Status::ok;
-}
-#endif
-
 Status linear(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const void* bias, LookupRoute route,
               void* out) {
-#if defined(PYREPR_LEVEL_avx512_bf16)
-  const int64_t tokens = smaller(p.x.rows, kTokens);
-  const bool stream = Stream<StoreI8>::pays(a, tokens, route) && Stream<StoreI8>::in_fours(a);
-  if (ByteWeights::fits(a) && (stream || Registers::pays(a, tokens, route)))
-    return linear_in_bytes(a, p, low, static_cast<const float*>(bias), route, static_cast<float*>(out));
-#endif
   return by_type(a.type, [&](auto s) {
     using T = typename decltype(s)::T;
     const Inputs<T> inputs(p, low, smaller(p.x.rows, kTokens), a.h);
@@ -178,5 +195,7 @@ Status hash_backward(const LookupHash& p, const void* grad_weights, void* grad) 
 }  // namespace
 
 LookupFunctions lookup_functions() { return {hash, hash_backward, linear, sum, backward}; }
+
+#endif
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

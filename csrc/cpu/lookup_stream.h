@@ -81,7 +81,7 @@ class Stream {
     tasks_ = tiles * blocks_;
   }
 
-#if defined(PYREPR_LEVEL_avx512_bf16)
+#if defined(PYREPR_LEVEL_avx512_bf16)  // where only products of bytes are made here
   void take_bytes(const ByteRows* rows) { bytes_ = rows; }
 #endif
 
@@ -140,9 +140,8 @@ class Stream {
   // sums [tokens, C] += the rows [count, n, C] of the tables from k on
   void add_group(int64_t k, int64_t count, int64_t t0, int64_t t1, const M* rows, T* sums) const {
 #if defined(PYREPR_LEVEL_avx512_bf16)
-    if constexpr (sizeof(M) == 1)
-      if (bytes_) return bytes_->add(k, count, t0, t1, rows, sums);
-#endif
+    bytes_->add(k, count, t0, t1, rows, sums);
+#else
     if (count == 16) {
       add_group(k, 8, t0, t1, rows, sums);
       add_group(k + 8, 8, t0, t1, rows + 8 * a_.n * C, sums);
@@ -154,16 +153,19 @@ class Stream {
       add<2>(k, t0, t1 - t0, rows, sums);
     else
       for (int64_t i = 0; i < count; i++) add<1>(k + i, t0, t1 - t0, rows + i * a_.n * C, sums);
+#endif
   }
 
   // sums [tokens, C] = bias
   void start_sums(int64_t c0, int64_t cols, int64_t tokens, T* sums) const {
     alignas(64) T start[C] = {};
-    if (!in_bytes()) {
-      T bias[C] = {};
-      if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
-      Row::order(bias, start);
-    }
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    (void)c0, (void)cols;  // the bias comes last
+#else
+    T bias[C] = {};
+    if (bias_) std::memcpy(bias, bias_ + c0, static_cast<size_t>(cols) * sizeof(T));
+    Row::order(bias, start);
+#endif
     for (int64_t t = 0; t < tokens; t++) std::memcpy(sums + t * C, start, sizeof start);
   }
   void finish(int64_t c0, int64_t cols, int64_t t0, int64_t t1, const T* sums) const {
@@ -177,20 +179,13 @@ class Stream {
   }
   void restore(int64_t t, const T* sums, const T* bias, T* out) const {
 #if defined(PYREPR_LEVEL_avx512_bf16)
-    if constexpr (sizeof(M) == 1)
-      if (bytes_) return bytes_->restore(t, sums, bias, out);
-#endif
+    bytes_->restore(t, sums, bias, out);
+#else
     (void)t, (void)bias;  // the sums started with it
     Row::restore(sums, out);
-  }
-  bool in_bytes() const {
-#if defined(PYREPR_LEVEL_avx512_bf16)
-    return bytes_ != nullptr;
-#else
-    return false;
 #endif
   }
-
+#if !defined(PYREPR_LEVEL_avx512_bf16)
   template <int G>
   void add(int64_t k, int64_t t, int64_t tokens, const M* tile, T* sums) const {
     const int32_t* codes = plan_.codes(k / kGroup, t) + k % kGroup;
@@ -207,6 +202,7 @@ class Stream {
       for (int v = 0; v < V; v++) store<T>(sums + v * W, sum[v]);
     }
   }
+#endif
 
   const LookupTables& a_;
   const M* const data_;

@@ -3,28 +3,56 @@
 #include "cpu/pairs_gradient.h"
 #include "cpu/pairs_topk.h"
 
+namespace pyrepr::cpu::avx512 {
+PairsFunctions pairs_functions();
+}
+
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-// Calls run(S{}) with the storage type of x and y.
 template <class Run>
-Status with_storage(DType dtype, Run run) {
+Status within_memory(Run run) {
   try {
-    return by_narrow_dtype(dtype, [&](auto s) { return run(s), Status::ok; });
+    run();
+    return Status::ok;
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
 }
 
-Status topk(const TopkProblem& p) {
-  return with_storage(p.dtype, [&](auto s) { topk_of<decltype(s)>(p); });
+Status search(const TopkProblem& p) {
+  return within_memory([&] {
+    by_narrow_dtype(p.dtype, [&](auto s) { return topk_of<decltype(s)>(p), Status::ok; });
+  });
 }
+
+#if defined(PYREPR_LEVEL_avx512_bf16)  // adds products of 16-bit numbers: to screen with, and of bfloat16 rows
+
+Status topk(const TopkProblem& p) { return p.logsumexp ? avx512::pairs_functions().topk(p) : search(p); }
 Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
-  return with_storage(p.dtype, [&](auto s) { LogSumExp<decltype(s)>::run(p, out); });
+  if (p.dtype != DType::bf16) return avx512::pairs_functions().logsumexp(p, out);
+  return within_memory([&] { LogSumExp<StoreBf16>::run(p, out); });
 }
 Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
-  return with_storage(p.dtype, [&](auto s) { LogSumExpGradient<decltype(s)>::run(p, out); });
+  if (p.dtype != DType::bf16) return avx512::pairs_functions().logsumexp_backward(p, out);
+  return within_memory([&] { LogSumExpGradient<StoreBf16>::run(p, out); });
 }
+
+#else
+
+Status topk(const TopkProblem& p) { return search(p); }
+Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
+  return within_memory([&] {
+    by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExp<decltype(s)>::run(p, out), Status::ok; });
+  });
+}
+Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
+  return within_memory([&] {
+    by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExpGradient<decltype(s)>::run(p, out), Status::ok; });
+  });
+}
+
+#endif
 
 }  // namespace
 

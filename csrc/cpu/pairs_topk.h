@@ -360,9 +360,10 @@ void search_all(const TopkProblem& p) {
 template <class S>
 void topk_of(const TopkProblem& p) {
 #if defined(PYREPR_LEVEL_avx512_bf16)
-  if (!p.logsumexp) return search_all<S, WholeEngine<S>>(p);  // whose sums are for bounds only
-#endif
+  search_all<S, WholeEngine<S>>(p);  // whose sums are for bounds only
+#else
   search_all<S, FloatEngine<S>>(p);
+#endif
 }
 
 }  // namespace

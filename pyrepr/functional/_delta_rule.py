@@ -21,7 +21,10 @@ from pyrepr.reference.delta_rule import Gate
 
 def check_inputs(q, k, v, g, beta, cu_seqlens, gate: Gate, g_name: str = "g") -> tuple[int, int, int, int]:
     """The shape of the state. One sentence per failure: the argument, what is expected, what came."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), (g_name, g if gate != Gate.NONE else beta)):
+    given = [("q", q), ("k", k), ("v", v)]
+    given += [] if beta is None else [("beta", beta)]
+    given += [] if gate == Gate.NONE else [(g_name, g)]
+    for name, x in given:
         check_tensor(name, x)
         check_device(name, x, "q", q)
     shape = q.shape
@@ -41,9 +44,9 @@ def check_inputs(q, k, v, g, beta, cu_seqlens, gate: Gate, g_name: str = "g") ->
         raise ValueError(
             f"the value heads HV of v must be a multiple of the heads H = {heads} of q and k, got {value_heads}"
         )
-    if beta.dim() == 4:
+    if beta is not None and beta.dim() == 4:
         check_shape("beta", beta, "[B, T, HV] or [B, T, HV, V]", tuple(values))
-    else:
+    elif beta is not None:
         check_shape("beta", beta, "[B, T, HV]", (batch, total, value_heads))
     if gate == Gate.PER_HEAD:
         check_shape(g_name, g, "[B, T, HV]", (batch, total, value_heads))
@@ -85,12 +88,12 @@ def run(
         return done if (done := step(*given)) is not None else _update(*given)
     done = None if cu_seqlens is not None else step(*given)
     if done is None:
-        q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+        q, k, v, scale, shape = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
         done = delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, shape)
     return done if output_final_state else (done[0], None)
 
 
-def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
+def prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
     """q, k and v of one dtype, the scale as a number and the shape of the state, all of it checked."""
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate)
     if initial_state is not None:
@@ -102,7 +105,7 @@ def _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
 
 
 def _update(q, k, v, g, beta, scale, initial_state, out_state, l2norm, gate, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    q, k, v, scale, shape = _prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
+    q, k, v, scale, shape = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate)
     check_state("out_state", out_state, v, shape)
     check_written("out_state", out_state)
     check_undifferentiated("out_state", q, k, v, g, beta, initial_state, out_state)

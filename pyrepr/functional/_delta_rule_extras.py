@@ -54,8 +54,16 @@ _NONE = Extras()
 
 def extras(beta: Any, **given: Any) -> Extras | None:
     """What was given, or ``None`` where that is nothing: most calls."""
+    if beta is None:
+        check_tensor("beta", beta)  # to `call` it would mean that nothing is erased
     more = Extras(**given)
     return None if more == _NONE and getattr(beta, "ndim", 0) < 4 else more
+
+
+def without_erase(**given: Any) -> Extras | None:
+    """The same for a rule without an erase, whose beta is ``None``."""
+    more = Extras(**given)
+    return None if more == _NONE else more
 
 
 def check_alone(cp_context: object, return_intermediate_states: bool = False) -> None:
@@ -70,8 +78,9 @@ def or_ones(beta: Any, v: Any, use_beta_sigmoid: bool) -> Any:
     """β, which is 1 where it is not given."""
     if beta is None and use_beta_sigmoid:
         raise ValueError("beta must be given with use_beta_sigmoid_in_kernel=True, got None")
-    if beta is not None or not isinstance(v, Tensor) or v.dim() < 3:
+    if beta is not None:
         return beta
+    v = check_tensor("v", v)
     return v.new_ones(v.shape[:3], dtype=compute_dtype(v.dtype))
 
 
@@ -90,12 +99,12 @@ def call(
     gate,
     out_state=None,
 ) -> Any:
-    """o and the final state, and with ``output_states`` these."""
+    """o and the final state, and with ``output_states`` these. Without beta nothing is erased."""
     if more is None:
         return run(q, k, v, g, beta, scale, initial_state, output_final_state, l2norm, cu_seqlens, gate, out_state)
     activations = more.activations() if cu_seqlens is None else None
     if activations is not None:
-        _check_options(more, cu_seqlens)
+        check_options(more, cu_seqlens)
     if activations is not None and more.output_states is None:
         given = (q, k, v, g, beta, scale, initial_state, out_state, bool(l2norm), gate, activations)
         asked = output_final_state or out_state is not None
@@ -110,14 +119,15 @@ def call(
             return o, every[-1].clone() if output_final_state else None, every.transpose(0, 1)
     g, gate, g_name = _decay_of(more, g, gate)
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate, g_name)
-    _check_options(more, cu_seqlens)
-    g, beta = _activated(more, v, g, beta, gate)
+    check_options(more, cu_seqlens)
+    g, beta = activated(more, v, g, beta, gate)
+    by_value = more.gv is not None or (beta is not None and beta.dim() == 4)
     if more.gv is not None:
         check_device("gv", check_tensor("gv", more.gv), "v", v)
         check_shape("gv", more.gv, "[B, T, HV, V]", tuple(v.shape))
     given = (q, k, v, g, beta, scale, initial_state, output_final_state, l2norm, cu_seqlens, gate)
     here = not more.state_v_first and more.state_indices is None and more.output_states is None
-    if not here or more.gv is not None or beta.dim() == 4:
+    if not here or by_value:
         return _with_states(more, shape, *given, out_state)
     return run(*given, out_state)
 
@@ -136,7 +146,7 @@ def _decay_of(more: Extras, g: Any, gate: Gate) -> tuple[Any, Gate, str]:
     return more.gk, Gate.PER_KEY, "gk"
 
 
-def _check_options(more: Extras, cu_seqlens: Tensor | None) -> None:
+def check_options(more: Extras, cu_seqlens: Tensor | None) -> None:
     bound = more.lower_bound
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound < 0):
         raise ValueError(f"lower_bound must be a negative number or None, got {shown(bound)}")
@@ -168,7 +178,7 @@ def _check_copy(copy: Any, cu_seqlens: Tensor | None) -> None:
         raise ValueError("cu_seqlens_cpu must hold the numbers of cu_seqlens, got others")
 
 
-def _activated(more: Extras, v: Tensor, g: Any, beta: Tensor, gate: Gate) -> tuple[Any, Tensor]:
+def activated(more: Extras, v: Tensor, g: Any, beta: Tensor, gate: Gate) -> tuple[Any, Tensor]:
     """g and β as the rule takes them, in float32 (float64 for float64 inputs)."""
     dtype = compute_dtype(v.dtype)
     if more.use_gate_in_kernel:
@@ -187,7 +197,7 @@ def _activated(more: Extras, v: Tensor, g: Any, beta: Tensor, gate: Gate) -> tup
     return g, beta
 
 
-def _by_value_channel(v: Tensor, g: Tensor | None, beta: Tensor, gv: Tensor | None) -> tuple[Any, ...]:
+def _by_value_channel(v: Tensor, g: Tensor | None, beta: Tensor | None, gv: Tensor | None) -> tuple[Any, ...]:
     """v, g and β with every value channel as a head of its own: columns of the state have nothing else in common."""
     wide = tuple(v.shape)
     if g is not None:
@@ -200,7 +210,8 @@ def _by_value_channel(v: Tensor, g: Tensor | None, beta: Tensor, gv: Tensor | No
             g = g.to(dtype) + (gv[..., None] if g.dim() == 5 else gv).to(dtype)
     if g is not None:
         g = g.expand(*wide, *g.shape[4:]).flatten(2, 3)
-    beta = (beta if beta.dim() == 4 else beta[..., None]).expand(wide).flatten(2, 3)
+    if beta is not None:
+        beta = (beta if beta.dim() == 4 else beta[..., None]).expand(wide).flatten(2, 3)
     return v.flatten(2, 3)[..., None], g, beta
 
 
@@ -212,7 +223,7 @@ def _with_states(
 ) -> Any:
     """A call whose states stand in a pool, have another layout, or are asked for token by token."""
     pooled, values = more.state_indices is not None, v
-    by_value = more.gv is not None or beta.dim() == 4
+    by_value = more.gv is not None or (beta is not None and beta.dim() == 4)
     layout = states.Layout(more.state_v_first, by_value, shape[3])
     wanted = (states.pool_size(initial) if pooled else shape[0], shape[1], *shape[2:][:: -1 if layout.v_first else 1])
     symbols = f"[{'P' if pooled else 'N'}, HV, {'V, K' if layout.v_first else 'K, V'}]"

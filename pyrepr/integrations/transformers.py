@@ -1,17 +1,19 @@
-"""Runs the gated-delta and KDA models of transformers on pyrepr's kernels.
+"""Runs the gated-delta, KDA and Mamba-2 models of transformers on pyrepr's kernels.
 
     import pyrepr.integrations.transformers as accelerated
     accelerated.enable()          # models made before and after this line; `disable()` takes it back
 
 transformers resolves ``chunk_gated_delta_rule``, ``fused_recurrent_gated_delta_rule``, ``chunk_kda``,
-``fused_recurrent_kda``, ``causal_conv1d_fn`` and ``causal_conv1d_update`` once, when a modeling module is imported,
-regardless of the device: flash-linear-attention and causal-conv1d if they are installed (whose kernels do not run on a
-CPU), else a PyTorch fallback. Its official kernel mapping needs the package ``kernels`` and reaches only models made
-with ``use_kernels=True``. So the functions are replaced where the modules look them up, and stay what the mapping can
-work on: a model with ``use_kernels=True`` still gets its hub kernels, where there are any. CPU tensors go to pyrepr,
-and those of a GPU where its kernels are the default (``GPU_ORDER`` in :mod:`pyrepr.backend`) or
-:func:`pyrepr.use_backend` asks for them; all others to what was there before. The convolution serves every model that
-has it, Mamba's and LFM2's too.
+``fused_recurrent_kda``, ``mamba_chunk_scan_combined``, ``selective_state_update``, ``causal_conv1d_fn`` and
+``causal_conv1d_update`` once, when a modeling module is imported, regardless of the device: flash-linear-attention,
+mamba_ssm and causal-conv1d if they are installed (whose kernels do not run on a CPU), else a PyTorch fallback. Its
+official kernel mapping needs the package ``kernels`` and reaches only models made with ``use_kernels=True``. So the
+functions are replaced where the modules look them up, and stay what the mapping can work on: a model with
+``use_kernels=True`` still gets its hub kernels, where there are any. CPU tensors go to pyrepr, and those of a GPU where
+its kernels are the default (``GPU_ORDER`` in :mod:`pyrepr.backend`) or :func:`pyrepr.use_backend` asks for them; all
+others to what was there before. The convolution serves every model that has it, Mamba's and LFM2's too; the scan those
+of Mamba-2's kind (mamba2, bamba, falcon_h1, granitemoehybrid, nemotron_h, zamba2). The scan of Mamba itself stays what
+it was: every channel decays on its own.
 
 Importing this module also lets ``from_pretrained`` read the models with lookup layers that :func:`pyrepr.convert` made
 and ``save_pretrained`` wrote.
@@ -104,7 +106,7 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if gate and output_final_state and not args and not _packed(kwargs):
+        if gate and beta is not None and output_final_state and not args and not _packed(kwargs):
             l2norm = bool(use_qk_l2norm_in_kernel)
             done = rule.step(query, key, value, g, beta, None, initial_state, initial_state, l2norm, gate)
             if done is not None:
@@ -190,6 +192,72 @@ def _step(original: Callable) -> Callable:
     return run
 
 
+def _scan(original: Callable) -> Callable:
+    """Mamba-2's scan over a prompt; packed sequences are kept apart."""
+
+    @functools.wraps(_function(original), updated=())
+    def run(
+        hidden_states: Tensor,  # [B, T, H, P]
+        dt: Tensor,  # [B, T, H]
+        A: Tensor,  # [H]
+        B: Tensor,  # [B, T, G, N]
+        C: Tensor,  # [B, T, G, N]
+        chunk_size: int,
+        D: Tensor | None = None,  # [H]
+        dt_bias: Tensor | None = None,  # [H]
+        initial_states: Tensor | None = None,  # [B, H, P, N]
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:  # [B, T, H, P], and with return_final_states [B, H, P, N]
+        options: dict[str, Any] = {
+            "D": D,
+            "dt_bias": dt_bias,
+            "initial_states": initial_states,
+            "dt_softplus": dt_softplus,
+            "dt_limit": dt_limit,
+            "return_final_states": return_final_states,
+        }
+        given = (hidden_states, dt, A, B, C, chunk_size)
+        if not _is_ours(hidden_states, "delta_rule_forward"):
+            return original(*given, **options, **kwargs)
+        bounds = _lengths(kwargs, hidden_states.shape[0])
+        return functional.mamba_chunk_scan_combined(*given, z=kwargs.get("z"), cu_seqlens=bounds, **options)
+
+    return run
+
+
+def _scan_step(original: Callable) -> Callable:
+    """A token of the scan, with the state in a model's cache."""
+    original_on_cpu = inspect.unwrap(original)
+
+    @functools.wraps(_function(original), updated=())
+    def run(
+        state: Tensor,  # [B, H, P, N]
+        hidden_states: Tensor,  # [B, H, P]
+        dt: Tensor,  # [B, H, P]
+        A: Tensor,  # [H, P, N]
+        B: Tensor,  # [B, G, N]
+        C: Tensor,  # [B, G, N]
+        D: Tensor | None = None,  # [H, P]
+        dt_bias: Tensor | None = None,  # [H, P]
+        dt_softplus: bool = False,
+        z: Tensor | None = None,  # [B, H, P]
+        **kwargs: Any,
+    ) -> Tensor:  # [B, H, P]
+        given = (state, hidden_states, dt, A, B, C)
+        options: dict[str, Any] = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "z": z}
+        if not _is_ours(hidden_states, "delta_rule_update_"):
+            return original(*given, **options, **kwargs)
+        heads = hidden_states.dim() == 3 and state.dtype in (hidden_states.dtype, torch.float32)
+        if not heads or _needs_gradient(*given, D, dt_bias, z):
+            return original_on_cpu(*given, **options, **kwargs)
+        return functional.selective_state_update(*given, **options)
+
+    return run
+
+
 # What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
     "chunk_gated_delta_rule": functools.partial(_rule, functional.chunk_gated_delta_rule, None),
@@ -198,6 +266,8 @@ _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
     ),
     "chunk_kda": functools.partial(_rule, functional.chunk_kda, None),
     "fused_recurrent_kda": functools.partial(_rule, functional.fused_recurrent_kda, rule.Gate.PER_KEY),
+    "mamba_chunk_scan_combined": _scan,
+    "selective_state_update": _scan_step,
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
 }
@@ -206,17 +276,25 @@ _NAMES = {
     "torch_recurrent_gated_delta_rule": "fused_recurrent_gated_delta_rule",
     "chunk_kimi_delta_attention": "chunk_kda",
     "recurrent_kimi_delta_attention": "fused_recurrent_kda",
+    "mamba2_chunk_scan": "mamba_chunk_scan_combined",
+    "mamba2_selective_state_update": "selective_state_update",
     "causal_conv1d_fn": "causal_conv1d_fn",
     "causal_conv1d_update": "causal_conv1d_update",
 }
 _RULE = {"query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"}
 _FILTER = {"hidden_states", "weight", "bias", "activation"}
+_SCAN = {"hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus"}
+_ARGUMENTS = {
+    "mamba_chunk_scan_combined": _SCAN | {"chunk_size", "initial_states", "dt_limit", "return_final_states"},
+    "selective_state_update": _SCAN | {"state", "z"},
+    "causal_conv1d_fn": _FILTER,
+    "causal_conv1d_update": _FILTER | {"conv_state"},
+}
 
 
 def _check_signature(kind: str, function: Callable) -> None:
     """That a function of an unknown version still takes what its replacement does."""
-    wanted = _FILTER | {"conv_state"} if kind == "causal_conv1d_update" else _FILTER if "conv" in kind else _RULE
-    missing = sorted(wanted - inspect.signature(_function(function)).parameters.keys())
+    missing = sorted(_ARGUMENTS.get(kind, _RULE) - inspect.signature(_function(function)).parameters.keys())
     if missing:
         import transformers
 
@@ -245,11 +323,13 @@ def _loaded() -> Iterator[tuple[Any, str, str]]:
 
 
 def enable() -> None:
-    """Puts pyrepr's kernels under every gated-delta and KDA model, those already made and those still to come.
+    """Puts pyrepr's kernels under every gated-delta, KDA and Mamba-2 model, those already made and those still to come.
 
     The rules run on CPU tensors only, whether or not flash-linear-attention or causal-conv1d are installed. While
     decoding, the state in a model's cache is updated in place. Packed sequences (``cu_seq_lens_q`` or ``seq_idx``) are
     kept apart, where transformers' PyTorch fallback raises.
+    Training of Mamba-2's models where mamba_ssm is installed runs its one function for convolution, scan and norm,
+    which is not replaced.
 
     Raises:
         ImportError: if transformers is not installed.

@@ -86,7 +86,7 @@ def _time_steps(count: int) -> Tensor:
 
 
 class _DeltaLayer(nn.Module):
-    """What the three layers share: padding, cache, convolutions, and the way through them."""
+    """What the layers share: padding, cache, convolutions, and the way through them."""
 
     num_heads: int
     num_v_heads: int
@@ -121,8 +121,8 @@ class _DeltaLayer(nn.Module):
 
     def _make_convolutions(self, size: int, bias: bool, qk_activation: str | None = "silu") -> None:
         self.q_conv1d = ShortConvolution(self.key_dim, size, bias, qk_activation)
-        self.k_conv1d = ShortConvolution(self.key_dim, size, bias, qk_activation)
-        self.v_conv1d = ShortConvolution(self.value_dim, size, bias)
+        self.k_conv1d = ShortConvolution(self.k_proj.out_features, size, bias, qk_activation)
+        self.v_conv1d = ShortConvolution(self.v_proj.out_features, size, bias)
 
     # What a layer adds.
 
@@ -141,6 +141,10 @@ class _DeltaLayer(nn.Module):
     def _gate(self, x: Tensor) -> Tensor | None:
         """The output gate, [B, T, HV, V]."""
         return self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+
+    def _norm(self, o: Tensor, x: Tensor) -> Tensor:
+        """What the rule gives, normalised and gated."""
+        return self.o_norm(o, self._gate(x))
 
     # The way through.
 
@@ -163,8 +167,12 @@ class _DeltaLayer(nn.Module):
             states = tuple(state for _, state in results) if keep else None
         else:
             q, k, v = self._without_convolution(*projected)
+        return *self._split(q, k, v), states
+
+    def _split(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] as heads."""
         q, k = (y.unflatten(-1, (self.num_heads, self.head_k_dim)) for y in (q, k))
-        return q, k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), states
+        return q, k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
 
     def _without_convolution(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return functional.silu(q), functional.silu(k), functional.silu(v)
@@ -250,7 +258,7 @@ class _DeltaLayer(nn.Module):
         if after:
             every = after[0].unbind(1)
             earlier = list(zip(every, self._conv_states(projected, conv_before, len(every)), strict=True))[:-1]
-        o = self.o_proj(self.o_norm(o, self._gate(x)).flatten(-2))
+        o = self.o_proj(self._norm(o, x).flatten(-2))
         if places is not None:
             o = o.new_zeros(batch * total, o.shape[2]).index_copy(0, places, o[0]).unflatten(0, (batch, total))
         done = (o, None, past_key_values)

@@ -1,8 +1,9 @@
 """Family `delta_rule`: the leaf ops, their implementations, and the differentiable function on top, :func:`delta_rule`.
 
-Three ops over the same arguments: the forward, the backward, and the forward without a gradient, which writes the final
-state where it is told (decoding). The forward leaves √n of the n chunk states behind for the backward, which recomputes
-the others (maths in ``csrc/cpu/delta_rule.h``).
+Three ops over the same arguments, of which beta may be ``None``, for a rule without an erase: the forward, the
+backward, and the forward without a gradient, which writes the final state where it is told (decoding). The forward
+leaves √n of the n chunk states behind for the backward, which recomputes the others (maths in
+``csrc/cpu/delta_rule.h``).
 """
 
 from __future__ import annotations
@@ -64,16 +65,14 @@ def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _problem(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     """What every native function is called on, and the tensors that must live while it runs."""
     (q, q_stride), (k, k_stride), (v, v_stride) = _rows(q), _rows(k), _rows(v)
-    beta = _dense(beta)
-    g = None if g is None else _dense(g)
-    state = None if initial_state is None else _dense(initial_state)
+    g, beta, state = (None if x is None else _dense(x) for x in (g, beta, initial_state))
     problem = module().DeltaRule(
         (
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
             optional("g", g),
-            beta.data_ptr(),
+            optional("beta", beta),
             optional("initial_state", state),
         ),
         (*k.shape, *v.shape[2:]),
@@ -121,13 +120,19 @@ def _kept_tokens(total: int) -> int:
     return segment_length(total) * CHUNK
 
 
-def _forward_triton(q, k, v, *rest):
+def _check_erase(beta: Tensor | None) -> None:
+    if beta is None:
+        raise Unsupported("the GPU kernels of the delta rule take no rule without an erase")
+
+
+def _forward_triton(q, k, v, g, beta, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    return kernels.forward(q, k, v, *rest, _kept_tokens(v.shape[1]))
+    _check_erase(beta)
+    return kernels.forward(q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, "
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
 
 
 def _update_fake(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
@@ -161,12 +166,14 @@ def _apart(initial_state: Tensor | None, final: Tensor) -> Tensor | None:
 def _update_triton(state, q, k, v, g, beta, initial_state, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
+    _check_erase(beta)
     initial_state = _apart(initial_state, state)
     return kernels.update_(state, q, k, v, g, beta, initial_state, *rest, _kept_tokens(v.shape[1]))
 
 
 def _update_cuda(state, q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm):
     """The recurrence in csrc/cuda/delta_rule.cu."""
+    _check_erase(beta)
     if q.dtype != v.dtype or k.dtype != v.dtype or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsupported(f"backend 'cuda' takes q, k, v of one dtype, float32, bfloat16 or float16; v is {v.dtype}")
     if k.shape[3] > 256:
@@ -212,8 +219,8 @@ update_op_ = leaf_op(
 def _backward_fake(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
     dtype = compute_dtype(v.dtype)
     dense = [x.new_empty(x.shape) for x in (q, k, v)]
-    dg = v.new_empty(0, dtype=dtype) if g is None else g.new_empty(g.shape)
-    return (*dense, dg, beta.new_empty(beta.shape), grad_state.new_empty(grad_state.shape, dtype=dtype))
+    gates = [v.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape) for x in (g, beta)]
+    return (*dense, *gates, grad_state.new_empty(grad_state.shape, dtype=dtype))
 
 
 def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad_o, grad_state, scale, use_qk_l2norm):
@@ -226,15 +233,19 @@ def _backward_cpu(q, k, v, g, beta, initial_state, cu_seqlens, checkpoints, grad
     # Value heads that share a query and key head each write a gradient of it; their sum is taken here.
     dq, dk = (v.new_empty(per_value_head, dtype=torch.float32) for _ in range(2))
     dv = v.new_empty(v.shape, dtype=torch.float32)
-    dbeta = v.new_empty(v.shape[:3], dtype=torch.float32)
-    dg = torch.empty_like(dbeta) if g is None else v.new_empty(g.shape, dtype=torch.float32)
+    dbeta, dg = (v.new_empty(v.shape[:3] if x is None else x.shape, dtype=torch.float32) for x in (beta, g))
     ds = grad_state.to(torch.float32).clone(memory_format=torch.contiguous_format)
     grads = tuple(x.data_ptr() for x in (grad_o, dq, dk, dv, dg, dbeta, ds))
     problem.backward(checkpoints.data_ptr(), checkpoints.shape[0], segment_length(total), grads)
     if heads != v.shape[2]:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
-    dg = v.new_empty(0, dtype=torch.float32) if g is None else dg.to(g.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta.to(beta.dtype), ds
+    dg, dbeta = (_or_none(dx, x, v) for dx, x in ((dg, g), (dbeta, beta)))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dbeta, ds
+
+
+def _or_none(grad: Tensor | None, x: Tensor | None, v: Tensor) -> Tensor:
+    """The gradient in what may be left out; empty without it."""
+    return v.new_empty(0, dtype=compute_dtype(v.dtype)) if x is None or grad is None else grad.to(x.dtype)
 
 
 def _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_state, scale, use_qk_l2norm):
@@ -246,16 +257,17 @@ def _backward_wide(q, k, v, g, beta, initial_state, cu_seqlens, grad_o, grad_sta
         reference.heads_backward(q, dq * scale, use_qk_l2norm),
         reference.heads_backward(k, dk, use_qk_l2norm),
         dv,
-        v.new_empty(0) if g is None else dg.to(g.dtype),
-        dbeta.to(beta.dtype),
+        _or_none(dg, g, v),
+        _or_none(dbeta, beta, v),
         ds,
     )
 
 
-def _backward_triton(q, k, v, *rest):
+def _backward_triton(q, k, v, g, beta, *rest):
     from pyrepr.kernels import delta_rule as kernels
 
-    return kernels.backward(q, k, v, *rest, _kept_tokens(v.shape[1]))
+    _check_erase(beta)
+    return kernels.backward(q, k, v, g, beta, *rest, _kept_tokens(v.shape[1]))
 
 
 backward_op = leaf_op(
@@ -300,7 +312,7 @@ def step(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     scale: float | None,
     initial_state: Tensor | None,
     out_state: Tensor | None,
@@ -338,7 +350,7 @@ def states_after(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     scale: float | None,
     initial_state: Tensor | None,
     count: int,
@@ -372,7 +384,7 @@ def delta_rule(
     k: Tensor,  # [B, T, H, K]
     v: Tensor,  # [B, T, HV, V]
     g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
-    beta: Tensor,  # [B, T, HV]
+    beta: Tensor | None,  # [B, T, HV]
     initial_state: Tensor | None,  # [N, HV, K, V]
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,

@@ -8,9 +8,11 @@ g over a chunk up to and including a token, S the state before the chunk, S' aft
     U = (I + A)⁻¹ β (V − (e^G K) S)        O = (e^G Q) S + P U        S' = e^{G_C} S + (e^{G_C − G} K)ᵀ U
 
 G_t − G_j is summed over the tokens between, not subtracted, and never with t < j: decays of any strength, e^{−∞} too,
-neither overflow nor take precision from weaker ones. Gradients are by hand, since a leaf op has no autograd inside:
-with dU = Pᵀ dO + (e^{G_C − G} K) dS' and Z = (I + A)⁻ᵀ dU, everything else follows from the products above; an exponent
-that multiplies x gets the gradient x dx, summed over what it multiplies.
+neither overflow nor take precision from weaker ones. Without β nothing is erased, and U = V.
+
+Gradients are by hand, since a leaf op has no autograd inside: with dU = Pᵀ dO + (e^{G_C − G} K) dS' and
+Z = (I + A)⁻ᵀ dU, everything else follows from the products above; an exponent that multiplies x gets the gradient x dx,
+summed over what it multiplies.
 """
 
 from __future__ import annotations
@@ -40,24 +42,36 @@ class Chunks:
         k: Tensor,  # [B, T, HV, K]
         v: Tensor,  # [B, T, HV, V]
         g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
-        beta: Tensor,  # [B, T, HV]
+        beta: Tensor | None,  # [B, T, HV]; None: nothing is erased
+        p: Tensor | None = None,  # [B, T, HV, K], what is read to be erased; None: k. `backward` knows k alone
+        undecayed: bool = False,  # whether p reads the state before its decay; then no gate per key
     ) -> None:
         # A gate per key takes C passes over [T, K] to make the pairs: smaller chunks.
         size = min(16 if g is not None and g.dim() == 4 else 64, max(1, q.shape[1]))
         self.total, self.gate = q.shape[1], None if g is None else g.dim()
         self.q, self.k, self.v = (_cut(x, size) for x in (q, k, v))
-        self.beta = _cut(beta, size)[..., None]
+        self.p, self.undecayed = self.k if p is None else _cut(p, size), undecayed
+        self.beta = None if beta is None else _cut(beta, size)[..., None]
         g = q.new_zeros(1, q.shape[1], 1, 1) if g is None else g[..., None] if g.dim() == 3 else g
         self.g = _cut(g, size)  # [B, HV, n, C, 1 or K]
         self.decay = self.g.cumsum(-2).exp()
         after = torch.cat([self.g[..., 1:, :], torch.zeros_like(self.g[..., :1, :])], -2)
         self.tail = after.flip(-2).cumsum(-2).flip(-2).exp()
         self.end = self.decay[..., -1, :, None]  # [B, HV, n, 1 or K, 1]
-        qk, kk = self._pairs()
-        self.qk, self.kk = qk.tril(), kk.tril(-1)
+        qk, *kk = self._pairs()
+        self.qk = qk.tril()
+        if self.beta is None:
+            return
+        self.kk = kk[0].tril(-1)
         unit = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(self.kk)
         self.inverse = torch.linalg.solve_triangular(self.beta * self.kk, unit, upper=False, unitriangular=True)
-        self.erase = self.inverse @ (self.beta * self.decay * self.k)
+        self.erase = self.inverse @ (self.beta * self._before(self.decay) * self.p)
+
+    def _before(self, decays: Tensor) -> Tensor:
+        """Decays up to every token as p sees them: without the token's own where it reads the state before."""
+        if not self.undecayed:
+            return decays
+        return torch.cat([torch.ones_like(decays[..., :1, :]), decays[..., :-1, :]], -2)
 
     def _later(self, j: int) -> Tensor:
         """e^{G_t − G_j} for the tokens t of a chunk, [B, HV, n, C, K]; 1 where t < j, which nobody asks for."""
@@ -70,17 +84,17 @@ class Chunks:
         size = self.g.shape[-2]
         return self.g.expand(*self.g.shape[:-1], size).tril(-1).cumsum(-2).exp()
 
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Σ x_t k_j e^{G_t − G_j} with x = q and x = k, right for j ≤ t."""
+    def _pairs(self) -> list[Tensor]:
+        """Σ x_t k_j e^{G_t − G_j} with x = q and, where something is erased, x = p; right for j ≤ t, j < t."""
+        rows = [self.q] if self.beta is None else [self.q, self.p]
         if self.gate != 4:
             decays = self._decays()
-            return self.q @ self.k.mT * decays, self.k @ self.k.mT * decays
+            return [x @ self.k.mT * seen for x, seen in zip(rows, (decays, self._before(decays)), strict=False)]
         columns = []
         for j in range(self.k.shape[-2]):
             later = self._later(j) * self.k[..., j : j + 1, :]
-            columns.append([(x * later).sum(-1) for x in (self.q, self.k)])
-        qk, kk = (torch.stack(column, -1) for column in zip(*columns, strict=True))
-        return qk, kk
+            columns.append([(x * later).sum(-1) for x in rows])
+        return [torch.stack(column, -1) for column in zip(*columns, strict=True)]
 
     def _pairs_backward(self, d_qk: Tensor, d_kk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of :meth:`_pairs` in q_t, k_t and k_j; those of the pairs are zero for j > t."""
@@ -99,12 +113,12 @@ class Chunks:
 
     def states(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The states before each chunk [B, HV, n, K, V], U [B, HV, n, C, V], and the last state [B, HV, K, V]."""
-        values = self.inverse @ (self.beta * self.v)
+        values = self.v if self.beta is None else self.inverse @ (self.beta * self.v)
         keys = (self.tail * self.k).mT
         before, updates = [], []
         for i in range(self.k.shape[2]):
             before.append(state)
-            updates.append(values[:, :, i] - self.erase[:, :, i] @ state)
+            updates.append(values[:, :, i] if self.beta is None else values[:, :, i] - self.erase[:, :, i] @ state)
             state = self.end[:, :, i] * state + keys[:, :, i] @ updates[-1]
         return torch.stack(before, 2), torch.stack(updates, 2), state
 
@@ -115,21 +129,23 @@ class Chunks:
 
     def backward(
         self, state: Tensor, grad_o: Tensor, grad_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
         """Gradients in q, k, v, g, beta and the state that :meth:`forward` was given."""
         before, updates, _ = self.states(state)
         grad_o = _cut(grad_o, self.k.shape[3])
         d_updates, after, grad_state = self._through_states(grad_o, grad_state)
-        z = self.inverse.mT @ d_updates
-        dv = self.beta * z
-        d_qk = (grad_o @ updates.mT).tril()
-        d_a = -(z @ updates.mT).tril(-1)
-        dq, dk_row, dk_column = self._pairs_backward(d_qk, self.beta * d_a)
+        d_qk, d_kk, dv, dbeta = (grad_o @ updates.mT).tril(), torch.zeros_like(self.qk), d_updates, None
+        if self.beta is not None:
+            z = self.inverse.mT @ d_updates
+            d_a = -(z @ updates.mT).tril(-1)
+            dv, d_kk = self.beta * z, self.beta * d_a
+            dbeta = (z * (self.v - self.decay * self.k @ before)).sum(-1) + (d_a * self.kk).sum(-1)
+        dq, dk_row, dk_column = self._pairs_backward(d_qk, d_kk)
         dq = dq + self.decay * (grad_o @ before.mT)
-        dk_row = dk_row - self.decay * (dv @ before.mT)
+        if self.beta is not None:
+            dk_row = dk_row - self.decay * (dv @ before.mT)
         dk_tail = self.tail * (updates @ after.mT)
         dk_column = dk_column + dk_tail
-        dbeta = (z * (self.v - self.decay * self.k @ before)).sum(-1) + (d_a * self.kk).sum(-1)
         dg = None
         if self.gate is not None:
             sums = self.q * dq + self.k * (dk_row - dk_column)
@@ -138,8 +154,8 @@ class Chunks:
             sums = sums if self.gate == 4 else sums.sum(-1)
             along = -2 if self.gate == 4 else -1
             dg = _uncut(sums.flip(along).cumsum(along).flip(along), self.total)
-        dq, dk, dv, dbeta = (_uncut(x, self.total) for x in (dq, dk_row + dk_column, dv, dbeta))
-        return dq, dk, dv, dg, dbeta, grad_state
+        dq, dk, dv = (_uncut(x, self.total) for x in (dq, dk_row + dk_column, dv))
+        return dq, dk, dv, dg, None if dbeta is None else _uncut(dbeta, self.total), grad_state
 
     def _through_states(self, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dU, the gradients of the states after each chunk, and of the first state."""
@@ -150,5 +166,7 @@ class Chunks:
         for i in reversed(range(self.k.shape[2])):
             after.append(grad_state)
             found.append(updates[:, :, i] + keys[:, :, i] @ grad_state)
-            grad_state = read[:, :, i] + self.end[:, :, i] * grad_state - self.erase[:, :, i].mT @ found[-1]
+            grad_state = read[:, :, i] + self.end[:, :, i] * grad_state
+            if self.beta is not None:
+                grad_state = grad_state - self.erase[:, :, i].mT @ found[-1]
         return torch.stack(found[::-1], 2), torch.stack(after[::-1], 2), grad_state

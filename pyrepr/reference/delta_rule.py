@@ -4,9 +4,11 @@
 
 Plain rule (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"): g = 0.
 Gated rule (Yang et al. 2025, "Gated Delta Networks"): one g per token and value head. KDA (Kimi Team 2025, "Kimi
-Linear"): e^{g_t} is a vector over K. :func:`delta_rule` is plain PyTorch that autograd can follow. The leaf ops below
-it, backend ``reference``, give the same numbers in chunks (``_delta_rule_chunks.py``), which takes few large operations
-where the recurrence takes many small ones: on devices without a kernel they are what a model runs on.
+Linear"): e^{g_t} is a vector over K. Without β nothing is erased, S ← S + k_t v_tᵀ (Yang et al. 2024, "Gated Linear
+Attention Transformers with Hardware-Efficient Training"). :func:`delta_rule` is plain PyTorch that autograd can follow.
+The leaf ops below it, backend ``reference``, give the same numbers in chunks (``_delta_rule_chunks.py``), which takes
+few large operations where the recurrence takes many small ones: on devices without a kernel they are what a model runs
+on.
 """
 
 from __future__ import annotations
@@ -91,16 +93,21 @@ def _decays(g: Tensor | None, t: int) -> Tensor | float:
     return (g[:, t, :, None] if g.dim() == 3 else g[:, t])[..., None].exp()
 
 
-def _recur(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _recur(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """The recurrence over one run of tokens; q is scaled, heads are repeated, everything has one dtype.
 
-    q, k: [B, T, HV, K], v: [B, T, HV, V], g: [B, T, HV] or [B, T, HV, K], beta: [B, T, HV], state: [B, HV, K, V].
+    q, k: [B, T, HV, K], v: [B, T, HV, V], g: [B, T, HV] or [B, T, HV, K], beta: [B, T, HV] or None,
+    state: [B, HV, K, V].
     """
     outputs = []
     for t in range(q.shape[1]):
         state = state * _decays(g, t)
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + torch.einsum("bhk,bhv->bhkv", beta[:, t, :, None] * k[:, t], error)
+        error = v[:, t]
+        if beta is not None:
+            error = beta[:, t, :, None] * (error - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
 
@@ -110,7 +117,7 @@ def delta_rule(
     k: Tensor,  # [B, T, H, K]
     v: Tensor,  # [B, T, HV, V]
     g: Tensor | None,  # [B, T, HV] (gated), [B, T, HV, K] (KDA) or None (plain)
-    beta: Tensor,  # [B, T, HV]
+    beta: Tensor | None,  # [B, T, HV]; None: nothing is erased
     scale: float | None = None,
     initial_state: Tensor | None = None,  # [N, HV, K, V]
     use_qk_l2norm: bool = False,
@@ -121,7 +128,8 @@ def delta_rule(
     groups = v.shape[2] // k.shape[2]
     q, k = (_heads(x, groups, use_qk_l2norm, dtype) for x in (q, k))
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    values, beta, g = v.to(dtype), beta.to(dtype), None if g is None else g.to(dtype)
+    values = v.to(dtype)
+    beta, g = (None if x is None else x.to(dtype) for x in (beta, g))
     state = initial_state
     if state is None:
         sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -134,8 +142,7 @@ def delta_rule(
     outputs, states = [], []
     for i in range(len(bounds) - 1):
         s = slice(bounds[i], bounds[i + 1])
-        gate = None if g is None else g[:, s]
-        o, last = _recur(q[:, s], k[:, s], values[:, s], gate, beta[:, s], state[i : i + 1])
+        o, last = _recur(*_at(s, q, k, values, g, beta), state[i : i + 1])
         outputs.append(o)
         states.append(last)
     return torch.cat(outputs, 1).to(v.dtype), torch.cat(states)
@@ -166,12 +173,12 @@ def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def prepared(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, normalize: bool
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float, normalize: bool
 ) -> tuple[Any, ...]:
     """q (scaled), k, v, g and beta as the recurrence takes them."""
     dtype = compute_dtype(v.dtype)
     q, k = (_heads(x, v.shape[2] // k.shape[2], normalize, dtype) for x in (q, k))
-    return q * scale, k, v.to(dtype), None if g is None else g.to(dtype), beta.to(dtype)
+    return q * scale, k, *(None if x is None else x.to(dtype) for x in (v, g, beta))
 
 
 def delta_rule_chunks(
@@ -179,7 +186,7 @@ def delta_rule_chunks(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -187,6 +194,38 @@ def delta_rule_chunks(
 ) -> tuple[Tensor, Tensor]:
     """:func:`delta_rule` in chunks, as differentiable as that: what second derivatives go through."""
     tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    return _by_segments(tensors, initial_state, cu_seqlens, v.dtype)
+
+
+def delta_rule_apart(
+    q: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    p: Tensor,  # [B, T, H or HV, K]
+    v: Tensor,  # [B, T, HV, V]
+    g: Tensor | None,  # [B, T, HV] or [B, T, HV, K]
+    beta: Tensor,  # [B, T, HV]
+    initial_state: Tensor | None,  # [N, HV, K, V]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    scale: float,
+    use_qk_l2norm: bool,
+    undecayed: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`delta_rule_chunks` whose erase reads along p: S ← e^g S + β k (v − S̄ᵀ p)ᵀ with S̄ = e^g S, or with
+    `undecayed`, which takes no gate per key, S̄ = S."""
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
+    p = _heads(p, v.shape[2] // p.shape[2], use_qk_l2norm, tensors[2].dtype)
+    return _by_segments((*tensors, p), initial_state, cu_seqlens, v.dtype, undecayed)
+
+
+def _by_segments(
+    tensors: tuple[Any, ...],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    undecayed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """o in `dtype` and the final state, of what :class:`Chunks` takes."""
+    k, v = tensors[1:3]
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         state = tensors[2].new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
@@ -196,10 +235,11 @@ def delta_rule_chunks(
     outputs = []
     for tokens, row in _segments(v, cu_seqlens):
         *own, i = *_at(tokens, *tensors), row.start or 0
-        o, states[i] = _recur(*own, states[i]) if own[0].shape[1] <= FEW else Chunks(*own).forward(states[i])
+        few = own[0].shape[1] <= FEW and len(own) == 5
+        o, states[i] = _recur(*own, states[i]) if few else Chunks(*own, undecayed=undecayed).forward(states[i])
         outputs.append(o)
     o = torch.cat(outputs, 1) if outputs else torch.zeros_like(tensors[2])
-    return o.to(v.dtype), torch.cat(states) if states else state
+    return o.to(dtype), torch.cat(states) if states else state
 
 
 def delta_rule_forward(
@@ -207,7 +247,7 @@ def delta_rule_forward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -228,7 +268,7 @@ def delta_rule_update_(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -255,7 +295,7 @@ def delta_rule_backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     checkpoints: Tensor,
@@ -264,7 +304,7 @@ def delta_rule_backward(
     scale: float,
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in q, k, v, g (empty without one), beta, and the initial state, each in its input's dtype."""
+    """Gradients in q, k, v, g and beta (empty without them), and the initial state, each in its input's dtype."""
     dtype = compute_dtype(v.dtype)
     tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
     state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
@@ -285,7 +325,6 @@ def delta_rule_backward(
         heads_backward(q, dq * scale, use_qk_l2norm),
         heads_backward(k, dk, use_qk_l2norm),
         dv.to(v.dtype),
-        v.new_empty(0, dtype=dtype) if g is None else dg.to(g.dtype),
-        dbeta.to(beta.dtype),
+        *(v.new_empty(0, dtype=dtype) if x is None else dx.to(x.dtype) for dx, x in ((dg, g), (dbeta, beta))),
         ds,
     )

@@ -1,4 +1,4 @@
-"""Family `delta_rule`: the six functions. Truth: the recurrence, token by token, in float64."""
+"""Family `delta_rule`: the six functions, and the four without an erase. Truth: the recurrence in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ RULES = {
     "HV": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
     "K": ("chunk_kda", "fused_recurrent_kda"),
 }
+WITHOUT_ERASE = {
+    "": ("chunk_simple_gla", "fused_recurrent_simple_gla"),
+    "HV": ("chunk_simple_gla", "fused_recurrent_simple_gla"),
+    "K": ("chunk_gla", "fused_recurrent_gla"),
+}
 FACTOR = 4000  # of the change that rounding every number makes; the largest error seen, of a state that grows, is 2180
 
 LARGE = 1e35
@@ -25,7 +30,7 @@ def recurrence(
     k: np.ndarray,  # [B, T, H, K]
     v: np.ndarray,  # [B, T, HV, V]
     g: np.ndarray | None,  # [B, T, HV] or [B, T, HV, K]
-    beta: np.ndarray,  # [B, T, HV]
+    beta: np.ndarray | None,  # [B, T, HV]; None: nothing is erased
     initial: np.ndarray | None,  # [N, HV, K, V]
     options: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +40,7 @@ def recurrence(
     groups = v.shape[2] // k.shape[2]
     q, k = (np.repeat(x, groups, 2) for x in (q, k))
     q = q * (q.shape[3] ** -0.5 if options["scale"] is None else options["scale"])
-    kind = np.result_type(q, k, v, beta, *(x for x in (g, initial) if x is not None))
+    kind = np.result_type(q, k, v, *(x for x in (g, beta, initial) if x is not None))
     o = np.zeros(v.shape, dtype=kind)
     edges = options["edges"]
     if edges is None:
@@ -54,8 +59,10 @@ def recurrence(
                 decay = np.exp(g[rows, t])
                 s = s * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
             key = k[rows, t]
-            error = v[rows, t] - (s * key[..., None]).sum(2)
-            s = s + (beta[rows, t, :, None] * key)[..., None] * error[:, :, None]
+            error = v[rows, t]
+            if beta is not None:
+                error = beta[rows, t, :, None] * (error - (s * key[..., None]).sum(2))
+            s = s + key[..., None] * error[:, :, None]
             o[rows, t] = (s * q[rows, t, ..., None]).sum(2)
         states[number] = s
     return o, states
@@ -92,7 +99,9 @@ def before_nan(arrays: list[np.ndarray | None], options: dict[str, Any]) -> np.n
     """[B, T, HV, V]: whether everything up to this token in its sequence and head is finite."""
     q, k, v, g, beta, initial = arrays
     groups = v.shape[2] // k.shape[2]
-    good = np.isfinite(v).all(-1) & np.isfinite(beta)
+    good = np.isfinite(v).all(-1)
+    if beta is not None:
+        good &= np.isfinite(beta)
     for x in (q, k):
         good &= np.repeat(np.isfinite(x).all(-1), groups, 2)
     if g is not None:
@@ -123,7 +132,8 @@ def draw(draw: Draw) -> Case:
     smooth = draw.chance(0.4)
     if smooth:
         wild = special = 0.0
-    l2norm = draw.chance(0.5)
+    erases = draw.chance(0.75)
+    l2norm = erases and draw.chance(0.5)
     scale = "1.0" if l2norm else f"{width**-0.5:.3f}" if draw.chance(0.9) else "1.0"
     state_dtype = "float64" if dtype == "float64" else "float32"
     beta_dtype, g_dtype = (draw.choice((dtype, "float32" if dtype != "float64" else dtype)) for _ in range(2))
@@ -134,8 +144,10 @@ def draw(draw: Draw) -> Case:
         f"q = {draw.array((batch, total, heads, width), dtype, scale=scale, wild=wild, special=special)}",
         f"k = {draw.array((batch, total, heads, width), dtype, scale=scale, wild=wild, special=special)}",
         f"v = {draw.array((batch, total, value_heads, values), dtype, wild=wild, special=special)}",
-        f"beta = {draw.tensor(beta, 3, beta_dtype)}",
     ]
+    if erases:
+        lines.append(f"beta = {draw.tensor(beta, 3, beta_dtype)}")
+    recurrent = draw.chance(0.4)
     arguments = ["q", "k", "v"]
     if gate:
         shape = (batch, total, value_heads, *(width,) * (gate == "K"))
@@ -144,10 +156,11 @@ def draw(draw: Draw) -> Case:
         if draw.chance(special):
             text = draw.special(text)
         lines.append(f"g = {draw.tensor(text, len(shape), g_dtype)}")
-        arguments.append("g=g")
-    arguments.append("beta=beta")
+        arguments.append("gk=g" if gate == "K" and recurrent and not erases else "g=g")
+    if erases:
+        arguments.append("beta=beta")
     options: dict[str, Any] = {"l2norm": l2norm, "scale": None, "edges": cuts(draw, total) if packed else None}
-    if not smooth and draw.chance(0.3):
+    if erases and not smooth and draw.chance(0.3):
         add_activations(draw, lines, arguments, options, (value_heads, *(width,) * (gate == "K")) if gate else None)
     if draw.chance(0.3):
         options["scale"] = draw.choice((1.0, 0.125, 2, -0.5))
@@ -166,18 +179,18 @@ def draw(draw: Draw) -> Case:
         arguments.append("output_final_state=True")
     if l2norm:
         arguments.append("use_qk_l2norm_in_kernel=True")
-    recurrent = draw.chance(0.4)
     in_place = recurrent and not smooth and draw.chance(0.4)
-    case = Case(RULES[gate][recurrent], "", "value", lines)
+    name = (RULES if erases else WITHOUT_ERASE)[gate][recurrent]
+    case = Case(name, "", "value", lines)
     if in_place:
         add_state(draw, case, arguments, state_shape, state_dtype, with_state)
-    call = f"pyrepr.{RULES[gate][recurrent]}({', '.join(arguments)})"
+    call = f"pyrepr.functional.{name}({', '.join(arguments)})"
     case.call = f"out = {call}"
     case.check = lambda names: check(names, options, final or in_place, in_place)
     if smooth and batch * total and total <= 40 and (sequences or not packed):
-        add_differential(case, call, gate, with_state, final, packed, options)
+        add_differential(case, call, (gate, erases), with_state, final, packed, options)
     if draw.chance(0.12):
-        spoil(draw, case, gate, with_state, packed, in_place)
+        spoil(draw, case, (gate, erases), with_state, packed, in_place)
     return case
 
 
@@ -266,9 +279,10 @@ def finite_inputs(arrays: list[np.ndarray | None]) -> bool:
 
 
 def add_differential(
-    case: Case, call: str, gate: str, with_state: bool, final: bool, packed: bool, options: dict
+    case: Case, call: str, kind: tuple[str, bool], with_state: bool, final: bool, packed: bool, options: dict
 ) -> None:
-    variables = ["q", "k", "v", *["g"] * bool(gate), "beta", *["initial_state"] * with_state]
+    gate, erases = kind
+    variables = ["q", "k", "v", *["g"] * bool(gate), *["beta"] * erases, *["initial_state"] * with_state]
 
     def truth(*varied: np.ndarray) -> np.ndarray:
         given = dict(zip(variables, varied, strict=True))
@@ -279,9 +293,18 @@ def add_differential(
     case.differential = Differential(run, tuple(variables), truth, vmap=not packed)
 
 
-def spoil(draw: Draw, case: Case, gate: str, with_state: bool, packed: bool, in_place: bool) -> None:
+def spoil(draw: Draw, case: Case, kind: tuple[str, bool], with_state: bool, packed: bool, in_place: bool) -> None:
     case.expect, case.differential = "error", None
-    names = ["q", "k", "v", "beta", *["g"] * bool(gate), *["initial_state"] * with_state, *["cu_seqlens"] * packed]
+    gate, erases = kind
+    names = [
+        "q",
+        "k",
+        "v",
+        *["beta"] * erases,
+        *["g"] * bool(gate),
+        *["initial_state"] * with_state,
+        *["cu_seqlens"] * packed,
+    ]
     name = draw.choice(names)
     line = draw.wrong(name, wider=name not in ("v",) or with_state or in_place)
     if name == "cu_seqlens" and draw.chance(0.6):
@@ -294,14 +317,16 @@ def spoil(draw: Draw, case: Case, gate: str, with_state: bool, packed: bool, in_
                 "q = q.double() if q.dtype != torch.float64 else q.float()",
                 "k = k[..., :0]",
                 "v = v[..., :0]",
-                "beta = beta[:, :, :0]",
+                "beta = beta[:, :, :0]" if erases else "v = v[:, :0]",
                 "q = q[:, :, :0]; k = k[:, :, :0]",
             )
         )
         name = "q"
     case.lines.append(line)
     may_be_none = ["initial_state", "cu_seqlens"]
-    if "recurrent" in case.kind:
+    if not erases:
+        may_be_none += ["g"] * (case.kind != "chunk_gla")
+    elif "recurrent" in case.kind:
         may_be_none += ["beta"] + ["g"] * ("gated" in case.kind)
     if line == f"{name} = None" and name in may_be_none:
         case.expect, case.check = "either", lambda names: None

@@ -59,7 +59,7 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
   beta.fill(random, DType::f32, 1.0, wild);
   initial.fill(random, DType::f32, 1.0, wild);
   p.g = gate ? g.as<float>() : nullptr;
-  p.beta = beta.as<float>();
+  p.beta = random.chance(75) ? beta.as<float>() : nullptr;  // null: nothing is erased
   p.initial = random.chance(50) ? initial.as<float>() : nullptr;
 
   const int64_t segment = 1 + random.below(3);
@@ -95,6 +95,7 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
         for (int64_t size : {keys, keys, values, per_key ? keys : gates, gates, all_states}) out.emplace_back(random, size, DType::f32);
         std::memcpy(out[5].at(), grad_state.at(), static_cast<size_t>(grad_state.bytes()));
         if (!gate) std::memset(out[3].at(), 0, static_cast<size_t>(out[3].bytes()));
+        if (!p.beta) std::memset(out[4].at(), 0, static_cast<size_t>(out[4].bytes()));
         return out;
       },
       [&](int threads, std::vector<Buffer>& out) {
