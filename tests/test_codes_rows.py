@@ -179,6 +179,7 @@ def test_bad_input():
         (lambda: bag_of_codes(x, book, -1), "inv_delta must be a positive finite number"),
         (lambda: bag_of_codes(x, book, pool="sum"), "pool must be one of max, mean, none"),
         (lambda: bag_of_codes(book[None], book), "every position of x is a code"),
+        (lambda: bag_of_codes(x * torch.nan, book), "x and codebook must be finite"),
         (lambda: cluster_tokens(x, (2, 2)), r"x must have shape \[B, H, W, d\]"),
         (lambda: cluster_tokens(x[None], (9, 2)), r"size must be from \(1, 1\) to the grid's \(4, 6\)"),
         (lambda: cluster_tokens(x[None], (2, 2), window=4), "window must be an odd positive integer"),
@@ -187,6 +188,7 @@ def test_bad_input():
         (lambda: unpool_tokens(x, x, x, norm="l3"), "norm must be 'l1' or 'l2'"),
         (lambda: householder(x, torch.randn(2, 4)), "v must have the width of x"),
         (lambda: paired_cosine(x, x, "max"), "reduction must be one of"),
+        (lambda: paired_cosine(book, x[0]), r"y must broadcast against x, got \[5, 3\] and \[6, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -123,6 +123,8 @@ def test_picture_and_table(tmp_path):
 
 def test_bad_input_of_probes():
     layers, y = digits(60)
+    layer_with_a_hole = torch.randn(60, 2)
+    layer_with_a_hole[41, 1] = torch.nan
     for call, message in (
         (lambda: linear_probe(layers, y, folds=1), "folds must be an integer of at least 2, got 1"),
         (lambda: linear_probe(layers, y, folds=40), "folds must be at most half of the 60 samples, got 40"),
@@ -131,7 +133,7 @@ def test_bad_input_of_probes():
         (lambda: linear_probe(layers, y, classes=5), r"y must hold labels in \[0, 5\), got 0 to 9"),
         (lambda: linear_probe({}, y), "layers must hold at least one layer"),
         (lambda: linear_probe(layers), "y must be the labels or targets"),
-        (lambda: linear_probe({"a": torch.full((60, 2), torch.nan)}, y), "x must be finite"),
+        (lambda: linear_probe({"a": layer_with_a_hole}, y), "layer a must be finite, got NaN or infinity in row 41"),
         (lambda: linear_probe(layers, y, alphas=-1), "alphas must be finite numbers of at least 0"),
         (lambda: linear_probe(layers, torch.zeros(60).long()), "classes must be an integer of at least 2, got 1"),
     ):

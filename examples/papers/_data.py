@@ -54,14 +54,6 @@ def accuracy(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor) -> float:
     return float(linear_probe([x], y, alphas=(0.01, 1.0, 100.0), val=([seen], labels)).best[0])
 
 
-def logistic_accuracy(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor) -> float:
-    """Held-out accuracy of logistic regression, scikit-learn's: for few features, where least squares hides classes."""
-    linear = require("sklearn.linear_model", "scikit-learn")
-    scale = x.std(0)
-    fit = linear.LogisticRegression(max_iter=300).fit((x / scale).numpy(), y.numpy())
-    return float(fit.score((seen / scale).numpy(), labels.numpy()))
-
-
 def nearest_right(queries: Tensor, labels: Tensor, index: Tensor, known: Tensor) -> float:
     """Share of queries whose nearest row of an index, by cosine, has their label."""
     _, at = pairwise_topk(queries, index, 1, metric="cosine")
@@ -102,3 +94,14 @@ def k_means(x: Tensor, codes: int, *, steps: int = 10) -> tuple[Tensor, Tensor]:
             sums = torch.zeros_like(centres).index_add(0, at, x)
             centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
     return centres, at
+
+
+def residual_codes(x: Tensor, seen: Tensor, codes: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Tables [levels, codes, d], each of what those before left of x, and the codes [n, levels] of `seen`."""
+    tables, found = [], []
+    for _ in range(levels):
+        centres, at = k_means(x, codes)
+        tables.append(centres)
+        found.append(pairwise_topk(seen, centres, 1, metric="sqeuclidean")[1][:, 0])
+        x, seen = x - centres[at], seen - centres[found[-1]]
+    return torch.stack(tables), torch.stack(found, 1)

@@ -6,7 +6,7 @@ import re
 
 import torch
 from pyrepr.papers._minilm import docstrings, encoded_docstrings
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr.stats import concept_depth, linear_probe
 
@@ -32,4 +32,6 @@ def run() -> Finding:
     text = f"'the' {curves[0]} (layer {depths[0]}); package {curves[1]} (layer {depths[1]})"
     falls, rises = float(word.best.max() - word.best[-1]), float(package.best.max() - package.best[0])
     holds = falls >= 0.05 and rises >= 0.03 and depths[0] < depths[1]
-    return Finding(text, holds, {"falls": falls, "rises": rises})
+    curves = {"says 'the'": word.best.tolist(), "package of origin": package.best.tolist()}
+    chart = Chart(curves, list(layers), "layer", "accuracy", "lines")
+    return Finding(text, holds, {"falls": falls, "rises": rises}, chart)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from pyrepr.papers._data import digits
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr.stats import Moments, effective_rank
 
@@ -55,4 +55,8 @@ def run() -> Finding:
     ranks = [float(effective_rank(z)) for z in (before, behind)]
     text = f"{live} directions, off by {off:.1e}; effective rank {ranks[0]:.2f} before, {ranks[1]:.2f} behind the head"
     holds = off < 1e-3 and live >= 3 and ranks[0] > ranks[1]
-    return Finding(text, holds, {"off": off, "directions": live, "before": ranks[0], "behind": ranks[1]})
+    spectra = {"before the head": pre, "root of behind": post.sqrt(), "behind the head": post}
+    series = {name: values.tolist() for name, values in spectra.items()}
+    chart = Chart(series, list(range(1, WIDTH + 1)), "direction", "singular value", "lines")
+    numbers = {"off": off, "directions": live, "before": ranks[0], "behind": ranks[1]}
+    return Finding(text, holds, numbers, chart)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from pyrepr.papers._data import digits, nearest_right, trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor, nn
 
 PAPER = Paper(
@@ -13,8 +13,8 @@ PAPER = Paper(
     "Li et al., 2D Matryoshka Sentence Embeddings, 2024",
     "loss of the last layer + of a sampled one, both at all prefixes, + τ KL(softmax(last/τ) ‖ softmax(layer/τ)), "
     "τ = .3",
-    "nearest neighbours by 4 features of the first layer are right more often by .05 than in the plainly trained "
-    "network; the whole embedding loses at most .02",
+    "nearest neighbours by 4 features of the first layer are right more often by .10 than in the plainly trained "
+    "network; the whole embedding loses at most .01",
 )
 WIDTHS, BLOCKS, TAU, SEEDS = (4, 8, 16, 32), 4, 0.3, (0, 1)
 
@@ -70,9 +70,7 @@ def run() -> Finding:
     plain, ours = rates.tolist()
     names = ("layer 0 at 4", "layer 1 at 4", "whole")
     text = ", ".join(f"{name} {a:.3f} → {b:.3f}" for name, a, b in zip(names, plain, ours, strict=True))
-    holds = ours[0] - plain[0] >= 0.05 and plain[2] - ours[2] <= 0.02
-    return Finding(
-        text,
-        holds,
-        {f"{n}, {k}": r for k, row in (("plain", plain), ("2d", ours)) for n, r in zip(names, row, strict=True)},
-    )
+    holds = ours[0] - plain[0] >= 0.1 and plain[2] - ours[2] <= 0.01
+    series = {"plain": plain, "nested in depth and width": ours}
+    numbers = {f"{n}, {k}": r for k, row in series.items() for n, r in zip(names, row, strict=True)}
+    return Finding(text, holds, numbers, Chart(series, names, "", "neighbour is right"))

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 from pyrepr.papers._minilm import encoded_docstrings
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr.similarity import CKNNA
@@ -45,4 +45,5 @@ def run() -> Finding:
     apart = [float(table.diagonal(step).mean()) for step in range(1, len(layers))]
     text = f"off by {off:.0e}; layers 1 to {len(apart)} apart {', '.join(f'{v:.2f}' for v in apart)}"
     holds = off < 1e-5 and itself < 1e-6 and all(a > b for a, b in pairwise([1.0, *apart[:3]]))
-    return Finding(text, holds, {"off": off, **{f"{i + 1} apart": v for i, v in enumerate(apart)}})
+    chart = Chart({"CKNNA": [1.0, *apart]}, list(range(len(layers))), "layers apart", "mean CKNNA", "lines")
+    return Finding(text, holds, {"off": off, **{f"{i + 1} apart": v for i, v in enumerate(apart)}}, chart)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from pyrepr.papers._data import trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import nn
 
 from pyrepr.stats import Moments
@@ -42,4 +42,7 @@ def run() -> Finding:
     numbers = {
         f"{name} {seed}": s for seed, pair in enumerate(shares) for name, s in zip(("bit", "xor"), pair, strict=True)
     }
-    return Finding(f"share of variance {text}; accuracy at least {worst:.3f}", holds, {**numbers, "accuracy": worst})
+    bit, xor = zip(*shares, strict=True)
+    chart = Chart({"bit": bit, "exclusive-or": xor}, [f"seed {s}" for s in range(3)], "", "share of variance")
+    text = f"share of variance {text}; accuracy at least {worst:.3f}"
+    return Finding(text, holds, {**numbers, "accuracy": worst}, chart)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr._optional import require
@@ -19,6 +19,7 @@ PAPER = Paper(
     "loss and gradients equal those of transformers' ALIGN, and of CLIP's definition, to 1e-5; twice the batch keeps "
     "twice the memory for the backward, where that of the logits is four times as much",
 )
+BATCHES = (128, 256, 512)
 
 
 def clip(logits: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def run() -> Finding:
     generator = torch.Generator().manual_seed(0)
     temperature, error = torch.tensor(0.07), 0.0
     sizes: dict[str, list[int]] = {"ours": [], "logits": []}
-    for n in (256, 512):
+    for n in BATCHES:
         x, y = (F.normalize(torch.randn(n, 32, generator=generator), dim=1) for _ in range(2))
         y = F.normalize(x + y, dim=1)
         for smoothing, peer in ((0.1, align), (0.0, clip)):
@@ -56,10 +57,11 @@ def run() -> Finding:
                 error = max(error, float((a - b).norm() / b.norm()))
         sizes["ours"].append(ours[2])
         sizes["logits"].append(theirs[2])
-    growth = {name: large / small for name, (small, large) in sizes.items()}
-    text = (
-        f"relative error at most {error:.1e}; {sizes['ours'][1] / 2**20:.1f} MiB kept, {growth['ours']:.2f} times that "
-    )
-    text += f"of half the batch; {sizes['logits'][1] / 2**20:.0f} MiB by logits, {growth['logits']:.2f} times"
+    growth = {name: large / small for name, (*_, small, large) in sizes.items()}
+    text = f"relative error at most {error:.1e}; {sizes['ours'][-1] / 2**20:.1f} MiB kept, "
+    text += f"{growth['ours']:.2f} times that of half the batch; "
+    text += f"{sizes['logits'][-1] / 2**20:.0f} MiB by logits, {growth['logits']:.2f} times"
     holds = error < 1e-5 and growth["ours"] < 2.1 and growth["logits"] > 3
-    return Finding(text, holds, {"error": error, **growth})
+    series = {name: [size / 2**20 for size in kept_sizes] for name, kept_sizes in sizes.items()}
+    chart = Chart(series, BATCHES, "batch", "MiB kept for the backward", "lines", log=True, log_x=True)
+    return Finding(text, holds, {"error": error, **growth}, chart)

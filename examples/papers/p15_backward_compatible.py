@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from pyrepr.papers._data import digits, nearest_right, trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor, nn
 
 from pyrepr.functional import householder, paired_cosine
@@ -59,4 +59,5 @@ def run() -> Finding:
             rates["new on new"] = nearest_right(asked, labels, fresh, y)
     text = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
     holds = rates["new on old"] >= rates["old on old"] - 0.02 and rates["without"] < 0.3 and rates["new on new"] > 0.95
-    return Finding(text, holds, rates)
+    chart = Chart({"right": list(rates.values())}, list(rates), "queries on index", "neighbour is right")
+    return Finding(text, holds, rates, chart)

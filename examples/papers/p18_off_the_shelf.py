@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pyrepr.papers._data import nearest_right
 from pyrepr.papers._minilm import docstrings, encoded_docstrings
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr._optional import require
 
@@ -32,4 +32,6 @@ def run() -> Finding:
                 rate = nearest_right(z[asked], origin[asked], z[known], origin[known])
                 rates[f"{name} {count}"] += rate / DRAWS
     holds = all(rates[f"MiniLM {count}"] - rates[f"tf-idf {count}"] >= 0.03 for count in COUNTS)
-    return Finding(", ".join(f"{name} labels {rate:.2f}" for name, rate in rates.items()), holds, rates)
+    series = {name: [rates[f"{name} {count}"] for count in COUNTS] for name in features}
+    chart = Chart(series, [f"{count} labels" for count in COUNTS], "", "neighbour is right")
+    return Finding(", ".join(f"{name} labels {rate:.2f}" for name, rate in rates.items()), holds, rates, chart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import chunk_delta_rule
 
@@ -39,4 +39,6 @@ def run() -> Finding:
     falls = [float(left[n - 1]) for n in (16, 64, 256)]
     text = f"off by {error:.0e}; error on a query {', '.join(f'{e:.3f}' for e in falls)} after 16, 64, 256 examples"
     holds = error < 1e-12 and falls[1] < falls[0] / 2 and falls[2] < falls[1] / 2
-    return Finding(text, holds, {"off": error, "16": falls[0], "64": falls[1], "256": falls[2]})
+    series = {"delta rule": left[3::4].tolist()}
+    chart = Chart(series, list(range(4, STEPS + 1, 4)), "examples in context", "error on a query", "lines", log=True)
+    return Finding(text, holds, {"off": error, "16": falls[0], "64": falls[1], "256": falls[2]}, chart)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 from pyrepr.papers._data import digits, trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import nn
 
 from pyrepr.stats import Moments
@@ -32,7 +32,7 @@ def run() -> Finding:
             layers = [torch.cat([x, seen])]
             for block in model[:-1]:
                 layers.append(block(layers[-1]))
-        live = layers[-1].std(0) > 1e-3
+        live = layers[-1].std(0) > 0.05
         features = layers[-1][:, live]
         known = []
         for z in layers:
@@ -44,10 +44,13 @@ def run() -> Finding:
         weight = model[-1].weight.detach()[:, live]
         importance = features.std(0) * (weight - weight.mean(0)).norm(dim=0)
         curves.append(known.mean(1))
-        correlations.append(float(torch.corrcoef(torch.stack([1 - known.mean(0), importance.double()]))[0, 1]))
+        complexity = 1 - known.mean(0)
+        correlations.append(float(torch.corrcoef(torch.stack([complexity, importance.double()]))[0, 1]))
     curve = torch.stack(curves).mean(0).tolist()
     mean = sum(correlations) / SEEDS
     text = f"R² {', '.join(f'{r:.2f}' for r in curve)} from the pixels on; importance with complexity {mean:.2f} ("
     text += f"{', '.join(f'{r:.2f}' for r in correlations)})"
     holds = all(a < b for a, b in pairwise(curve)) and mean < -0.3
-    return Finding(text, holds, {"correlation": mean, **{f"layer {i}": r for i, r in enumerate(curve)}})
+    series = {"a feature (last seed)": importance.tolist()}
+    chart = Chart(series, complexity.tolist(), "complexity, 1 − mean R²", "importance", "points")
+    return Finding(text, holds, {"correlation": mean, **{f"layer {i}": r for i, r in enumerate(curve)}}, chart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr import lookup_sum
@@ -46,4 +46,6 @@ def run() -> Finding:
     error, slope = float((looked_up - sampled).detach().abs().max()), float((gradients[0] - gradients[1]).abs().max())
     share = planes.numel() / (SIDE**3 * WIDTH)
     text = f"off by {error:.0e}, gradient {slope:.0e}; {share:.3f} of a cube's numbers"
-    return Finding(text, error < 1e-12 and slope < 1e-12 and share < 0.1, {"off": error, "gradient": slope})
+    values, truth = looked_up.detach().flatten()[:200].tolist(), sampled.detach().flatten()[:200].tolist()
+    chart = Chart({"a feature": values}, truth, "bilinear sampling", "sum of table rows", "points")
+    return Finding(text, error < 1e-12 and slope < 1e-12 and share < 0.1, {"off": error, "gradient": slope}, chart)

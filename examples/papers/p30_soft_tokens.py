@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyrepr.papers._data import k_means, patches, photograph
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr.functional import soft_lookup
@@ -32,4 +32,14 @@ def run() -> Finding:
     hard = error(third, 1e-4)
     soft, hot = error(third, best) / hard, error(third, 8 * best) / hard
     text = f"error {soft:.2f} of the hard tokens' at T = {best} mean squared distances, {hot:.2f} at {8 * best}"
-    return Finding(text, soft <= 0.95 and hot > 1, {"soft": soft, "hot": hot, "temperature": best})
+    curve = [error(third, temperature) / hard for temperature in GRID]
+    chart = Chart(
+        {"soft tokens": curve},
+        GRID,
+        "temperature / mean squared distance",
+        "error / hard tokens'",
+        "lines",
+        1.0,
+        log_x=True,
+    )
+    return Finding(text, soft <= 0.95 and hot > 1, {"soft": soft, "hot": hot, "temperature": best}, chart)

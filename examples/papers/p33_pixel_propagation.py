@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import k_means, patches, photograph
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr import gram
@@ -41,4 +41,6 @@ def run() -> Finding:
     ratios = [scatter(z / z.norm(dim=1, keepdim=True), labels) for z in (x, propagated, averaged)]
     text = f"within / between {ratios[0]:.2f} before, {ratios[1]:.2f} propagated, {ratios[2]:.2f} averaged in place"
     holds = ratios[1] <= ratios[0] / 2 < ratios[2]
-    return Finding(text, holds, {"before": ratios[0], "propagated": ratios[1], "averaged": ratios[2]})
+    numbers = dict(zip(("before", "propagated", "averaged"), ratios, strict=True))
+    chart = Chart({"ratio": ratios}, list(numbers), "", "variance within / between regions", bound=ratios[0] / 2)
+    return Finding(text, holds, numbers, chart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import hash_codes, lookup_sum
 
@@ -40,4 +40,7 @@ def run() -> Finding:
     slopes = [torch.autograd.grad(out @ vectors, z, cotangent, retain_graph=True)[0] for out in (through, p)]
     slope = float((slopes[0] - slopes[1]).abs().max())
     text = f"tables equal to the bit: {exact}; mean off by {off:.0e}, gradient by {slope:.0e}"
-    return Finding(text, exact and off < 1e-12 and slope < 1e-12, {"exact": exact, "mean": off, "gradient": slope})
+    truth = (p.detach() @ vectors).flatten()[:200].tolist()
+    chart = Chart({"a feature": mean.flatten()[:200].tolist()}, truth, "σ(z)·E", "mean over all codes", "points")
+    numbers = {"exact": exact, "mean": off, "gradient": slope}
+    return Finding(text, exact and off < 1e-12 and slope < 1e-12, numbers, chart)

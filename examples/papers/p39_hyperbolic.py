@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 PAPER = Paper(
@@ -15,6 +15,7 @@ PAPER = Paper(
     "written-out gradients in x, y and the curvature c equal autograd's to 1e-9, near the boundary too; "
     "(−x) ⊕ (x ⊕ y) = y",
 )
+CURVATURES = (0.1, 1.0, 2.0)
 
 
 def terms(x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, ...]:
@@ -49,16 +50,20 @@ class Addition(torch.autograd.Function):
 
 def run() -> Finding:
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for curvature in (0.1, 1.0, 2.0):
+    errors = []
+    for curvature in CURVATURES:
         rows = torch.randn(2, 64, 6, generator=generator, dtype=torch.float64)
         lengths = torch.linspace(0.05, 0.99, 64, dtype=torch.float64)[:, None] / curvature**0.5
         x, y = (part / part.norm(dim=1, keepdim=True) * lengths for part in rows)
         inputs = [x.requires_grad_(), y.requires_grad_(), torch.tensor(curvature).double().requires_grad_()]
         cotangent = torch.randn(64, 6, generator=generator, dtype=torch.float64)
         ours, theirs = (torch.autograd.grad(f(*inputs), inputs, cotangent) for f in (Addition.apply, plain))
-        worst = max(worst, *(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)))
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)])
+    worst = max(map(max, errors))
     with torch.no_grad():
         back = float((plain(-x, plain(x, y, inputs[2]), inputs[2]) - y).abs().max())
     text = f"gradients off by {worst:.0e}, cancelling on the left by {back:.0e}"
-    return Finding(text, worst < 1e-9 and back < 1e-9, {"gradients": worst, "cancelling": back})
+    series = {f"in {name}": values for name, values in zip("xyc", zip(*errors, strict=True), strict=True)}
+    names = [f"c = {c}" for c in CURVATURES]
+    chart = Chart(series, names, "", "relative error of gradients", bound=1e-9, log=True)
+    return Finding(text, worst < 1e-9 and back < 1e-9, {"gradients": worst, "cancelling": back}, chart)

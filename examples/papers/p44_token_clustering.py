@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from pyrepr.papers._data import patches, photograph
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr.functional import cluster_tokens, unpool_tokens
 
@@ -17,7 +17,7 @@ PAPER = Paper(
     "a photograph's tokens come back from clusters with less variance unexplained than from average pooling and "
     "bilinear enlargement (at most .8 of it), and with less the more clusters",
 )
-SIZES = ((13, 20), (20, 32), (26, 40))
+SIZES = ((13, 20), (20, 32), (26, 40), (40, 62))
 
 
 def run() -> Finding:
@@ -39,4 +39,6 @@ def run() -> Finding:
     falls = all(a > b for a, b in pairwise(ours))
     holds = falls and all(a <= 0.8 * b for a, b in zip(ours, pooled, strict=True))
     numbers = {str(n): a for n, a in zip(counts, ours, strict=True)}
-    return Finding(f"unexplained of {high * wide} tokens, by clusters {text}", holds, numbers)
+    series = {"clusters": ours, "pooled, enlarged": pooled}
+    chart = Chart(series, counts, "tokens kept", "variance unexplained", "lines")
+    return Finding(f"unexplained of {high * wide} tokens, by clusters {text}", holds, numbers, chart)

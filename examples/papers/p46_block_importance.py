@@ -6,7 +6,7 @@ import copy
 from itertools import pairwise
 
 from pyrepr.papers._minilm import docstrings, encode, minilm
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr._optional import require
@@ -38,4 +38,5 @@ def run() -> Finding:
         harm.append(1 - float(paired_cosine(embedding(encode(texts, model=shorter).states[-1], mask), whole)))
     rank = float(stats.spearmanr(importance, harm).statistic)
     text = f"importance {', '.join(f'{v:.2f}' for v in importance)}; harm {', '.join(f'{v:.2f}' for v in harm)}; "
-    return Finding(f"{text}Spearman {rank:.2f}", rank >= 0.7, {"spearman": rank})
+    chart = Chart({"a block": harm}, importance, "importance, 1 − cosine(in, out)", "the sentence moves by", "points")
+    return Finding(f"{text}Spearman {rank:.2f}", rank >= 0.7, {"spearman": rank}, chart)

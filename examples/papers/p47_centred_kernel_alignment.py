@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import digits
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from pyrepr.papers.p67_topological_rsa import DEPTH, activations
 
 from pyrepr.similarity import CCA, CKA, Measure
@@ -46,4 +46,5 @@ def run() -> Finding:
     text = f"identified {', '.join(f'{name} {rate:.2f}' for name, rate in rates.items())}; CKA changes by {turned:.0e} "
     text += f"when turned and scaled, {scaled:.2f} where units are scaled apart"
     holds = rates["CKA"] - rates["CCA"] >= 0.05 and turned < 1e-5 and scaled > 0.05
-    return Finding(text, holds, {**rates, "turned": turned, "scaled": scaled})
+    chart = Chart({"identified": list(rates.values())}, list(rates), "", "share of layers identified")
+    return Finding(text, holds, {**rates, "turned": turned, "scaled": scaled}, chart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import arc_cosine, digits
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import cka, gram
 
@@ -16,7 +16,7 @@ PAPER = Paper(
     "Gram matrices of random networks of three layers come to the composed kernel, 16 times the width 4 times as near "
     "(2.5 to 6.5)",
 )
-WIDTHS, DEPTH, SEEDS = (128, 2048), 3, 16
+WIDTHS, DEPTH, SEEDS = (128, 512, 2048), 3, 16
 
 
 def features(x: torch.Tensor, width: int, generator: torch.Generator) -> torch.Tensor:
@@ -39,7 +39,8 @@ def run() -> Finding:
         off = torch.stack([(gram(net).double() - kernel).square().mean() for net in nets])
         errors.append(float((off.mean() / kernel.square().mean()).sqrt()))
         similarity = float(cka(nets[0], nets[1]))
-    text = f"relative error {errors[0]:.3f} at width {WIDTHS[0]}, {errors[1]:.3f} at {WIDTHS[1]}"
-    holds = 2.5 < errors[0] / errors[1] < 6.5 and errors[1] < 0.1
+    text = f"relative error {errors[0]:.3f} at width {WIDTHS[0]}, {errors[-1]:.3f} at {WIDTHS[-1]}"
+    holds = 2.5 < errors[0] / errors[-1] < 6.5 and errors[-1] < 0.1
     numbers = {**{str(w): e for w, e in zip(WIDTHS, errors, strict=True)}, "cka": similarity}
-    return Finding(f"{text}; CKA of two wide networks {similarity:.3f}", holds, numbers)
+    chart = Chart({"three layers": errors}, WIDTHS, "width", "relative error", "lines", log=True, log_x=True)
+    return Finding(f"{text}; CKA of two wide networks {similarity:.3f}", holds, numbers, chart)

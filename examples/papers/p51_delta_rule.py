@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import chunk_delta_rule
 
@@ -44,4 +44,6 @@ def run() -> Finding:
         for name, read in (("delta rule", by_chunks[:, -KEYS:]), ("added up", added))
     }
     text = f"off by {off:.0e}; last value found {', '.join(f'{name} {rate:.2f}' for name, rate in found.items())}"
-    return Finding(text, off < 1e-5 and found["delta rule"] >= 0.9 and found["added up"] <= 0.65, {"off": off, **found})
+    chart = Chart({"found": list(found.values())}, list(found), "", "last value is the nearest")
+    holds = off < 1e-5 and found["delta rule"] >= 0.9 and found["added up"] <= 0.65
+    return Finding(text, holds, {"off": off, **found}, chart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr import chunk_delta_rule
 
@@ -16,6 +16,7 @@ PAPER = Paper(
     "(to 1e-6 of it), and so does ridge regression as λ falls",
 )
 EXAMPLES, D, WIDTH, SWEEPS = 24, 8, 128, 400
+LAMBDAS = (1e-2, 1e-4, 1e-6)
 
 
 def run() -> Finding:
@@ -34,8 +35,10 @@ def run() -> Finding:
     smallest = torch.linalg.pinv(keys) @ values
     off = float((state[0, 0] - smallest).norm() / smallest.norm())
     kernel = keys @ keys.T
-    ridges = [keys.T @ torch.linalg.solve(kernel + lam * torch.eye(EXAMPLES), values) for lam in (1e-2, 1e-4, 1e-6)]
+    ridges = [keys.T @ torch.linalg.solve(kernel + lam * torch.eye(EXAMPLES), values) for lam in LAMBDAS]
     ridge = [float((r - smallest).norm() / smallest.norm()) for r in ridges]
     text = f"own example off by {own:.0e}; from least squares: {off:.0e}, ridge {', '.join(f'{r:.0e}' for r in ridge)}"
     holds = own < 1e-12 and off < 1e-6 and ridge[0] > 10 * ridge[1] > 100 * ridge[2]
-    return Finding(text, holds, {"own": own, "off": off, "ridge 1e-6": ridge[2]})
+    names = ["delta rule", *(f"ridge {lam:.0e}" for lam in LAMBDAS)]
+    chart = Chart({"distance": [off, *ridge]}, names, "", "distance from least squares", log=True)
+    return Finding(text, holds, {"own": own, "off": off, "ridge 1e-6": ridge[2]}, chart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._minilm import minilm
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor
 
 from pyrepr.functional import pairwise_topk
@@ -34,4 +34,5 @@ def run() -> Finding:
 
     ours, rotated = shared(rows), shared(rows @ turn)
     text = f"{ours:.3f} of {len(rows)} neurons over {len(words)} tokens, {rotated:.3f} rotated"
-    return Finding(text, ours >= 1.2 * rotated and rotated > 0, {"neurons": ours, "rotated": rotated})
+    chart = Chart({"share": [ours, rotated]}, ["neurons", "rotated"], "", "two of five words share a stem")
+    return Finding(text, ours >= 1.2 * rotated and rotated > 0, {"neurons": ours, "rotated": rotated}, chart)

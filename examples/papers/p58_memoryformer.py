@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import digits, trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import Tensor, nn
 
 from pyrepr.nn import MemoryFormerMLP
@@ -52,4 +52,5 @@ def run() -> Finding:
     share = products / sum(layer.weight.numel() for layer in (dense[0], dense[2]))
     text = f"accuracy {', '.join(f'{name} {rate:.3f}' for name, rate in rates.items())}; {share:.2f} of the products"
     holds = rates["dense"] - rates["tables"] <= 0.01 and rates["tables"] > rates["none"] and share < 0.1
-    return Finding(text, holds, {**rates, "share": share})
+    chart = Chart({"accuracy": list(rates.values())}, list(rates), "block", "accuracy")
+    return Finding(text, holds, {**rates, "share": share}, chart)

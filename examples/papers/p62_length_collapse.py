@@ -6,7 +6,7 @@ import copy
 
 import torch
 from pyrepr.papers._minilm import docstrings, encode, minilm
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr.stats import mean_cosine
 
@@ -42,4 +42,5 @@ def run() -> Finding:
     text = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)}" for name, values in cosines.items())
     text = f"mean cosine at {', '.join(map(str, LENGTHS))} tokens: {text}"
     numbers = {"rise": rises[0], "rise of words": rises[1], "lowered": lower}
-    return Finding(text, rises[0] > rises[1] and lower > 0, numbers)
+    chart = Chart(cosines, LENGTHS, "tokens", "mean cosine of embeddings", "lines")
+    return Finding(text, rises[0] > rises[1] and lower > 0, numbers, chart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 
 from pyrepr.functional import orthogonal_residual
 
@@ -23,4 +23,8 @@ def run() -> Finding:
     sums = (rest.square().sum(-1) + (x - rest).square().sum(-1) - x.square().sum(-1)).abs().max()
     finite = bool(orthogonal_residual(x, torch.zeros_like(g)).isfinite().all())
     text = f"largest inner product {inner:.1e}, squares off by {float(sums):.1e}, finite at g = 0: {finite}"
-    return Finding(text, inner < 1e-12 and float(sums) < 1e-11 and finite, {"inner": inner, "squares": float(sums)})
+    whole, along, left = (z.square().sum((1, 2)) for z in (x, x - rest, rest))
+    squares = {"x": whole.tolist(), "along g + residual": (along + left).tolist(), "residual": left.tolist()}
+    chart = Chart(squares, [str(i + 1) for i in range(len(x))], "image", "sum of squares")
+    holds = inner < 1e-12 and float(sums) < 1e-11 and finite
+    return Finding(text, holds, {"inner": inner, "squares": float(sums)}, chart)

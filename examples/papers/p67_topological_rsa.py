@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pyrepr.papers._data import digits, trained
-from pyrepr.papers._row import Finding, Paper
+from pyrepr.papers._row import Chart, Finding, Paper
 from torch import nn
 
 from pyrepr.similarity import RSA
@@ -51,4 +51,7 @@ def run() -> Finding:
         rates[name] = float(torch.cat(right).double().mean())
     text = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
     holds = min(rates["0.1–0.9"], rates["0–0.5"]) >= rates["RDM"] - 0.05
-    return Finding(f"layers identified: {text}", holds, rates)
+    chart = Chart(
+        {"identified": list(rates.values())}, list(rates), "quantiles", "share of layers", bound=rates["RDM"] - 0.05
+    )
+    return Finding(f"layers identified: {text}", holds, rates, chart)

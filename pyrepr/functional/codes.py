@@ -5,6 +5,7 @@ Plain PyTorch in blocks of rows: the matrix of all rows × codes is never in mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,6 +123,8 @@ def bag_of_codes(
     rows, codes = _checked(x, codebook)
     if mean_distance is None:
         mean_distance = float(_smallest(rows.detach().flatten(0, 1), codes.detach()).mean())
+    if math.isnan(mean_distance):
+        raise ValueError("x and codebook must be finite, got NaN or infinity")
     delta = inv_delta / mean_distance if mean_distance > 0 else float("inf")
     if delta == float("inf"):
         raise ValueError("mean_distance must be positive, but every position of x is a code")

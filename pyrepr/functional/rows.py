@@ -19,6 +19,15 @@ def _pair(name_x: str, x: object, name_y: str, y: object) -> tuple[Tensor, Tenso
     return x.to(dtype), y.to(dtype)
 
 
+def _rows_of_both(name: str, x: object, name_y: str, y: object) -> tuple[Tensor, Tensor]:
+    x, y = _pair(name, x, name_y, y)
+    try:
+        torch.broadcast_shapes(x.shape, y.shape)
+    except RuntimeError:
+        raise ValueError(f"{name_y} must broadcast against {name}, got {shape_of(x)} and {shape_of(y)}") from None
+    return x, y
+
+
 def paired_cosine(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     """Cosine of every row of x with the same row of y; 1 − the mean is how much a block changes its input.
 
@@ -36,7 +45,7 @@ def paired_cosine(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {shown(reduction)}")
-    x, y = _pair("x", x, "y", y)
+    x, y = _rows_of_both("x", x, "y", y)
     cosine = (_unit(x) * _unit(y)).sum(-1)
     return cosine if reduction == "none" else cosine.mean() if reduction == "mean" else cosine.sum()
 
@@ -65,7 +74,7 @@ def orthogonal_residual(x: Tensor, ref: Tensor) -> Tensor:
         >>> (r * ref).sum(1).abs().max().item() < 1e-5
         True
     """
-    x, ref = _pair("x", x, "ref", ref)
+    x, ref = _rows_of_both("x", x, "ref", ref)
     unit = _unit(ref)
     return x - (x * unit).sum(-1, keepdim=True) * unit
 

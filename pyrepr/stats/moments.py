@@ -68,7 +68,7 @@ class Moments:
             ValueError, TypeError: also if widths differ from the first call, or features or targets are not finite;
                 nothing is added.
         """
-        x = _finite("x", check_layer("x", x))
+        x = check_finite("x", check_layer("x", x))
         if self.classes is None:
             pair = [x] if y is None else [x, _targets(y, x)]
             known, split = self._layers.widths, int(y is not None)
@@ -429,10 +429,10 @@ def _targets(y: object, x: Tensor) -> Tensor:
     if y.dim() not in (1, 2) or y.shape[0] != x.shape[0]:
         raise ValueError(f"y must have shape [n, q] or [n] with n = {x.shape[0]} samples, got {shape_of(y)}")
     check_device("y", y, "x", x)
-    return _finite("y", y[:, None] if y.dim() == 1 else y)
+    return check_finite("y", y[:, None] if y.dim() == 1 else y)
 
 
-def _finite(name: str, x: Tensor) -> Tensor:
+def check_finite(name: str, x: Tensor) -> Tensor:
     if not bool(x.sum(dtype=torch.float64).isfinite()) and not bool(x.isfinite().all()):
         row = int((~x.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")

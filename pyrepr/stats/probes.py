@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
-from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_labels
+from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_finite, check_labels
 
 TASKS = ("classification", "regression")
 ALPHAS = (1.0, 100.0, 10000.0)
@@ -313,10 +313,16 @@ class _Run:
             if not parts:
                 parts = [self.start(x, y, folds, hard) for x in xs]
             rows = self.rows(dealer(len(y)), folds, y.device)
-            for x, row in zip(xs, parts, strict=True):
-                for moments, at in zip(row, rows, strict=True):
-                    for piece in at.split(ROWS):
-                        moments.update(x[piece], y[piece])
+            for name, x, row in zip(names, xs, parts, strict=True):
+                try:
+                    for moments, at in zip(row, rows, strict=True):
+                        for piece in at.split(ROWS):
+                            moments.update(x[piece], y[piece])
+                except ValueError:  # of a piece: its row is another one here
+                    check_finite(f"layer {name}", x)
+                    if not hard:
+                        check_finite("y", y.reshape(len(y), -1))
+                    raise
         if not parts:
             raise ValueError(f"{data.argument} must give at least one batch, got none")
         return parts
