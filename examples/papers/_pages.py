@@ -18,7 +18,10 @@ table { border-collapse: collapse; width: 100% } td, th { text-align: left; padd
 tr { border-bottom: 1px solid #ddd } .holds { color: #26734d } .fails { color: #b3283d } .nothing { color: #777 }
 section { margin-top: 2.5rem; border-top: 1px solid #ddd } dt { font-weight: 600 } dd { margin: 0 0 .5rem }
 img { max-width: 100% }"""
-VERSUS = "Numbers are of one run on two cores. A claim that does not hold here, on small data, may well hold elsewhere."
+VERSUS = (
+    "Numbers are of one run on two cores. A claim that does not hold here, on small data, may well hold elsewhere. A "
+    "paper that is “probably” the one meant was told by what it computes, since only its number is on record."
+)
 
 
 def facts(row: Row) -> list[tuple[str, str]]:

@@ -19,7 +19,8 @@ class Paper:
 
     Attributes:
         number: in the table of papers.
-        citation: authors, title, year; empty for a paper that is context and only touched on.
+        citation: authors, title, year; "probably" where the table has a number only, and the work was told by what it
+            computes; empty for a paper that is context and only touched on.
         operation: what the released code computes, in a formula.
         claim: what is tested, in a sentence that can be false.
         fails: why it is known not to hold on data of this size; empty where it is expected to hold.

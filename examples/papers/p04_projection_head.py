@@ -11,7 +11,7 @@ from pyrepr.stats import Moments, effective_rank
 
 PAPER = Paper(
     4,
-    "Xue et al., Investigating the Benefits of Projection Head for Representation Learning, 2024",
+    "probably Xue et al., Investigating the Benefits of Projection Head for Representation Learning, 2024",
     "f = W₂W₁x, −2 E f(x)ᵀf(x⁺) + E (f(x)ᵀf(x′))² + λ(‖W₁‖² + ‖W₂‖²)",
     "singular values of the features before the head are the roots of those behind it (to 1e-3 of the largest), so "
     "that they have the larger effective rank",

@@ -10,7 +10,7 @@ from pyrepr import gram
 
 PAPER = Paper(
     11,
-    "Cho & Saul, Kernel Methods for Deep Learning, 2009",
+    "probably Cho & Saul, Kernel Methods for Deep Learning, 2009",
     "k₀ = 1 − θ/π, k₁ = |x||y| (sin θ + (π − θ) cos θ)/π: 2 E of products of step and of rectified units",
     "averages over random units come to both kernels, and 16 times as many units come 4 times as near (2.5 to 6.5)",
 )

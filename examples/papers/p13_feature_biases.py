@@ -12,8 +12,8 @@ from pyrepr.stats import Moments
 
 PAPER = Paper(
     13,
-    "Lampinen et al., Learned feature representations are biased by complexity, learning order, position, and more, "
-    "2024",
+    "probably Lampinen et al., Learned feature representations are biased by complexity, learning order, position, and "
+    "more, 2024",
     "R² of a feature's value in the units of a representation, weighted by variance",
     "of a bit and an exclusive-or, both answered right on 99 % of unseen inputs, the bit explains more variance, by "
     ".05 for each of three seeds",

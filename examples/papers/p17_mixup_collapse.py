@@ -9,7 +9,7 @@ from pyrepr.stats import neural_collapse
 
 PAPER = Paper(
     17,
-    "Fisher et al., Pushing Boundaries: Mixup's Influence on Neural Collapse, 2024",
+    "probably Fisher et al., Pushing Boundaries: Mixup's Influence on Neural Collapse, 2024",
     "min over h of CE(W h, t e_a + (1 − t) e_b) + λ/2 |h|², W a simplex",
     "the best features of mixed classes a and b lie in the span of w_a and w_b (to 1e-9), and class means weighted by "
     "soft labels are a simplex",

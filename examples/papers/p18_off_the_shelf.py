@@ -11,7 +11,7 @@ from pyrepr._optional import require
 
 PAPER = Paper(
     18,
-    "Sharif Razavian et al., CNN Features off-the-shelf: an Astounding Baseline for Recognition, 2014",
+    "probably Sharif Razavian et al., CNN Features off-the-shelf: an Astounding Baseline for Recognition, 2014",
     "features of the last layer, of unit length, under a nearest neighbour",
     "with 30 and 120 labelled docstrings, MiniLM's nearest neighbour names the package of another more often than that "
     "by counts of words (tf-idf), by .03 in the mean of ten draws",

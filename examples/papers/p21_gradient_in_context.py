@@ -9,7 +9,7 @@ from pyrepr import chunk_delta_rule
 
 PAPER = Paper(
     21,
-    "von Oswald et al., Transformers learn in-context by gradient descent, 2023",
+    "probably von Oswald et al., Transformers learn in-context by gradient descent, 2023",
     "W ← W − β ∇ ½|W x − y|², one example a step",
     "the delta rule's predictions are those of online gradient descent, to 1e-12, and its error on a new query falls "
     "by half from 16 to 64 examples and again to 256",

@@ -13,7 +13,7 @@ from pyrepr.stats import Moments
 
 PAPER = Paper(
     26,
-    "Fel et al., Understanding Visual Feature Reliance through the Lens of Complexity, 2024",
+    "probably Fel et al., Understanding Visual Feature Reliance through the Lens of Complexity, 2024",
     "complexity = 1 − mean over layers of what a linear map of the layer tells of the feature; here of R²",
     "R² of the last layer's features rises with every layer, and features that are more complex matter less to the "
     "answers (correlation below −.3 in the mean of three seeds)",

@@ -11,7 +11,7 @@ from pyrepr import lookup_sum
 
 PAPER = Paper(
     27,
-    "Chan et al., Efficient Geometry-aware 3D Generative Adversarial Networks, 2022",
+    "probably Chan et al., Efficient Geometry-aware 3D Generative Adversarial Networks, 2022",
     "F(x) = F_xy(x) + F_xz(x) + F_yz(x), each bilinear",
     "a weighted sum of 3 × 4 table rows equals bilinear sampling of the planes, its gradient too (to 1e-12), with a "
     "tenth of the numbers of a cube",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 PAPER = Paper(
     38,
-    "Xiang et al., Denoising Diffusion Autoencoders are Unified Self-supervised Learners, 2023",
+    "probably Xiang et al., Denoising Diffusion Autoencoders are Unified Self-supervised Learners, 2023",
     "linear probe of every block of a denoiser at every noise level",
     "the accuracy of the best block falls by .2 from the least noise to the most, and rises by more than .01 at no "
     "step",

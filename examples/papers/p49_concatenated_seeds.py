@@ -9,7 +9,7 @@ from torch import nn
 
 PAPER = Paper(
     49,
-    "Zhang & Bottou, Learning useful representations for shifting tasks and distributions, 2023",
+    "probably Zhang & Bottou, Learning useful representations for shifting tasks and distributions, 2023",
     "features of networks of different seeds, concatenated, under a new linear head",
     "of networks that learned whether a digit is odd, four together tell ten digits apart better than the best of "
     "them, by .02, in each of two groups",

@@ -10,8 +10,8 @@ from pyrepr import cka, gram
 
 PAPER = Paper(
     50,
-    "Daniely et al., Toward Deeper Understanding of Neural Networks: The Power of Initialization and a Dual View on "
-    "Expressivity, 2016",
+    "probably Daniely et al., Toward Deeper Understanding of Neural Networks: The Power of Initialization and a Dual "
+    "View on Expressivity, 2016",
     "K_{l+1} = k₁(K_l): the Gram matrix of rectified layers of infinite width",
     "Gram matrices of random networks of three layers come to the composed kernel, 16 times the width 4 times as near "
     "(2.5 to 6.5)",

@@ -9,7 +9,7 @@ from pyrepr import chunk_delta_rule
 
 PAPER = Paper(
     54,
-    "Guo et al., How Do Transformers Learn In-Context Beyond Simple Functions? A Case Study on Learning with "
+    "probably Guo et al., How Do Transformers Learn In-Context Beyond Simple Functions? A Case Study on Learning with "
     "Representations, 2024",
     "ridge regression of y on Φ(x), λ → 0; β = 1 and unit keys: Kaczmarz' projections",
     "every step fits its example to 1e-12, sweeps over 24 examples come to the least-squares map of smallest norm "

@@ -11,7 +11,7 @@ from pyrepr.functional import pairwise_topk
 
 PAPER = Paper(
     57,
-    "Dar et al., Analyzing Transformers in Embedding Space, 2023",
+    "probably Dar et al., Analyzing Transformers in Embedding Space, 2023",
     "the largest of W_U w over words, w the rows of the up-projection",
     "in MiniLM's last two layers two of a neuron's five tokens share their first four letters at least 1.2 times as "
     "often as after a rotation of the rows",

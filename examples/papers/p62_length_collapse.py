@@ -12,7 +12,7 @@ from pyrepr.stats import mean_cosine
 
 PAPER = Paper(
     62,
-    "Zhou et al., Length-Induced Embedding Collapse in Transformer-based Models, 2024",
+    "probably Zhou et al., Length-Induced Embedding Collapse in Transformer-based Models, 2024",
     "softmax(QKᵀ/(τ√d)), τ < 1; mean cosine of embeddings by length",
     "the mean cosine of MiniLM's embeddings rises with the length of texts by more than that of the words' without "
     "attention, and τ = .6 lowers it where texts are longest",
