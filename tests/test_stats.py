@@ -121,6 +121,14 @@ def test_picture_and_table(tmp_path):
         probe.plot(tmp_path / "depth.gif")
 
 
+def test_a_probe_names_classes_that_nobody_can_learn():
+    x, y = torch.randn(60, 4), torch.arange(60) % 2 * 2
+    with pytest.warns(UserWarning, match="without samples: 1, 3; they are never the answer"):
+        linear_probe({"x": x}, y, classes=4)
+    with pytest.warns(UserWarning, match="without samples: 1;"):
+        linear_probe({"x": x}, y, val=({"x": x}, y))
+
+
 def test_bad_input_of_probes():
     layers, y = digits(60)
     layer_with_a_hole = torch.randn(60, 2)

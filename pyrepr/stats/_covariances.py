@@ -115,8 +115,8 @@ def check_samples(n: int, left: int, right: int, what: str) -> None:
         )
 
 
-def warn_of_empty_classes(counts: Tensor) -> None:
+def warn_of_empty_classes(counts: Tensor, so: str = "their rows are NaN") -> None:
     empty = (counts == 0).nonzero()[:, 0].tolist()
     if empty:
         which = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
-        warnings.warn(f"classes without samples: {which}; their rows are NaN", stacklevel=3)
+        warnings.warn(f"classes without samples: {which}; {so}", stacklevel=3)

@@ -433,6 +433,7 @@ def _targets(y: object, x: Tensor) -> Tensor:
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:
+    """x [n, d], or a ValueError that names the first row that is not finite."""
     if not bool(x.sum(dtype=torch.float64).isfinite()) and not bool(x.isfinite().all()):
         row = int((~x.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
+from pyrepr.stats._covariances import warn_of_empty_classes
 from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_finite, check_labels
 
 TASKS = ("classification", "regression")
@@ -156,7 +157,8 @@ def linear_probe(
         folds: of the cross-validation; samples are dealt at random, each fold equally many. Not used with `val`.
         val: data to score on instead, in the form of the training data: (layers, y), or an iterable of batches.
         task: ``"classification"`` or ``"regression"``.
-        classes: number of classes; by default the largest label + 1 (needed for an iterable of batches).
+        classes: number of classes; by default the largest label + 1 (needed for an iterable of batches). Those
+            without samples are named in a warning.
         seed: of the dealing.
 
     Returns:
@@ -278,6 +280,7 @@ class _Run:
         totals = [self.total(folds) for folds in parts]
         if totals[0].samples < 2 * self.folds:
             raise ValueError(f"folds must be at most half of the {totals[0].samples} samples, got {self.folds}")
+        self.warn(totals[0])
         models = [
             [(total - fold).ridge(self.alphas) for fold in folds] for total, folds in zip(totals, parts, strict=True)
         ]
@@ -291,6 +294,7 @@ class _Run:
         totals = [folds[0] for folds in self.moments(data, 1)]
         if not totals or totals[0].samples < 2:
             raise ValueError("layers must hold at least 2 samples, got fewer")
+        self.warn(totals[0])
         models = [[total.ridge(self.alphas)] for total in totals]
         if self.task == "regression":
             parts = self.moments(val, self.folds)
@@ -299,6 +303,11 @@ class _Run:
         self.counts = torch.zeros_like(self.counts)
         scores, stderr = self.accuracy(models, val, 1)
         return self.result(scores, stderr, totals, int(self.counts.sum()))
+
+    def warn(self, total: Moments) -> None:
+        """Of classes that nobody can learn, as they have no samples (hard labels only)."""
+        if total.classes is not None:
+            warn_of_empty_classes(total.counts, "they are never the answer")
 
     def moments(self, data: _Batches, folds: int) -> list[list[Moments]]:
         """Moments of every layer and fold."""
