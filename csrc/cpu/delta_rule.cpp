@@ -35,12 +35,12 @@ int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
 template <int NV>
 void step_columns(const Columns& at, const Token& token, int64_t c, const float* from, float* to, int64_t stride) {
   alignas(64) float v[NV * W], o[NV * W];
-  by_storage(at.p, [&](auto storage) {
+  by_storage(at.p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v<S>(0, c + j * W), at.columns - c - j * W));
   });
   token.step<NV>(at.p.width, at.p.beta, from, to, stride, v, o);
-  by_storage(at.p, [&](auto storage) {
+  by_storage(at.p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int j = 0; j < NV; j++)
       store_some<S>(at.out<S>(0, c + j * W), at.columns - c - j * W, load<float>(o + j * W));

@@ -29,11 +29,7 @@ inline V difference(const double* sums, double minus) {
   return __builtin_convertvector(x - minus, V);
 }
 
-// Calls f(S{}) with the storage type of q, k, v and o. Everything else is in float, and made once for all of them.
-template <class F>
-inline void by_storage(const DeltaRuleProblem& p, F f) {
-  by_narrow_dtype(p.dtype, [&](auto s) { return f(s), Status::ok; });
-}
+// Of q, k, v and o. Everything else is in float.
 inline int64_t bytes_of_element(const DeltaRuleProblem& p) { return p.dtype == DType::f32 ? 4 : 2; }
 
 // One sequence of one head: where its tokens start and how many they are.
@@ -124,7 +120,7 @@ __attribute__((noinline)) inline void load_keys(const DeltaRuleProblem& p, const
                                                 int64_t t0, int64_t rows, float scale, const Panels& out,
                                                 float* inverses) {
   const int64_t padded = round_up(p.width, NR);
-  by_storage(p, [&](auto storage) {
+  by_storage(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t t = 0; t < rows; t++)
       inverses[t] =
@@ -297,7 +293,7 @@ void store_matrix(const Panels& in, int64_t rows, int64_t width, typename S::Mem
 // Tokens [t0, t0 + rows) of v as [C, V].
 __attribute__((noinline)) inline void load_values(const DeltaRuleProblem& p, const Sequence& s, int64_t t0,
                                                   int64_t rows, const Panels& out) {
-  by_storage(p, [&](auto storage) {
+  by_storage(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     load_matrix<S>(s.token<S>(p.v, t0, s.value_head), p.v.token, rows, C, p.value_width, out);
   });

@@ -31,7 +31,7 @@ struct Token {
 
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t) {
     const int64_t padded = round_up(p.width, NR), row = s.row(p, t);
-    by_storage(p, [&](auto storage) {
+    by_storage(p.dtype, [&](auto storage) {
       using S = decltype(storage);
       load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
       load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
@@ -221,7 +221,7 @@ class Recurrence {
     // What is far apart in memory, four kilobytes often, would push itself out of L1 row by row.
     alignas(64) float v[kWindow * NR], o[kWindow * NR];
     const Panels columns{v, kWindow}, out{o, kWindow};
-    by_storage(p_, [&](auto storage) {
+    by_storage(p_.dtype, [&](auto storage) {
       using S = decltype(storage);
       load_matrix<S>(at_.v<S>(t0, b * NR), p_.v.token, rows, kWindow, count(b), columns);
     });
@@ -247,7 +247,7 @@ class Recurrence {
           break;
       }
     }
-    by_storage(p_, [&](auto storage) {
+    by_storage(p_.dtype, [&](auto storage) {
       using S = decltype(storage);
       store_matrix<S>(out, rows, count(b), at_.out<S>(t0, b * NR), p_.value_heads * p_.value_width);
     });

@@ -20,6 +20,16 @@ inline double power_of_two(double length) {
   return length > 0 ? __builtin_ldexp(1, smaller(100, -__builtin_ilogb(length))) : 1;
 }
 
+// The rows of x from r on.
+inline View rows_from(View x, int64_t r, DType dtype) {
+  x.data = static_cast<const char*>(x.data) + r * x.row_stride * (dtype == DType::f32 ? 4 : 2);
+  return x;
+}
+template <class S>
+const typename S::Memory* row_at(const View& x, int64_t r) {
+  return static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
+}
+
 // Sums over the elements of two rows in double: term(x, y) of 16 lanes, whatever the vectors' width.
 template <class S, class Term>
 double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
@@ -44,13 +54,28 @@ double dot(const typename S::Memory* x, const typename S::Memory* y, int64_t d) 
   return sum_in_lanes<S>(x, y, d, [](Vec<float> a, Vec<float> b) { return widen(a) * widen(b); });
 }
 template <class S>
-double squared_distance(const typename S::Memory* x, const typename S::Memory* y, int64_t d) {
+double squared_distance_of(const typename S::Memory* x, const typename S::Memory* y, int64_t d) {
   return sum_in_lanes<S>(x, y, d, [](Vec<float> a, Vec<float> b) {
     // high^2 and high low are exact too; low^2 is lost, 2^-48 of the sum.
     const WideFloats difference = widen(a) - widen(b), high = widen(__builtin_convertvector(difference, Vec<float>));
     const WideFloats low = widen(__builtin_convertvector(difference - high, Vec<float>));
     return high * high + (2 * high) * low;
   });
+}
+
+// The same of row i of x and row j of y.
+__attribute__((noinline)) inline double dot(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
+  double sum = 0;
+  by_storage(dtype, [&](auto s) { sum = dot<decltype(s)>(row_at<decltype(s)>(x, i), row_at<decltype(s)>(y, j), x.cols); });
+  return sum;
+}
+__attribute__((noinline)) inline double squared_distance(const View& x, int64_t i, const View& y, int64_t j,
+                                                         DType dtype) {
+  double sum = 0;
+  by_storage(dtype, [&](auto s) {
+    sum = squared_distance_of<decltype(s)>(row_at<decltype(s)>(x, i), row_at<decltype(s)>(y, j), x.cols);
+  });
+  return sum;
 }
 
 // Bit w of the result: v[w] > cut.
@@ -65,24 +90,29 @@ inline uint32_t above(Vec<float> v, float cut) {
 #endif
 }
 
-// out [d rounded up to 16] = factor * row - c, zero behind it; c may be null. Returns |out|^2 and the largest |out_k|.
+// out [d rounded up to 16] = factor * row r of x - c, zero behind it; c may be null. Returns |out|^2 and the largest
+// |out_k|.
 struct Shifted {
   double squares;
   float largest;
 };
-template <class S>
-Shifted shift_row(const typename S::Memory* row, int64_t d, float factor, const float* centre, float* out) {
+__attribute__((noinline)) inline Shifted shift_row(const View& x, int64_t r, DType dtype, float factor,
+                                                   const float* centre, float* out) {
   constexpr int W = Lanes<float>::W;
+  const int64_t d = x.cols;
   Vec<float> most{};
   WideFloats sum{};
-  for (int64_t k = 0; k < round_up(d, 16); k += W) {
-    Vec<float> x = load_some<S>(row + k, d - k) * factor;
-    if (centre) x -= load<float>(centre + k);
-    store<float>(out + k, x);
-    const Vec<float> size = x < 0 ? -x : x;
-    most = size > most ? size : most;
-    sum += widen(x) * widen(x);
-  }
+  by_storage(dtype, [&](auto s) {
+    const auto* const row = row_at<decltype(s)>(x, r);
+    for (int64_t k = 0; k < round_up(d, 16); k += W) {
+      Vec<float> v = load_some<decltype(s)>(row + k, d - k) * factor;
+      if (centre) v -= load<float>(centre + k);
+      store<float>(out + k, v);
+      const Vec<float> size = v < 0 ? -v : v;
+      most = size > most ? size : most;
+      sum += widen(v) * widen(v);
+    }
+  });
   Shifted result{0, 0};
   for (int w = 0; w < W; w++) {
     result.squares += sum[w];
@@ -93,10 +123,8 @@ Shifted shift_row(const typename S::Memory* row, int64_t d, float factor, const 
 
 // A chunk of y as screening sees it, in groups of kGroup columns. Rows that are no number are never found; those with
 // infinite elements are scored for every row of x.
-template <class S>
 class Columns {
  public:
-  using Stored = typename S::Memory;
   Columns(const TopkProblem& p, int64_t first, int64_t count)
       : centre(round_up(p.x.cols, 16)),
         norm(count),
@@ -111,7 +139,7 @@ class Columns {
         first_(first),
         count_(count) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t j = 0; j < count; j++) norm[j] = __builtin_sqrt(dot<S>(row(j), row(j), p.x.cols));
+    for (int64_t j = 0; j < count; j++) norm[j] = __builtin_sqrt(dot(y(), j, y(), j, p.dtype));
     for (int64_t j = 0; j < count; j++) {
       if (norm[j] > longest && norm[j] < kInfinity) longest = norm[j];
       // Rows that are no number make the sum of exponentials none either.
@@ -122,7 +150,7 @@ class Columns {
     find_centre();
   }
 
-  const Stored* row(int64_t j) const { return static_cast<const Stored*>(p_.y.data) + (first_ + j) * p_.y.row_stride; }
+  View y() const { return rows_from(p_.y, first_, p_.dtype); }  // whose row j is column j
   bool finite(int64_t j) const { return norm[j] < kInfinity; }
   // Whether an engine sees the column; the others are scored without one.
   bool seen(int64_t j) const {
@@ -182,7 +210,7 @@ class Columns {
     for (int64_t t = 0; t < rows; t++) {
       const int64_t j = t * count_ / rows;
       if (!seen(j)) continue;
-      shift_row<S>(row(j), d, static_cast<float>(factor_of(j)), nullptr, x.data());
+      shift_row(y(), j, p_.dtype, static_cast<float>(factor_of(j)), nullptr, x.data());
       for (int64_t k = 0; k < d; k++) sum[k] += x[k];
       used++;
     }
