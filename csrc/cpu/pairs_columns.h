@@ -20,10 +20,9 @@ inline double power_of_two(double length) {
   return length > 0 ? __builtin_ldexp(1, smaller(100, -__builtin_ilogb(length))) : 1;
 }
 
-// The rows of x from r on.
-inline View rows_from(View x, int64_t r, DType dtype) {
-  x.data = static_cast<const char*>(x.data) + r * x.row_stride * (dtype == DType::f32 ? 4 : 2);
-  return x;
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline const char* address_of_row(const View& x, int64_t r, DType dtype) {
+  return static_cast<const char*>(x.data) + r * x.row_stride * bytes_of(dtype);
 }
 template <class S>
 const typename S::Memory* row_at(const View& x, int64_t r) {
@@ -32,7 +31,7 @@ const typename S::Memory* row_at(const View& x, int64_t r) {
 
 // Sums over the elements of two rows in double: term(x, y) of 16 lanes, whatever the vectors' width.
 template <class S, class Term>
-double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
+__attribute__((noinline)) double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
   using Wide = Lanes<float>::Wide;
   constexpr int W = Lanes<float>::W, parts = 16 / W;
   Wide sum[parts] = {};
@@ -64,16 +63,19 @@ double squared_distance_of(const typename S::Memory* x, const typename S::Memory
 }
 
 // The same of row i of x and row j of y.
-__attribute__((noinline)) inline double dot(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
-  double sum = 0;
-  by_storage(dtype, [&](auto s) { sum = dot<decltype(s)>(row_at<decltype(s)>(x, i), row_at<decltype(s)>(y, j), x.cols); });
-  return sum;
-}
-__attribute__((noinline)) inline double squared_distance(const View& x, int64_t i, const View& y, int64_t j,
-                                                         DType dtype) {
+inline double dot(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
   double sum = 0;
   by_storage(dtype, [&](auto s) {
-    sum = squared_distance_of<decltype(s)>(row_at<decltype(s)>(x, i), row_at<decltype(s)>(y, j), x.cols);
+    using S = decltype(s);
+    sum = dot<S>(row_at<S>(x, i), row_at<S>(y, j), x.cols);
+  });
+  return sum;
+}
+inline double squared_distance(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
+  double sum = 0;
+  by_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    sum = squared_distance_of<S>(row_at<S>(x, i), row_at<S>(y, j), x.cols);
   });
   return sum;
 }
@@ -96,28 +98,32 @@ struct Shifted {
   double squares;
   float largest;
 };
-__attribute__((noinline)) inline Shifted shift_row(const View& x, int64_t r, DType dtype, float factor,
-                                                   const float* centre, float* out) {
+template <class S>
+Shifted shift_row_of(const typename S::Memory* row, int64_t d, float factor, const float* centre, float* out) {
   constexpr int W = Lanes<float>::W;
-  const int64_t d = x.cols;
   Vec<float> most{};
   WideFloats sum{};
-  by_storage(dtype, [&](auto s) {
-    const auto* const row = row_at<decltype(s)>(x, r);
-    for (int64_t k = 0; k < round_up(d, 16); k += W) {
-      Vec<float> v = load_some<decltype(s)>(row + k, d - k) * factor;
-      if (centre) v -= load<float>(centre + k);
-      store<float>(out + k, v);
-      const Vec<float> size = v < 0 ? -v : v;
-      most = size > most ? size : most;
-      sum += widen(v) * widen(v);
-    }
-  });
+  for (int64_t k = 0; k < round_up(d, 16); k += W) {
+    Vec<float> x = load_some<S>(row + k, d - k) * factor;
+    if (centre) x -= load<float>(centre + k);
+    store<float>(out + k, x);
+    const Vec<float> size = x < 0 ? -x : x;
+    most = size > most ? size : most;
+    sum += widen(x) * widen(x);
+  }
   Shifted result{0, 0};
   for (int w = 0; w < W; w++) {
     result.squares += sum[w];
     result.largest = larger(result.largest, static_cast<float>(most[w]));
   }
+  return result;
+}
+inline Shifted shift_row(const View& x, int64_t r, DType dtype, float factor, const float* centre, float* out) {
+  Shifted result;
+  by_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    result = shift_row_of<S>(row_at<S>(x, r), x.cols, factor, centre, out);
+  });
   return result;
 }
 
@@ -136,6 +142,7 @@ class Columns {
         whole(ceil_div(count, kGroup)),
         special(count),
         p_(p),
+        y_{address_of_row(p.y, first, p.dtype), count, p.y.cols, p.y.row_stride, 1},
         first_(first),
         count_(count) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
@@ -150,7 +157,7 @@ class Columns {
     find_centre();
   }
 
-  View y() const { return rows_from(p_.y, first_, p_.dtype); }  // whose row j is column j
+  const View& y() const { return y_; }  // whose row j is column j
   bool finite(int64_t j) const { return norm[j] < kInfinity; }
   // Whether an engine sees the column; the others are scored without one.
   bool seen(int64_t j) const {
@@ -225,6 +232,7 @@ class Columns {
   }
 
   const TopkProblem& p_;
+  const View y_;
   const int64_t first_, count_;
 };
 

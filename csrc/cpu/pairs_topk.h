@@ -90,7 +90,7 @@ class Search {
   float* lows(int64_t i) const { return lows_.data() + i * p_.k; }
   int64_t* indices(int64_t i) const { return p_.indices + (first_ + i) * p_.k; }
 
-  void prepare(int64_t i) {
+  __attribute__((noinline)) void prepare(int64_t i) {
     const int64_t d = p_.x.cols;
     Query& q = queries_[i] = Query{};
     q.norm = __builtin_sqrt(dot(p_.x, first_ + i, p_.x, first_ + i, p_.dtype));
@@ -224,7 +224,7 @@ class Search {
   }
 
   // Drops what can no longer win. Where that is too little, scores take the place of bounds.
-  void thin(int64_t i) {
+  __attribute__((noinline)) void thin(int64_t i) {
     Query& q = queries_[i];
     Candidate* const list = candidates(i);
     drop(i);
@@ -253,16 +253,16 @@ class Search {
     queries_[i].count = kept;
   }
 
-  void prefetch(int64_t column) const {
-    const auto* const row = static_cast<const char*>(rows_from(columns_.y(), column, p_.dtype).data);
-    const int64_t bytes = p_.x.cols * (p_.dtype == DType::f32 ? 4 : 2);
+  __attribute__((always_inline)) void prefetch(int64_t column) const {
+    const char* const row = address_of_row(columns_.y(), column, p_.dtype);
+    const int64_t bytes = p_.x.cols * bytes_of(p_.dtype);
     for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k);
   }
   void score(int64_t i, Candidate& c) {
     if (c.score != c.score) c.score = exact(i, c.column);
   }
   float exact(int64_t i, int64_t j) const {
-    const View y = columns_.y();
+    const View& y = columns_.y();
     if (p_.metric == Metric::sqeuclidean)
       return static_cast<float>(-squared_distance(p_.x, first_ + i, y, j, p_.dtype));
     const double norm = queries_[i].norm;
@@ -273,7 +273,7 @@ class Search {
     return columns_.norm[j] == 0 && norm < kInfinity ? 0 : static_cast<float>(product / (norm * columns_.norm[j]));
   }
 
-  void finish(int64_t i) {
+  __attribute__((noinline)) void finish(int64_t i) {
     Query& q = queries_[i];
     count_ = 0;
     const auto add_pair = [&](int64_t j) {
