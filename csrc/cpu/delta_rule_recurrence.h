@@ -254,11 +254,12 @@ class Recurrence {
     keep(b, erased, read);
   }
 
-  // Asks memory for this block's share of a token: the hardware does not see it coming.
-  void ask(int64_t t, int64_t b) const {
+  // Asks memory for this block's share of a token: the hardware does not see it coming. Inlined by force, as GCC drops
+  // calls of a function that only prefetches.
+  __attribute__((always_inline)) void ask(int64_t t, int64_t b) const {
     if (t >= at_.s.length) return;
     const int64_t item = bytes_of_element(p_);
-    const auto some = [&](const Tokens& x, int64_t head, int64_t from, int64_t to) {
+    const auto some = [&](const Tokens& x, int64_t head, int64_t from, int64_t to) __attribute__((always_inline)) {
       const char* const row = at_.s.address(p_, x, t, head);
       for (int64_t i = from * item; i < to * item; i += 64) __builtin_prefetch(row + i, 0, 2);
     };
