@@ -5,6 +5,13 @@
 #include "cpu/gram.h"
 
 #include "cpu/pairs.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/gram_pairs.h"
+#endif
+
+namespace pyrepr::cpu::avx512 {
+GramFunctions gram_functions();
+}
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -180,8 +187,14 @@ class Gram {
         for (int64_t j = 0; j < at.cols; j++) out.r[l * p.n + at.c0 + j] += col_sums[l * shape.cols + j];
       }
     };
-    const Status status = for_each_tile<T>(
-        walk, p.threads, [&](int64_t, int64_t l) { return with_itself(p, prepared, l); }, epilogue, commit);
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    const LayerPairs layers(p, prepared, out.norms);
+    if (!layers.ok()) return Status::out_of_memory;
+    const auto product = [&](int64_t, int64_t l) { return layers.of(l); };
+#else
+    const auto product = [&](int64_t, int64_t l) { return with_itself(p, prepared, l); };
+#endif
+    const Status status = for_each_tile<T>(walk, p.threads, product, epilogue, commit);
     finish<T>(p, out);
     return status;
   }
@@ -298,6 +311,23 @@ class Gram {
   }
 };
 
+#if defined(PYREPR_LEVEL_avx512_bf16)  // adds products of bfloat16 rows
+
+Status stats(const GramProblem& p, const GramStats& out) {
+  if (p.dtype != DType::bf16 || p.kernel != GramKernel::linear) return avx512::gram_functions().stats(p, out);
+  return Gram<StoreBf16>::stats(p, out);
+}
+
+}  // namespace
+
+GramFunctions gram_functions() {
+  GramFunctions functions = avx512::gram_functions();
+  functions.stats = stats;
+  return functions;
+}
+
+#else
+
 Status stats(const GramProblem& p, const GramStats& out) {
   return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::stats(p, out); });
 }
@@ -314,5 +344,7 @@ Status apply(const GramProblem& p, bool centre, const void* weights, int64_t row
 }  // namespace
 
 GramFunctions gram_functions() { return {stats, matrix, median, apply}; }
+
+#endif
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL
