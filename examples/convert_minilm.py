@@ -46,8 +46,8 @@ SPEEDS = ((1, 32), (64, 32))  # sentences × tokens
 class Setting:
     """What becomes of a feed-forward network: ``"linear"``: tables for each linear layer; ``"ffn"``: for both at once;
     ``"dense"``: one linear map of this rank, without tables; ``"neurons"``: a dense map and this many of the network's
-    neurons; ``"int8"``: torch.ao's dynamic int8 of each linear layer, with a scale a channel, or with ``rank`` 1 one for
-    all; ``"int4"``: PyTorch's int4 weights in groups of 32, bfloat16 products."""
+    neurons; ``"int8"``: torch.ao's dynamic int8 of each linear layer, with a scale a channel, or with ``rank`` 1 one
+    for all; ``"int4"``: PyTorch's int4 weights in groups of 32, bfloat16 products."""
 
     kind: str
     bits: int = 0
@@ -375,7 +375,7 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     figure.axes[0].set_ylabel("Spearman, similarities of all pairs")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
-        "MiniLM without dense feed-forward networks: hollow as converted, filled distilled, with a yellow rim int8 then",
+        "MiniLM without dense feed-forward networks: hollow as converted, filled distilled, yellow rim: then int8",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
