@@ -13,7 +13,7 @@ from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._layer_moments import whole_block
 
 PAIRS = [(0, 0), (0, 1)]
-SHIFT_ROWS = 4096  # of a batch give the provisional means: they need to be near, not exact
+SHIFT_ROWS = 1024  # of a batch give the provisional means: they need to be near, not exact
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,12 @@ def solve_ridge_quickly(sxx: Tensor, sxy: Tensor, alphas: Tensor) -> Tensor:
     largest = sxx.diagonal().max()
     if _by_eigenvalues(sxx, alphas) or not bool(largest > 0):
         return solve_ridge(sxx, sxy, alphas)
-    scaled, shifts = sxx / largest, alphas[:, None, None] / largest
-    low, right = scaled.float(), (sxy / largest).expand(len(alphas), *sxy.shape)
-    factors = []
+    low = torch.mul(sxx, 1 / largest, out=torch.empty_like(sxx, dtype=torch.float32))
+    right, shifts = (sxy / largest).expand(len(alphas), *sxy.shape), alphas[:, None, None] / largest
+    diagonal, factors = low.diagonal().clone(), []
     for shift in shifts.flatten().tolist():
-        shifted = low.clone()
-        shifted.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(shifted)
+        low.diagonal().copy_(diagonal + shift)
+        factor, info = torch.linalg.cholesky_ex(low)
         if bool(info):
             return solve_ridge(sxx, sxy, alphas)
         factors.append(factor)
@@ -99,7 +98,7 @@ def solve_ridge_quickly(sxx: Tensor, sxy: Tensor, alphas: Tensor) -> Tensor:
     found, limit = solved(right), STRAY
     for _ in range(CORRECTIONS):
         flat = found.transpose(0, 1).flatten(1)  # [d, A q]: one product for all α
-        product = (scaled @ flat).unflatten(1, (len(alphas), -1)).transpose(0, 1)
+        product = (sxx @ flat).unflatten(1, (len(alphas), -1)).transpose(0, 1) / largest
         correction = solved(right - product - shifts * found)
         found = found + correction
         share = float((correction.norm(dim=(1, 2)) / found.norm(dim=(1, 2)).clamp_min(1e-300)).max())

@@ -16,6 +16,12 @@ ROWS = 2048  # of a layer at a time: what is cut out of it stays in the cache
 PAIRS = [0, 0, 0, 1, 1, 1]  # x with x, x with targets, targets with targets
 
 
+def rows_of(x: Tensor, at: Tensor, room: Tensor) -> Tensor:
+    """Rows `at` of x, written to `room`, in its dtype: new memory for every piece would cost more than the copy."""
+    rows = room[: len(at)]
+    return torch.index_select(x, 0, at, out=rows) if x.dtype == room.dtype else rows.copy_(x[at])
+
+
 class FoldSums:
     """Σ x xᵀ, Σ x tᵀ and Σ t tᵀ of every fold, float64, 8·folds·d² bytes, in one walk over the rows.
 
@@ -49,10 +55,11 @@ class FoldSums:
         self.shift = provisional_means(self.shift, x, group)
         targets = self._targets(y, dtype)
         shift = self.shift.to(dtype)
+        room, more_room = (x.new_empty(min(ROWS, len(x)), x.shape[1], dtype=dtype) for _ in range(2))
         for fold, at in zip(self.folds, rows, strict=True):
             for piece in at.split(ROWS):
-                centred = x[piece].to(dtype)
-                centred -= shift[group[piece]] if self.classes else shift
+                centred = rows_of(x, piece, room)
+                centred -= rows_of(shift, group[piece], more_room) if self.classes else shift
                 moments_op_(fold, [centred, targets[piece]], PAIRS)
 
     def _targets(self, y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
 from pyrepr.stats._covariances import errors_of, ridge_of, warn_of_empty_classes
-from pyrepr.stats._folds import ROWS, FoldSums
+from pyrepr.stats._folds import ROWS, FoldSums, rows_of
 from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_finite, check_labels, check_targets
 
 TASKS = ("classification", "regression")
@@ -321,9 +321,11 @@ class _Run:
             scores, stderr = self.r2([fits * self.folds for fits in models] if val else models, parts)
             samples = sum(parts[0].samples)
         best = [float(self.alphas[i]) for i in scores.argmax(1)]
-        whole = [layer.scatter(total) for layer, total in zip(layers, totals, strict=True)]
-        fitted = [ridge_of(s, torch.tensor([alpha])) for s, alpha in zip(whole, best, strict=True)]
-        return self.result(scores, stderr, samples, [Ridge(fit.coef[0], fit.intercept[0]) for fit in fitted])
+        fitted = []
+        for layer, total, alpha in zip(layers, totals, best, strict=True):
+            fit = ridge_of(layer.scatter(total), self.alphas.new_tensor([alpha]), quick=layer.quick)
+            fitted.append(Ridge(fit.coef[0], fit.intercept[0]))
+        return self.result(scores, stderr, samples, fitted)
 
     def models(self, layer: FoldSums, total: list[Tensor], whole: bool) -> list[Ridge]:
         """All λ fitted to what is in no fold but one, for every fold; or to the whole."""
@@ -401,10 +403,10 @@ class _Run:
             self.counts += torch.bincount(y.cpu(), minlength=len(self.counts))
             rows = self.rows(dealer(len(y)), folds)
             for layer, (x, fits) in enumerate(zip(xs, maps, strict=True)):
-                here = y.to(x.device)
+                here, room = y.to(x.device), x.new_empty(min(ROWS, len(x)), x.shape[1], dtype=centres[layer].dtype)
                 for fit, at in zip(fits, rows, strict=True):
                     for piece in at.to(x.device).split(ROWS):
-                        answers = fit(x[piece]).unflatten(1, (len(self.alphas), self.classes)).argmax(2)
+                        answers = fit(rows_of(x, piece, room)).unflatten(1, (len(self.alphas), self.classes)).argmax(2)
                         right[layer] += (answers == here[piece, None]).sum(0).cpu()
         n = float(self.counts.sum())
         share = right / n
@@ -432,7 +434,8 @@ class _Map:
         self.bias = (fit.intercept + fit.coef @ centre.double()).flatten().to(centre.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.to(self.centre.dtype).sub_(self.centre), self.weight, self.bias)
+        """Of x in the centre's dtype, which is overwritten."""
+        return torch.nn.functional.linear(x.sub_(self.centre), self.weight, self.bias)
 
 
 def _joined(probes: list[Probe]) -> Probe:
