@@ -24,8 +24,8 @@ Fit = tuple[Tensor, float]  # coefficients [C, d] for one-hot targets, and their
 
 
 def labelled_layers(count: int, n: int, d: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """Layers whose variance falls along their features, as that of principal components does, with classes that overlap:
-    about two thirds of held-out samples are told right."""
+    """Layers whose variance falls along their features, as that of principal components does, with classes that
+    overlap: every other sample held out is told right."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, CLASSES, (n,), generator=generator)
     spread = torch.arange(1, d + 1).rsqrt()
@@ -108,7 +108,10 @@ def cases() -> list[Case]:
     shapes = [(2, 4000, 384, True), (1, 20000, 768, False)]
     return [
         Case(
-            "linear_probe", f"{count} x {n} x {d}, {CLASSES} classes", functools.partial(_probe, count, n, d), quick=quick
+            "linear_probe",
+            f"{count} x {n} x {d}, {CLASSES} classes",
+            functools.partial(_probe, count, n, d),
+            quick=quick,
         )
         for count, n, d, quick in shapes
     ]

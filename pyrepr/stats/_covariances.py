@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # A float32 factor whose first answer is off by more than STRAY is not trusted; corrections end below SETTLED.
-STRAY, SETTLED, CORRECTIONS = 0.03, 1e-5, 4
+STRAY, SETTLED, CORRECTIONS = 0.03, 1e-6, 4
 # Beyond this many λ one eigendecomposition is cheaper than a Cholesky factor each (d = 768: 25 times a factor).
 FACTORED_ALPHAS = 16
 
@@ -75,7 +75,7 @@ def errors_of(scatter: Scatter, model: Ridge) -> tuple[Tensor, Tensor]:
 
 
 def solve_ridge_quickly(sxx: Tensor, sxy: Tensor, alphas: Tensor) -> Tensor:
-    """:func:`solve_ridge` to about nine digits: factors in float32, which take half the time, and corrections by
+    """:func:`solve_ridge` to about eight digits: factors in float32, which take half the time, and corrections by
     residuals in float64. Where the corrections do not shrink, or where one eigendecomposition serves, it is that."""
     largest = sxx.diagonal().max()
     if _by_eigenvalues(sxx, alphas) or not bool(largest > 0):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
+from pyrepr._checks import check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
 from pyrepr.stats._covariances import errors_of, ridge_of, warn_of_empty_classes
@@ -189,8 +189,6 @@ def linear_probe(
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if task == "classification":
         classes = classes or _classes(y)
-        if classes < 2:
-            raise ValueError(f"classes must be an integer of at least 2, got {classes}")
     pieces = _layer_by_layer(data, held_out)
     runs = [_Run(values, BLOCKS if held_out else folds, task, classes, seed) for _ in pieces]
     with torch.no_grad():
@@ -203,11 +201,13 @@ def linear_probe(
 def _classes(y: Tensor | None) -> int:
     if y is None:
         raise ValueError("classes must be given with an iterable of batches, got None")
-    if y.dim() == 2:
-        return y.shape[1]
-    if y.dtype not in (*INTEGERS, torch.uint8, torch.int8, torch.int16, torch.bool) or not len(y):
-        raise TypeError(f"y must hold integer labels or, soft, be [n, C], got {y.dtype} {shape_of(y)}")
-    return int(y.max()) + 1
+    if not len(y):
+        raise ValueError("y must hold at least one label, got none")
+    if y.is_floating_point() == (y.dim() == 1) or y.is_complex():
+        raise TypeError(
+            f"y must hold integer labels [n] or, soft, be floating point [n, C], got {y.dtype} {shape_of(y)}"
+        )
+    return max(2, y.shape[1] if y.dim() == 2 else int(y.max()) + 1)
 
 
 Batch = tuple[list[str], list[Tensor], Tensor]
@@ -234,7 +234,8 @@ def _batches(layers: Any, y: Tensor | None, argument: str) -> _Batches:
             raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}")
         names, xs = _named(layers, argument)
         xs = [check_layer(name, x) for name, x in zip(names, xs, strict=True)]
-        if y.dim() not in (1, 2) or any(len(x) != len(y) for x in xs):
+        check_layers(names, xs)
+        if y.dim() not in (1, 2) or len(xs[0]) != len(y):
             raise ValueError(f"y must have a row for each of the {len(xs[0])} samples, got {shape_of(y)}")
         return _Batches([(dict(zip(names, xs, strict=True)), y)], argument, (names, xs, y))
     if isinstance(layers, (Tensor, Mapping)) or not isinstance(layers, Iterable):
@@ -318,6 +319,14 @@ class _Run:
             samples = int(self.counts.sum())
         else:
             parts = self.sums(val, self.folds) if val else layers
+            for name, part, layer in zip(self.names, parts, layers, strict=True):
+                if part.shift.shape != layer.shift.shape or part.targets != layer.targets:
+                    sizes = (layer.shift.shape[1], layer.targets, part.shift.shape[1], part.targets)
+                    raise ValueError(
+                        "layer {} must have {} features and {} targets in val, got {} and {}".format(name, *sizes)
+                    )
+            if sum(parts[0].samples) < 2:
+                raise ValueError("val must hold at least 2 samples, got fewer")
             scores, stderr = self.r2([fits * self.folds for fits in models] if val else models, parts)
             samples = sum(parts[0].samples)
         best = [float(self.alphas[i]) for i in scores.argmax(1)]
@@ -341,14 +350,16 @@ class _Run:
             self.check_names(names, data.argument)
             hard = self.task == "classification" and y.dim() == 1
             y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y, xs[0])
+            for name, x in zip(names, xs, strict=True):
+                if not x.shape[1]:
+                    raise ValueError(f"layer {name} must have at least one feature, got {shape_of(x)}")
             if not found:
                 classes, targets = (self.classes, self.classes) if hard else (None, y.shape[1])
                 found = [FoldSums(folds, x.shape[1], classes, targets, x.device) for x in xs]
             dealt = dealer(len(y))
             rows = self.rows(dealt, folds)
             for name, x, layer in zip(names, xs, found, strict=True):
-                if layer.shift.shape[1] != x.shape[1]:
-                    raise ValueError(f"layer {name} must have {layer.shift.shape[1]} features, got {shape_of(x)}")
+                _check_width(name, x, layer.shift.shape[1])
                 if hard != bool(layer.classes) or (not hard and y.shape[1] != layer.targets):
                     raise ValueError("y must be of one kind and width in all batches, got another")
                 check_finite(f"layer {name}", x)
@@ -370,6 +381,8 @@ class _Run:
             raise ValueError(f"y must be soft labels [n, C] with C = {self.classes}, got {shape_of(y)}")
         if not y.is_floating_point():
             raise TypeError(f"y must be floating point for task='regression' and soft labels, got {y.dtype}")
+        if self.task == "classification" and bool((y < 0).any()):
+            raise ValueError(f"y must be soft labels of at least 0, got {float(y.min()):.4g}")
         return check_targets(y, x)
 
     def r2(self, models: list[list[Ridge]], parts: list[FoldSums]) -> tuple[Tensor, Tensor]:
@@ -385,6 +398,8 @@ class _Run:
                     error.append(missed.sum(-1))
                     spread.append(around.sum() + scatter.n * (scatter.mean_y - mean).square().sum())
             error, spread, g = torch.stack(error), torch.stack(spread)[:, None], len(error)
+            if not bool(spread.sum() > 0):
+                raise ValueError("y must vary, got the same targets for every sample")
             without = 1 - (error.sum(0) - error) / (spread.sum(0) - spread)
             scores.append(1 - error.sum(0) / spread.sum(0))
             errors.append(((g - 1) / g * (without - without.mean(0)).square().sum(0)).sqrt())
@@ -399,16 +414,21 @@ class _Run:
         maps = [[_Map(fit, centre) for fit in fits] for fits, centre in zip(models, centres, strict=True)]
         for names, xs, y in data:
             self.check_names(names, data.argument)
-            y = y.argmax(1) if y.dim() == 2 else y.long()
+            hard = y.dim() == 1
+            y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y, xs[0]).argmax(1)
             self.counts += torch.bincount(y.cpu(), minlength=len(self.counts))
             rows = self.rows(dealer(len(y)), folds)
-            for layer, (x, fits) in enumerate(zip(xs, maps, strict=True)):
+            for layer, (name, x, fits) in enumerate(zip(names, xs, maps, strict=True)):
+                _check_width(name, x, len(centres[layer]))
+                check_finite(f"layer {name}", x)
                 here, room = y.to(x.device), x.new_empty(min(ROWS, len(x)), x.shape[1], dtype=centres[layer].dtype)
                 for fit, at in zip(fits, rows, strict=True):
                     for piece in at.to(x.device).split(ROWS):
                         answers = fit(rows_of(x, piece, room)).unflatten(1, (len(self.alphas), self.classes)).argmax(2)
                         right[layer] += (answers == here[piece, None]).sum(0).cpu()
         n = float(self.counts.sum())
+        if not n:
+            raise ValueError(f"{data.argument} must hold at least one sample, got none")
         share = right / n
         return share, (share * (1 - share) / n).sqrt()
 
@@ -424,6 +444,11 @@ class _Run:
             samples,
             dict(zip(self.names, fitted, strict=True)),
         )
+
+
+def _check_width(name: str, x: Tensor, width: int) -> None:
+    if x.shape[1] != width:
+        raise ValueError(f"layer {name} must have {width} features, got {shape_of(x)}")
 
 
 class _Map:
@@ -496,7 +521,7 @@ def concept_depth(
         share: which part of the way from chance to the best score counts as reached, in (0, 1].
 
     Raises:
-        ValueError: for no layers, scores that are not finite, or a share out of range.
+        ValueError: for no layers, scores that are not finite, none above chance, or a share out of range.
 
     Example:
         >>> pyrepr.stats.concept_depth([0.5, 0.7, 0.99, 1.0], chance=0.5).layer
@@ -512,6 +537,8 @@ def concept_depth(
         raise ValueError(f"scores must be finite numbers of shape [L] with L ≥ 1, got {shape_of(values)}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {shown(share)}")
+    if not chance < values.max():
+        raise ValueError(f"chance must be below the best score, {float(values.max()):.4g}, got {shown(chance)}")
     reached = values >= chance + share * (values.max() - chance) - 1e-12
     layer = int(reached.nonzero()[0, 0])
     rises = values.diff()
