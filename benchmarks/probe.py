@@ -19,6 +19,7 @@ from torch import Tensor
 from pyrepr.stats import Moments, linear_probe
 
 ALPHAS, FOLDS, CLASSES = (1.0, 100.0, 10000.0), 5, 10
+HIMALAYA_SAMPLES = 10000  # beyond, himalaya's decompositions take half a minute a layer
 
 Fit = tuple[Tensor, float]  # coefficients [C, d] for one-hot targets, and their λ
 
@@ -86,7 +87,7 @@ def _probe(count: int, n: int, d: int) -> Workload:
             "LogisticRegression, one λ, no folds": LogisticRegression,
         }
         peers = {name: functools.partial(_scikit_learn, make, layers, y) for name, make in makers.items()}
-    if not module_error("himalaya", "himalaya"):
+    if n <= HIMALAYA_SAMPLES and not module_error("himalaya", "himalaya"):
         peers["himalaya RidgeCV, cv=5"] = functools.partial(_himalaya, layers, y)
 
     def truth() -> Callable[[int, float], Tensor]:
