@@ -297,6 +297,58 @@ def test_documents_that_only_position_ids_tell_apart_are_warned_of():
     assert (mixed - alone).abs().max() > 1e-3
 
 
+class Assisted:
+    """A target, an assistant that is often wrong, and what they say."""
+
+    def __init__(self, name):
+        self.target, self.draft = build(name), build(name)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.draft.parameters():
+                parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        self.draft.generation_config.update(num_assistant_tokens=5, assistant_confidence_threshold=0.0)
+
+    def say(self, **options):
+        return self.target.generate(tokens(1, 12), max_new_tokens=40, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_assisted_generation_gives_the_tokens_of_greedy_decoding(name):
+    """transformers refuses these models; with states to go back to it says what the model alone would."""
+    models, calls = Assisted(name), []
+    with accelerated.enabled():
+        alone = models.say()
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            models.say(assistant_model=models.draft)
+        models.target.register_forward_hook(lambda *_: calls.append(1))
+        with accelerated.assisted(models.target):
+            helped = models.say(assistant_model=models.draft)
+            assisted_calls = len(calls)
+            looked_up = models.say(prompt_lookup_num_tokens=4)
+        assert torch.equal(models.say(), alone)
+    assert models.target._is_stateful and "_is_stateful" not in vars(models.target)
+    assert torch.equal(helped, alone) and torch.equal(looked_up, alone)
+    assert assisted_calls < 40  # drafts were accepted, and rejected ones did no harm
+
+
+def test_assisted_generation_refuses_what_it_cannot_go_back_to():
+    models = Assisted("qwen3_5")
+    with fallback(), accelerated.assisted(models.target), pytest.raises(RuntimeError, match="from something else"):
+        models.say(assistant_model=models.draft)
+    sentence = r"tokens of assisted\(\) must be at least the \d+ to go back by, got 1"
+    with (
+        accelerated.enabled(),
+        accelerated.assisted(models.target, tokens=1),
+        pytest.raises(RuntimeError, match=sentence),
+    ):
+        models.say(assistant_model=models.draft)
+    with pytest.raises(ValueError, match="tokens must be a positive integer, got 0"), accelerated.assisted(tokens=0):
+        pass
+    scan = build("bamba")
+    with accelerated.enabled(), accelerated.assisted(scan), pytest.raises(RuntimeError, match="something else"):
+        scan.generate(tokens(1, 12), max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
+
+
 def test_an_exported_model_has_pytorchs_operations_alone():
     model, ids = build("qwen3_5"), tokens(1, 20)
     kwargs = {"use_cache": False, "return_dict": False}

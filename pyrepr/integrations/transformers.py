@@ -40,13 +40,14 @@ from torch import Tensor
 
 from pyrepr import functional
 from pyrepr.backend import GPU_ORDER, forced_backend
+from pyrepr.integrations._assisted import assisted, depth, remembering
 from pyrepr.ops import causal_conv1d as convolution
 from pyrepr.ops import delta_rule as rule
 
 if importlib.util.find_spec("transformers"):
     from pyrepr.integrations import _quantizer  # noqa: F401  (registers what reads converted models)
 
-__all__ = ["disable", "enable", "enabled"]
+__all__ = ["assisted", "disable", "enable", "enabled"]
 
 TESTED = "5.23"
 _MODELS = "transformers.models."
@@ -80,7 +81,7 @@ def _mask(original: Callable) -> Callable:
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Tensor | None:
         mask = original(*args, **kwargs)
-        positions = kwargs.get("position_ids")
+        positions: Any = kwargs.get("position_ids")
         _restarted.clear()
         looks = mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
         if looks and not torch.compiler.is_compiling() and bool((positions.diff() <= 0).any()):
@@ -143,7 +144,8 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if gate and beta is not None and output_final_state and not args and not _packed(kwargs):
+        cached = output_final_state and depth() > 0
+        if gate and not cached and beta is not None and output_final_state and not args and not _packed(kwargs):
             l2norm = bool(use_qk_l2norm_in_kernel)
             done = rule.step(query, key, value, g, beta, None, initial_state, initial_state, l2norm, gate)
             if done is not None:
@@ -162,6 +164,12 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
             if gate and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
                 options["out_state"] = options["initial_state"]
         options["cu_seqlens"] = _lengths(kwargs, query.shape[0])
+        if cached:
+            options.pop("out_state", None)
+            o, state = remembering(
+                function, query.to(value.dtype), key.to(value.dtype), value, g=g, beta=beta, **options
+            )
+            return o.to(query.dtype), state
         o, state = function(query.to(value.dtype), key.to(value.dtype), value, g=g, beta=beta, **options)
         return o.to(query.dtype), state
 

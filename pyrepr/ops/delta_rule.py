@@ -393,7 +393,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # [B, T, HV, V], [N, HV, K, V]
     """o and the final state, differentiable in every floating input; the public function checks the arguments."""
     inputs = (q, k, v, g, beta, initial_state)
-    if not derives(*inputs) and v.is_cpu:
+    if not derives(*inputs) and v.is_cpu and not torch.compiler.is_exporting():
         # Without the kept states the update is the same, and has one tensor less to allocate.
         state = torch.empty(state_shape, dtype=compute_dtype(v.dtype), device=v.device)
         return update_op_(state, *inputs, cu_seqlens, scale, use_qk_l2norm), state
