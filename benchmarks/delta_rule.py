@@ -136,6 +136,102 @@ def _training(rule: str, T: int, H: int, K: int, dtype: torch.dtype = torch.floa
     )
 
 
+def _alike(
+    functions: dict[str, Callable[..., Tensor]], inputs: Sequence[Tensor], truth: Callable, work: float
+) -> Workload:
+    """Implementations of the same arguments."""
+    o = truth(*(x.double() for x in inputs))
+    return Workload(
+        {name: lambda f=f: f(*inputs) for name, f in functions.items()},
+        truth=lambda: o,
+        tolerance=2e-6,
+        flops=work,
+        bytes=sum(x.nbytes for x in inputs) + o.numel() * 4,
+    )
+
+
+def _linear(rule: str, T: int, H: int, K: int) -> Workload:
+    """GLA, simple or not: nothing is erased."""
+    q, k, v, g, _ = _inputs(T, H, K, "kda" if rule == "GLA" else "gated")
+    ours = pyrepr.functional.chunk_gla if rule == "GLA" else pyrepr.functional.chunk_simple_gla
+    functions: dict[str, Callable[..., Tensor]] = {"pyrepr": lambda *x: ours(*x)[0]}
+    if engine := onnx_runtime(rule, T, H, K):
+        functions["ONNX Runtime"] = lambda *x: engine(*x)[0]
+    functions["plain torch, C=32"] = lambda *x: plain_linear_chunks(*x)
+    work = _operations("kda" if rule == "GLA" else "plain", T, H, K)
+    return _alike(functions, (q, k, v, g), lambda *x: reference.delta_rule(*x, None)[0], work)
+
+
+def plain_linear_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, size: int = 32) -> Tensor:
+    """GLA in chunks as one writes it in torch; g [B, T, H], or [B, T, H, K], whose pairs take [C, C, K] numbers.
+
+    q, k: [B, T, H, K], v: [B, T, H, V] -> [B, T, H, V]; T is a multiple of the chunk size.
+    """
+
+    def chunked(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [B, H, n, C, ...]
+        return x.transpose(1, 2).unflatten(2, (-1, size))
+
+    q, k, v, total = chunked(q) * q.shape[-1] ** -0.5, chunked(k), chunked(v), chunked(g).cumsum(3)
+    after = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    if g.dim() == 3:
+        gamma = (total[..., :, None] - total[..., None, :]).masked_fill(~after, -torch.inf).exp()
+        pairs, total = (q @ k.mT) * gamma, total[..., None]
+    else:
+        rows = [
+            (q * k[..., j, None, :] * (total - total[..., j, None, :]).clamp_max(0).exp()).sum(-1) for j in range(size)
+        ]
+        pairs = torch.stack(rows, -1) * after
+    end = total[..., -1:, :]
+    keys, decayed = (k * (end - total).exp()).mT, q * total.exp()
+    state, outputs = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for i in range(q.shape[2]):
+        outputs.append(decayed[:, :, i] @ state + pairs[:, :, i] @ v[:, :, i])
+        state = state * end[:, :, i].mT.exp() + keys[:, :, i] @ v[:, :, i]
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _product(T: int, H: int, K: int, steps: int) -> Workload:
+    """Gated DeltaProduct; peers are those of the gated rule, given every step as a token."""
+    q, k, v, g, beta = _inputs(T * steps, H, K, "gated")
+    q, g, last = q[:, ::steps], g[:, ::steps], slice(steps - 1, None, steps)
+
+    def tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        every_q, every_g = k.new_zeros(k.shape), beta.new_zeros(beta.shape)
+        every_q[:, last], every_g[:, ::steps] = q, g
+        return every_q, k, v, every_g, beta
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        "pyrepr": lambda *x: pyrepr.functional.chunk_gated_delta_product(*x, steps)[0]
+    }
+    if engine := onnx_runtime("gated", T * steps, H, K):
+        functions["ONNX Runtime, a token a step"] = lambda *x: engine(*tokens(*x))[0][:, last]
+    for name, peer in _peers("gated").items():
+        functions[f"{name}, a token a step"] = lambda *x, peer=peer: peer(*tokens(*x))[:, last]  # type: ignore[misc]
+    exact = lambda *x: reference.delta_rule(*tokens(*x))[0][:, last]  # noqa: E731
+    return _alike(functions, (q, k, v, g, beta), exact, _operations("gated", T * steps, H, K))
+
+
+def _scan(T: int, H: int, P: int, N: int) -> Workload:
+    """Mamba-2's scan with one group, as its models call it."""
+    generator = torch.Generator().manual_seed(0)
+    x, steps = torch.randn(1, T, H, P, generator=generator), torch.rand(1, T, H, generator=generator)
+    B, C = (torch.randn(1, T, 1, N, generator=generator) for _ in range(2))
+    A = -0.2 * torch.rand(H, generator=generator)
+    ours, fallback = pyrepr.functional.mamba_chunk_scan_combined, _transformers("mamba2", "mamba2_chunk_scan")
+
+    def rule(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+        q, k = (y.expand(-1, -1, H, -1).contiguous() for y in (C, B))
+        return q, k, x * dt[..., None], A * dt
+
+    functions: dict[str, Callable[..., Tensor]] = {"pyrepr": lambda *x: ours(*x)}
+    if engine := onnx_runtime("simple GLA", T, H, N, scale=1.0, V=P):
+        functions["ONNX Runtime"] = lambda *x: engine(*rule(*x))[0]
+    if fallback:
+        functions["transformers fallback"] = lambda *x: fallback(*x, 256)
+    exact = lambda *x: reference.delta_rule(*rule(*x), None, 1.0)[0]  # noqa: E731
+    return _alike(functions, (x, steps, A, B, C), exact, 6.0 * T * H * P * N)
+
+
 def _decoding(H: int, K: int) -> Workload:
     """One token with a state. The state does not change between rounds, so that all see the same."""
     inputs = _inputs(1, H, K, "gated")
@@ -181,5 +277,9 @@ def cases() -> list[Case]:
         Case("gated forward+backward", shape, lambda: _training("gated", 2048, 8, 128)),
         Case("gated forward+backward, bf16", shape, lambda: _training("gated", 2048, 8, 128, torch.bfloat16)),
         Case("KDA forward+backward", "B=1 T=512 H=4 K=V=128", lambda: _training("kda", 512, 4, 128)),
+        Case("simple GLA forward", shape, lambda: _linear("simple GLA", 2048, 8, 128)),
+        Case("GLA forward", "B=1 T=512 H=4 K=V=128", lambda: _linear("GLA", 512, 4, 128)),
+        Case("gated DeltaProduct forward", "B=1 T=1024 n=2 H=8 K=V=128", lambda: _product(1024, 8, 128, 2)),
+        Case("Mamba-2 scan", "B=1 T=2048 H=24 P=64 N=128", lambda: _scan(2048, 24, 64, 128)),
         Case("gated forward+backward", "B=1 T=16384 H=2 K=V=128", lambda: _training("gated", 16384, 2, 128)),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+ONNX = '"pyrepr-kernels[onnx]"'
 COMPARE = '"pyrepr-kernels[compare]"'
 PLOT = '"pyrepr-kernels[plot]"'
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -577,3 +578,45 @@ def test_native_norm_of_many_rows_and_of_none():
     )
     assert rms_norm_gated(x[:0], x[:0]).shape == (0, 64)
     torch.testing.assert_close(rms_norm_gated(x.T.contiguous().T, x), rms_norm_gated(x, x))
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rule", ["gated", "kda"])
+def test_the_gradient_of_a_fast_decay_is_as_small_as_it_is(rule, backend):
+    """What no decay stands in enters dg with both signs; its rounding, 2e-4 of it once, hides what is left: 1e-4."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, weight = (torch.randn(1, 330, 2, 32, generator=generator) for _ in range(4))
+    raw = torch.randn(1, 330, 2, *([32] if rule == "kda" else []), generator=generator)
+    beta, A_log = torch.rand(1, 330, 2, generator=generator), torch.full((2,), 4.6)
+    function = pyrepr.chunk_kda if rule == "kda" else pyrepr.chunk_gated_delta_rule
+
+    def gradients(dtype):
+        x = [t.to(dtype) for t in (q, k, v, raw, beta, A_log, weight)]
+        leaves = x[3].requires_grad_(), x[5].requires_grad_()
+        options = {"use_gate_in_kernel": True, "A_log": x[5], "use_qk_l2norm_in_kernel": True}
+        with pyrepr.use_backend(backend):
+            o, _ = function(*x[:3], g=x[3], beta=x[4], **options)
+            return torch.autograd.grad((o * x[6]).sum(), leaves)
+
+    for got, true in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert true.abs().max() < 0.2
+        assert (got - true).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 70, 70, 330])])
+def test_a_backward_outside_the_block_of_the_reference_is_right(cu_seqlens):
+    """The kernel's backward starts from states that its own forward keeps and the reference's does not."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 330, 2, 16, generator=generator) for _ in range(3))
+    g, beta = -0.01 * torch.rand(1, 330, 2, generator=generator), torch.rand(1, 330, 2, generator=generator)
+
+    def gradients(block):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, g, beta)]
+        with block:
+            options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": cu_seqlens}
+            o, _ = pyrepr.chunk_gated_delta_rule(*leaves[:3], g=leaves[3], beta=leaves[4], **options)
+        return torch.autograd.grad(o.square().sum(), leaves)
+
+    for got, expected in zip(gradients(pyrepr.use_backend("reference")), gradients(nullcontext()), strict=True):
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()

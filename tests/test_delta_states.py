@@ -236,6 +236,20 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(name, pieces):
             close(run(layer, cache, other), run(layer, expected, other))
 
 
+def test_an_empty_cache_has_nothing_to_go_back_to():
+    cache = DeltaCache(rollback=2)
+    cache.crop(0)
+    cache.accept(0)
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match=f"length must be at most the 0 tokens of the cache, got {wrong}"):
+            cache.crop(wrong)
+    for wrong in (1, torch.tensor([1, 1])):
+        with pytest.raises(ValueError, match="num_accepted_tokens must be 0, the cache is empty, got"):
+            cache.accept(wrong)
+    with pytest.raises(TypeError, match=r"num_accepted_tokens must be a torch\.Tensor, got float"):
+        cache.accept(1.5)
+
+
 def test_a_cache_goes_back_to_its_beginning_and_further_only_as_said():
     layer, x = LAYERS["gated"](), torch.randn(2, 6, 16)
     with torch.no_grad():

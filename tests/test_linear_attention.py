@@ -586,3 +586,20 @@ def test_positions_as_written_down():
     assert names[:9] == ["x", "dt", "A", "B", "C", "chunk_size", "D", "z", "dt_bias"]
     names = list(inspect.signature(F.selective_state_update).parameters)
     assert names == ["state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus"]
+
+
+@pytest.mark.parametrize("rate", [1.0, 10.0, 100.0])
+def test_the_gradient_in_A_of_a_fast_scan_is_as_small_as_it_is(rate):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(1, 200, 4, 16, generator=generator) for _ in range(2))
+    dt = 0.1 + torch.rand(1, 200, 4, generator=generator)
+    B, C = (torch.randn(1, 200, 1, 16, generator=generator) for _ in range(2))
+    A = -rate * (0.5 + torch.rand(4, generator=generator))
+
+    def gradient(dtype):
+        given = [t.to(dtype) for t in (x, dt, A, B, C)]
+        given[2].requires_grad_()
+        return torch.autograd.grad((F.mamba_chunk_scan_combined(*given, 64) * weight.to(dtype)).sum(), given[2])[0]
+
+    true = gradient(torch.float64)
+    assert (gradient(torch.float32) - true).abs().max() < 1e-5 * true.abs().max() + 1e-7

@@ -21,7 +21,8 @@
 //   dG = rowsum(dQ o Q + beta Z o K - [..] o K),  dG_last += e^{G_C} <S, dS'> + sum of diag(e^{G_C - G}) V' dS'^T o K
 //   dg = reverse cumsum of dG
 //
-// because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s.
+// because every e^{G_t} stands beside a Q_t or a beta_t K_t, and every e^{-G_s} beside a K_s. What no decay stands in, the
+// diagonal of D and the last row of diag(e^{G_C - G}) V' dS'^T, is left out of dG, where it would enter with both signs.
 //
 // Without the erase A = 0, V' = V and Z = 0, and beta is 1 where it stands beside a value.
 //

@@ -82,7 +82,7 @@ class DeltaRuleBackward {
   // Floats one thread needs: the states, V' and X^T of a segment, the gradient of the state, and one chunk's matrices.
   static int64_t size(const DeltaRuleProblem& p, int64_t segment) {
     const int64_t k = round_up(p.width, NR), v = round_up(p.value_width, NR);
-    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C + 2 * k;
+    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C + 3 * k;
   }
 
   DeltaRuleBackward(const DeltaRuleProblem& p, const Sequence& s, const DeltaRuleStates& states,
@@ -119,6 +119,7 @@ class DeltaRuleBackward {
     m = take(C, C);
     turned = take(C, C);
     last = reinterpret_cast<double*>(next);
+    own_rest = next + 2 * kp;
   }
 
   void run() {
@@ -148,6 +149,11 @@ class DeltaRuleBackward {
   Panels d, dt, m, turned;                                  // D^T, D, M^T; whatever has to be transposed [C, C]
   Requests requests;
   double* last;  // [K] what dG of the last token gets besides its own, under a gate per key
+  // No decay stands between a token and itself, nor between the last one and the state after it. What these two give to
+  // dQ and dK would enter dG with both signs, and leave its rounding there, which a fast decay makes the largest part. So
+  // they are kept apart until dG is known: the diagonal of D, and the last token's row of diag(e^{G_C - G}) V' dS'^T.
+  float own[C];
+  float* own_rest;  // [K]
 
   Panels state_of(int64_t i) const { return {segment_states.data + i * kp * vp, kp}; }
   Panels values_of(int64_t i) const { return {segment_values.data + i * C * vp, C}; }
@@ -196,11 +202,12 @@ class DeltaRuleBackward {
     pair_gradients();
     key_gradients(state);
     if (p.gate == Gate::per_key) {
-      pair_key_gradients(state);
+      pair_key_gradients(state, rows - 1);
       write(t0, rows, 0);
     } else {
       double end = 0;  // what dG of the last token gets besides its own
       alignas(64) float products[C];
+      set_apart(rows - 1);
       row_products(rest, chunk.k, kp, products);
       for (int64_t t = 0; t < rows; t++) end += static_cast<double>(products[t]);
       if (chunk.gates.gated) end += state_product(state);
@@ -255,6 +262,10 @@ class DeltaRuleBackward {
   void pair_gradients() {
     multiply_panels<Part::upper, true>(values_t, C, d_o_t, C, p.value_width, d);
     mask_upper(chunk.gamma, d);
+    for (int64_t t = 0; t < C; t++) {
+      own[t] = *d.at(t, t);
+      *d.at(t, t) = 0;
+    }
     transpose_panels(d, C, C, dt);
     if (!p.beta) return zero(turned.data, C * C);
     multiply_panels<Part::upper, true>(values_t, C, d_r_t, C, p.value_width, m);
@@ -263,6 +274,14 @@ class DeltaRuleBackward {
     for (int64_t t = 0; t < C; t++) *m.at(t, t) = 0;
     transpose_panels(m, C, C, turned);
     scale_rows(turned, C, chunk.gates.beta);
+  }
+
+  // `rest` without its last row, which moves to `own_rest`.
+  void set_apart(int64_t row) {
+    for (int64_t c = 0; c < kp; c += W) {
+      store<float>(own_rest + c, load<float>(rest.at(row, c)));
+      store<float>(rest.at(row, c), V{});
+    }
   }
 
   // What the states give to dQ, Z, and in `rest` diag(e^{G_C - G}) V' dS'^T.
@@ -284,7 +303,7 @@ class DeltaRuleBackward {
   }
 
   // Under a gate per key: the decays worked into dQ, Z and `rest`, what the pairs of tokens give to them, and `last`.
-  void pair_key_gradients(const Panels& state) {
+  void pair_key_gradients(const Panels& state, int64_t last_row) {
     const KeyGates& gates = chunk.key_gates;
     multiply_each(dq, gates.decay, C, kp, dq);
     multiply_each(z, gates.decay, C, kp, z);
@@ -299,6 +318,7 @@ class DeltaRuleBackward {
       const V sums = sum_each(own) * gates.last(c);
       for (int i = 0; i < W; i++) last[c + i] = static_cast<double>(sums[i]);
     }
+    set_apart(last_row);
     add_column_products(rest, chunk.k, C, kp, last);
     add_decayed_terms(d, chunk.k, gates.step, kp, dq);
     if (p.beta) add_decayed_terms(m, chunk.k, gates.step, kp, z);
@@ -360,8 +380,13 @@ class DeltaRuleBackward {
         grads.g[row] = static_cast<float>(sum);
       }
       if (p.beta) grads.beta[row] = of_values[t] + of_z[t];
-      for (int64_t c = 0; c < kp; c += W)
-        store<float>(z.at(t, c), load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)));
+      for (int64_t c = 0; c < kp; c += W) {
+        const V q = load<float>(chunk.q.at(t, c)), k = load<float>(chunk.k.at(t, c));
+        V dk = load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)) + q * own[t];
+        if (t == rows - 1) dk += load<float>(own_rest + c);
+        store<float>(z.at(t, c), dk);
+        store<float>(dq.at(t, c), load<float>(dq.at(t, c)) + k * own[t]);
+      }
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
       write_key(z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
     }

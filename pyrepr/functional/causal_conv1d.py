@@ -74,6 +74,8 @@ def _final_states(x: Tensor, kept: int, initial: Tensor | None, cu_seqlens: Tens
     """The last `kept` tokens of every sequence, [N, D, kept], with the initial state before them. x: [B, D, T]."""
     if cu_seqlens is None:
         before = x.new_zeros(x.shape[0], x.shape[1], kept) if initial is None else initial.to(x.dtype)
+        if torch.compiler.is_exporting():  # T may be any, also less than what is kept
+            return torch.cat([before, x], -1)[..., x.shape[2] :]
         missing = max(0, kept - x.shape[2])
         return torch.cat([before[..., kept - missing :], x[..., x.shape[2] - kept + missing :]], -1)
     ends, lengths = cu_seqlens[1:, None].long(), cu_seqlens.diff()[:, None].long()

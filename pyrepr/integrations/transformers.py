@@ -11,7 +11,8 @@ official kernel mapping needs the package ``kernels`` and reaches only models ma
 functions are replaced where the modules look them up, and stay what the mapping can work on: a model with
 ``use_kernels=True`` still gets its hub kernels, where there are any. CPU tensors go to pyrepr, and those of a GPU where
 its kernels are the default (``GPU_ORDER`` in :mod:`pyrepr.backend`) or :func:`pyrepr.use_backend` asks for them; all
-others to what was there before. The convolution serves every model that has it, Mamba's and LFM2's too; the scan those
+others to what was there before, and so does a model that is being exported: what ``torch.export`` writes runs where
+pyrepr is absent. The convolution serves every model that has it, Mamba's and LFM2's too; the scan those
 of Mamba-2's kind (mamba2, bamba, falcon_h1, granitemoehybrid, nemotron_h, zamba2). The scan of Mamba itself stays what
 it was: every channel decays on its own.
 
@@ -25,6 +26,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -37,13 +40,14 @@ from torch import Tensor
 
 from pyrepr import functional
 from pyrepr.backend import GPU_ORDER, forced_backend
+from pyrepr.integrations._assisted import assisted, depth, remembering
 from pyrepr.ops import causal_conv1d as convolution
 from pyrepr.ops import delta_rule as rule
 
 if importlib.util.find_spec("transformers"):
     from pyrepr.integrations import _quantizer  # noqa: F401  (registers what reads converted models)
 
-__all__ = ["disable", "enable", "enabled"]
+__all__ = ["assisted", "disable", "enable", "enabled"]
 
 TESTED = "5.23"
 _MODELS = "transformers.models."
@@ -62,8 +66,42 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _is_ours(x: Tensor, op: str) -> bool:
-    """Whether pyrepr takes tensors of that device, or leaves them to what was there before."""
+    """Whether pyrepr takes tensors of that device, or leaves them to what was there before, as it does in an export."""
+    if torch.compiler.is_exporting():
+        return False
     return x.is_cpu or op in GPU_ORDER or forced_backend() is not None
+
+
+_restarted: list[bool] = []  # not empty between the mask of a call whose positions restart and its first layer
+
+
+def _mask(original: Callable) -> Callable:
+    """What makes the padding mask of the linear layers: the one place that sees the positions they do not."""
+
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask = original(*args, **kwargs)
+        positions: Any = kwargs.get("position_ids")
+        _restarted.clear()
+        looks = mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
+        if looks and not torch.compiler.is_compiling() and bool((positions.diff() <= 0).any()):
+            _restarted.append(True)
+        return mask
+
+    return run
+
+
+def _warn_of_mixing(options: dict[str, Any]) -> None:
+    """Said once a call, by its first layer, whose options know whether it is told of the documents too."""
+    if not _restarted:
+        return
+    _restarted.clear()
+    if not _packed(options):
+        warnings.warn(
+            "position_ids restart within a row, which keeps its documents apart in attention alone: linear layers mix "
+            "them. Give cu_seq_lens_q or seq_idx too, as DataCollatorWithFlattening(return_seq_idx=True) does",
+            stacklevel=3,
+        )
 
 
 def _lengths(options: dict[str, Any], batch: int) -> Tensor | None:
@@ -106,7 +144,8 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if gate and beta is not None and output_final_state and not args and not _packed(kwargs):
+        cached = output_final_state and depth() > 0
+        if gate and not cached and beta is not None and output_final_state and not args and not _packed(kwargs):
             l2norm = bool(use_qk_l2norm_in_kernel)
             done = rule.step(query, key, value, g, beta, None, initial_state, initial_state, l2norm, gate)
             if done is not None:
@@ -125,6 +164,12 @@ def _rule(function: Callable, gate: rule.Gate | None, original: Callable) -> Cal
             if gate and output_final_state and not _needs_gradient(query, key, value, g, beta, initial_state):
                 options["out_state"] = options["initial_state"]
         options["cu_seqlens"] = _lengths(kwargs, query.shape[0])
+        if cached:
+            options.pop("out_state", None)
+            o, state = remembering(
+                function, query.to(value.dtype), key.to(value.dtype), value, g=g, beta=beta, **options
+            )
+            return o.to(query.dtype), state
         o, state = function(query.to(value.dtype), key.to(value.dtype), value, g=g, beta=beta, **options)
         return o.to(query.dtype), state
 
@@ -153,6 +198,7 @@ def _convolution(original: Callable) -> Callable:
     ) -> Tensor:  # [B, D, T]
         if not _is_ours(hidden_states, "causal_conv1d_forward"):
             return original(hidden_states, weight, bias, activation=activation, **kwargs)
+        _warn_of_mixing(kwargs)
         seq_idx = kwargs.get("seq_idx")
         bounds = _lengths(kwargs, hidden_states.shape[0]) if seq_idx is None else None
         return _with_activation(
@@ -270,6 +316,7 @@ _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
     "selective_state_update": _scan_step,
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
+    "create_recurrent_attention_mask": _mask,
 }
 _NAMES = {
     "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
@@ -280,6 +327,7 @@ _NAMES = {
     "mamba2_selective_state_update": "selective_state_update",
     "causal_conv1d_fn": "causal_conv1d_fn",
     "causal_conv1d_update": "causal_conv1d_update",
+    "create_recurrent_attention_mask": "create_recurrent_attention_mask",
 }
 _RULE = {"query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"}
 _FILTER = {"hidden_states", "weight", "bias", "activation"}
@@ -289,6 +337,7 @@ _ARGUMENTS = {
     "selective_state_update": _SCAN | {"state", "z"},
     "causal_conv1d_fn": _FILTER,
     "causal_conv1d_update": _FILTER | {"conv_state"},
+    "create_recurrent_attention_mask": {"inputs_embeds", "attention_mask"},
 }
 
 
@@ -316,10 +365,46 @@ def _replace(kind: str, original: Callable) -> Callable:
 def _loaded() -> Iterator[tuple[Any, str, str]]:
     """(module, name of a function, kind) of everything there is to replace in the modeling modules imported so far."""
     for path, module in list(sys.modules.items()):
-        names = vars(module) if path.startswith(_MODELS) and ".modeling_" in path else {}
-        for name, kind in _NAMES.items():
-            if name in names:
-                yield module, name, kind
+        if _is_model_file(path):
+            yield from _found(module)
+
+
+def _is_model_file(path: str) -> bool:
+    return path.startswith(_MODELS) and ".modeling_" in path
+
+
+def _found(module: Any) -> Iterator[tuple[Any, str, str]]:
+    names = vars(module)
+    if "causal_conv1d_fn" in names:  # every model file with one of the others has this one
+        yield from ((module, name, kind) for name, kind in _NAMES.items() if name in names)
+
+
+def _replace_in(found: Iterator[tuple[Any, str, str]]) -> None:
+    """All of it or nothing."""
+    for module, name, function in [(m, name, _replace(kind, getattr(m, name))) for m, name, kind in found]:
+        setattr(module, name, function)
+
+
+class _ModelFiles(importlib.abc.MetaPathFinder):
+    """Reaches model files imported after :func:`enable`, for functions that no decorator passes on."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if not _is_model_file(fullname):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or not isinstance(spec.loader, importlib.abc.Loader):
+            return spec
+        execute = spec.loader.exec_module
+
+        def run(module: Any) -> None:
+            execute(module)
+            _replace_in(_found(module))
+
+        spec.loader.exec_module = run  # type: ignore[method-assign]
+        return spec
+
+
+_FINDER = _ModelFiles()
 
 
 def enable() -> None:
@@ -327,7 +412,7 @@ def enable() -> None:
 
     The rules run on CPU tensors only, whether or not flash-linear-attention or causal-conv1d are installed. While
     decoding, the state in a model's cache is updated in place. Packed sequences (``cu_seq_lens_q`` or ``seq_idx``) are
-    kept apart, where transformers' PyTorch fallback raises.
+    kept apart, where transformers' PyTorch fallback raises: every one comes out as it does alone, to rounding.
     Training of Mamba-2's models where mamba_ssm is installed runs its one function for convolution, scan and norm,
     which is not replaced.
 
@@ -336,7 +421,9 @@ def enable() -> None:
         RuntimeError: if this transformers has no place where the functions could be put.
 
     Warns:
-        UserWarning: if the version is not the tested one.
+        UserWarning: if the version is not the tested one; later, in a call whose ``position_ids`` restart within a row
+            while neither ``cu_seq_lens_q`` nor ``seq_idx`` is given: attention keeps these documents apart, linear
+            layers cannot.
     """
     try:
         import transformers
@@ -354,9 +441,9 @@ def enable() -> None:
             f"pyrepr.integrations.transformers is tested with transformers {TESTED}, got {transformers.__version__}",
             stacklevel=2,
         )
-    replaced = [(module, name, _replace(kind, getattr(module, name))) for module, name, kind in _loaded()]
-    for module, name, function in replaced:
-        setattr(module, name, function)
+    _replace_in(_loaded())
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
     if not hasattr(factory, _ORIGINAL):
         _set_factory(_later(factory, hub_kernels.use_kernel_forward_from_hub))
 
@@ -384,6 +471,9 @@ def _later(factory: Callable, for_mapping: Callable) -> Callable:
 
 def disable() -> None:
     """Gives every module back what it had before :func:`enable`; does nothing without one."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    _restarted.clear()
     for module, name, _ in _loaded():
         function = getattr(module, name)
         setattr(module, name, getattr(function, _ORIGINAL, function))

@@ -141,6 +141,8 @@ class DeltaCache:
         """
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length must be an integer, got {shown(length)}")
+        if length and not self._layers:
+            raise ValueError(f"length must be at most the 0 tokens of the cache, got {length}")
         cropped = {}
         for layer_idx, layer in self._layers.items():
             wanted = length if length >= 0 else layer.seen + length
@@ -163,6 +165,12 @@ class DeltaCache:
         Raises:
             ValueError: if it is out of range, or the cache keeps no states from so far back.
         """
+        if not self._layers:
+            if not isinstance(num_accepted_tokens, int):
+                check_tensor("num_accepted_tokens", num_accepted_tokens, INTEGERS)
+            if isinstance(num_accepted_tokens, Tensor) or num_accepted_tokens:
+                came = shown(num_accepted_tokens)
+                raise ValueError(f"num_accepted_tokens must be 0, the cache is empty, got {came}")
         accepted = {layer_idx: self._accepted(layer, num_accepted_tokens) for layer_idx, layer in self._layers.items()}
         self._held = ({layer_idx: layer for layer_idx, layer in accepted.items() if layer.seen}, ())
 

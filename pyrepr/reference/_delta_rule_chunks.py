@@ -12,7 +12,8 @@ neither overflow nor take precision from weaker ones. Without β nothing is eras
 
 Gradients are by hand, since a leaf op has no autograd inside: with dU = Pᵀ dO + (e^{G_C − G} K) dS' and
 Z = (I + A)⁻ᵀ dU, everything else follows from the products above; an exponent that multiplies x gets the gradient x dx,
-summed over what it multiplies.
+summed over what it multiplies. Between a token and itself no decay stands, nor between a chunk's last token and S':
+what they give to dQ and dK is added after dg is made, where it would enter with both signs and leave its rounding.
 """
 
 from __future__ import annotations
@@ -140,11 +141,14 @@ class Chunks:
             d_a = -(z @ updates.mT).tril(-1)
             dv, d_kk = self.beta * z, self.beta * d_a
             dbeta = (z * (self.v - self.decay * self.k @ before)).sum(-1) + (d_a * self.kk).sum(-1)
-        dq, dk_row, dk_column = self._pairs_backward(d_qk, d_kk)
+        own = d_qk.diagonal(dim1=-2, dim2=-1)[..., None]
+        dq, dk_row, dk_column = self._pairs_backward(d_qk.tril(-1), d_kk)
         dq = dq + self.decay * (grad_o @ before.mT)
         if self.beta is not None:
             dk_row = dk_row - self.decay * (dv @ before.mT)
         dk_tail = self.tail * (updates @ after.mT)
+        last = self._last()
+        dk_end, dk_tail = dk_tail * last, dk_tail.masked_fill(last, 0)
         dk_column = dk_column + dk_tail
         dg = None
         if self.gate is not None:
@@ -154,8 +158,15 @@ class Chunks:
             sums = sums if self.gate == 4 else sums.sum(-1)
             along = -2 if self.gate == 4 else -1
             dg = _uncut(sums.flip(along).cumsum(along).flip(along), self.total)
-        dq, dk, dv = (_uncut(x, self.total) for x in (dq, dk_row + dk_column, dv))
+        dq, dk = dq + own * self.k, dk_row + dk_column + own * self.q + dk_end
+        dq, dk, dv = (_uncut(x, self.total) for x in (dq, dk, dv))
         return dq, dk, dv, dg, None if dbeta is None else _uncut(dbeta, self.total), grad_state
+
+    def _last(self) -> Tensor:
+        """Which tokens are the last of their chunks, [n, C, 1]."""
+        count, size = self.k.shape[2:4]
+        places = torch.arange(count * size, device=self.k.device).view(count, size, 1)
+        return (places % size == size - 1) | (places == self.total - 1)
 
     def _through_states(self, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dU, the gradients of the states after each chunk, and of the first state."""
