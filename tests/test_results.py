@@ -283,6 +283,14 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         assert path.exists()
         with pytest.raises(ValueError, match="is of other layers or options; delete it"):
             run(batches(), mode=mode, layers_a="0")
+        with pytest.raises(ValueError, match="is of other weights, data or batches; delete it"):
+            run([x + 1 for x in batches()], mode=mode)
+        with pytest.raises(
+            ValueError, match=r"data must give the batches that checkpoint .* has seen, 60 samples in the"
+        ):
+            run([batches()[0], torch.cat(batches()[1:])], mode=mode)
+        with pytest.raises(ValueError, match=r"data must give the batches that checkpoint .* has seen, 2, got 1"):
+            run(batches()[:1], mode=mode)
         result = run(batches(), mode=mode)
         assert not path.exists() and result.count == 90
         if mode == "exact":

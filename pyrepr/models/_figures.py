@@ -21,6 +21,7 @@ from pyrepr._reporting import fixed, replacing
 SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN_VALUES = 400  # with more cells than this, numbers in them would be too small to read
 LONGEST = 32  # letters of a label
+MOST_PIXELS = 20_000  # of a side: 1.6 GB while it is drawn
 SIDE = 7.2  # inches, of the longer side of the cells
 
 
@@ -213,5 +214,8 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def save_figure(axes: Any, path: Path, dpi: float) -> None:
     """Writes the figure that the axes are in; nothing is left behind if that fails."""
+    side = max(axes.figure.get_size_inches())
+    if not 0 < dpi <= MOST_PIXELS / side:
+        raise ValueError(f"dpi must be positive and at most {MOST_PIXELS / side:.0f} for this figure, got {dpi:g}")
     with replacing(path) as temporary:
         axes.figure.savefig(temporary, dpi=dpi)

@@ -458,7 +458,7 @@ def compare(
     one_side = model_b is model_a and layers_b is None and feeds[0] is feeds[1]
     side_a = make_side(model_a, layers_a, "model_a", inputs=feeds[0], **options)
     side_b = side_a if one_side else make_side(model_b, layers_b, "model_b", inputs=feeds[1], **options)
-    chosen = None if measures is None else _measures(measures, mode)
+    chosen = None if measures is None else _measures(measures, mode, spec, estimator)
     run = Pass(
         side_a,
         side_b,
@@ -484,17 +484,23 @@ def compare(
         except BaseException:  # Ctrl-C above all
             saved.save()
             raise
+    saved.check_end()
     result = _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
     saved.remove()
     return result
 
 
-def _measures(measures: str | Measure | Sequence[str | Measure], mode: str) -> list[Measure]:
+def _measures(
+    measures: str | Measure | Sequence[str | Measure], mode: str, kernel: Kernel, estimator: str
+) -> list[Measure]:
     wanted = [measures] if isinstance(measures, (str, Measure, type)) else list(measures)
     if not wanted:
         raise ValueError("measures must name at least one measure, got none")
     if mode == "minibatch":
         raise ValueError("mode='minibatch' is an estimate of CKA alone; leave measures out, or the mode")
+    if kernel != Kernel() or estimator != "unbiased":
+        given = f"kernel={kernel.name!r}" if kernel != Kernel() else f"estimator={estimator!r}"
+        raise ValueError(f"{given} is of CKA; beside measures it belongs to one of them, as in 'cka(kernel=rbf)'")
     return [as_measure(measure) for measure in wanted]
 
 
