@@ -22,6 +22,7 @@ from pyrepr.similarity import DegenerateInputWarning, Kernel, Measure, Streaming
 from pyrepr.similarity._batches import Batches
 from pyrepr.similarity._hsic import normalise, warn_if_degenerate
 from pyrepr.stats import LayerMoments
+from pyrepr.stats._blocks import GROUP_BYTES
 
 Stored = Mapping[str, Tensor]
 
@@ -481,8 +482,8 @@ def _count(rows: dict[str, Tensor]) -> int:
 
 
 def exact_bytes(widths: list[int], split: int) -> int:
-    """8·Σ d_a d_b over the pairs that exact moments keep."""
+    """What exact moments take at their peak: 8·Σ d_a d_b over the pairs that they keep, and beside it a group of blocks
+    that is being replaced and three blocks while the sums are centred."""
     own = sum(d * d for d in widths)
-    if split:
-        return 8 * (own + sum(widths[:split]) * sum(widths[split:]))
-    return 8 * (own + sum(widths) ** 2) // 2
+    pairs = own + sum(widths[:split]) * sum(widths[split:]) if split else (own + sum(widths) ** 2) // 2
+    return 8 * (pairs + 3 * max(widths) ** 2) + min(8 * pairs, GROUP_BYTES)
