@@ -422,8 +422,8 @@ def compare(
         mode: ``"exact"``: the value of all samples at once; keeps 8·Σ d_a d_b bytes over the pairs of layers that are
             compared, each layer with itself included, and takes 64 MiB and three of the largest blocks more at its
             peak, beside the activations of up to 1024 samples. ``"minibatch"``: keeps a few numbers, estimates from
-            every batch (at least 4 samples each) and keeps no activations. ``"auto"`` (default) is exact where that takes at
-            most 1 GiB (:data:`EXACT_BYTES`) and the kernel is linear; the result's ``mode`` says which it was.
+            every batch (at least 4 samples each) and keeps no activations. ``"auto"`` (default) is exact where that
+            takes at most 1 GiB (:data:`EXACT_BYTES`) and the kernel is linear; the result's ``mode`` says which it was.
         kernel: a name or a :class:`pyrepr.Kernel`; others than ``"linear"`` need minibatch.
         progress: a tqdm bar on stderr, where tqdm is installed.
         names: what to call the two networks in the result; by default their class names.

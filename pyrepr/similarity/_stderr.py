@@ -9,7 +9,8 @@ and L with row sums r and s, and a group g of rows that is left out, with κ_j =
 
 K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
 n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
-x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair; along rows P of a linear kernel comes with the values,
+from the same tiles. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
 """
 
 from __future__ import annotations
@@ -97,9 +98,16 @@ def check_groups(groups: object, n: int, estimator: str) -> Tensor | None:
 
 @torch.no_grad()
 def cka_stderr(
-    xs: list[Tensor], spec: Kernel, estimator: str, groups: Tensor | None, split: int, features: bool
+    xs: list[Tensor],
+    spec: Kernel,
+    estimator: str,
+    groups: Tensor | None,
+    split: int,
+    features: bool,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route."""
+    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route. `shares`: P of a
+    linear kernel as :func:`pyrepr.ops.gram.gram_row_stats` gives it, from the pass that made the values."""
     n = xs[0].shape[0]
     parts, order = _Groups.of(groups, n, xs[0].device)
     scales = spec.scales(xs).tolist()
@@ -108,8 +116,10 @@ def cka_stderr(
     right = range(split, len(xs)) if split else range(len(xs))
     pairs = [(a, b) for a in left for b in right if split or a <= b]
     every = [*pairs, *((a, a) for a in range(len(xs)) if split)]
-    route = _along_features if features else _along_rows
-    rest = dict(route(layers, every, spec, scales, parts, estimator))
+    if features or shares is not None:
+        rest = dict(_linear(layers, every, parts, estimator, None if shares is None else shares[:, order]))
+    else:
+        rest = dict(_along_rows(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
     g = len(parts.sizes)
     for a, b in pairs:
@@ -191,10 +201,10 @@ def _hsic(
     return (total + sums[0] * sums[1] / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
 
 
-def _along_features(
-    layers: list[_Layer], pairs: list[Pair], spec: Kernel, scales: list[float], parts: _Groups, estimator: str
+def _linear(
+    layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str, shares: Tensor | None
 ) -> Iterator[tuple[Pair, Tensor]]:
-    """Linear kernels: (pair, HSIC without each group)."""
+    """Linear kernels: (pair, HSIC without each group). Without `shares` along features."""
     sums = torch.stack([layer.r for layer in layers]).T  # [n, M]
     kept = [layer.inside + layer.diagonal for layer in layers]
     summed = [layer.x if parts.single else parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
@@ -202,16 +212,34 @@ def _along_features(
         (y @ (layer.x.T @ sums.to(layer.x))).double() - parts.sum((k[:, None] * sums).T).T
         for layer, y, k in zip(layers, summed, kept, strict=True)
     ]
+    grouped = None if shares is None or parts.single else _products_of_groups(layers, summed, len(sums))
     for a, b in pairs:
         one, two = layers[a], layers[b]
-        cross = one.x.T @ two.x  # [d_a, d_b]
-        p = (one.x @ cross).mul_(two.x).sum(1).double()
-        bare = p - one.diagonal * two.diagonal
+        own = one.diagonal * two.diagonal
+        if shares is None:
+            cross = one.x.T @ two.x  # [d_a, d_b]
+            p = (one.x @ cross).mul_(two.x).sum(1).double()
+            bare = p - own
+        else:
+            low, high = min(a, b), max(a, b)
+            bare = shares[low * len(layers) - low * (low - 1) // 2 + high - low]
+            p = bare + own
         both = bare
         if not parts.single:
-            both = ((summed[a] @ cross) * summed[b]).sum(1).double() - parts.sum(kept[a] * kept[b])
+            whole = ((summed[a] @ cross) * summed[b]).sum(1).double() if grouped is None else grouped[a, b]
+            both = whole - parts.sum(kept[a] * kept[b])
         p = bare if estimator == "unbiased" else p
         yield (a, b), _hsic(one, two, p, both, outside[a][:, b], outside[b][:, a], parts, estimator)
+
+
+def _products_of_groups(layers: list[_Layer], summed: list[Tensor], n: int) -> Tensor:
+    """Σ_j κ_j λ_j of every pair of layers and every group, [M, M, G]; κ = X Σ_{i∈g} x_i."""
+    rows = max(1, BLOCK_BYTES // (len(layers) * n * layers[0].x.element_size()))
+    parts = []
+    for start in range(0, len(summed[0]), rows):
+        kappa = torch.stack([y[start : start + rows] @ x.x.T for x, y in zip(layers, summed, strict=True)])
+        parts.append(torch.bmm(kappa.transpose(0, 1), kappa.permute(1, 2, 0)).permute(1, 2, 0).double())
+    return torch.cat(parts, 2)
 
 
 def _along_rows(
