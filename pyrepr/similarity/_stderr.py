@@ -136,7 +136,7 @@ def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: s
         x = x - x.mean(0)
     n = x.shape[0]
     if spec.name == "linear":
-        diagonal = x.double().square().sum(1)
+        diagonal = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
         r = -diagonal if estimator == "unbiased" else torch.zeros_like(diagonal)
     else:
         rows = [_kernel(x[i : i + 256], x, spec, scale) for i in range(0, n, 256)]
@@ -144,14 +144,27 @@ def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: s
         diagonal = torch.ones_like(computed) if spec.name in ("rbf", "laplacian") else computed
         r = torch.cat([block.sum(1, dtype=torch.float64) for block in rows]) - computed
         r = r if estimator == "unbiased" else r + diagonal
-    blocks = torch.cat(
-        [
-            _pairs(x[i], x[j], spec, scale)
-            for i, j in zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
-        ]
-    ).double()
+    if spec.name == "linear":
+        blocks = _inside(x, parts).double()
+    else:
+        chunks = zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
+        blocks = torch.cat([_pairs(x[i], x[j], spec, scale) for i, j in chunks]).double()
     inside = torch.zeros(n, dtype=torch.float64, device=x.device).index_add_(0, parts.right, blocks)
     return _Layer(x, r, diagonal, inside, blocks)
+
+
+def _inside(x: Tensor, parts: _Groups) -> Tensor:
+    """⟨x_i, x_j⟩ of all pairs (`left`, `right`), by products of groups of one size at a time."""
+    out = x.new_empty(len(parts.left))
+    pairs = parts.sizes * (parts.sizes - 1)
+    rows, places = parts.sizes.cumsum(0) - parts.sizes, pairs.cumsum(0) - pairs
+    for size in parts.sizes.unique().tolist() if len(out) else ():
+        chosen = (parts.sizes == size).nonzero()[:, 0]
+        y = x[rows[chosen, None] + torch.arange(size, device=x.device)]  # [groups of that size, size, d]
+        others = ~torch.eye(size, dtype=torch.bool, device=x.device).flatten()
+        products = (y @ y.transpose(1, 2)).flatten(1)[:, others]
+        out[places[chosen, None] + torch.arange(size * (size - 1), device=x.device)] = products
+    return out
 
 
 def _kernel(x: Tensor, y: Tensor, spec: Kernel, scale: float) -> Tensor:
@@ -183,6 +196,8 @@ def _hsic(
     estimator: str,
 ) -> Tensor:
     """[G] float64: HSIC without each group."""
+    if parts.single and estimator == "unbiased":  # the same without what is zero
+        return _hsic_of_singles(one.r, two.r, p, one_r, two_r)
     r, s = one.r, two.r
     within = torch.zeros_like(both)
     if not parts.single:
@@ -199,6 +214,14 @@ def _hsic(
     if estimator == "biased":
         return (total - 2 / n * products + sums[0] * sums[1] / n**2) / (n - 1) ** 2
     return (total + sums[0] * sums[1] / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
+
+
+def _hsic_of_singles(r: Tensor, s: Tensor, p: Tensor, one_r: Tensor, two_r: Tensor) -> Tensor:
+    n = len(r) - 1
+    total = p.sum() - 2 * p
+    squares = (r.sum() - 2 * r) * (s.sum() - 2 * s)
+    products = r @ s - r * s - one_r - two_r + p
+    return (total + squares / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
 
 
 def _linear(
