@@ -25,6 +25,7 @@ from pyrepr.ops.gram import matrix_op
 from pyrepr.similarity.kernels import Kernel
 
 Pair = tuple[int, int]
+ROWS = 2048  # of a product that is summed at once: what it fills stays in the cache
 BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
 
 
@@ -122,9 +123,10 @@ def cka_stderr(
         rest = dict(_along_rows(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
     g = len(parts.sizes)
+    roots = [rest[a, a].sqrt() for a in range(len(xs))]
     for a, b in pairs:
-        value = rest[a, b] / (rest[a, a].sqrt() * rest[b, b].sqrt())
-        out[a, b] = out[b, a] = ((g - 1) / g * (value - value.mean()).square().sum()).sqrt()
+        value = rest[a, b] / (roots[a] * roots[b])
+        out[a, b] = out[b, a] = (g - 1) / g**0.5 * value.std(correction=1 if g > 1 else 0)
     return out[:split, split:] if split else out
 
 
@@ -228,20 +230,21 @@ def _linear(
     layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str, shares: Tensor | None
 ) -> Iterator[tuple[Pair, Tensor]]:
     """Linear kernels: (pair, HSIC without each group). Without `shares` along features."""
-    sums = torch.stack([layer.r for layer in layers]).T  # [n, M]
+    sums = torch.stack([layer.r for layer in layers])  # [M, n]
     kept = [layer.inside + layer.diagonal for layer in layers]
     summed = [layer.x if parts.single else parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
-    outside = [  # [G, M], Σ_{j∉g} κ_j r_j
-        (y @ (layer.x.T @ sums.to(layer.x))).double() - parts.sum((k[:, None] * sums).T).T
+    outside = [  # [M, G], Σ_{j∉g} κ_j r_j
+        (sums.to(layer.x) @ layer.x @ y.T).double() - parts.sum(k * sums)
         for layer, y, k in zip(layers, summed, kept, strict=True)
     ]
-    grouped = None if shares is None or parts.single else _products_of_groups(layers, summed, len(sums))
+    grouped = None if shares is None or parts.single else _products_of_groups(layers, summed, sums.shape[1])
     for a, b in pairs:
         one, two = layers[a], layers[b]
         own = one.diagonal * two.diagonal
         if shares is None:
             cross = one.x.T @ two.x  # [d_a, d_b]
-            p = (one.x @ cross).mul_(two.x).sum(1).double()
+            rows = zip(one.x.split(ROWS), two.x.split(ROWS), strict=True)
+            p = torch.cat([(x @ cross).mul_(y).sum(1) for x, y in rows]).double()
             bare = p - own
         else:
             low, high = min(a, b), max(a, b)
@@ -252,7 +255,7 @@ def _linear(
             whole = ((summed[a] @ cross) * summed[b]).sum(1).double() if grouped is None else grouped[a, b]
             both = whole - parts.sum(kept[a] * kept[b])
         p = bare if estimator == "unbiased" else p
-        yield (a, b), _hsic(one, two, p, both, outside[a][:, b], outside[b][:, a], parts, estimator)
+        yield (a, b), _hsic(one, two, p, both, outside[a][b], outside[b][a], parts, estimator)
 
 
 def _products_of_groups(layers: list[_Layer], summed: list[Tensor], n: int) -> Tensor:
