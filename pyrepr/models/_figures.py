@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -132,7 +133,15 @@ def draw_table(
 
 
 def _wrapped(text: str, letters: int) -> str:
-    return "\n".join(textwrap.wrap(text, max(12, letters), break_on_hyphens=False))
+    """In lines of so many letters, broken at spaces or after the dots and slashes of names; in a word where it must."""
+    letters, lines = max(12, letters), [""]
+    for piece in re.split(r"(?<=[\s./_:-])", text):
+        if len(lines[-1]) + len(piece.rstrip()) > letters:
+            lines.append("")
+        cut = textwrap.wrap(piece, letters, drop_whitespace=False) or [""]
+        lines[-1] += cut[0]
+        lines += cut[1:]
+    return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def _label(
