@@ -15,6 +15,7 @@ import pyrepr
 from pyrepr._reporting import fixed, progress_bar, remaining
 from pyrepr.models import ComparisonCallback
 from pyrepr.models import _collecting as collecting
+from pyrepr.models._figures import _wrapped as wrapped
 from pyrepr.models._figures import labels_of, ticks_of
 from pyrepr.similarity import MutualKNN
 
@@ -216,6 +217,12 @@ def test_doubtful_cells_are_hatched():
     (mesh,) = [c for c in doubtful.plot().collections if c.get_hatch()]
     assert mesh.get_array().mask.tolist() == [[False, True]]
     assert "hatched: within two standard errors" in doubtful.describe()
+
+
+def test_long_names_break_at_their_dots():
+    assert wrapped("(… = transformer.encoder.blocks.layer)", 20) == "(… = transformer.\nencoder.blocks.\nlayer)"
+    assert wrapped("2048 tokens, linear kernel, exact", 24) == "2048 tokens, linear\nkernel, exact"
+    assert wrapped("x" * 40, 15) == "\n".join(["x" * 15, "x" * 15, "x" * 10]) and wrapped("", 9) == ""
 
 
 def test_labels_and_ticks():

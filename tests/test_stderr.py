@@ -90,6 +90,22 @@ def test_shares_of_the_pass_that_makes_the_values(dtype, estimator, grouped, mon
     torch.testing.assert_close(across[1], errors[:1, 1:], rtol=1e-5, atol=1e-7)
 
 
+def test_shares_have_the_same_bits_for_any_number_of_threads():
+    from pyrepr.ops.gram import constants_of, gram_row_stats, gram_stats
+
+    xs = [torch.randn(330, d, generator=torch.Generator().manual_seed(d)) for d in (40, 90, 33)]
+    constants, before, found = constants_of(torch.ones(3, dtype=torch.float64), "linear"), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        stats, p = gram_row_stats(xs)
+        plain = gram_stats(xs, None, constants, "linear", by_features=False)
+        assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
+        found.append(p)
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    torch.testing.assert_close(p.sum(1), stats.s[tuple(torch.triu_indices(3, 3))], rtol=1e-6, atol=0)
+
+
 def test_blocks_of_rows_hold_whole_groups(monkeypatch):
     from pyrepr.similarity import _stderr
 
