@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        print("pyrepr: interrupted" + "".join(f"; {note}" for note in error.args), file=sys.stderr)
         return 130
     except Exception as error:
         if "--traceback" in argv:
@@ -167,7 +169,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure",
         action="append",
         metavar="NAME",
-        help=f"{', '.join(MEASURES)}, with options in brackets as in 'mutual_knn(k=5)'; may be repeated (default: cka)",
+        help=f"{', '.join(MEASURES)}, with options in brackets as in 'mutual_knn(k=5)'; several with commas "
+        "between them, or repeated (default: cka)",
     )
     add("--stderr", action="store_true", help="standard errors; cells within two of chance are hatched")
     add("--batch-size", type=_positive, default=32, metavar="N", help="(default: %(default)s)")
@@ -301,10 +304,16 @@ def _compare(args: argparse.Namespace) -> None:
 
     device = _device(args.device)
     kind = None if args.data is None else sources.kind_of(args.data)
+    if args.column is not None and kind != "text":
+        raise ValueError(f"--column is for .csv and .jsonl files, got {args.data or 'no --data'}")
+    if args.tokens != "all" and kind != "text":
+        raise ValueError(f"--tokens {args.tokens} is for texts, whose tokenizer says which tokens are special")
     samples = args.samples or ("tokens" if kind == "text" and not args.pool else "batch")
-    kernel = pyrepr.Kernel(args.kernel, 1.0 if args.bandwidth is None else args.bandwidth, args.sigma)
-    if (args.bandwidth or args.sigma) and args.kernel not in ("rbf", "laplacian"):
+    if args.sigma is not None and args.bandwidth is not None:
+        raise ValueError("--sigma is σ itself and --bandwidth a factor of the median distance; give one of them")
+    if (args.bandwidth is not None or args.sigma is not None) and args.kernel not in ("rbf", "laplacian"):
         raise ValueError(f"--bandwidth and --sigma are of --kernel rbf and laplacian, got {args.kernel}")
+    kernel = pyrepr.Kernel(args.kernel, 1.0 if args.bandwidth is None else args.bandwidth, args.sigma)
     with _results(args.out) as folder:
         require("matplotlib", PLOT)
         a = sources.resolve(args.a, args.seed)
@@ -330,7 +339,8 @@ def _compare(args: argparse.Namespace) -> None:
         shown = not args.quiet and sys.stderr.isatty()
         if shown and data is not None:
             print(f"{args.data}: read as {data.text}", file=sys.stderr)
-        with warnings.catch_warnings():
+        checkpoint = _checkpoint(args) if models else None
+        with warnings.catch_warnings(), _resumable(checkpoint):
             warnings.filterwarnings("ignore", r"\d+ layers? left out")  # the summary has them all
             comparison = pyrepr.compare(
                 a.model,
@@ -342,14 +352,14 @@ def _compare(args: argparse.Namespace) -> None:
                 tokens=args.tokens,
                 pool=args.pool,
                 inputs=None if data is None else data.inputs,
-                measures=args.measure,
+                measures=_measures(args.measure),
                 stderr=args.stderr,
                 estimator=args.estimator,
                 mode=args.mode,
                 kernel=kernel,
                 progress=shown,
                 names=(args.name_a or args.a, args.name_b or args.b),
-                checkpoint=_checkpoint(args) if models else None,
+                checkpoint=checkpoint,
             )
         _write(comparison, folder, args)
         files = sorted(file.name for file in folder.iterdir())
@@ -444,6 +454,17 @@ def _checkpoint(args: argparse.Namespace) -> Path | None:
     return path
 
 
+@contextlib.contextmanager
+def _resumable(path: Path | None) -> Iterator[None]:
+    """Ctrl-C says what it left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is None or not path.exists():
+            raise
+        raise KeyboardInterrupt("the same command with --resume goes on with it") from None
+
+
 def _write(comparison: Comparison, folder: Path, args: argparse.Namespace) -> None:
     """Everything a comparison is written as."""
     comparison.save(folder / "comparison.npz")
@@ -469,6 +490,13 @@ def _device(name: str) -> torch.device:
 
 def _split(values: list[str] | None) -> list[str] | None:
     return None if values is None else [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _measures(values: list[str] | None) -> list[str] | None:
+    """Measures separated by commas, those within brackets aside."""
+    if values is None:
+        return None
+    return [name.strip() for value in values for name in re.split(r",(?![^(]*\))", value) if name.strip()]
 
 
 def _write_csv(comparison: Comparison, values: torch.Tensor, path: Path) -> None:

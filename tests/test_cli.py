@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 import pyrepr
 from pyrepr import cli
 from pyrepr.models import sources
+from pyrepr.models._collecting import Checkpoint
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "small", "dogs", "run", "by"]
 
@@ -240,19 +243,79 @@ def test_random_weights_come_from_the_seed(models):
         ("py:tiny_models:number", "must return a torch.nn.Module or a dict of activations, got int"),
         ("py:tiny_models:broken", "KeyError: 'weights' (--traceback shows where)"),
         ("hf:./no_weights", "'hf:./no_weights' cannot be loaded: "),
+        ("st:no_folder", "'no_folder' must be a folder with a sentence-transformers model (a modules.json), got none"),
         ("nothing.npz", "no such file: nothing.npz"),
+        ("broken.npy", "broken.npy holds no readable arrays of numbers; expected a .npy file"),
+        ("broken.pt", "broken.pt holds no readable arrays of numbers; expected a tensor or a dict of tensors"),
+        ("code.pt", "code.pt holds no readable arrays of numbers; expected a tensor or a dict of tensors"),
         ("broken.npz", "broken.npz holds no readable arrays"),
-        ("broken.safetensors", "broken.safetensors cannot be read"),
+        ("broken.safetensors", "broken.safetensors holds no readable arrays of numbers; expected a .safetensors file"),
     ],
 )
 def test_bad_specs(models, array, capsys, a, message):
     (models / "no_weights").mkdir()
     (models / "no_weights" / "config.json").write_text('{"model_type": "bert"}')
-    for name in ("broken.npz", "broken.safetensors"):
+    for name in ("broken.npz", "broken.safetensors", "broken.npy", "broken.pt"):
         (models / name).write_bytes(b"nothing of that kind")
+    (models / "code.pt").write_bytes(pickle.dumps(print))
     before = sorted(p.name for p in models.iterdir() if p.name != "__pycache__")
     assert message in refused(capsys, "compare", a, "py:tiny_models:mlp", "--data", array, "--out", "out")
     assert sorted(p.name for p in models.iterdir() if p.name != "__pycache__") == before
+
+
+def test_an_encoder_and_decoder_read_the_same_text(bert, text, tmp_path, capsys):
+    import transformers
+
+    folder = tmp_path / "t5"
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    transformers.T5Model(config).eval().save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(folder)
+    argv = ["compare", f"hf:{folder}", f"hf:{bert}", "--data", text, "--out", tmp_path / "out", "--samples", "tokens"]
+    assert cli.main([str(arg) for arg in argv]) == 0
+    result = pyrepr.Comparison.load(tmp_path / "out" / "comparison.npz")
+    tokens = tokenizer(sources.read_texts(text, None)[0], padding=True, return_tensors="pt")
+    mask, shared = tokens["attention_mask"].bool(), {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    model = transformers.T5Model.from_pretrained(folder).eval()
+    other = transformers.BertModel.from_pretrained(bert).eval()
+    decoder = {"decoder_input_ids": tokens["input_ids"], "decoder_attention_mask": tokens["attention_mask"]}
+    with torch.no_grad():
+        x = model(**shared, **decoder, output_hidden_states=True).decoder_hidden_states[1][mask]
+        y = other(**shared).last_hidden_state[mask]
+    value = result.values[result.layers_a.index("decoder.block.0"), result.layers_b.index("encoder.layer.1")]
+    torch.testing.assert_close(value, pyrepr.cka(x.double(), y.double()), rtol=1e-4, atol=1e-6)
+
+
+def test_image_size_of_a_model_without_a_preprocessor(tmp_path):
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    source = sources.resolve(f"hf:{tmp_path / 'vit'}")
+    assert source.images.size == 32 and source.tokenizer is None
+    with pytest.raises(ValueError, match=r"it is read as texts, but hf:.* takes images"):
+        sources.load_data(Path(__file__), [source], samples="batch", batch_size=4, max_samples=None, max_length=8)
+
+
+def test_ctrl_c_says_how_to_go_on(models, array, capsys, monkeypatch):
+    def cut(self, batch, step=Checkpoint.step):
+        if self.seen == 2:
+            raise KeyboardInterrupt
+        step(self, batch)
+
+    argv = ["compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--data", str(array), "--out", "out"]
+    argv += ["--batch-size", "5"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "step", cut)
+        assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "pyrepr: interrupted; the same command with --resume goes on with it\n"
+    assert "is of other weights, data or batches" in refused(capsys, *argv, "--resume", "--batch-size", "4")
+    assert cli.main([*argv, "--resume"]) == 0
+    assert pyrepr.Comparison.load(models / "out" / "comparison.npz").count == 20
+    assert not (models / "out" / "unfinished.pt").exists()
 
 
 def test_bad_data(models, array, bert, capsys):
@@ -275,6 +338,21 @@ def test_bad_data(models, array, bert, capsys):
     assert "layers_a: the model has no layer '00'; near matches: 0" in message(array, "--layers-a", "00")
     assert "--device must be a PyTorch device as cpu or cuda:0, got 'gpu'" in message(array, "--device", "gpu")
     assert "--device cuda:99: PyTorch sees" in message(array, "--device", "cuda:99")
+    assert "--column is for .csv and .jsonl files" in message(array, "--column", "text")
+    assert "--tokens no_special is for texts" in message(array, "--tokens", "no_special")
+    assert "--sigma is σ itself" in message(array, "--kernel", "rbf", "--sigma", "1", "--bandwidth", "2")
+    assert "--bandwidth and --sigma are of --kernel rbf and laplacian, got linear" in message(array, "--bandwidth", "0")
+    assert "kernel='rbf' is of CKA" in message(array, "--kernel", "rbf", "--measure", "rsa")
+    assert "measure 'mutual_kn' does not exist; near matches: mutual_knn" in message(
+        array, "--measure", "cka,mutual_kn"
+    )
+    assert "at most" in message(array, "--dpi", "1000000")
+    np.save(models / "few.npy", np.random.RandomState(1).randn(3, 5).astype(np.float32))
+    assert "data must give at least 4 samples for the unbiased estimator, got 3" in message("few.npy")
+    assert "data must give at least 11 samples for mutual kNN" in message("few.npy", "--measure", "mutual_knn,cka")
+    (models / "list.jsonl").write_text("[1, 2]\n")
+    assert "line 1 of list.jsonl must be an object or a text" in message("list.jsonl", model=f"hf:{bert}")
+    assert "is a folder, which is read as images, but hf:" in message("folder", model=f"hf:{bert}")
     assert not (models / "out").exists()
     assert "--data is needed" in refused(capsys, "compare", "py:tiny_models:mlp", "py:tiny_models:mlp", "--out", "out")
 

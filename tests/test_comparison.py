@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,7 +314,7 @@ def test_stored_activations_stand_for_a_model():
 
 def test_auto_mode_goes_by_the_size_of_the_moments(monkeypatch):
     args = (perceptron(0), perceptron(1), batches())
-    need = 8 * ((7 * 7 + 4 * 4) * 2 + 11 * 11)
+    need = 2 * 8 * ((7 * 7 + 4 * 4) * 2 + 11 * 11) + 3 * 8 * 7 * 7
     monkeypatch.setattr(comparison_module, "EXACT_BYTES", need)
     assert pyrepr.compare(*args).mode == "exact"
     monkeypatch.setattr(comparison_module, "EXACT_BYTES", need - 1)
@@ -328,7 +330,53 @@ def test_the_size_of_the_moments_is_what_the_stream_keeps():
         stream = pyrepr.StreamingCKA().update([x, y], ys)
         widths = [5, 3] if ys is None else [5, 3, 3, 5]
         kept = sum(block.numel() * block.element_size() for block in stream.state_dict()["state"]["blocks"])
-        assert collecting.exact_bytes(widths, split) == kept
+        assert collecting.exact_bytes(widths, split) == 2 * kept + 3 * 8 * 5 * 5
+
+
+PEAK = """
+import sys, threading, torch, pyrepr
+from torch import nn
+from pyrepr.models._collecting import exact_bytes
+mode, width, count = sys.argv[1], int(sys.argv[2]), 6
+torch.set_num_threads(1)
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return 1.01 * x.roll(1, 1)
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def watch():
+    while not done.wait(0.002):
+        peaks.append(resident())
+
+model = nn.Sequential(*[Turned() for _ in range(count)])
+layers = [str(i) for i in range(count)]
+data = (torch.randn(64, width, generator=torch.Generator().manual_seed(i)) for i in range(6))
+small = [torch.randn(16, 8)]
+pyrepr.compare(model, model, small, mode=mode, progress=False, layers_a=layers)
+before, peaks, done = resident(), [], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+pyrepr.compare(model, model, data, mode=mode, progress=False, layers_a=layers)
+done.set()
+thread.join()
+print((max(peaks) - before) / 2**20, exact_bytes([width] * count, 0) / 2**20, 64 * width * 4 * count / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident memory is read from /proc")
+def test_the_stated_memory_is_the_real_peak():
+    def run(mode: str, width: int) -> list[float]:
+        argv = [sys.executable, "-c", PEAK, mode, str(width)]
+        return [float(x) for x in subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()]
+
+    peak, stated, batch = run("exact", 1024)
+    assert 0.8 * stated < peak < 1.1 * stated + 4 * batch  # 249 of 256 MiB seen
+    peak, stated, batch = run("minibatch", 16384)
+    assert peak < 2 * batch and peak < stated / 100  # 32 MiB of 42 GiB seen; a batch of activations is 24
 
 
 def test_models_of_two_dtypes():
@@ -367,7 +415,7 @@ def test_constant_layer_is_named_in_the_warning():
         ({"data": []}, ValueError, "data must give at least one batch, got none"),
         ({"data": None}, ValueError, "data must be an iterable of batches, got None"),
         ({"data": 3}, TypeError, "data must be an iterable of batches, got int"),
-        ({"data": batches(1, n=3)}, ValueError, "the stream must have at least 4 samples"),
+        ({"data": batches(1, n=3)}, ValueError, "data must give at least 4 samples"),
         (
             {"data": batches(1, n=3), "mode": "minibatch"},
             ValueError,

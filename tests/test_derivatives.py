@@ -622,6 +622,7 @@ def test_modules_by_finite_differences_and_for_each_sample(name):
 # What is refused, with one sentence
 
 LEAVES = {
+    "gram_row_stats": lambda x: gram_ops.row_stats_op([x])[5],
     "gram_median": lambda x: gram_ops.median_op([x], None, True)[0],
     "gram_apply": lambda x: gram_ops.apply_op(x, x.detach(), False),
     "lookup_hash": lambda x: lookup_ops.hash_op(x, 2, "l1", 1.0)[1],

@@ -418,6 +418,10 @@ def test_bad_input():
         (lambda: CKNNA(1), "k must be at least 2"),
         (lambda: MutualKNN()(x, y[:70]), "y must have the n of x, 80 samples, got 70"),
         (lambda: RelativeCosine((3, 99))(x, y), "must have at least 100 samples"),
+        (
+            lambda: RelativeCosine((0, 90))(x, y),
+            "x must have at least 91 samples for relative cosine, 2 anchors, got 80",
+        ),
         (lambda: RelativeCosine(0), "anchors must be a positive number or numbers"),
         (lambda: geotopological(torch.rand(9), 0.8, 0.2), "low and up must be 0 ≤ low ≤ up ≤ 1"),
         (lambda: rsa(torch.rand(3), torch.rand(6)), "d2 must have the length of d1, 3, got 6"),

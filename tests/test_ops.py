@@ -29,6 +29,7 @@ CALLS = {
     ),
     "gram_stats keeping dots": lambda: (ops.stats_op, (layers(), None, CONSTANTS, "linear", 1, True, False, 0, True)),
     "gram_matrix": lambda: (ops.matrix_op, (torch.randn(7, 3), torch.randn(4, 3), ONES[:1], "rbf", 1, 0.0, True)),
+    "gram_row_stats": lambda: (ops.row_stats_op, (layers(),)),
     "gram_median": lambda: (ops.median_op, (layers(), None, True)),
     "gram_moments_": lambda: (
         moments_op_,
@@ -61,7 +62,7 @@ def test_cpu_equals_reference(name):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gram_median", "gram_apply"])
+@pytest.mark.parametrize("name", ["gram_median", "gram_apply", "gram_row_stats"])
 def test_leaf_ops_refuse_to_be_differentiated(name):
     op, args = CALLS[name]()
     first = args[0]

@@ -15,6 +15,7 @@ import pyrepr
 from pyrepr._reporting import fixed, progress_bar, remaining
 from pyrepr.models import ComparisonCallback
 from pyrepr.models import _collecting as collecting
+from pyrepr.models._figures import _wrapped as wrapped
 from pyrepr.models._figures import labels_of, ticks_of
 from pyrepr.similarity import MutualKNN
 
@@ -218,6 +219,12 @@ def test_doubtful_cells_are_hatched():
     assert "hatched: within two standard errors" in doubtful.describe()
 
 
+def test_long_names_break_at_their_dots():
+    assert wrapped("(… = transformer.encoder.blocks.layer)", 20) == "(… = transformer.\nencoder.blocks.\nlayer)"
+    assert wrapped("2048 tokens, linear kernel, exact", 24) == "2048 tokens, linear\nkernel, exact"
+    assert wrapped("x" * 40, 15) == "\n".join(["x" * 15, "x" * 15, "x" * 10]) and wrapped("", 9) == ""
+
+
 def test_labels_and_ticks():
     names = ["embeddings", *(f"encoder.layer.{i}" for i in range(30)), "x" * 80]
     labels, prefix = labels_of(names)
@@ -283,6 +290,14 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         assert path.exists()
         with pytest.raises(ValueError, match="is of other layers or options; delete it"):
             run(batches(), mode=mode, layers_a="0")
+        with pytest.raises(ValueError, match="is of other weights, data or batches; delete it"):
+            run([x + 1 for x in batches()], mode=mode)
+        with pytest.raises(
+            ValueError, match=r"data must give the batches that checkpoint .* has seen, 60 samples in the"
+        ):
+            run([batches()[0], torch.cat(batches()[1:])], mode=mode)
+        with pytest.raises(ValueError, match=r"data must give the batches that checkpoint .* has seen, 2, got 1"):
+            run(batches()[:1], mode=mode)
         result = run(batches(), mode=mode)
         assert not path.exists() and result.count == 90
         if mode == "exact":

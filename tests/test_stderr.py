@@ -65,6 +65,47 @@ def test_public_functions_on_both_routes_and_in_float32(n):
     torch.testing.assert_close(masked, plain, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_shares_of_the_pass_that_makes_the_values(dtype, estimator, grouped, monkeypatch):
+    """Rows enough for several tiles, on the Gram route, within a network and across two."""
+    from pyrepr.similarity import _stderr
+
+    n, generator = 150, torch.Generator().manual_seed(2)
+    base = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    xs = [base @ torch.randn(6, d, generator=generator, dtype=torch.float64) + 3 for d in (200, 37, 260)]
+    xs = [(x + 4 * torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(dtype) for x in xs]
+    groups = torch.randint(0, 20, (n,), generator=generator) if grouped else None
+    monkeypatch.setattr(_stderr, "BLOCK_BYTES", 7 * n * 4 * 8)
+    assert pyrepr.similarity.choose_route(n, [x.shape[1] for x in xs]) == "gram"
+    exact = left_out([x.double() for x in xs], Kernel(), estimator, torch.arange(n) if groups is None else groups)
+    options = {"estimator": estimator, "groups": groups, "return_stderr": True}
+    values, errors = pyrepr.cka_matrix(xs, **options)
+    assert torch.equal(values, pyrepr.cka_matrix(xs, estimator=estimator))
+    rtol = 1e-8 if dtype == torch.float64 else 2e-4
+    torch.testing.assert_close(errors.double(), exact, rtol=rtol, atol=1e-6 if dtype == torch.float32 else 1e-12)
+    across = pyrepr.cka_matrix(xs[:1], xs[1:], **options)
+    assert torch.equal(across[0], pyrepr.cka_matrix(xs[:1], xs[1:], estimator=estimator))
+    torch.testing.assert_close(across[1], errors[:1, 1:], rtol=1e-5, atol=1e-7)
+
+
+def test_shares_have_the_same_bits_for_any_number_of_threads():
+    from pyrepr.ops.gram import constants_of, gram_row_stats, gram_stats
+
+    xs = [torch.randn(330, d, generator=torch.Generator().manual_seed(d)) for d in (40, 90, 33)]
+    constants, before, found = constants_of(torch.ones(3, dtype=torch.float64), "linear"), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        stats, p = gram_row_stats(xs)
+        plain = gram_stats(xs, None, constants, "linear", by_features=False)
+        assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
+        found.append(p)
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    torch.testing.assert_close(p.sum(1), stats.s[tuple(torch.triu_indices(3, 3))], rtol=1e-6, atol=0)
+
+
 def test_blocks_of_rows_hold_whole_groups(monkeypatch):
     from pyrepr.similarity import _stderr
 

@@ -8,8 +8,8 @@ namespace pyrepr {
 namespace {
 
 void gram_stats(GramArguments& g, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift, uintptr_t norms,
-                uintptr_t dots) {
-  const cpu::GramStats out = stats_from(g, s, r, d, shift, norms, dots);
+                uintptr_t dots, uintptr_t p) {
+  const cpu::GramStats out = stats_from(g, s, r, d, shift, norms, dots, p);
   py::gil_scoped_release release;
   check(current_level().gram().stats(g.problem, out));
 }

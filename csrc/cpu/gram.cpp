@@ -57,6 +57,23 @@ void row_and_column_sums(const Tile<T>& tile, double* row_sums, double* col_sums
   }
 }
 
+// The same sums of the products of two layers' tiles, x and y, of which `tile` is one.
+template <class T>
+void row_and_column_products(const Tile<T>& tile, const T* x, const T* y, double* row_sums, double* col_sums) {
+  constexpr int W = Lanes<T>::W;
+  const int64_t ldc = tile.ldc;
+  for (int64_t i = 0; i < tile.at.rows; i++) {
+    Vec<T> sum{};
+    for (int64_t j = 0; j < ldc; j += W) sum += load<T>(x + i * ldc + j) * load<T>(y + i * ldc + j);
+    row_sums[i] = lane_sum<T>(sum);
+  }
+  for (int64_t j = 0; j < ldc; j += W) {
+    Vec<T> sum{};
+    for (int64_t i = 0; i < tile.at.rows; i++) sum += load<T>(x + i * ldc + j) * load<T>(y + i * ldc + j);
+    for (int w = 0; w < W; w++) col_sums[j + w] = static_cast<double>(sum[w]);
+  }
+}
+
 // What follows depends on how elements are computed with and not on how they are stored, and is made once for all
 // dtypes that are stored: with seven kernels inlined, it is much code.
 template <class T>
@@ -151,16 +168,20 @@ class Gram {
     Walk walk{TileShape(p.n, p.n, MR, NR, p.count, sizeof(T))};
     walk.deepest = deepest(p);
     const TileShape& shape = walk.shape;
-    // A task's results: inner products [M, M], then row sums [M, rows] and column sums [M, cols] of its tiles.
-    const int64_t slot_size = p.count * p.count + (linear ? 0 : p.count * (shape.rows + shape.cols));
+    // A task's results: inner products [M, M], then row sums [M, rows] and column sums [M, cols] of its tiles, then
+    // those of the products of pairs of layers.
+    const int64_t lines = shape.rows + shape.cols, pairs = out.p ? p.count * (p.count + 1) / 2 : 0;
+    const int64_t products_at = p.count * p.count + (linear ? 0 : p.count * lines);
+    const int64_t slot_size = products_at + pairs * lines;
     walk.layers = p.count;
-    walk.slots = larger<int64_t>(16, smaller<int64_t>(1024, kWaveMemory / (slot_size * 8)));
+    walk.slots = larger<int64_t>(pairs ? p.threads : 16, smaller<int64_t>(1024, kWaveMemory / (slot_size * 8)));
     const Memory results(walk.slots * slot_size * 8);
     if (!results.ok()) return Status::out_of_memory;
 
     for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] = 0;
     if (!linear)
       for (int64_t i = 0; i < p.count * p.n; i++) out.r[i] = 0;
+    for (int64_t i = 0; i < pairs * p.n; i++) out.p[i] = 0;
 
     const auto epilogue = [&](const Tile<T>& tile, int64_t, int64_t l, int64_t slot) {
       double* const inner = results.as<double>() + slot * slot_size;
@@ -174,13 +195,24 @@ class Gram {
       drop_uncounted(tile, true);
       if (!linear) row_and_column_sums(tile, row_sums + l * shape.rows, col_sums + l * shape.cols);
       const int64_t size = tile_size<T>(walk);
-      if (l == p.count - 1) inner_products(tile.data - l * size, p.count, size, tile.at.rows * shape.cols, inner);
+      if (l < p.count - 1) return;
+      const T* const tiles = tile.data - l * size;
+      inner_products(tiles, p.count, size, tile.at.rows * shape.cols, inner);
+      double* sums = inner + products_at;
+      for (int64_t a = 0; pairs && a < p.count; a++)
+        for (int64_t b = a; b < p.count; b++, sums += lines)
+          row_and_column_products(tile, tiles + a * size, tiles + b * size, sums, sums + shape.rows);
     };
     const auto commit = [&](const Span& at, int64_t, int64_t slot) {
       const double* const inner = results.as<double>() + slot * slot_size;
       const double* const row_sums = inner + p.count * p.count;
       const double* const col_sums = row_sums + p.count * shape.rows;
       for (int64_t i = 0; i < p.count * p.count; i++) out.s[i] += 2 * inner[i];
+      const double* sums = inner + products_at;
+      for (int64_t pair = 0; pair < pairs; pair++, sums += lines) {
+        for (int64_t i = 0; i < at.rows; i++) out.p[pair * p.n + at.r0 + i] += sums[i];
+        for (int64_t j = 0; j < at.cols; j++) out.p[pair * p.n + at.c0 + j] += sums[shape.rows + j];
+      }
       if (linear) return;
       for (int64_t l = 0; l < p.count; l++) {
         for (int64_t i = 0; i < at.rows; i++) out.r[l * p.n + at.r0 + i] += row_sums[l * shape.rows + i];

@@ -42,6 +42,7 @@ struct GramStats {
   double* shift;  // [M]
   double* norms;  // [M, n] squared norms of the (centred) rows
   void* dots;     // [M, n, n] inner products of the centred rows, in the accumulation type; null: not kept
+  double* p = nullptr;  // [M (M + 1) / 2, n] for a <= b the sums over j != i of k_a(i, j) k_b(i, j); null: not wanted
 };
 
 struct GramFunctions {

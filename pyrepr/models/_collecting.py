@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyrepr._checks import memory
 from pyrepr._reporting import replacing
-from pyrepr.models._inputs import Inputs, Tokens
+from pyrepr.models._inputs import Inputs, Tokens, count_samples
 from pyrepr.models._layers import Layer, Layers, choose_names
 from pyrepr.models._recording import Recorder
 from pyrepr.models._scores import Score
@@ -22,6 +22,7 @@ from pyrepr.similarity import DegenerateInputWarning, Kernel, Measure, Streaming
 from pyrepr.similarity._batches import Batches
 from pyrepr.similarity._hsic import normalise, warn_if_degenerate
 from pyrepr.stats import LayerMoments
+from pyrepr.stats._blocks import GROUP_BYTES
 
 Stored = Mapping[str, Tensor]
 
@@ -337,6 +338,10 @@ class Pass:
                 side.check_end()
         if self.stream is None or self.stream.samples == 0:
             raise ValueError("data must give at least one batch, got none")
+        needs = [(m.least, m.describe()) for m in self.measures or ()]
+        least, what = max(needs or [(4 if self.estimator == "unbiased" else 2, f"the {self.estimator} estimator")])
+        if self.stream.samples < least:
+            raise ValueError(f"data must give at least {least} samples for {what}, got {self.stream.samples}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scores = self._scores()
@@ -394,6 +399,7 @@ class Checkpoint:
     def __init__(self, run: Pass, path: str | os.PathLike[str] | None) -> None:
         self.run, self.path = run, None if path is None else Path(path)
         self.done, self.seen, self.saved = 0, 0, time.monotonic()  # batches in the file, in this run, time
+        self.rows = 0  # of the batches seen
         self.state: dict[str, Any] | None = None
         if self.path is not None and self.path.exists():
             try:
@@ -412,6 +418,12 @@ class Checkpoint:
         if self.seen >= self.done:
             self.run.step(batch)
         self.seen += 1
+        self.rows += count_samples(batch) or 0
+        if self.state is not None and self.seen == self.done and self.rows != self.state["rows"]:
+            raise ValueError(
+                f"data must give the batches that checkpoint {self.path} has seen, {self.state['rows']} samples in the "
+                f"first {self.done}, got {self.rows}"
+            )
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
@@ -426,9 +438,15 @@ class Checkpoint:
             [list(w.items()) for w in run.widths],
         ]
 
+    def _print(self) -> Tensor:
+        """A number a layer by which weights and data are known again: a norm of what the first samples gave."""
+        return torch.tensor([size for side in self.run.sides for size in getattr(side, "sizes", ())])
+
     def _restore(self, state: dict[str, Any]) -> None:
         if state["layout"] != self._layout():
             raise ValueError(f"checkpoint {self.path} is of other layers or options; delete it to start again")
+        if not torch.allclose(state["print"], self._print(), rtol=1e-3, equal_nan=True):
+            raise ValueError(f"checkpoint {self.path} is of other weights, data or batches; delete it to start again")
         self.run.stream.load_state_dict(state["stream"])  # type: ignore[union-attr]
 
     def save(self) -> None:
@@ -437,8 +455,15 @@ class Checkpoint:
         if self.path is None or self.seen <= self.done or stream is None or isinstance(stream, Held):
             return
         with replacing(self.path) as temporary:
-            torch.save({"done": self.seen, "layout": self._layout(), "stream": stream.state_dict()}, temporary)
+            state = {"done": self.seen, "rows": self.rows, "layout": self._layout(), "print": self._print()}
+            torch.save({**state, "stream": stream.state_dict()}, temporary)
         self.saved = time.monotonic()
+
+    def check_end(self) -> None:
+        if self.seen < self.done:
+            raise ValueError(
+                f"data must give the batches that checkpoint {self.path} has seen, {self.done}, got {self.seen}"
+            )
 
     def remove(self) -> None:
         if self.path is not None:
@@ -457,8 +482,8 @@ def _count(rows: dict[str, Tensor]) -> int:
 
 
 def exact_bytes(widths: list[int], split: int) -> int:
-    """8·Σ d_a d_b over the pairs that exact moments keep."""
+    """What exact moments take at their peak: 8·Σ d_a d_b over the pairs that they keep, and beside it a group of blocks
+    that is being replaced and three blocks while the sums are centred."""
     own = sum(d * d for d in widths)
-    if split:
-        return 8 * (own + sum(widths[:split]) * sum(widths[split:]))
-    return 8 * (own + sum(widths) ** 2) // 2
+    pairs = own + sum(widths[:split]) * sum(widths[split:]) if split else (own + sum(widths) ** 2) // 2
+    return 8 * (pairs + 3 * max(widths) ** 2) + min(8 * pairs, GROUP_BYTES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pyrepr._reporting import fixed, replacing
 SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN_VALUES = 400  # with more cells than this, numbers in them would be too small to read
 LONGEST = 32  # letters of a label
+MOST_PIXELS = 20_000  # of a side: 1.6 GB while it is drawn
 SIDE = 7.2  # inches, of the longer side of the cells
 
 
@@ -131,7 +133,15 @@ def draw_table(
 
 
 def _wrapped(text: str, letters: int) -> str:
-    return "\n".join(textwrap.wrap(text, max(12, letters), break_on_hyphens=False))
+    """In lines of so many letters, broken at spaces or after the dots and slashes of names; in a word where it must."""
+    letters, lines = max(12, letters), [""]
+    for piece in re.split(r"(?<=[\s./_:-])", text):
+        if len(lines[-1]) + len(piece.rstrip()) > letters:
+            lines.append("")
+        cut = textwrap.wrap(piece, letters, drop_whitespace=False) or [""]
+        lines[-1] += cut[0]
+        lines += cut[1:]
+    return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def _label(
@@ -213,5 +223,8 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def save_figure(axes: Any, path: Path, dpi: float) -> None:
     """Writes the figure that the axes are in; nothing is left behind if that fails."""
+    side = max(axes.figure.get_size_inches())
+    if not 0 < dpi <= MOST_PIXELS / side:
+        raise ValueError(f"dpi must be positive and at most {MOST_PIXELS / side:.0f} for this figure, got {dpi:g}")
     with replacing(path) as temporary:
         axes.figure.savefig(temporary, dpi=dpi)

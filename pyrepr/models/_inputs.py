@@ -227,6 +227,7 @@ class Streams:
 
     def __init__(self, model: nn.Module, tokens: Tokens = "all") -> None:
         self.model, self.tokens = model, tokens
+        self._beginnings: list[nn.Module] | None = None
         self._stack: list[list[Stream]] = []
         self._known: list[tuple[Any, list[Stream]]] = []  # token ids of the batch, with their streams
 
@@ -275,10 +276,10 @@ class Streams:
 
     def hooks(self) -> Iterator[Callable[[], RemovableHandle]]:
         """Where streams begin, for :func:`pyrepr._modules.hooked`."""
-        for module in self.model.modules():
-            known = None if isinstance(module, torch.jit.ScriptModule) else parameters_of(module)
-            if known is None or not any(name in known for name in BEGINNINGS):
-                continue
+        if self._beginnings is None:  # reading hundreds of signatures takes as long as a small layer runs
+            parts = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+            self._beginnings = [m for m in parts if any(name in (parameters_of(m) or ()) for name in BEGINNINGS)]
+        for module in self._beginnings:
             yield partial(module.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
             yield partial(module.register_forward_hook, self._leave, always_call=True)
 

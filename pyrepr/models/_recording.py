@@ -123,7 +123,8 @@ class Recorder:
         samples, pool, tokens, inputs: as of :func:`pyrepr.compare`, `inputs` for this model.
 
     Attributes:
-        views: what is recorded, after :meth:`prepare`. widths: of their rows. skipped: name → why not.
+        views: what is recorded, after :meth:`prepare`. widths: of their rows. sizes: their norms for the first samples.
+        skipped: name → why not.
         nonfinite: name → how many activations were NaN or infinite, where any were.
         groups: of which sample each row of the last batch is, [n]; ``None`` where a row is a sample.
         reduce: what is done to a layer's rows as soon as they are there; ``None`` keeps them.
@@ -147,6 +148,7 @@ class Recorder:
         self.reduce: Callable[[Tensor], Tensor] | None = None
         self.views: list[View] = []
         self.widths: dict[str, int] = {}
+        self.sizes: list[float] = []
         self.skipped: dict[str, str] = {}
         self.nonfinite: dict[str, int] = {}
         self.groups: Tensor | None = None
@@ -287,6 +289,7 @@ class Recorder:
             name, why = next(iter(problems.items()))
             raise ValueError(f"{self.layers_argument}: {name} {why}")
         self.widths = {view.name: rows[view.name].shape[1] for view in self.views}
+        self.sizes = [float(rows[view.name].double().norm()) for view in self.views]
         self.skipped = problems
 
     def run(self, batch: Any) -> dict[str, Tensor]:

@@ -420,9 +420,10 @@ def compare(
             layers for it. Cells within two standard errors of chance are hatched, and never called most similar.
         estimator: ``"unbiased"`` or ``"biased"``, see :func:`pyrepr.cka`.
         mode: ``"exact"``: the value of all samples at once; keeps 8·Σ d_a d_b bytes over the pairs of layers that are
-            compared, each layer with itself included. ``"minibatch"``: keeps a few numbers, estimates from every
-            batch (at least 4 samples each) and keeps no activations. ``"auto"`` (default) is exact where that takes at
-            most 1 GiB (:data:`EXACT_BYTES`) and the kernel is linear; the result's ``mode`` says which it was.
+            compared, each layer with itself included, and takes 64 MiB and three of the largest blocks more at its
+            peak, beside the activations of up to 1024 samples. ``"minibatch"``: keeps a few numbers, estimates from
+            every batch (at least 4 samples each) and keeps no activations. ``"auto"`` (default) is exact where that
+            takes at most 1 GiB (:data:`EXACT_BYTES`) and the kernel is linear; the result's ``mode`` says which it was.
         kernel: a name or a :class:`pyrepr.Kernel`; others than ``"linear"`` need minibatch.
         progress: a tqdm bar on stderr, where tqdm is installed.
         names: what to call the two networks in the result; by default their class names.
@@ -458,7 +459,7 @@ def compare(
     one_side = model_b is model_a and layers_b is None and feeds[0] is feeds[1]
     side_a = make_side(model_a, layers_a, "model_a", inputs=feeds[0], **options)
     side_b = side_a if one_side else make_side(model_b, layers_b, "model_b", inputs=feeds[1], **options)
-    chosen = None if measures is None else _measures(measures, mode)
+    chosen = None if measures is None else _measures(measures, mode, spec, estimator)
     run = Pass(
         side_a,
         side_b,
@@ -484,17 +485,23 @@ def compare(
         except BaseException:  # Ctrl-C above all
             saved.save()
             raise
+    saved.check_end()
     result = _result(run, names or (_name(model_a), _name(model_b)), tokens, pool)
     saved.remove()
     return result
 
 
-def _measures(measures: str | Measure | Sequence[str | Measure], mode: str) -> list[Measure]:
+def _measures(
+    measures: str | Measure | Sequence[str | Measure], mode: str, kernel: Kernel, estimator: str
+) -> list[Measure]:
     wanted = [measures] if isinstance(measures, (str, Measure, type)) else list(measures)
     if not wanted:
         raise ValueError("measures must name at least one measure, got none")
     if mode == "minibatch":
         raise ValueError("mode='minibatch' is an estimate of CKA alone; leave measures out, or the mode")
+    if kernel != Kernel() or estimator != "unbiased":
+        given = f"kernel={kernel.name!r}" if kernel != Kernel() else f"estimator={estimator!r}"
+        raise ValueError(f"{given} is of CKA; beside measures it belongs to one of them, as in 'cka(kernel=rbf)'")
     return [as_measure(measure) for measure in wanted]
 
 

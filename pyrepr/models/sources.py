@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._optional import COMPARE, require
+from pyrepr.models._inputs import parameters_of
 
 FORMS = (
     "hf:PATH, hf-random:PATH, st:PATH, timm:NAME, timm:NAME?pretrained, py:MODULE:FUNCTION, or a file "
@@ -87,7 +89,7 @@ def _folder(path: str, holds: str = "config.json") -> str:
         if found is None or not found.submodule_search_locations:
             raise ValueError(f"{path!r} names the package {package!r}, which is not installed")
         path = os.path.join(next(iter(found.submodule_search_locations)), inside)
-    elif not path.startswith((".", "/", "~")) and not Path(path).exists():
+    elif holds == "config.json" and not path.startswith((".", "/", "~")) and not Path(path).exists():
         return path  # a name on the hub
     if not (Path(path).expanduser() / holds).is_file():
         kind = "transformers" if holds == "config.json" else "sentence-transformers"
@@ -108,8 +110,9 @@ def _transformers(spec: str, rest: str) -> Source:
             model = transformers.AutoModel.from_pretrained(path)
     except Exception as error:  # transformers, its configuration checks and safetensors have classes of their own
         raise ValueError(f"{spec!r} cannot be loaded: {error}") from error
-    images = _transformers_images(path) if getattr(model, "main_input_name", "") == "pixel_values" else None
-    return Source(spec, model, tokenizer=lambda: _tokenizer(path), images=images)
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        return Source(spec, model, images=_transformers_images(path, model.config))
+    return Source(spec, model, tokenizer=lambda: _tokenizer(spec, path))
 
 
 def _sentences(spec: str, rest: str) -> Source:
@@ -121,20 +124,24 @@ def _sentences(spec: str, rest: str) -> Source:
     return _transformers(spec, str(path / inside[0]))
 
 
-def _tokenizer(path: str) -> Any:
-    tokenizer = require("transformers", COMPARE).AutoTokenizer.from_pretrained(path)
+def _tokenizer(spec: str, path: str) -> Any:
+    try:
+        tokenizer = require("transformers", COMPARE).AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{spec!r} has no tokenizer that can be read; give arrays of token ids as --data") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _transformers_images(path: str) -> ImageShape:
-    """From the model's preprocessor_config.json, where there is one."""
+def _transformers_images(path: str, model: Any) -> ImageShape:
+    """From preprocessor_config.json, where there is one, else of the size that the model's configuration says."""
     base = require("transformers.image_processing_base", COMPARE)
     try:
         config, _ = base.ImageProcessingMixin.get_image_processor_dict(path)
     except OSError:
-        return ImageShape()
+        size = getattr(model, "image_size", ImageShape.size)
+        return ImageShape(size) if isinstance(size, int) else ImageShape()
     size = config.get("crop_size") if config.get("do_center_crop") else None
     size = size or config.get("size") or ImageShape.size
     if isinstance(size, dict):
@@ -186,8 +193,6 @@ def _function(spec: str, rest: str) -> Source:
 
 def load_arrays(path: Path) -> dict[str, Tensor]:
     """The arrays of a ``.npy``, ``.npz``, ``.safetensors`` or ``.pt`` file by name; nothing is run in reading it."""
-    import zipfile
-
     import numpy as np
 
     if not path.is_file():
@@ -196,7 +201,9 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             arrays = require("safetensors.torch", COMPARE).load_file(path)
         elif path.suffix in (".pt", ".pth"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of other pickles, which are refused
+                warnings.simplefilter("ignore")
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
             arrays = {path.stem: loaded} if isinstance(loaded, Tensor) else dict(loaded)
             if not all(isinstance(x, Tensor) for x in arrays.values()):
                 raise ValueError("it must hold a tensor, or a dict of them")
@@ -205,12 +212,11 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
         else:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except ImportError:
+    except (ImportError, MemoryError):
         raise
-    except (zipfile.BadZipFile, EOFError, ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{path} holds no readable arrays of numbers: {error}") from error
-    except Exception as error:  # safetensors raises a class of its own
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # of the reader's own class and words, which may advise to run what the file holds
+        form = "a tensor or a dict of tensors" if path.suffix in (".pt", ".pth") else f"a {path.suffix} file"
+        raise ValueError(f"{path} holds no readable arrays of numbers; expected {form}") from error
     if not arrays or any(x.dim() == 0 or x.shape[0] == 0 for x in arrays.values()):
         raise ValueError(f"{path} must hold arrays with at least one row, got an empty one or none")
     return arrays
@@ -347,6 +353,8 @@ def _records(path: Path, lines: list[str]) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"--data: line {number} of {path} is no JSON: {error}") from None
+            if not isinstance(record, (dict, str)):
+                raise ValueError(f"--data: line {number} of {path} must be an object or a text, got {line.strip():.40}")
             records.append(record if isinstance(record, dict) else {"text": record})
     return records
 
@@ -355,6 +363,9 @@ def _tokenizing(
     sources: list[Source], samples: str, pool: str | None, tokens: str, max_length: int
 ) -> tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]:
     """How each side turns texts into tokens: by its own tokenizer, or the other's where it has none."""
+    for source in sources:
+        if source.images:
+            raise ValueError(f"--data: it is read as texts, but {source.spec} takes images, a folder of them")
     known = {source.spec: source.tokenizer() for source in sources if source.tokenizer}
     if not known:
         raise ValueError("--data: a text file needs a tokenizer, so at least one hf: model; give arrays of token ids")
@@ -367,22 +378,33 @@ def _tokenizing(
         )
     padding = "max_length" if samples == "batch" and not pool else True
 
-    def feed(tokenizer: Any) -> Callable[[list[str]], Any]:
+    def feed(tokenizer: Any, both: bool) -> Callable[[list[str]], Any]:
         most = min(max_length, tokenizer.model_max_length)
         options = {"padding": padding, "truncation": True, "max_length": most, "return_tensors": "pt"}
-        return lambda texts: tokenizer(texts, **options, return_special_tokens_mask=tokens == "no_special")
 
-    feeds = {spec: feed(tokenizer if same else other) for spec, other in known.items()}
-    if same:
-        feeds = dict.fromkeys(feeds, feeds[first])
-    a, b = (
-        feeds.get(source.spec, feeds[first]) if isinstance(source.model, nn.Module) else None
-        for source in (sources[0], sources[-1])
-    )
-    return a, b
+        def encoded(texts: list[str]) -> Any:
+            found = tokenizer(texts, **options, return_special_tokens_mask=tokens == "no_special")
+            if both:  # encoder and decoder read the same text
+                found["decoder_input_ids"] = found["input_ids"]
+                found["decoder_attention_mask"] = found["attention_mask"]
+            return found
+
+        return encoded
+
+    feeds: dict[tuple[str, bool], Any] = {}
+    sides = []
+    for source in (sources[0], sources[-1]):
+        both = bool(getattr(getattr(source.model, "config", None), "is_encoder_decoder", False))
+        spec = first if same else source.spec if source.spec in known else first
+        made = feeds.setdefault((spec, both), feed(known[spec], both))
+        sides.append(made if isinstance(source.model, nn.Module) else None)
+    return sides[0], sides[1]
 
 
 def _images(path: Path, sources: list[Source], batch_size: int, max_samples: int | None) -> Data:
+    for source in sources:
+        if source.tokenizer and "pixel_values" not in (parameters_of(source.model) or ()):  # type: ignore[arg-type]
+            raise ValueError(f"--data: {path} is a folder, which is read as images, but {source.spec} takes texts")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
     if not files:
         raise ValueError(f"--data: {path} holds no images ({', '.join(IMAGES)})")

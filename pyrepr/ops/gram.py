@@ -73,7 +73,7 @@ def _stats_cpu(xs, mask, constants, kernel, degree, centre, by_features, split, 
     if by_features:
         problem.stats_by_features(split, *pointers)
     else:
-        problem.stats(*pointers, dots.data_ptr() if keep_dots else 0)
+        problem.stats(*pointers, dots.data_ptr() if keep_dots else 0, 0)
     if index is not None:
         r, d, norms = (a.new_zeros(m, total).index_copy_(1, index, a) for a in (r, d, norms))
     return s, r, d, shift, norms, dots
@@ -153,6 +153,27 @@ stats_op = leaf_op(
     cpu=_stats_cpu,
     triton=_stats_triton,
     cuda=_stats_cuda,
+)
+
+
+def _row_stats_fake(xs):
+    m, n = len(xs), xs[0].shape[0]
+    sizes = ((m, m), (m, n), (m, n), (m,), (m, n), (m * (m + 1) // 2, n))
+    return tuple(xs[0].new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+def _row_stats_cpu(xs):
+    found = _row_stats_fake(xs)
+    *stats, p = (a.data_ptr() for a in found)
+    native_problem(xs).stats(*stats, 0, p)
+    return found
+
+
+row_stats_op = leaf_op(
+    "gram_row_stats(Tensor[] xs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_row_stats_fake,
+    reference=reference.gram_row_stats,
+    cpu=_row_stats_cpu,
 )
 
 
@@ -253,6 +274,13 @@ class Statistics(NamedTuple):
     d: Tensor  # [M, n]
     shift: Tensor  # [M]
     norms: Tensor  # [M, n]
+
+
+def gram_row_stats(xs: Sequence[Tensor]) -> tuple[Statistics, Tensor]:
+    """The statistics of a linear kernel by the Gram route, the same bits as of :func:`gram_stats`, and the shares of
+    single samples in S: P [M (M + 1)/2, n] float64, Σ_{j≠i} k_a(i, j) k_b(i, j) for a ≤ b. Not differentiable."""
+    *stats, p = row_stats_op(list(xs))
+    return Statistics(*stats), p
 
 
 def constants_of(scale: Tensor, kernel: str, coef0: float = 0.0) -> Tensor:

@@ -122,6 +122,19 @@ def gram_stats(
     return s, r, d, shift, norms, dots
 
 
+def gram_row_stats(xs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The first five of :func:`gram_stats` for a linear kernel, and P [M (M + 1)/2, n] float64; see `ops.gram`."""
+    inputs = [_centred(x.to(compute_dtype(x.dtype))) for x in xs]
+    k = torch.stack([x @ x.T for x in inputs]).double()
+    d = k.diagonal(dim1=1, dim2=2).clone()
+    k.diagonal(dim1=1, dim2=2).zero_()
+    a, b = torch.triu_indices(len(xs), len(xs), device=k.device)
+    p = torch.stack([(k[i] * k[j]).sum(1) for i, j in zip(a.tolist(), b.tolist(), strict=True)])
+    s = d.new_zeros(len(xs), len(xs))
+    s[a, b] = s[b, a] = p.sum(1)
+    return s, -d, d, d.new_zeros(len(xs)), d.clone(), p
+
+
 def statistics(
     xs: list[Tensor],
     mask: Tensor | None,

@@ -87,16 +87,19 @@ def scaled_hsic(
     mask: Tensor | None = None,
     split: int = 0,
     scales: Tensor | None = None,
+    found: Statistics | None = None,
 ) -> Table:
     """HSIC of every layer with every layer, up to a factor for each of them, of which CKA knows nothing.
 
-    `scales`, [M] float64, are σ or γ of every layer; by default what the kernel chooses for these samples.
+    `scales`, [M] float64, are σ or γ of every layer; by default what the kernel chooses for these samples. `found` are
+    the layers' statistics, where somebody has them.
     First in the layers' own arithmetic; where that shows itself not to be enough, again with care (`_ranges.py`).
     """
     n = _valid_count(xs, mask, estimator)
     scale = spec.scales(xs, mask) if scales is None else scales
     dtype, biased = compute_dtype(xs[0].dtype), estimator == "biased"
-    found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
+    if found is None:
+        found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
     (hsic, size), unit = _terms(found, n, estimator), None
     if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
         # How much larger terms may be than what they add up to.

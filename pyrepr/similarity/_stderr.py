@@ -9,7 +9,8 @@ and L with row sums r and s, and a group g of rows that is left out, with κ_j =
 
 K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
 n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
-x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair; along rows P of a linear kernel comes with the values,
+from the same tiles. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pyrepr.ops.gram import matrix_op
 from pyrepr.similarity.kernels import Kernel
 
 Pair = tuple[int, int]
+ROWS = 2048  # of a product that is summed at once: what it fills stays in the cache
 BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
 
 
@@ -97,9 +99,16 @@ def check_groups(groups: object, n: int, estimator: str) -> Tensor | None:
 
 @torch.no_grad()
 def cka_stderr(
-    xs: list[Tensor], spec: Kernel, estimator: str, groups: Tensor | None, split: int, features: bool
+    xs: list[Tensor],
+    spec: Kernel,
+    estimator: str,
+    groups: Tensor | None,
+    split: int,
+    features: bool,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route."""
+    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route. `shares`: P of a
+    linear kernel as :func:`pyrepr.ops.gram.gram_row_stats` gives it, from the pass that made the values."""
     n = xs[0].shape[0]
     parts, order = _Groups.of(groups, n, xs[0].device)
     scales = spec.scales(xs).tolist()
@@ -108,13 +117,16 @@ def cka_stderr(
     right = range(split, len(xs)) if split else range(len(xs))
     pairs = [(a, b) for a in left for b in right if split or a <= b]
     every = [*pairs, *((a, a) for a in range(len(xs)) if split)]
-    route = _along_features if features else _along_rows
-    rest = dict(route(layers, every, spec, scales, parts, estimator))
+    if features or shares is not None:
+        rest = dict(_linear(layers, every, parts, estimator, None if shares is None else shares[:, order]))
+    else:
+        rest = dict(_along_rows(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
     g = len(parts.sizes)
+    roots = [rest[a, a].sqrt() for a in range(len(xs))]
     for a, b in pairs:
-        value = rest[a, b] / (rest[a, a].sqrt() * rest[b, b].sqrt())
-        out[a, b] = out[b, a] = ((g - 1) / g * (value - value.mean()).square().sum()).sqrt()
+        value = rest[a, b] / (roots[a] * roots[b])
+        out[a, b] = out[b, a] = (g - 1) / g**0.5 * value.std(correction=1 if g > 1 else 0)
     return out[:split, split:] if split else out
 
 
@@ -126,7 +138,7 @@ def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: s
         x = x - x.mean(0)
     n = x.shape[0]
     if spec.name == "linear":
-        diagonal = x.double().square().sum(1)
+        diagonal = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
         r = -diagonal if estimator == "unbiased" else torch.zeros_like(diagonal)
     else:
         rows = [_kernel(x[i : i + 256], x, spec, scale) for i in range(0, n, 256)]
@@ -134,14 +146,27 @@ def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: s
         diagonal = torch.ones_like(computed) if spec.name in ("rbf", "laplacian") else computed
         r = torch.cat([block.sum(1, dtype=torch.float64) for block in rows]) - computed
         r = r if estimator == "unbiased" else r + diagonal
-    blocks = torch.cat(
-        [
-            _pairs(x[i], x[j], spec, scale)
-            for i, j in zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
-        ]
-    ).double()
+    if spec.name == "linear":
+        blocks = _inside(x, parts).double()
+    else:
+        chunks = zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
+        blocks = torch.cat([_pairs(x[i], x[j], spec, scale) for i, j in chunks]).double()
     inside = torch.zeros(n, dtype=torch.float64, device=x.device).index_add_(0, parts.right, blocks)
     return _Layer(x, r, diagonal, inside, blocks)
+
+
+def _inside(x: Tensor, parts: _Groups) -> Tensor:
+    """⟨x_i, x_j⟩ of all pairs (`left`, `right`), by products of groups of one size at a time."""
+    out = x.new_empty(len(parts.left))
+    pairs = parts.sizes * (parts.sizes - 1)
+    rows, places = parts.sizes.cumsum(0) - parts.sizes, pairs.cumsum(0) - pairs
+    for size in parts.sizes.unique().tolist() if len(out) else ():
+        chosen = (parts.sizes == size).nonzero()[:, 0]
+        y = x[rows[chosen, None] + torch.arange(size, device=x.device)]  # [groups of that size, size, d]
+        others = ~torch.eye(size, dtype=torch.bool, device=x.device).flatten()
+        products = (y @ y.transpose(1, 2)).flatten(1)[:, others]
+        out[places[chosen, None] + torch.arange(size * (size - 1), device=x.device)] = products
+    return out
 
 
 def _kernel(x: Tensor, y: Tensor, spec: Kernel, scale: float) -> Tensor:
@@ -173,6 +198,8 @@ def _hsic(
     estimator: str,
 ) -> Tensor:
     """[G] float64: HSIC without each group."""
+    if parts.single and estimator == "unbiased":  # the same without what is zero
+        return _hsic_of_singles(one.r, two.r, p, one_r, two_r)
     r, s = one.r, two.r
     within = torch.zeros_like(both)
     if not parts.single:
@@ -191,27 +218,54 @@ def _hsic(
     return (total + sums[0] * sums[1] / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
 
 
-def _along_features(
-    layers: list[_Layer], pairs: list[Pair], spec: Kernel, scales: list[float], parts: _Groups, estimator: str
+def _hsic_of_singles(r: Tensor, s: Tensor, p: Tensor, one_r: Tensor, two_r: Tensor) -> Tensor:
+    n = len(r) - 1
+    total = p.sum() - 2 * p
+    squares = (r.sum() - 2 * r) * (s.sum() - 2 * s)
+    products = r @ s - r * s - one_r - two_r + p
+    return (total + squares / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
+
+
+def _linear(
+    layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str, shares: Tensor | None
 ) -> Iterator[tuple[Pair, Tensor]]:
-    """Linear kernels: (pair, HSIC without each group)."""
-    sums = torch.stack([layer.r for layer in layers]).T  # [n, M]
+    """Linear kernels: (pair, HSIC without each group). Without `shares` along features."""
+    sums = torch.stack([layer.r for layer in layers])  # [M, n]
     kept = [layer.inside + layer.diagonal for layer in layers]
     summed = [layer.x if parts.single else parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
-    outside = [  # [G, M], Σ_{j∉g} κ_j r_j
-        (y @ (layer.x.T @ sums.to(layer.x))).double() - parts.sum((k[:, None] * sums).T).T
+    outside = [  # [M, G], Σ_{j∉g} κ_j r_j
+        (sums.to(layer.x) @ layer.x @ y.T).double() - parts.sum(k * sums)
         for layer, y, k in zip(layers, summed, kept, strict=True)
     ]
+    grouped = None if shares is None or parts.single else _products_of_groups(layers, summed, sums.shape[1])
     for a, b in pairs:
         one, two = layers[a], layers[b]
-        cross = one.x.T @ two.x  # [d_a, d_b]
-        p = (one.x @ cross).mul_(two.x).sum(1).double()
-        bare = p - one.diagonal * two.diagonal
+        own = one.diagonal * two.diagonal
+        if shares is None:
+            cross = one.x.T @ two.x  # [d_a, d_b]
+            rows = zip(one.x.split(ROWS), two.x.split(ROWS), strict=True)
+            p = torch.cat([(x @ cross).mul_(y).sum(1) for x, y in rows]).double()
+            bare = p - own
+        else:
+            low, high = min(a, b), max(a, b)
+            bare = shares[low * len(layers) - low * (low - 1) // 2 + high - low]
+            p = bare + own
         both = bare
         if not parts.single:
-            both = ((summed[a] @ cross) * summed[b]).sum(1).double() - parts.sum(kept[a] * kept[b])
+            whole = ((summed[a] @ cross) * summed[b]).sum(1).double() if grouped is None else grouped[a, b]
+            both = whole - parts.sum(kept[a] * kept[b])
         p = bare if estimator == "unbiased" else p
-        yield (a, b), _hsic(one, two, p, both, outside[a][:, b], outside[b][:, a], parts, estimator)
+        yield (a, b), _hsic(one, two, p, both, outside[a][b], outside[b][a], parts, estimator)
+
+
+def _products_of_groups(layers: list[_Layer], summed: list[Tensor], n: int) -> Tensor:
+    """Σ_j κ_j λ_j of every pair of layers and every group, [M, M, G]; κ = X Σ_{i∈g} x_i."""
+    rows = max(1, BLOCK_BYTES // (len(layers) * n * layers[0].x.element_size()))
+    parts = []
+    for start in range(0, len(summed[0]), rows):
+        kappa = torch.stack([y[start : start + rows] @ x.x.T for x, y in zip(layers, summed, strict=True)])
+        parts.append(torch.bmm(kappa.transpose(0, 1), kappa.permute(1, 2, 0)).permute(1, 2, 0).double())
+    return torch.cat(parts, 2)
 
 
 def _along_rows(

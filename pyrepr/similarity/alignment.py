@@ -170,7 +170,12 @@ class CCA(Measure):
         return _Whitened(((wide @ vectors) / values.sqrt()).to(rows.dtype), loadings)
 
     def pairs(self, left: Sequence[_Whitened], right: Sequence[_Whitened] | None) -> Tensor:
-        return pair_table(left, right, lambda a, b: self._value(a.rows.T @ b.rows, a.loadings), self.symmetric)
+        def value(a: _Whitened, b: _Whitened) -> Tensor:
+            if a is b:  # whose correlations with itself are all the same
+                return a.rows.square().sum() / a.rows.shape[1]
+            return self._value(a.rows.T @ b.rows, a.loadings)
+
+        return pair_table(left, right, value, self.symmetric)
 
     def of_moments(self, moments: LayerMoments) -> Tensor:
         state, blocks, rows, columns = _blocks(moments)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyrepr._checks import layer_list
 from pyrepr.ops._gram_gradient import route_costs
-from pyrepr.ops.gram import matrix_op
+from pyrepr.ops._leaf import at_hand, derives
+from pyrepr.ops.gram import Statistics, gram_row_stats, matrix_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
 from pyrepr.similarity._checks import check_estimator, check_layer, check_layers, check_mask
@@ -184,7 +185,8 @@ def cka(
     xs = check_layers(["x", "y"], [x, y])
     if mask is not None:
         check_mask(mask, xs[0].shape[0], xs[0].device)
-    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1)
+    found, shares = _shared_pass(xs, spec, 1) if return_stderr and mask is None else (None, None)
+    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1, found=found)
     own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
     value = normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
     if not return_stderr:
@@ -192,7 +194,7 @@ def cka(
     if mask is not None:
         xs = [x[mask] for x in xs]
         groups = groups[mask] if isinstance(groups, Tensor) and groups.shape == mask.shape else groups
-    return value, _stderr(xs, spec, estimator, groups, 1)[0, 0].to(value)
+    return value, _stderr(xs, spec, estimator, groups, 1, shares)[0, 0].to(value)
 
 
 def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None = None) -> str:
@@ -261,20 +263,34 @@ def cka_matrix(
         n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
         route = choose_route(n, widths[: split or None], widths[split:] if split else None)
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
-    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split)
+    found, shares = _shared_pass(layers, spec, split) if return_stderr else (None, None)
+    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split, found=found)
     own = warn_if_degenerate(table.diagonal(), floor, names)
     values = normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
     values = values.to(out_dtype(layers))
-    return (values, _stderr(layers, spec, estimator, groups, split).to(values)) if return_stderr else values
+    return (values, _stderr(layers, spec, estimator, groups, split, shares).to(values)) if return_stderr else values
 
 
-def _stderr(layers: list[Tensor], spec: Kernel, estimator: str, groups: object, split: int) -> Tensor:
+def _by_features(layers: list[Tensor], spec: Kernel, split: int) -> bool:
     n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
     route = choose_route(n, widths[: split or None], widths[split:] if split else None)
-    features = spec.name == "linear" and route == "features"
-    return cka_stderr(
-        [x.detach() for x in layers], spec, estimator, check_groups(groups, n, estimator), split, features
-    )
+    return spec.name == "linear" and route == "features"
+
+
+def _shared_pass(layers: list[Tensor], spec: Kernel, split: int) -> tuple[Statistics | None, Tensor | None]:
+    """Where one pass gives both: the statistics of the values, and each sample's share in them for the jackknife."""
+    plain = spec.name == "linear" and layers[0].shape[0] > 0 and at_hand(layers[0]) and not derives(*layers)
+    if not plain or _by_features(layers, spec, split):
+        return None, None
+    found, shares = gram_row_stats(layers)
+    return found, shares if not bool(found.shift.any()) else None  # very wide layers: a shift is in the shares
+
+
+def _stderr(
+    layers: list[Tensor], spec: Kernel, estimator: str, groups: object, split: int, shares: Tensor | None
+) -> Tensor:
+    groups, features = check_groups(groups, layers[0].shape[0], estimator), _by_features(layers, spec, split)
+    return cka_stderr([x.detach() for x in layers], spec, estimator, groups, split, features, shares)
 
 
 __all__ = ["SHIFT_INVARIANT", "DegenerateInputWarning", "choose_route", "cka", "cka_matrix", "gram", "hsic"]

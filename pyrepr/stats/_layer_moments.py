@@ -54,8 +54,11 @@ class Sums:
             norm_rows=[add(a, b) for a, b in zip(self.norm_rows, other.norm_rows, strict=True)],
         )
 
-    def moved(self, shift: Sequence[Tensor]) -> Sums:
-        """The same moments around another shift: x ↦ x + e with e the old shift minus the new one, expanded."""
+    def moved(self, shift: Sequence[Tensor], kept: Callable[[Tensor], Tensor] | None = None) -> Sums:
+        """The same moments around another shift: x ↦ x + e with e the old shift minus the new one, expanded.
+
+        `kept`: what becomes of each block in turn, where the blocks themselves are not needed a second time.
+        """
         n, sums, t, products, rows = self.n, self.sums, self.norm_sums, self.norm_products, self.norm_rows
         e = [old - new for old, new in zip(self.shift, shift, strict=True)]
         ee = torch.stack([inner(v, v) for v in e])
@@ -77,7 +80,8 @@ class Sums:
             new_rows[b][a] = rows[b][a] + 2 * left + ee[a] * sums[b] + new_t[a] * e[b]
             new_rows[a][b] = rows[a][b] + 2 * right + ee[b] * sums[a] + new_t[b] * e[a]
             moved = torch.addr(whole, sums[a], e[b])
-            new_blocks.append(moved.addr_(e[a], sums[b]).addr_(e[a], e[b], alpha=n))
+            moved.addr_(e[a], sums[b]).addr_(e[a], e[b], alpha=n)
+            new_blocks.append(kept(moved) if kept else moved)
         return replace(
             self,
             shift=list(shift),
@@ -169,8 +173,8 @@ class LayerMoments:
             norm_rows=[r + new for r, new in zip(state.norm_rows, rows, strict=True)],
         )
 
-    def centred(self) -> Sums:
-        """The sums around the mean.
+    def centred(self, kept: Callable[[Tensor], Tensor] | None = None) -> Sums:
+        """The sums around the mean; `kept` as of :meth:`Sums.moved`.
 
         Raises:
             ValueError: before the first update.
@@ -179,7 +183,7 @@ class LayerMoments:
             raise ValueError("moments need at least one update, got none")
         n = self._state.n
         mean = [shift + s / n for shift, s in zip(self._state.shift, self._state.sums, strict=True)]
-        return self._state.moved(mean)
+        return self._state.moved(mean, kept)
 
     @torch.no_grad()
     def hsic(self, estimator: str = "unbiased") -> Tensor:
@@ -192,11 +196,11 @@ class LayerMoments:
 
     def hsic_and_floor(self, estimator: str) -> tuple[Tensor, Tensor]:
         """:meth:`hsic`, and the largest self-HSIC that may be rounding errors of its terms, [M]."""
-        state = self.centred()
+        state = self.centred(lambda block: block.square().sum(0).sum())
         n = state.n
         table = torch.full_like(state.norm_products, torch.nan)
-        for (a, b), block in zip(state.blocks.pairs, state.blocks.sums(), strict=True):
-            table[a, b] = table[b, a] = block.square().sum(0).sum()
+        for (a, b), size in zip(state.blocks.pairs, state.blocks.sums(), strict=True):
+            table[a, b] = table[b, a] = size
         if estimator == "biased":
             return table / (n - 1) ** 2, torch.zeros_like(state.norm_sums)
         alike = n / (n - 2) * state.norm_products

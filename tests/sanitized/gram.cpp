@@ -48,6 +48,7 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
   GramProblem& p = some.problem;
   const bool by_features = random.chance(40), keep = !by_features && random.chance(30);
   if (by_features) p.kernel = GramKernel::linear;
+  const bool shares = !by_features && random.chance(40);
   const int64_t split = by_features && p.count > 1 && random.chance(50) ? 1 : 0;
   same_bits(
       random, "gram stats",
@@ -55,12 +56,13 @@ void gram(const pyrepr::cpu::Level& level, Random& random) {
         std::vector<Buffer> out;
         for (int64_t size : {p.count * p.count, p.count * p.n, p.count * p.n, p.count, p.count * p.n}) out.emplace_back(random, size, DType::f64);
         if (keep) out.emplace_back(random, p.count * p.n * p.n, wide(dtype));
+        if (shares) out.emplace_back(random, p.count * (p.count + 1) / 2 * p.n, DType::f64);
         return out;
       },
       [&](int threads, std::vector<Buffer>& out) {
         p.threads = threads;
         const GramStats stats{out[0].as<double>(), out[1].as<double>(), out[2].as<double>(), out[3].as<double>(), out[4].as<double>(),
-                              keep ? out[5].at() : nullptr};
+                              keep ? out[5].at() : nullptr, shares ? out.back().as<double>() : nullptr};
         return by_features ? moments.stats(p, split, stats) : functions.stats(p, stats);
       });
 
