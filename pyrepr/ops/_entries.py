@@ -48,9 +48,7 @@ def _pushed(function: Callable, of: Sequence[int], count: int) -> Callable:
 
     def tangents(*given: Tensor | None) -> tuple:
         tensors, along = given[:count], given[count:]
-        return _forward_mode_of(
-            lambda *some: function(*_placed(tensors, of, some)), [tensors[i] for i in of], along
-        )
+        return _forward_mode_of(lambda *some: function(*_placed(tensors, of, some)), [tensors[i] for i in of], along)
 
     return tangents
 

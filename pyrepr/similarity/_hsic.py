@@ -15,7 +15,7 @@ from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import Statistics, constants_of, gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
-from pyrepr.similarity._ranges import careful, suspect
+from pyrepr.similarity._ranges import careful, suspect, twins
 from pyrepr.similarity._rescaled import LOSS, at_hand
 from pyrepr.similarity._whole import whole_op
 from pyrepr.similarity.kernels import Kernel
@@ -115,7 +115,10 @@ def _table(
     dtype, biased = compute_dtype(xs[0].dtype), estimator == "biased"
     found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
     (hsic, size), unit = _terms(found, n, estimator), torch.zeros_like(found.shift)
-    if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
+    if at_hand(found.s) and (
+        suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased)
+        or (spec.name == "laplacian" and dtype == torch.float32 and _any_twins(xs, mask, found.norms))
+    ):
         # How much larger terms may be than what they add up to.
         most = min(1e8, LOSS[dtype] / torch.finfo(torch.float64).eps)
         dtype = torch.float64
@@ -130,6 +133,12 @@ def _table(
     # Rows divided by their norms come with those of a value of 1.
     value = torch.ones_like(found.shift) if spec.name == "cosine" else found.shift
     return hsic, torch.maximum((8 * eps * value).square(), 8 * eps * size), unit
+
+
+def _any_twins(xs: Sequence[Tensor], mask: Tensor | None, norms: Tensor) -> bool:
+    if mask is not None:
+        xs, norms = [x[mask] for x in xs], norms[:, mask]
+    return any(twins(x, q) for x, q in zip(xs, norms, strict=True))
 
 
 def _table_fake(xs, mask, scales, *constants):

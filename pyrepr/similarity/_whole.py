@@ -7,6 +7,7 @@ an op as well; higher ones, and forward mode, go through the parts without a loo
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,14 +19,18 @@ from pyrepr.ops._leaf import leaf_op
 
 KERNEL = "str kernel, float bandwidth, float? sigma, int degree, float coef0, float? gamma"  # Kernel.fields()
 TENSORS = "Tensor[] xs, Tensor? mask, Tensor? scales"
-_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+# All that a thread excludes which is in no op.
+_AUTOCAST = functools.reduce(
+    torch._C.DispatchKeySet.__or__,
+    (torch._C.DispatchKeySet(key) for name, key in torch._C.DispatchKey.__members__.items() if "Autocast" in name),
+)
 
 
 @contextlib.contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside an op, to which the dispatcher comes without."""
+    """Autograd and its transforms inside an op, to which the dispatcher comes without them."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude.remove(_AUTOGRAD)):
+    with torch._C._ForceDispatchKeyGuard(include, exclude & _AUTOCAST):
         yield
 
 
@@ -50,7 +55,9 @@ def whole_op(name: str, constants: str, returns: str, fake: Callable, function: 
             return list(torch.func.vjp(first, *(xs[i] for i in of))[1](grad))
 
     def gradients_fake(xs, mask, scales, grad, *rest):
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, w in zip(xs, rest[-1], strict=True) if w]
+        return [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x, w in zip(xs, rest[-1], strict=True) if w
+        ]
 
     def contiguous(*args: Any) -> list[Tensor]:
         return [g.contiguous() for g in gradients(*args)]
@@ -74,8 +81,6 @@ def whole_op(name: str, constants: str, returns: str, fake: Callable, function: 
     return leaf_op(
         f"{name}({TENSORS}, {KERNEL}{more}) -> {returns}",
         fake=fake,
-        derivative=Derivative(
-            reference=lambda args, kept: (function(*args)[0],), backward=backward, fixed=("scales",)
-        ),
+        derivative=Derivative(reference=lambda args, kept: (function(*args)[0],), backward=backward, fixed=("scales",)),
         **dict.fromkeys(everywhere, run),
     )
