@@ -289,6 +289,33 @@ def test_an_element_that_dwarfs_all_others():
         assert (k - torch.tensor(expected)).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"degree": 1}, {"degree": 2, "coef0": 0.0}, {"degree": 4, "coef0": -0.5}])
+def test_what_centring_leaves_of_a_kernel_bounds_the_digits(n, options):
+    """Rows that nearly lie on one line: entries rounded to 2⁻⁵³ of the largest, of which centring leaves a rest.
+
+    Of two samples the biased value is 1 or −1 whatever the entries; it has the same rounding all the same.
+    """
+    spec, y = {"name": "polynomial", **options}, torch.randn(n, 3, dtype=torch.float64)
+    seen = 0
+    for trial in range(24):
+        away = 10.0 ** -(trial % 6)
+        x = torch.randn(1, 5, dtype=torch.float64) + away * torch.randn(n, 5, dtype=torch.float64)
+        value = pyrepr.cka(x, y, kernel=pyrepr.Kernel(**spec), estimator="biased")
+        with mpmath.workdps(60):
+            layers = _exact(x), _exact(y)
+            expected = float(_cka(*layers, spec, "biased", [None, None]))
+            worst = 1.0
+            for layer in layers:
+                k = _kernel(layer, spec, None) - mpmath.mpf(spec.get("coef0", 1.0)) ** spec.get("degree", 3)
+                left = _centred(k, "biased")
+                worst = max(worst, float(abs(k).max() / mpmath.sqrt((left * left).sum())))
+        if 2.0**-53 * worst < 1e-10:  # beyond that it may be called rounding, and NaN
+            seen += 1
+            assert abs(value.item() - expected) < 64 * 2.0**-53 * worst, (value.item(), expected, worst)
+    assert seen > 6
+
+
 @pytest.mark.levels
 @pytest.mark.parametrize("scale", [1e-25, 1e-19, 1e19, 1e25])
 def test_gram_matrices_of_any_magnitude(scale):

@@ -1,7 +1,7 @@
 """Measures as one op each, for graphs: ``torch.compile`` and ``torch.export`` see no numbers, the op that runs does.
 
-What a measure does with the numbers it meets (`_ranges.py`) would be lost in a graph of its parts. First derivatives are
-an op as well; higher ones, and forward mode, go through the parts without a look at numbers.
+What a measure does with the numbers it meets (`_ranges.py`) would be lost in a graph of its parts. First derivatives
+are an op as well; higher ones, and forward mode, go through the parts without a look at numbers.
 """
 
 from __future__ import annotations
