@@ -167,10 +167,7 @@ def _based_matrix(x: Tensor, kernel: str, constants: Tensor, degree: int, centre
     if centre or kernel not in ("rbf", "laplacian"):
         return kernel_matrix(x, x, kernel, scale, degree, offset)
     distance = squared_distances(x, x)
-    if kernel == "rbf":
-        exponent = distance / (-2 * scale**2)
-    else:
-        exponent = _root(distance) / -scale
+    exponent = distance / (-2 * scale**2) if kernel == "rbf" else _root(distance) / -scale
     near = base > 0
     above = torch.exp(torch.where(near, offset, 0)) * torch.expm1(exponent)
     return torch.where(near, above, torch.exp((exponent + torch.where(near, 0, offset)).clamp_max(600)))
