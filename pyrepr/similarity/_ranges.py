@@ -6,8 +6,8 @@ centring spreads over all others), a kernel whose values differ by less than its
 everything is done again in float64, on layers that are brought near 1 first, with kernels of which a constant is
 subtracted, and a factor taken out, before digits are lost (:func:`careful`). It takes two to three times as long.
 
-Seen on the CPU only, where numbers are at hand: not under ``torch.compile`` or ``vmap``, and not on a GPU, whose
-kernels scale layers by themselves.
+Seen on the CPU only, where numbers are at hand: under ``vmap`` entry by entry (`ops/_entries.py`), in a graph by an op
+of the whole measure (`_whole.py`), and not on a GPU, whose kernels scale layers by themselves.
 """
 
 from __future__ import annotations

@@ -193,9 +193,11 @@ def cka(
 
         On the CPU values and gradients are right for layers of any magnitude, every kernel and degree, and with rows
         that dwarf all others: where float32 would not be enough, it is noticed, and everything is done once more in
-        float64 on rescaled layers, in two to three times the time. What float64 cannot tell from rounding is NaN with
-        the same warning. Under ``torch.compile`` and ``vmap``, which hide the numbers, and on a GPU that is not done.
-        Values and gradients have the same bits for any number of threads.
+        float64 on rescaled layers, in two to three times the time; rows that meet, which laplacian's root notices, too.
+        What float64 cannot tell from rounding is NaN with the same warning; its error is 2⁻⁵³ times the largest entry
+        of a kernel over what centring leaves of it. So it is under ``vmap``, at each entry, and in graphs of
+        ``torch.compile`` and ``torch.export`` for values and first derivatives in reverse; not for other derivatives in
+        a graph, nor on a GPU. Values and gradients have the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
