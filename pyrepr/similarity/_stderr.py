@@ -9,7 +9,8 @@ and L with row sums r and s, and a group g of rows that is left out, with κ_j =
 
 K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
 n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
-x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair. Where a row dwarfs the others, all values are computed one by one. The
+standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops.gram import matrix_op
+from pyrepr.similarity._hsic import normalise, scaled_hsic
+from pyrepr.similarity._ranges import LINEAR_NORMS
+from pyrepr.similarity._rescaled import within
 from pyrepr.similarity.kernels import Kernel
+from pyrepr.stats._robust import dominated
 
 Pair = tuple[int, int]
 BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
@@ -102,6 +107,13 @@ def cka_stderr(
     """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route."""
     n = xs[0].shape[0]
     parts, order = _Groups.of(groups, n, xs[0].device)
+    g = len(parts.sizes)
+    spread, lengths = zip(*(_norms(x) for x in xs), strict=True)
+    if dominated(torch.stack(spread)):
+        out = _word_for_word(xs, spec, estimator, [order[parts.index != i] for i in range(g)], split)
+        return out[:split, split:] if split else out
+    if not all(within(float(q.amax()), LINEAR_NORMS[torch.float32]) for q in (*spread, *lengths)):
+        xs = [x.double() for x in xs]
     scales = spec.scales(xs).tolist()
     layers = [_prepare(x[order], spec, scale, parts, estimator) for x, scale in zip(xs, scales, strict=True)]
     left = range(split or len(xs))
@@ -111,11 +123,28 @@ def cka_stderr(
     route = _along_features if features else _along_rows
     rest = dict(route(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
-    g = len(parts.sizes)
     for a, b in pairs:
         value = rest[a, b] / (rest[a, a].sqrt() * rest[b, b].sqrt())
         out[a, b] = out[b, a] = ((g - 1) / g * (value - value.mean()).square().sum()).sqrt()
     return out[:split, split:] if split else out
+
+
+def _norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of the rows around their mean, and around 0, [n] float64 each."""
+    x = x.double()
+    return (x - x.mean(0)).square().sum(1), x.square().sum(1)
+
+
+def _word_for_word(xs: list[Tensor], spec: Kernel, estimator: str, kept: list[Tensor], split: int) -> Tensor:
+    """[L, L], from the CKA of all rows `kept` without each group: where a row dwarfs the others, differences of sums
+    that hold it have no digits of the rest."""
+    scales, found = spec.scales(xs), []
+    for rows in kept:
+        table = scaled_hsic([x[rows] for x in xs], spec, estimator, split=split, scales=scales).hsic
+        own = table.diagonal()
+        found.append(normalise(table, own, own))
+    values, g = torch.stack(found), len(kept)
+    return ((g - 1) / g * (values - values.mean(0)).square().sum(0)).sqrt()
 
 
 def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: str) -> _Layer:
