@@ -109,6 +109,13 @@ def _matrix_workload(layers: list[Tensor], peers: dict[str, Callable], data: str
     )
 
 
+def _bfloat16() -> Workload:
+    """Layers as models in bfloat16 record them; the peers take them as float32, the way they are right with."""
+    layers = [x.bfloat16() for x in random_layers(24, 4096, 768)]
+    wide = {name: lambda xs, f=f: f([x.float() for x in xs]) for name, f in _peers().items()}
+    return _matrix_workload(layers, {"pyrepr, float32": lambda xs: pyrepr.cka_matrix([x.float() for x in xs]), **wide})
+
+
 def _peers(*, torch_cka: bool = False) -> dict[str, Callable]:
     peers: dict[str, Callable] = {"plain torch": plain_cka_matrix}
     if not module_error("cka", "pytorch-cka"):
@@ -218,4 +225,5 @@ def cases() -> list[Case]:
         Case("StreamingCKA exact", "8 192 samples, L=12 d=384", lambda: _streaming(8192)),
         Case("StreamingCKA exact", "98 304 samples, L=12 d=384", lambda: _streaming(98304)),
         Case("cka_matrix", "L=24 n=4096 d=768", lambda: _matrix_workload(random_layers(24, 4096, 768), _peers())),
+        Case("cka_matrix, bf16", "L=24 n=4096 d=768", _bfloat16),
     ]

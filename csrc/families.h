@@ -1,7 +1,7 @@
 // The kernel families, told once: name, type of its functions, the best x86 instruction set that it has code of its own
 // for. Each is csrc/cpu/<name>.cpp and csrc/bindings/<name>.cpp. Define PYREPR_FAMILY, then include; CMakeLists.txt
 // reads these lines too.
-PYREPR_FAMILY(gram, GramFunctions, avx512)
+PYREPR_FAMILY(gram, GramFunctions, avx512_bf16)
 PYREPR_FAMILY(moments, MomentsFunctions, avx512)
 PYREPR_FAMILY(pairs, PairsFunctions, avx512_bf16)
 PYREPR_FAMILY(delta_rule, DeltaRuleFunctions, avx512)

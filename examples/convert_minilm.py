@@ -7,7 +7,8 @@
 Two ways to convert: each of the two linear layers of a network by itself (`pyrepr.convert`), or the network as a whole
 (`LookupLinear.from_mlp`); then `pyrepr.distill`. Two dense baselines take the place of the whole network as well: what
 they reach is owed to the network being nearly linear, not to tables. A dense map with the network's strongest neurons
-beside it, and torch.ao's dynamic int8, are the rivals. Embeddings (mean over tokens) of held-out
+beside it (in float32, then in dynamic int8), torch.ao's dynamic int8 with a scale a channel or one for all, and
+PyTorch's int4 weights are the rivals. Embeddings (mean over tokens) of held-out
 sentences are compared with the original's: their cosine, and the rank correlation (Spearman) of the similarities of
 all pairs.
 
@@ -45,7 +46,8 @@ SPEEDS = ((1, 32), (64, 32))  # sentences × tokens
 class Setting:
     """What becomes of a feed-forward network: ``"linear"``: tables for each linear layer; ``"ffn"``: for both at once;
     ``"dense"``: one linear map of this rank, without tables; ``"neurons"``: a dense map and this many of the network's
-    neurons; ``"int8"``: torch.ao's dynamic int8 of each linear layer, with a scale a channel."""
+    neurons; ``"int8"``: torch.ao's dynamic int8 of each linear layer, with a scale a channel, or with ``rank`` 1 one
+    for all; ``"int4"``: PyTorch's int4 weights in groups of 32, bfloat16 products."""
 
     kind: str
     bits: int = 0
@@ -55,7 +57,9 @@ class Setting:
 
     def __str__(self) -> str:
         if self.kind == "int8":
-            return "dynamic int8"
+            return "dynamic int8, one scale" if self.rank else "dynamic int8"
+        if self.kind == "int4":
+            return "int4 weights"
         if self.neurons:
             return f"dense map and {self.neurons} neurons"
         if self.hash == "two_bit":
@@ -78,7 +82,10 @@ SETTINGS = (
     Setting("neurons", neurons=48),
     Setting("neurons", neurons=384),
     Setting("neurons", neurons=768),
+    Setting("neurons", neurons=1024),
     Setting("int8"),
+    Setting("int8", rank=1),
+    Setting("int4"),
 )
 
 
@@ -190,7 +197,11 @@ def converted(original: nn.Module, setting: Setting, batches: list[Any]) -> nn.M
         print(pyrepr.convert(model, batches, select=select, **options))
         return model
     if setting.kind == "int8":
-        return with_dynamic_int8(model)
+        return with_dynamic_int8(model, per_channel=not setting.rank)
+    if setting.kind == "int4":
+        for holder, name in linear_layers(model):
+            setattr(holder, name, Int4(getattr(holder, name)))
+        return model
 
     def make(network: nn.Module, x: Tensor) -> nn.Module:
         if setting.kind == "dense":
@@ -207,16 +218,43 @@ def converted(original: nn.Module, setting: Setting, batches: list[Any]) -> nn.M
     return model
 
 
-def with_dynamic_int8(model: nn.Module) -> nn.Module:
+def linear_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the linear layers of the feed-forward networks are, or of what took their places."""
+    parts = [part for block in model.encoder.layer for part in (block.intermediate, block.output)]
+    holders = [holder for part in parts for holder in part.modules()]
+    return [(h, name) for h in holders for name, child in h.named_children() if type(child) is nn.Linear]
+
+
+def with_dynamic_int8(model: nn.Module, per_channel: bool = True) -> nn.Module:
     """The model itself; the linear layers of its feed-forward networks become torch.ao's."""
     from torch.ao.nn.quantized.dynamic import Linear
-    from torch.ao.quantization import per_channel_dynamic_qconfig
+    from torch.ao.quantization import default_dynamic_qconfig, per_channel_dynamic_qconfig
 
-    for block in model.encoder.layer:
-        for holder in (block.intermediate, block.output):
-            holder.dense.qconfig = per_channel_dynamic_qconfig
-            holder.dense = Linear.from_float(holder.dense)
+    for holder, name in linear_layers(model):
+        linear = getattr(holder, name)
+        linear.qconfig = per_channel_dynamic_qconfig if per_channel else default_dynamic_qconfig
+        setattr(holder, name, Linear.from_float(linear))
     return model
+
+
+class Int4(nn.Module):
+    """A linear layer whose weights are int4, with a scale and an offset for each group of 32 of a row."""
+
+    def __init__(self, linear: nn.Linear, group: int = 32) -> None:
+        super().__init__()
+        groups = linear.weight.detach().unflatten(1, (-1, group))
+        low, high = groups.amin(2), groups.amax(2)
+        step = ((high - low) / 15).clamp_min(1e-9)
+        codes = ((groups - low[..., None]) / step[..., None]).round().clamp(0, 15).int().flatten(1)
+        self.group = group
+        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.register_buffer("scales", torch.stack([step, low + 8 * step], 2).transpose(0, 1).contiguous().bfloat16())
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group, self.scales)
+        return (y + self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -226,8 +264,10 @@ def bytes_of(module: nn.Module) -> int:
     return size + sum(m.in_features * m.out_features + 20 * m.out_features for m in packed)
 
 
-def with_int8_tables(model: nn.Module) -> nn.Module:
-    """The model itself; its tables become int8."""
+def with_int8(model: nn.Module, setting: Setting) -> nn.Module:
+    """The model itself; its tables become int8, or a map and neurons torch.ao's dynamic int8."""
+    if setting.neurons:
+        return with_dynamic_int8(model)
     for layer in model.modules():
         if isinstance(layer, pyrepr.nn.LookupLinear):
             layer.quantize_("int8")
@@ -240,7 +280,7 @@ def wide(scores: dict[str, float]) -> bool:
 
 
 def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick: bool) -> dict[str, Any]:
-    """Converts, measures, distils, measures; then the same with int8 tables."""
+    """Converts, measures, distils, measures; then the same in int8."""
     start = time.perf_counter()
     model = converted(original, setting, data.calibration)
     before = quality(embed(model, data.test), truth)
@@ -266,8 +306,8 @@ def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick:
         "convert_s": middle - start,
         "distill_s": end - middle,
     }
-    if setting.bits:
-        with_int8_tables(model)
+    if setting.bits or setting.neurons:
+        with_int8(model, setting)
         line["int8"] = {**quality(embed(model, data.test), truth), "speed": speed(model, original, quick)}
     return line
 
@@ -276,8 +316,8 @@ def timed_again(setting: Setting, line: dict[str, Any], original: nn.Module, dat
     """A finished line with new speeds: of a model as converted, since distilling changes values only."""
     model = converted(original, setting, data.calibration)
     line = {**line, "speed": speed(model, original, quick)}
-    if setting.bits:
-        line["int8"] = {**line["int8"], "speed": speed(with_int8_tables(model), original, quick)}
+    if "int8" in line:
+        line["int8"] = {**line["int8"], "speed": speed(with_int8(model, setting), original, quick)}
     return line
 
 
@@ -308,7 +348,14 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
-    colours = {"linear": "#3b528b", "ffn": "#21918c", "dense": "0.55", "neurons": "#d1495b", "int8": "#edae49"}
+    colours = {
+        "linear": "#3b528b",
+        "ffn": "#21918c",
+        "dense": "0.55",
+        "neurons": "#d1495b",
+        "int8": "#edae49",
+        "int4": "#8c6bb1",
+    }
     for i, (axes, (count, length)) in enumerate(zip(figure.subplots(1, 2, sharey=True), SPEEDS, strict=True)):
         for (name, line), marker in zip(lines.items(), itertools.cycle("os^Dv<>PhX*pd"), strict=False):
             ratio = line["speed"][i]["original_ms"] / line["speed"][i]["ms"]
@@ -316,6 +363,10 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot([ratio, ratio], scores, color=colour, linewidth=1, alpha=0.5)
             axes.plot(ratio, scores[0], marker, color=colour, fillstyle="none")
             axes.plot(ratio, scores[1], marker, color=colour, linestyle="none", label=name)
+            if line["kind"] == "neurons" and "int8" in line:  # that of tables is in the table
+                part = line["int8"]
+                ratio = part["speed"][i]["original_ms"] / part["speed"][i]["ms"]
+                axes.plot(ratio, part["spearman"], marker, color=colour, mec=colours["int8"], linestyle="none")
         axes.axvline(1, color="0.8", linewidth=1)
         axes.set_xlabel("speed of the whole model, original = 1")
         axes.set_title(f"{count} sentence{'s' * (count > 1)} of {length} tokens", fontsize=10)
@@ -324,7 +375,8 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     figure.axes[0].set_ylabel("Spearman, similarities of all pairs")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
-        "MiniLM without dense feed-forward networks: hollow as converted, filled after distillation", fontsize=11
+        "MiniLM without dense feed-forward networks: hollow as converted, filled distilled, yellow rim: then int8",
+        fontsize=11,
     )
     figure.savefig(path, dpi=110)
 

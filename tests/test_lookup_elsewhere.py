@@ -116,18 +116,31 @@ class Adapted(nn.Module):
         return self.base_layer
 
 
-def test_adapters_are_left_alone_also_when_asked_and_can_be_merged():
+def test_adapters_are_left_alone_and_can_be_merged():
     model, x = nn.Sequential(Adapted(nn.Linear(16, 16)), nn.Linear(16, 16)), torch.randn(200, 16)
     truth = model[0](x)
     report = convert(model, [x])
     assert [layer.name for layer in report.layers] == ["1"]
-    reason = "belongs to an adapter, Adapted; merge it into the model first"
+    reason = "belongs to an adapter, Adapted; merge it into the model first, or name the base_layer in select"
     names = ("0.base_layer", "0.lora_A.default", "0.lora_B.default")
     assert report.skipped == dict.fromkeys(names, reason)
-    assert convert(model, [x], select="0.base_layer").skipped == {"0.base_layer": reason}
+    assert convert(model, [x], select=["0.base*", "0.lora_?.default"]).skipped == dict.fromkeys(names, reason)
+    assert convert(model, [x], select="0.lora_A.default").skipped == {names[1]: reason}
     model[0] = model[0].merged()
     assert_close(model[0](x), truth)
     assert [layer.name for layer in convert(model, [x]).layers] == ["0"]
+
+
+def test_what_an_adapter_wraps_is_converted_by_its_name_and_cannot_be_merged_then():
+    model, x = nn.Sequential(Adapted(nn.Linear(16, 16))), torch.randn(400, 16)
+    truth, added = model(x), model[0].lora_B["default"](model[0].lora_A["default"](x))
+    report = convert(model, [x], select=["0.base_layer"], rank=16)
+    assert not report.skipped and isinstance(model[0].base_layer, pyrepr.nn.LookupLinear)
+    assert_close(model(x), truth, rtol=0, atol=1e-4)
+    assert_close(model(x) - model[0].base_layer(x), added, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="a lookup layer has no dense weight to compute with"):
+        model[0].merged()
+    assert_close(model(x), truth, rtol=0, atol=1e-4)
 
 
 class Weight(torch.Tensor):

@@ -79,6 +79,53 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
+class Block(nn.Module):
+    """A feed-forward network beside a norm, as users write them."""
+
+    def __init__(self, activation, width=16, out=64):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 32), activation, nn.Linear(32, out))
+
+    def forward(self, x):
+        return self.mlp(self.norm(x))
+
+
+class Unusual(nn.Module):
+    def forward(self, x):
+        return x.clamp(-1, 2)
+
+
+@pytest.mark.parametrize("kind", ["remainder", "tables", "linear+neurons"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), transformers.activations.GELUActivation()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_networks(kind, activation, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = Block(activation).to(dtype)
+    layer = LookupLinear.from_mlp(model.mlp, torch.randn(400, 16).to(dtype), kind=kind, bits=4, neurons=5)
+    if kind == "tables":
+        layer.rest.quantize_("int8").pack_()
+    model.mlp = layer
+    path, x = pyrepr.save_converted(model, tmp_path / "a.safetensors"), torch.randn(7, 16).to(dtype)
+    other = Block(nn.Tanh())
+    again = pyrepr.load_converted(other, path)
+    assert type(again.mlp) is type(layer) and torch.equal(again(x), model(x))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(pyrepr.load_converted(again, path)(x), model(x))
+    what = "linear layer" if kind == "remainder" else "network"
+    for wrong in (Block(nn.ReLU(), out=32), Block(nn.ReLU(), width=8)):
+        with pytest.raises(ValueError, match=f"model must have a {what} mlp, which path holds converted"):
+            pyrepr.load_converted(wrong, path)
+        assert isinstance(wrong.mlp, nn.Sequential)
+
+
+def test_an_activation_that_no_file_can_name(tmp_path):
+    model = Block(Unusual())
+    model.mlp = LookupLinear.from_mlp(model.mlp, torch.randn(400, 16), kind="linear+neurons", neurons=5)
+    with pytest.raises(ValueError, match="that a file can describe, got a Unusual"):
+        pyrepr.save_converted(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("quantize", [None, "bf16", "int8"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("hash", ["one_bit", "two_bit"])

@@ -23,123 +23,101 @@ namespace {
 constexpr int64_t kShort = 8;                 // tokens of a call that decodes
 constexpr int64_t kSmall = int64_t(1) << 16;  // elements of all states times tokens below which threads do not pay
 
-template <class S>
-class DeltaRule {
- public:
-  using Element = typename S::Memory;
+template <class F>
+void by_erase(const DeltaRuleProblem& p, const F& f) {
+  p.beta ? f(std::true_type{}) : f(std::false_type{});
+}
 
-  static Status forward(const DeltaRuleProblem& p, void* o_, float* final, const DeltaRuleStates& states) {
-    Element* const o = static_cast<Element*>(o_);
-    const int64_t heads = p.sequences * p.value_heads, panels = ceil_div(p.value_width, NR);
-    if (heads == 0 || panels == 0) return Status::ok;
-    const int64_t work = heads * p.width * p.value_width * (p.bounds ? ceil_div(p.total, p.sequences) : p.total);
-    const int threads = work < kSmall ? 1 : p.threads;
-    const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
-    const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
-    const bool decoding = p.total <= kShort && !states.data;
-    const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
-    const Memory memory(bytes * threads);
-    if (!memory.ok()) return Status::out_of_memory;
-    const auto run = [&](int64_t task) {
-      float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
-      const Sequence s(p, task / slices);
-      const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
-      if (columns <= 0) return;
-      const Columns at{p, s, v0, columns, o, final + s.state_offset(p) + v0};
-      if (s.length <= 1 && !states.data)
-        step_in_place(at, scratch);
-      else
-        by_erase(p, [&](auto erases) { Recurrence<S, Columns, decltype(erases)::value>(at, scratch).run(states); });
-    };
-    // Token after token, a thread gets the same heads, whose states its cache holds.
-    if (decoding) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-      for (int64_t task = 0; task < heads * slices; task++) run(task);
-    } else {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-      for (int64_t task = 0; task < heads * slices; task++) run(task);
-    }
-    return Status::ok;
+int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
+  return larger(Token::size(p.width) + Panels::size(p.width, NR), Recurrence<true>::size(p.width, slice));
+}
+
+template <int NV>
+void step_columns(const Columns& at, const Token& token, int64_t c, const float* from, float* to, int64_t stride) {
+  alignas(64) float v[NV * W], o[NV * W];
+  by_storage(at.p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v<S>(0, c + j * W), at.columns - c - j * W));
+  });
+  token.step<NV>(at.p.width, at.p.beta, from, to, stride, v, o);
+  by_storage(at.p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int j = 0; j < NV; j++)
+      store_some<S>(at.out<S>(0, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
+  });
+}
+
+// One token or none: one pass over the state where it stands, from the initial to the final one.
+void step_in_place(const Columns& at, float* scratch) {
+  const DeltaRuleProblem& p = at.p;
+  const int64_t stride = p.value_width;
+  const float* from = at.initial();
+  if (!from) {
+    for (int64_t i = 0; i < p.width; i++) zero(at.final + i * stride, at.columns);
+    from = at.final;
   }
-
-  static Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
-    const int64_t tasks = p.sequences * p.value_heads;
-    if (tasks == 0 || p.value_width == 0) return Status::ok;
-    const int64_t bytes = round_up(DeltaRuleBackward<S>::size(p, states.segment) * 4, 64);
-    const Memory memory(bytes * p.threads);
-    if (!memory.ok()) return Status::out_of_memory;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
-    for (int64_t task = 0; task < tasks; task++) {
-      const Sequence s(p, task);
-      DeltaRuleBackward<S>(p, s, states, grads, memory.as<float>(bytes * omp_get_thread_num())).run();
-    }
-    return Status::ok;
+  if (at.s.length == 0) {
+    for (int64_t i = 0; i < p.width && from != at.final; i++)
+      std::memcpy(at.final + i * stride, from + i * stride, static_cast<size_t>(at.columns) * sizeof(float));
+    return;
   }
-
- private:
-  // What one task of the forward works on: value columns [v0, v0 + columns) of a sequence.
-  struct Columns {
-    const DeltaRuleProblem& p;
-    const Sequence& s;
-    int64_t v0, columns;
-    Element* o;    // [B, T, HV, V]
-    float* final;  // [K, columns], rows of V
-
-    const float* initial() const { return p.initial ? p.initial + s.state_offset(p) + v0 : nullptr; }
-    const Element* v(int64_t t, int64_t c) const { return s.token<S>(p.v, t, s.value_head) + v0 + c; }
-    Element* out(int64_t t, int64_t c) const { return o + s.row(p, t) * p.value_width + v0 + c; }
-  };
-
-  template <class F>
-  static void by_erase(const DeltaRuleProblem& p, const F& f) {
-    p.beta ? f(std::true_type{}) : f(std::false_type{});
-  }
-
-  static int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
-    return larger(Token::size(p.width) + Panels::size(p.width, NR), Recurrence<S, Columns, true>::size(p.width, slice));
-  }
-
-  template <int NV>
-  static void step_columns(const Columns& at, const Token& token, int64_t c, const float* from, float* to,
-                           int64_t stride) {
-    alignas(64) float v[NV * W], o[NV * W];
-    for (int j = 0; j < NV; j++) store<float>(v + j * W, load_some<S>(at.v(0, c + j * W), at.columns - c - j * W));
-    token.step<NV>(at.p.width, at.p.beta, from, to, stride, v, o);
-    for (int j = 0; j < NV; j++) store_some<S>(at.out(0, c + j * W), at.columns - c - j * W, load<float>(o + j * W));
-  }
-
-  // One token or none: one pass over the state where it stands, from the initial to the final one.
-  static void step_in_place(const Columns& at, float* scratch) {
-    const DeltaRuleProblem& p = at.p;
-    const int64_t stride = p.value_width;
-    const float* from = at.initial();
-    if (!from) {
-      for (int64_t i = 0; i < p.width; i++) zero(at.final + i * stride, at.columns);
-      from = at.final;
-    }
-    if (at.s.length == 0) {
-      for (int64_t i = 0; i < p.width && from != at.final; i++)
-        std::memcpy(at.final + i * stride, from + i * stride, static_cast<size_t>(at.columns) * sizeof(float));
-      return;
-    }
-    Token token(scratch, p.width);
-    const Panels rest{scratch + Token::size(p.width), p.width};
-    token.load<S>(p, at.s, 0);
-    int64_t c = 0;
-    for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, c, from + c, at.final + c, stride);
-    for (; c + W <= at.columns; c += W) step_columns<1>(at, token, c, from + c, at.final + c, stride);
-    if (c == at.columns) return;
-    load_matrix<StoreF32>(from + c, stride, p.width, p.width, at.columns - c, rest);
-    step_columns<1>(at, token, c, rest.data, rest.data, NR);
-    store_matrix<StoreF32>(rest, p.width, at.columns - c, at.final + c, stride);
-  }
-};
+  Token token(scratch, p.width);
+  const Panels rest{scratch + Token::size(p.width), p.width};
+  token.load(p, at.s, 0);
+  int64_t c = 0;
+  for (; c + 8 * W <= at.columns; c += 8 * W) step_columns<8>(at, token, c, from + c, at.final + c, stride);
+  for (; c + W <= at.columns; c += W) step_columns<1>(at, token, c, from + c, at.final + c, stride);
+  if (c == at.columns) return;
+  load_matrix<StoreF32>(from + c, stride, p.width, p.width, at.columns - c, rest);
+  step_columns<1>(at, token, c, rest.data, rest.data, NR);
+  store_matrix<StoreF32>(rest, p.width, at.columns - c, at.final + c, stride);
+}
 
 Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRuleStates& states) {
-  return by_narrow_dtype(p.dtype, [&](auto s) { return DeltaRule<decltype(s)>::forward(p, o, final, states); });
+  const int64_t heads = p.sequences * p.value_heads, panels = ceil_div(p.value_width, NR);
+  if (heads == 0 || panels == 0) return Status::ok;
+  const int64_t work = heads * p.width * p.value_width * (p.bounds ? ceil_div(p.total, p.sequences) : p.total);
+  const int threads = work < kSmall ? 1 : p.threads;
+  const int64_t slices = heads >= threads ? 1 : smaller(panels, ceil_div(threads, heads));
+  const int64_t slice = ceil_div(panels, slices) * NR;  // value columns per task
+  const bool decoding = p.total <= kShort && !states.data;
+  const int64_t bytes = round_up(forward_size(p, slice) * 4, 64);
+  const Memory memory(bytes * threads);
+  if (!memory.ok()) return Status::out_of_memory;
+  const auto run = [&](int64_t task) {
+    float* const scratch = memory.as<float>(bytes * omp_get_thread_num());
+    const Sequence s(p, task / slices);
+    const int64_t v0 = task % slices * slice, columns = smaller(slice, p.value_width - v0);
+    if (columns <= 0) return;
+    const Columns at{p, s, v0, columns, o, final + s.state_offset(p) + v0};
+    if (s.length <= 1 && !states.data)
+      step_in_place(at, scratch);
+    else
+      by_erase(p, [&](auto erases) { Recurrence<decltype(erases)::value>(at, scratch).run(states); });
+  };
+  // Token after token, a thread gets the same heads, whose states its cache holds.
+  if (decoding) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t task = 0; task < heads * slices; task++) run(task);
+  } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < heads * slices; task++) run(task);
+  }
+  return Status::ok;
 }
+
 Status backward(const DeltaRuleProblem& p, const DeltaRuleStates& states, const DeltaRuleGradients& grads) {
-  return by_narrow_dtype(p.dtype, [&](auto s) { return DeltaRule<decltype(s)>::backward(p, states, grads); });
+  const int64_t tasks = p.sequences * p.value_heads;
+  if (tasks == 0 || p.value_width == 0) return Status::ok;
+  const int64_t bytes = round_up(DeltaRuleBackward::size(p, states.segment) * 4, 64);
+  const Memory memory(bytes * p.threads);
+  if (!memory.ok()) return Status::out_of_memory;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+  for (int64_t task = 0; task < tasks; task++) {
+    const Sequence s(p, task);
+    DeltaRuleBackward(p, s, states, grads, memory.as<float>(bytes * omp_get_thread_num())).run();
+  }
+  return Status::ok;
 }
 
 }  // namespace

@@ -77,7 +77,6 @@ inline void add_decayed_terms_of_later(const Panels& wx, const Panels& x, const 
     }
 }
 
-template <class S>
 class DeltaRuleBackward {
  public:
   // Floats one thread needs: the states, V' and X^T of a segment, the gradient of the state, and one chunk's matrices.
@@ -153,7 +152,6 @@ class DeltaRuleBackward {
   Panels state_of(int64_t i) const { return {segment_states.data + i * kp * vp, kp}; }
   Panels values_of(int64_t i) const { return {segment_values.data + i * C * vp, C}; }
   Panels inverse_of(int64_t i) const { return {segment_inverses.data + i * C * C, C}; }
-  const typename S::Memory* v(int64_t t) const { return s.token<S>(p.v, t, s.value_head); }
 
   // S, V' and X^T of chunks [first, last), from the kept state before `first`.
   void recompute(int64_t kept, int64_t first, int64_t last) {
@@ -162,16 +160,16 @@ class DeltaRuleBackward {
     const Panels scratch = d_r, used = d_values;
     for (int64_t i = 0; first + i < last; i++) {
       const int64_t t0 = (first + i) * C;
-      chunk.load_k<S>(p, s, t0);
+      chunk.load_k(p, s, t0);
       Requests requests;
-      request<S>(requests, s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
-      request<S>(requests, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      request(requests, p, s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
+      request(requests, p, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
       request_gates(requests, p, s, t0 + C, t0 + 2 * C);
       requests.spread(vp / NR * (C + p.width) / Panels::MR);
       chunk.solve(p);
       if (p.beta) copy_panels(chunk.xt, C, C, inverse_of(i));
       chunk.gate(p, false);
-      load_matrix<S>(v(t0), p.v.token, smaller(C, s.length - t0), C, p.value_width, scratch);
+      load_values(p, s, t0, smaller(C, s.length - t0), scratch);
       new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
       if (first + i + 1 == last) break;
       copy_panels(values_of(i), C, vp, used);
@@ -184,8 +182,8 @@ class DeltaRuleBackward {
   void step(int64_t t0, int64_t i) {
     const int64_t rows = smaller(C, s.length - t0);
     const Panels state = state_of(i), values = values_of(i);
-    chunk.load_k<S>(p, s, t0);
-    chunk.load_q<S>(p, s, t0, 1);
+    chunk.load_k(p, s, t0);
+    chunk.load_q(p, s, t0, 1);
     load_matrix<StoreF32>(grads.o + s.row(p, t0) * p.value_width, p.value_heads * p.value_width, rows, C, p.value_width,
                           d_o);
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_o.data + at, load<float>(d_o.data + at) * p.scale);
@@ -229,9 +227,9 @@ class DeltaRuleBackward {
     if (p.gate == Gate::per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
     if (t0 > 0) {
       const int64_t back = C * p.value_heads * p.value_width;
-      request<S>(all, s, p.q, t0 - C, t0, s.head, p.width);
-      request<S>(all, s, p.k, t0 - C, t0, s.head, p.width);
-      request<S>(all, s, p.v, t0 - C, t0, s.value_head, p.value_width);
+      request(all, p, s, p.q, t0 - C, t0, s.head, p.width);
+      request(all, p, s, p.k, t0 - C, t0, s.head, p.width);
+      request(all, p, s, p.v, t0 - C, t0, s.value_head, p.value_width);
       all.add(grads.o + value - back, C, value_stride, p.value_width * item);
       request_gates(all, p, s, t0 - C, t0);
     }
@@ -344,7 +342,7 @@ class DeltaRuleBackward {
   void write(int64_t t0, int64_t rows, double end) {
     const Gates& gates = chunk.gates;
     const Panels& raw = d_values;
-    load_matrix<S>(v(t0), p.v.token, rows, C, p.value_width, raw);
+    load_values(p, s, t0, rows, raw);
     alignas(64) float of_values[C], of_z[C], of_q[C], of_rest[C];
     row_products(d_r, raw, vp, of_values);
     row_products(z, chunk.k, kp, of_z);

@@ -29,6 +29,9 @@ inline V difference(const double* sums, double minus) {
   return __builtin_convertvector(x - minus, V);
 }
 
+// Of q, k, v and o. Everything else is in float.
+inline int64_t bytes_of_element(const DeltaRuleProblem& p) { return p.dtype == DType::f32 ? 4 : 2; }
+
 // One sequence of one head: where its tokens start and how many they are.
 struct Sequence {
   int64_t batch, start, length, head, value_head, number;
@@ -46,9 +49,15 @@ struct Sequence {
   int64_t row(const DeltaRuleProblem& p, int64_t t) const {
     return (batch * p.total + start + t) * p.value_heads + value_head;
   }
+  int64_t element(const Tokens& x, int64_t t, int64_t h) const {
+    return batch * x.batch + (start + t) * x.token + h * x.head;
+  }
   template <class S>
   const typename S::Memory* token(const Tokens& x, int64_t t, int64_t h) const {
-    return static_cast<const typename S::Memory*>(x.data) + batch * x.batch + (start + t) * x.token + h * x.head;
+    return static_cast<const typename S::Memory*>(x.data) + element(x, t, h);
+  }
+  const char* address(const DeltaRuleProblem& p, const Tokens& x, int64_t t, int64_t h) const {
+    return static_cast<const char*>(x.data) + element(x, t, h) * bytes_of_element(p);
   }
   int64_t state_offset(const DeltaRuleProblem& p) const {
     return (number * p.value_heads + value_head) * p.width * p.value_width;
@@ -64,11 +73,10 @@ struct Sequence {
 
 // Requests tokens [t0, t1) of a [B, T, H, D] tensor: their rows are too short for the hardware prefetcher, and far
 // apart.
-template <class S>
-inline void request(Requests& requests, const Sequence& s, const Tokens& x, int64_t t0, int64_t t1, int64_t head,
-                    int64_t width) {
-  constexpr int64_t item = sizeof(typename S::Memory);
-  requests.add(s.token<S>(x, t0, head), smaller(t1, s.length) - t0, x.token * item, width * item);
+inline void request(Requests& requests, const DeltaRuleProblem& p, const Sequence& s, const Tokens& x, int64_t t0,
+                    int64_t t1, int64_t head, int64_t width) {
+  const int64_t item = bytes_of_element(p);
+  requests.add(s.address(p, x, t0, head), smaller(t1, s.length) - t0, x.token * item, width * item);
 }
 
 // The same for a gate per key.
@@ -108,12 +116,16 @@ inline float load_key(const typename S::Memory* in, int64_t width, int64_t padde
 }
 
 // Tokens [t0, t0 + rows) of q or k as [C, K]; rows past the end are zero.
-template <class S>
-void load_keys(const Sequence& s, const Tokens& x, int64_t t0, int64_t rows, int64_t width, bool l2norm, float scale,
-               const Panels& out, float* inverses) {
-  const int64_t padded = round_up(width, NR);
-  for (int64_t t = 0; t < rows; t++)
-    inverses[t] = load_key<S>(s.token<S>(x, t0 + t, s.head), width, padded, l2norm, scale, out.at(t, 0), C * NR);
+__attribute__((noinline)) inline void load_keys(const DeltaRuleProblem& p, const Sequence& s, const Tokens& x,
+                                                int64_t t0, int64_t rows, float scale, const Panels& out,
+                                                float* inverses) {
+  const int64_t padded = round_up(p.width, NR);
+  by_storage(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t t = 0; t < rows; t++)
+      inverses[t] =
+          load_key<S>(s.token<S>(x, t0 + t, s.head), p.width, padded, p.l2norm, scale, out.at(t, 0), C * NR);
+  });
   for (int64_t t = rows; t < C; t++)
     for (int64_t c = 0; c < padded; c += W) store<float>(out.at(t, c), V{});
 }
@@ -278,6 +290,14 @@ void store_matrix(const Panels& in, int64_t rows, int64_t width, typename S::Mem
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < width; c += W) store_some<S>(out + r * stride + c, width - c, load<float>(in.at(r, c)));
 }
+// Tokens [t0, t0 + rows) of v as [C, V].
+__attribute__((noinline)) inline void load_values(const DeltaRuleProblem& p, const Sequence& s, int64_t t0,
+                                                  int64_t rows, const Panels& out) {
+  by_storage(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    load_matrix<S>(s.token<S>(p.v, t0, s.value_head), p.v.token, rows, C, p.value_width, out);
+  });
+}
 
 // The decays of a chunk when every key channel has its own.
 struct KeyGates {
@@ -340,12 +360,11 @@ struct Chunk {
     pt = {xt.data + C * C, C};
   }
 
-  template <class S>
   void load_k(const DeltaRuleProblem& p, const Sequence& s, int64_t t0) {
     const int64_t rows = smaller(C, s.length - t0);
     gates.load(p, s, t0, rows);
     fill_gamma(gates, gamma);
-    load_keys<S>(s, p.k, t0, rows, p.width, p.l2norm, 1, k, k_inverse);
+    load_keys(p, s, p.k, t0, rows, 1, k, k_inverse);
     if (p.gate == Gate::per_key)
       key_gates.load(p, s, t0, rows);
     else
@@ -363,9 +382,8 @@ struct Chunk {
     invert(pt, xt);
   }
   // q and P^T, both with the factor `scale`.
-  template <class S>
   void load_q(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, float scale) {
-    load_keys<S>(s, p.q, t0, smaller(C, s.length - t0), p.width, p.l2norm, scale, q, q_inverse);
+    load_keys(p, s, p.q, t0, smaller(C, s.length - t0), scale, q, q_inverse);
     if (p.gate == Gate::per_key) {
       decayed_products(k, q, key_gates.step, p.width, pt);
     } else {

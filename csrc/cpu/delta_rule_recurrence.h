@@ -29,11 +29,13 @@ struct Token {
     decayed_q = decayed_k + round_up(width, NR);
   }
 
-  template <class S>
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t) {
     const int64_t padded = round_up(p.width, NR), row = s.row(p, t);
-    load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
-    load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
+    by_storage(p.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
+      load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
+    });
     beta = p.beta ? p.beta[row] : 1;
     const V same = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row])) : splat<float>(1);
     V products{};
@@ -97,8 +99,27 @@ struct Token {
 constexpr int64_t kWindow = 16;
 static_assert(C % kWindow == 0, "states are kept between chunks of the backward");
 
-// Value columns of a sequence through all its tokens. Columns: see DeltaRule<S>::Columns.
-template <class S, class Columns, bool erases>
+// What one task of the forward works on: value columns [v0, v0 + columns) of a sequence.
+struct Columns {
+  const DeltaRuleProblem& p;
+  const Sequence& s;
+  int64_t v0, columns;
+  void* o;       // [B, T, HV, V]
+  float* final;  // [K, columns], rows of V
+
+  const float* initial() const { return p.initial ? p.initial + s.state_offset(p) + v0 : nullptr; }
+  template <class S>
+  const typename S::Memory* v(int64_t t, int64_t c) const {
+    return s.token<S>(p.v, t, s.value_head) + v0 + c;
+  }
+  template <class S>
+  typename S::Memory* out(int64_t t, int64_t c) const {
+    return static_cast<typename S::Memory*>(o) + s.row(p, t) * p.value_width + v0 + c;
+  }
+};
+
+// Value columns of a sequence through all its tokens.
+template <bool erases>
 class Recurrence {
  public:
   static int64_t size(int64_t width, int64_t columns) {
@@ -155,7 +176,7 @@ class Recurrence {
   void load_tokens(int64_t t0, int64_t rows) {
     for (int64_t r = 0; r <= rows && t0 + r < at_.s.length; r++) {
       Token next = token(r);
-      next.load<S>(p_, at_.s, t0 + r);
+      next.load(p_, at_.s, t0 + r);
       if (r == rows) break;
       beta_[r] = next.beta;
       kq_[r] = next.kq;
@@ -200,7 +221,10 @@ class Recurrence {
     // What is far apart in memory, four kilobytes often, would push itself out of L1 row by row.
     alignas(64) float v[kWindow * NR], o[kWindow * NR];
     const Panels columns{v, kWindow}, out{o, kWindow};
-    load_matrix<S>(at_.v(t0, b * NR), p_.v.token, rows, kWindow, count(b), columns);
+    by_storage(p_.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      load_matrix<S>(at_.v<S>(t0, b * NR), p_.v.token, rows, kWindow, count(b), columns);
+    });
     for (int64_t r = 0; r < rows; r++) {
       ask(t0 + kWindow + r, b);
       for (int j = 0; j < NV; j++) {
@@ -223,20 +247,26 @@ class Recurrence {
           break;
       }
     }
-    store_matrix<S>(out, rows, count(b), at_.out(t0, b * NR), p_.value_heads * p_.value_width);
+    by_storage(p_.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      store_matrix<S>(out, rows, count(b), at_.out<S>(t0, b * NR), p_.value_heads * p_.value_width);
+    });
     keep(b, erased, read);
   }
 
-  // Asks memory for this block's share of a token: the hardware does not see it coming.
-  void ask(int64_t t, int64_t b) const {
+  // Asks memory for this block's share of a token: the hardware does not see it coming. Inlined by force, as GCC drops
+  // calls of a function that only prefetches.
+  __attribute__((always_inline)) void ask(int64_t t, int64_t b) const {
     if (t >= at_.s.length) return;
-    const auto some = [](const typename S::Memory* x, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i += 64 / static_cast<int64_t>(sizeof *x)) __builtin_prefetch(x + i, 0, 2);
+    const int64_t item = bytes_of_element(p_);
+    const auto some = [&](const Tokens& x, int64_t head, int64_t from, int64_t to) __attribute__((always_inline)) {
+      const char* const row = at_.s.address(p_, x, t, head);
+      for (int64_t i = from * item; i < to * item; i += 64) __builtin_prefetch(row + i, 0, 2);
     };
     const int64_t first = p_.width * b / blocks_, last = p_.width * (b + 1) / blocks_;
-    some(at_.s.template token<S>(p_.k, t, at_.s.head), first, last);
-    some(at_.s.template token<S>(p_.q, t, at_.s.head), first, last);
-    some(at_.v(t, b * NR), 0, count(b));
+    some(p_.k, at_.s.head, first, last);
+    some(p_.q, at_.s.head, first, last);
+    some(p_.v, at_.s.value_head, at_.v0 + b * NR, at_.v0 + b * NR + count(b));
     if (p_.gate == Gate::per_key)
       for (int64_t i = first; i < last; i += 16) __builtin_prefetch(p_.g + at_.s.row(p_, t) * p_.width + i, 0, 2);
   }

@@ -5,6 +5,13 @@
 #include "cpu/gram.h"
 
 #include "cpu/pairs.h"
+#if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/gram_pairs.h"
+#endif
+
+namespace pyrepr::cpu::avx512 {
+GramFunctions gram_functions();
+}
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -50,6 +57,80 @@ void row_and_column_sums(const Tile<T>& tile, double* row_sums, double* col_sums
   }
 }
 
+// What follows depends on how elements are computed with and not on how they are stored, and is made once for all
+// dtypes that are stored: with seven kernels inlined, it is much code.
+template <class T>
+__attribute__((noinline)) void to_kernel(const GramProblem& p, int64_t l, const Tile<T>& tile, const double* q_rows,
+                                         const double* q_cols, double shift) {
+  with_kernel<T>(p, l, [&](auto k) { apply_kernel(k, tile, q_rows, q_cols, static_cast<T>(shift)); });
+}
+
+constexpr int64_t kMeanPairs = 1024;  // (i, i + n/2) whose mean stands for the mean over all, and is always the same
+inline int64_t mean_pairs(const GramProblem& p) { return p.n < 2 ? 0 : smaller(p.n, kMeanPairs); }
+inline int64_t pair_first(const GramProblem& p, int64_t t) { return t * p.n / mean_pairs(p); }
+inline int64_t pair_second(const GramProblem& p, int64_t t) { return (pair_first(p, t) + p.n / 2) % p.n; }
+
+// The mean of the kernel over those pairs, of their inner products.
+template <class T>
+__attribute__((noinline)) double mean_kernel(const GramProblem& p, int64_t l, const T* dots, const double* q) {
+  double sum = 0;
+  with_kernel<T>(p, l, [&](auto k) {
+    for (int64_t t = 0; t < mean_pairs(p); t++) {
+      const double q_i = k.norm(q[pair_first(p, t)]), q_j = k.norm(q[pair_second(p, t)]);
+      sum += rounded<T>(k(splat<T>(dots[t]), static_cast<T>(q_i), splat<T>(static_cast<T>(q_j))))[0];
+    }
+  });
+  return p.n < 2 ? 0 : sum / static_cast<double>(mean_pairs(p));
+}
+
+// Turns the squared norms in d into the kernel's diagonal, and gives a linear kernel its row sums: centred rows add
+// up to zero, so the sum over j != i is minus the diagonal.
+template <class T>
+__attribute__((noinline)) void finish(const GramProblem& p, const GramStats& out) {
+  for (int64_t l = 0; l < p.count; l++)
+    with_kernel<T>(p, l, [&](auto k) {
+      for (int64_t i = l * p.n; i < (l + 1) * p.n; i++) {
+        if (p.kernel == GramKernel::linear) out.r[i] = -out.d[i] - out.shift[l] * static_cast<double>(p.n - 1);
+        out.d[i] = k.diagonal(out.d[i]) - out.shift[l];
+      }
+    });
+}
+
+constexpr int64_t kBins = 65536;
+
+template <class T>
+double squared_distance(T dot, double q_i, double q_j) {
+  const double d = q_i + q_j - 2 * static_cast<double>(dot);
+  return d < 0 ? 0 : d;
+}
+template <class T>
+uint64_t bits(double x) {
+  const T value = static_cast<T>(x);
+  uint64_t u = 0;
+  std::memcpy(&u, &value, sizeof value);
+  return u;
+}
+template <class T>
+double from_bits(uint64_t u) {
+  T value;
+  std::memcpy(&value, &u, sizeof value);
+  return static_cast<double>(value);
+}
+
+// bins [2, kBins]: how many of the squared distances above the diagonal that begin with `prefix` go on with each 16
+// bits.
+template <class T>
+__attribute__((noinline)) void count_distances(const Tile<T>& tile, const double* q, int shift, const uint64_t* prefix,
+                                               int64_t* bins) {
+  const Span& at = tile.at;
+  for (int64_t i = 0; i < at.rows; i++)
+    for (int64_t j = larger<int64_t>(0, at.r0 + i + 1 - at.c0); j < at.cols; j++) {
+      const uint64_t key = bits<T>(squared_distance(tile.row(i)[j], q[at.r0 + i], q[at.c0 + j]));
+      for (int which = 0; which < 2; which++)
+        if ((key >> shift >> 16) == prefix[which]) bins[which * kBins + (key >> shift & 0xffff)]++;
+    }
+}
+
 template <class S>
 class Gram {
  public:
@@ -65,7 +146,7 @@ class Gram {
     std::memcpy(out.d, out.norms, static_cast<size_t>(p.count * p.n) * sizeof(double));
     for (int64_t l = 0; l < p.count; l++)
       out.shift[l] = linear ? linear_shift(p, l, out.d + l * p.n)
-                            : mean_kernel(p, prepared.samples(l), l, out.d + l * p.n);
+                            : mean_of_pairs(p, prepared.samples(l), l, out.d + l * p.n);
 
     Walk walk{TileShape(p.n, p.n, MR, NR, p.count, sizeof(T))};
     walk.deepest = deepest(p);
@@ -88,7 +169,7 @@ class Gram {
       if (out.dots) keep(tile, p.n, static_cast<T*>(out.dots) + l * p.n * p.n);
       if (!linear || out.shift[l] != 0) {
         const double* const q = out.d + l * p.n;
-        with_kernel<T>(p, l, [&](auto k) { apply_kernel(k, tile, q, q, static_cast<T>(out.shift[l])); });
+        to_kernel(p, l, tile, q, q, out.shift[l]);
       }
       drop_uncounted(tile, true);
       if (!linear) row_and_column_sums(tile, row_sums + l * shape.rows, col_sums + l * shape.cols);
@@ -106,9 +187,15 @@ class Gram {
         for (int64_t j = 0; j < at.cols; j++) out.r[l * p.n + at.c0 + j] += col_sums[l * shape.cols + j];
       }
     };
-    const Status status = for_each_tile<T>(
-        walk, p.threads, [&](int64_t, int64_t l) { return with_itself(p, prepared, l); }, epilogue, commit);
-    finish(p, out);
+#if defined(PYREPR_LEVEL_avx512_bf16)
+    const LayerPairs layers(p, prepared, out.norms);
+    if (!layers.ok()) return Status::out_of_memory;
+    const auto product = [&](int64_t, int64_t l) { return layers.of(l); };
+#else
+    const auto product = [&](int64_t, int64_t l) { return with_itself(p, prepared, l); };
+#endif
+    const Status status = for_each_tile<T>(walk, p.threads, product, epilogue, commit);
+    finish<T>(p, out);
     return status;
   }
 
@@ -132,7 +219,7 @@ class Gram {
         walk, p.threads, [&](int64_t, int64_t) { return product; },
         [&](const Tile<T>& tile, int64_t, int64_t, int64_t) {
           const Span& at = tile.at;
-          if (!linear) with_kernel<T>(p, 0, [&](auto k) { apply_kernel(k, tile, q_rows, q_cols, T(0)); });
+          if (!linear) to_kernel(p, 0, tile, q_rows, q_cols, 0);
           if (!symmetric) return copy_out(tile, m, out);
           if (shift_invariant(p.kernel) && !linear)  // exactly 1, not 1 - rounding
             for (int64_t i = larger(at.r0, at.c0); i < smaller(at.r0 + at.rows, at.c0 + at.cols); i++)
@@ -174,7 +261,7 @@ class Gram {
           prefix[which] = prefix[which] << 16 | static_cast<uint64_t>(bin);
         }
       }
-      median[l] = (__builtin_sqrt(from_bits(prefix[0])) + __builtin_sqrt(from_bits(prefix[1]))) / 2;
+      median[l] = (__builtin_sqrt(from_bits<T>(prefix[0])) + __builtin_sqrt(from_bits<T>(prefix[1]))) / 2;
     }
     return Status::ok;
   }
@@ -196,8 +283,6 @@ class Gram {
   }
 
  private:
-  static constexpr int64_t kBins = 65536;
-
   static Product<S, S> with_itself(const GramProblem& p, const Prepared<S>& prepared, int64_t l) {
     const Source<S> x = prepared.samples(l);
     return {x, x, p.n, p.n, p.layers[l].cols, true};
@@ -217,62 +302,31 @@ class Gram {
     for (int64_t i = 0; i < p.n; i++) sum += q[i];
     return static_cast<double>(static_cast<T>(-sum / static_cast<double>(p.n * (p.n - 1))));
   }
-
-  // The mean of the kernel over up to 1024 pairs (i, i + n/2): close to the mean over all, and always the same.
-  static double mean_kernel(const GramProblem& p, const Source<S>& x, int64_t l, const double* q) {
-    const int64_t pairs = smaller<int64_t>(p.n, 1024);
-    if (p.n < 2) return 0;
-    double sum = 0;
-    for (int64_t t = 0; t < pairs; t++) {
-      const int64_t i = t * p.n / pairs, j = (i + p.n / 2) % p.n;
-      const T dot = static_cast<T>(Prepared<S>::row_product(x, i, j, p.layers[l].cols));
-      with_kernel<T>(p, l, [&](auto k) {
-        const Vec<T> value = k(splat<T>(dot), static_cast<T>(k.norm(q[i])), splat<T>(static_cast<T>(k.norm(q[j]))));
-        sum += rounded<T>(value)[0];
-      });
-    }
-    return sum / static_cast<double>(pairs);
-  }
-
-  // bins [2, kBins]: how many of the squared distances above the diagonal that begin with `prefix` go on with each 16
-  // bits.
-  static void count_distances(const Tile<T>& tile, const double* q, int shift, const uint64_t* prefix, int64_t* bins) {
-    const Span& at = tile.at;
-    for (int64_t i = 0; i < at.rows; i++)
-      for (int64_t j = larger<int64_t>(0, at.r0 + i + 1 - at.c0); j < at.cols; j++) {
-        const uint64_t key = bits(squared_distance(tile.row(i)[j], q[at.r0 + i], q[at.c0 + j]));
-        for (int which = 0; which < 2; which++)
-          if ((key >> shift >> 16) == prefix[which]) bins[which * kBins + (key >> shift & 0xffff)]++;
-      }
-  }
-  static double squared_distance(T dot, double q_i, double q_j) {
-    const double d = q_i + q_j - 2 * static_cast<double>(dot);
-    return d < 0 ? 0 : d;
-  }
-  static uint64_t bits(double x) {
-    const T value = static_cast<T>(x);
-    uint64_t u = 0;
-    std::memcpy(&u, &value, sizeof value);
-    return u;
-  }
-  static double from_bits(uint64_t u) {
-    T value;
-    std::memcpy(&value, &u, sizeof value);
-    return static_cast<double>(value);
-  }
-
-  // Turns the squared norms in d into the kernel's diagonal, and gives a linear kernel its row sums: centred rows add
-  // up to zero, so the sum over j != i is minus the diagonal.
-  static void finish(const GramProblem& p, const GramStats& out) {
-    for (int64_t l = 0; l < p.count; l++)
-      with_kernel<T>(p, l, [&](auto k) {
-        for (int64_t i = l * p.n; i < (l + 1) * p.n; i++) {
-          if (p.kernel == GramKernel::linear) out.r[i] = -out.d[i] - out.shift[l] * static_cast<double>(p.n - 1);
-          out.d[i] = k.diagonal(out.d[i]) - out.shift[l];
-        }
-      });
+  static double mean_of_pairs(const GramProblem& p, const Source<S>& x, int64_t l, const double* q) {
+    T dots[kMeanPairs];
+    for (int64_t t = 0; t < mean_pairs(p); t++)
+      dots[t] = static_cast<T>(
+          Prepared<S>::row_product(x, pair_first(p, t), pair_second(p, t), p.layers[l].cols));
+    return mean_kernel(p, l, dots, q);
   }
 };
+
+#if defined(PYREPR_LEVEL_avx512_bf16)  // adds products of bfloat16 rows
+
+Status stats(const GramProblem& p, const GramStats& out) {
+  if (p.dtype != DType::bf16 || p.kernel != GramKernel::linear) return avx512::gram_functions().stats(p, out);
+  return Gram<StoreBf16>::stats(p, out);
+}
+
+}  // namespace
+
+GramFunctions gram_functions() {
+  GramFunctions functions = avx512::gram_functions();
+  functions.stats = stats;
+  return functions;
+}
+
+#else
 
 Status stats(const GramProblem& p, const GramStats& out) {
   return by_dtype(p.dtype, [&](auto s) { return Gram<decltype(s)>::stats(p, out); });
@@ -290,5 +344,7 @@ Status apply(const GramProblem& p, bool centre, const void* weights, int64_t row
 }  // namespace
 
 GramFunctions gram_functions() { return {stats, matrix, median, apply}; }
+
+#endif
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -172,11 +172,10 @@ Status hash(const LookupHash& p, int32_t* codes, void* weights) {
     using X = decltype(x);
     using T = typename X::T;
     const int64_t K = chunks_of(p);
-    return for_each_token<X>(p, [&](const Chunks<X>& chunks, int64_t t) {
-      chunks.hash([&](int64_t k, int64_t count, const typename Chunks<X>::Hashed& hashed) {
-        std::memcpy(codes + t * K + k, hashed.codes, static_cast<size_t>(count) * sizeof *codes);
-        std::memcpy(static_cast<T*>(weights) + t * K + k, hashed.weights, static_cast<size_t>(count) * sizeof(T));
-      });
+    return for_each_token<X>(p, [&](Chunks<T>& chunks, int64_t t) {
+      chunks.hash();
+      std::memcpy(codes + t * K, chunks.codes(), static_cast<size_t>(K) * sizeof *codes);
+      std::memcpy(static_cast<T*>(weights) + t * K, chunks.weights(), static_cast<size_t>(K) * sizeof(T));
     });
   });
 }
@@ -186,7 +185,7 @@ Status hash_backward(const LookupHash& p, const void* grad_weights, void* grad) 
     using X = decltype(x);
     using T = typename X::T;
     const int64_t d = p.x.cols, K = chunks_of(p);
-    return for_each_token<X>(p, [&](Chunks<X>& chunks, int64_t t) {
+    return for_each_token<X>(p, [&](const Chunks<T>& chunks, int64_t t) {
       chunks.derivative(static_cast<const T*>(grad_weights) + t * K, static_cast<T*>(grad) + t * d);
     });
   });

@@ -66,21 +66,18 @@ __attribute__((always_inline)) inline void transpose_eights(Vec<T> (&v)[8]) {
   }
 }
 
-// One row of x at a time, W chunks at a time.
-template <class X>
+// One row of x at a time, W chunks at a time. What is read is of any storage type with sums of type T; the rest, most of
+// the code, is made once for all of them, and never inlined.
+template <class T>
 class Chunks {
  public:
-  using T = typename X::T;
   using V = Vec<T>;
   using I = typename Lanes<T>::I;
   static constexpr int W = Lanes<T>::W;
 
-  struct Hashed {
-    int32_t codes[W];
-    T weights[W];
-  };
-
-  static int64_t bytes(const LookupHash& p) { return round_up(2 * padded(p) * int64_t(sizeof(T)), 64); }
+  static int64_t bytes(const LookupHash& p) {
+    return round_up(2 * padded(p) * int64_t(sizeof(T)) + round_up(chunks_of(p), W) * int64_t(4 + sizeof(T)), 64);
+  }
   Chunks(const LookupHash& p, void* buffer)
       : p_(p),
         width_(static_cast<int>(width_of(p))),
@@ -88,33 +85,37 @@ class Chunks {
         centre_(static_cast<const T*>(p.centre)),
         scale_(static_cast<const T*>(p.scale)),
         z_(static_cast<T*>(buffer)),
-        grad_(z_ + padded(p)) {
+        grad_(z_ + padded(p)),
+        weights_(grad_ + padded(p)),
+        codes_(reinterpret_cast<int32_t*>(weights_ + round_up(count_, W))) {
     const double slope = 2 / p.temperature, largest = sizeof(T) == 4 ? 3e38 : 1e308;
     slope_ = static_cast<T>(slope < largest ? slope : largest);
     std::memset(z_ + p.x.cols, 0, static_cast<size_t>(padded(p) - p.x.cols) * sizeof(T));
   }
 
+  template <class X>
   void read(int64_t t) {
     const auto* const row = static_cast<const typename X::Memory*>(p_.x.data) + t * p_.x.row_stride;
     if (centre_)
-      copy(row, [&](int64_t i, int64_t count, V x) { return standardised(i, count, x); });
+      copy<X>(row, [&](int64_t i, int64_t count, V x) { return standardised(i, count, x); });
     else
-      copy(row, [](int64_t, int64_t, V x) { return x; });
+      copy<X>(row, [](int64_t, int64_t, V x) { return x; });
   }
 
-  // use(k, count, hashed) for count <= W chunks from k on
-  template <class Use>
-  void hash(Use use) const {
+  // Fills codes() [K] and weights() [K].
+  __attribute__((noinline)) void hash() {
     by_width([&](auto width) {
       if (p_.kind == Hash::two_bit)
-        hash_chunks<width, true>(use);
+        hash_chunks<width, true>();
       else
-        hash_chunks<width, false>(use);
+        hash_chunks<width, false>();
     });
   }
+  const int32_t* codes() const { return codes_; }
+  const T* weights() const { return weights_; }
 
   // grad [d] = outer [K] times the derivative of the weights with respect to x. That of |z| is 0 at 0.
-  void derivative(const T* outer, T* grad) const {
+  __attribute__((noinline)) void derivative(const T* outer, T* grad) const {
     by_width([&](auto width) { derivative_of_chunks<width>(outer); });
     for (int64_t i = 0; scale_ && i < p_.x.cols; i++) grad_[i] *= scale_[i];
     std::memcpy(grad, grad_, static_cast<size_t>(p_.x.cols) * sizeof(T));
@@ -135,7 +136,7 @@ class Chunks {
   }
 
   // z = f(i, count, x) of the `count` elements x of the row from i on.
-  template <class F>
+  template <class X, class F>
   void copy(const typename X::Memory* row, F f) {
     const int64_t d = p_.x.cols;
     int64_t i = 0;
@@ -172,8 +173,8 @@ class Chunks {
   }
 
   // WIDTH is the elements of a chunk, or 0 if they are known only here.
-  template <int WIDTH, bool TWO, class Use>
-  void hash_chunks(Use use) const {
+  template <int WIDTH, bool TWO>
+  void hash_chunks() {
     typedef int32_t Codes __attribute__((vector_size(W * 4)));
     const int width = WIDTH ? WIDTH : width_;
     for (int64_t k = 0; k < count_; k += W) {
@@ -191,11 +192,9 @@ class Chunks {
         }
         sums(z[i], sum, inverse);
       }
-      Hashed hashed;
       const Codes narrow = __builtin_convertvector(code, Codes);
-      std::memcpy(hashed.codes, &narrow, sizeof narrow);
-      store<T>(hashed.weights, weight(sum, inverse));
-      use(k, smaller<int64_t>(W, count_ - k), hashed);
+      std::memcpy(codes_ + k, &narrow, sizeof narrow);
+      store<T>(weights_ + k, weight(sum, inverse));
     }
   }
 
@@ -267,19 +266,19 @@ class Chunks {
   const int width_;
   const int64_t count_;  // K
   const T *const centre_, *const scale_;
-  T* const z_;
-  T* const grad_;
+  T *const z_, *const grad_, *const weights_;
+  int32_t* const codes_;
   T slope_;
 };
 
 // What every thread of a team does: calls use(chunks, t) for its share of the rows t0 <= t < t1 of x, with a buffer of
-// Chunks<X>::bytes. Ends with a barrier.
+// Chunks<T>::bytes. Ends with a barrier.
 template <class X, class Use>
 void share_of_tokens(const LookupHash& p, int64_t t0, int64_t t1, void* buffer, Use use) {
-  Chunks<X> chunks(p, buffer);
+  Chunks<typename X::T> chunks(p, buffer);
 #pragma omp for schedule(static)
   for (int64_t t = t0; t < t1; t++) {
-    chunks.read(t);
+    chunks.template read<X>(t);
     use(chunks, t);
   }
 }
@@ -287,7 +286,7 @@ void share_of_tokens(const LookupHash& p, int64_t t0, int64_t t1, void* buffer, 
 // The same by a team of its own.
 template <class X, class Use>
 Status for_each_token(const LookupHash& p, Use use) {
-  const int64_t bytes = Chunks<X>::bytes(p);
+  const int64_t bytes = Chunks<typename X::T>::bytes(p);
   const int threads = p.x.rows * p.x.cols < kParallelElements ? 1 : p.threads;
   const Memory memory(bytes * threads);
   if (!memory.ok()) return Status::out_of_memory;

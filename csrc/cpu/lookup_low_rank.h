@@ -144,25 +144,24 @@ class Inputs {
   // Bytes a thread needs.
   static int64_t bytes(const LookupHash& p, const LookupLowRank& low) {
     const int64_t rest = low.rank ? LowRank<T>::kTokens * p.x.cols * int64_t(sizeof(T)) : 0;
-    return Chunks<StoreOf<T>>::bytes(p) + round_up(rest, 64) + LowRank<T>::bytes(low.rank);
+    return Chunks<T>::bytes(p) + round_up(rest, 64) + LowRank<T>::bytes(low.rank);
   }
 
   // What every thread of a team does: codes and weights of the plan's tokens, which are those from t0 on. Ends with a
   // barrier.
   void hash(const Plan<T>& plan, int64_t t0, void* buffer) const {
     if (!rank_) return by_x([&](auto x) { plan.template hash<decltype(x)>(p_, t0, buffer); });
-    using Own = StoreOf<T>;
     T* const panel = static_cast<T*>(buffer);
     char* const behind = static_cast<char*>(buffer) + LowRank<T>::bytes(rank_);
-    T* const rest = reinterpret_cast<T*>(behind + Chunks<Own>::bytes(p_));
+    T* const rest = reinterpret_cast<T*>(behind + Chunks<T>::bytes(p_));
     LookupHash of_rest = p_;
     of_rest.x = {rest, LowRank<T>::kTokens, p_.x.cols, p_.x.cols, 1};
-    Chunks<Own> chunks(of_rest, behind);
+    Chunks<T> chunks(of_rest, behind);
     for_blocks(plan.tokens(), [&](int64_t t, int64_t count) {
       by_x([&](auto x) { copy<decltype(x)>(t0 + t, count, rest); });
       low_.lower(count, rest, inner(t), panel);
       for (int64_t i = 0; i < count; i++) {
-        chunks.read(i);
+        chunks.template read<StoreOf<T>>(i);
         plan.put(chunks, t + i);
       }
     });

@@ -57,39 +57,34 @@ class Plan {
 
   template <class X>
   void hash(const LookupHash& p, int64_t t0, void* buffer) const {
-    share_of_tokens<X>(p, t0, t0 + tokens_, buffer, [&](const Chunks<X>& chunks, int64_t t) { put(chunks, t - t0); });
+    share_of_tokens<X>(p, t0, t0 + tokens_, buffer, [&](Chunks<T>& chunks, int64_t t) { put(chunks, t - t0); });
   }
   // The chunks of token t of the plan.
-  template <class X>
-  void put(const Chunks<X>& chunks, int64_t t) const {
-    chunks.hash([&](int64_t k, int64_t count, const typename Chunks<X>::Hashed& hashed) {
-      put(k, t, count, hashed.codes, hashed.weights);
-    });
+  void put(Chunks<T>& chunks, int64_t t) const {
+    chunks.hash();
+    put(t, chunks.codes(), chunks.weights());
   }
 
   void copy(const int32_t* codes, const T* weights) const {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens_; t++) put(0, t, tables_.K, codes + t * tables_.K, weights + t * tables_.K);
+    for (int64_t t = 0; t < tokens_; t++) put(t, codes + t * tables_.K, weights + t * tables_.K);
   }
 
  private:
   int64_t at(int64_t k, int64_t t) const { return (k / kGroup * tokens_ + t) * kGroup + k % kGroup; }
   T* weights_begin() const { return memory_.template as<T>(round_up(size_ * 4, 64)); }
 
-  // `count` chunks of token t from chunk k on; k is a multiple of kGroup or of a power of two below it
-  void put(int64_t k, int64_t t, int64_t count, const int32_t* codes, const T* weights) const {
-    while (count > 0) {
-      const int64_t here = smaller(count, kGroup - k % kGroup);
-      int32_t* const c = memory_.template as<int32_t>() + at(k, t);
+  void put(int64_t t, const int32_t* codes, const T* weights) const {
+    for (int64_t k = 0; k < tables_.K; k += kGroup, codes += kGroup, weights += kGroup) {
+      const int64_t count = smaller(kGroup, tables_.K - k);
       T* const w = weights_begin() + at(k, t);
-      std::memcpy(c, codes, static_cast<size_t>(here) * sizeof *c);
+      std::memcpy(memory_.template as<int32_t>() + at(k, t), codes, static_cast<size_t>(count) * sizeof *codes);
       if (tables_.scales) {
-        for (int64_t i = 0; i < here; i++)
+        for (int64_t i = 0; i < count; i++)
           w[i] = weights[i] * static_cast<T>(tables_.scales[(k + i) * tables_.n + codes[i]]);
       } else {
-        std::memcpy(w, weights, static_cast<size_t>(here) * sizeof *w);
+        std::memcpy(w, weights, static_cast<size_t>(count) * sizeof *w);
       }
-      k += here, codes += here, weights += here, count -= here;
     }
   }
 

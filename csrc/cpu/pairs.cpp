@@ -21,9 +21,7 @@ Status within_memory(Run run) {
 }
 
 Status search(const TopkProblem& p) {
-  return within_memory([&] {
-    by_narrow_dtype(p.dtype, [&](auto s) { return topk_of<decltype(s)>(p), Status::ok; });
-  });
+  return within_memory([&] { topk_of(p); });
 }
 
 #if defined(PYREPR_LEVEL_avx512_bf16)  // adds products of 16-bit numbers: to screen with, and of bfloat16 rows
@@ -31,25 +29,21 @@ Status search(const TopkProblem& p) {
 Status topk(const TopkProblem& p) { return p.logsumexp ? avx512::pairs_functions().topk(p) : search(p); }
 Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
   if (p.dtype != DType::bf16) return avx512::pairs_functions().logsumexp(p, out);
-  return within_memory([&] { LogSumExp<StoreBf16>::run(p, out); });
+  return within_memory([&] { LogSumExp<Bf16Words>::run(p, out); });
 }
 Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
   if (p.dtype != DType::bf16) return avx512::pairs_functions().logsumexp_backward(p, out);
-  return within_memory([&] { LogSumExpGradient<StoreBf16>::run(p, out); });
+  return within_memory([&] { LogSumExpGradient<Bf16Words>::run(p, out); });
 }
 
 #else
 
 Status topk(const TopkProblem& p) { return search(p); }
 Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
-  return within_memory([&] {
-    by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExp<decltype(s)>::run(p, out), Status::ok; });
-  });
+  return within_memory([&] { LogSumExp<FloatWords>::run(p, out); });
 }
 Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
-  return within_memory([&] {
-    by_narrow_dtype(p.dtype, [&](auto s) { return LogSumExpGradient<decltype(s)>::run(p, out), Status::ok; });
-  });
+  return within_memory([&] { LogSumExpGradient<FloatWords>::run(p, out); });
 }
 
 #endif

@@ -347,16 +347,6 @@ void inner_products(const T* arrays, int64_t layers, int64_t stride, int64_t siz
     for (int64_t b = 0; b < a; b++) inner[a * layers + b] = inner[b * layers + a];
 }
 
-// Rows of a [rows, depth] times rows of b [cols, depth]. With `upper` a and b are the same and what lies below the
-// diagonal is not wanted.
-template <class SA, class SB>
-struct Product {
-  Source<SA> a;
-  Source<SB> b;
-  int64_t rows, cols, depth;
-  bool upper;
-};
-
 // What is walked: `groups` grids of tiles, with `layers` products on each. The tiles of `shape` fit the largest grid.
 struct Walk {
   TileShape shape;
@@ -398,22 +388,30 @@ Source<S> from_column(Source<S> s, int64_t k0) {
   return s;
 }
 
-// tile_product of gemm.h with `sum`, room for the tile in double, for long sums.
+// Rows of a [rows, depth] times rows of b [cols, depth]. With `upper` a and b are the same and what lies below the
+// diagonal is not wanted.
 template <class SA, class SB>
-void long_tile_product(const Product<SA, SB>& p, const Span& at, const TileBuffers<typename SA::T>& buffers,
-                       typename SA::T* tile, int64_t ldc, double* sum) {
+struct Product {
   using T = typename SA::T;
-  if (p.depth <= kStretch || sizeof(T) == sizeof(double))
-    return tile_product(p.a, at.r0, at.rows, p.b, at.c0, at.cols, p.depth, p.upper, buffers, tile, ldc);
-  const int64_t size = round_up(at.rows, Block<T>::MR) * ldc;
-  zero(tile, size);  // what lies below the diagonal stays untouched
-  for (int64_t k0 = 0; k0 < p.depth; k0 += kStretch) {
-    tile_product(from_column(p.a, k0), at.r0, at.rows, from_column(p.b, k0), at.c0, at.cols,
-                 smaller(kStretch, p.depth - k0), p.upper, buffers, tile, ldc);
-    add_stretch(tile, size, k0 == 0, sum);
+  Source<SA> a;
+  Source<SB> b;
+  int64_t rows, cols, depth;
+  bool upper;
+
+  // tile_product of gemm.h with `sum`, room for the tile in double, for long sums.
+  void multiply(const Span& at, const TileBuffers<T>& buffers, T* tile, int64_t ldc, double* sum) const {
+    if (depth <= kStretch || sizeof(T) == sizeof(double))
+      return tile_product(a, at.r0, at.rows, b, at.c0, at.cols, depth, upper, buffers, tile, ldc);
+    const int64_t size = round_up(at.rows, Block<T>::MR) * ldc;
+    zero(tile, size);  // what lies below the diagonal stays untouched
+    for (int64_t k0 = 0; k0 < depth; k0 += kStretch) {
+      tile_product(from_column(a, k0), at.r0, at.rows, from_column(b, k0), at.c0, at.cols, smaller(kStretch, depth - k0),
+                   upper, buffers, tile, ldc);
+      add_stretch(tile, size, k0 == 0, sum);
+    }
+    for (int64_t i = 0; i < size; i++) tile[i] = static_cast<T>(sum[i]);
   }
-  for (int64_t i = 0; i < size; i++) tile[i] = static_cast<T>(sum[i]);
-}
+};
 
 // Calls epilogue(tile, group, layer, slot) with every tile of product(group, layer), the layers of a group one after
 // the other by one thread: at the last one, their tiles stand `tile_size(walk)` elements apart, last at the end. Then
@@ -457,7 +455,7 @@ Status for_each_tile(const Walk& walk, int threads, GetProduct product, Epilogue
       for (int64_t l = 0; l < walk.layers; l++) {
         const auto p = product(group, l);
         const Tile<T> tile{tiles + l * size, walk.shape.cols, at};
-        long_tile_product(p, at, buffers, tile.data, tile.ldc, memory.as<double>(bytes * thread_number() + narrow));
+        p.multiply(at, buffers, tile.data, tile.ldc, memory.as<double>(bytes * thread_number() + narrow));
         epilogue(tile, group, l, slot);
       }
     });

@@ -20,9 +20,18 @@ inline double power_of_two(double length) {
   return length > 0 ? __builtin_ldexp(1, smaller(100, -__builtin_ilogb(length))) : 1;
 }
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline const char* address_of_row(const View& x, int64_t r, DType dtype) {
+  return static_cast<const char*>(x.data) + r * x.row_stride * bytes_of(dtype);
+}
+template <class S>
+const typename S::Memory* row_at(const View& x, int64_t r) {
+  return static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
+}
+
 // Sums over the elements of two rows in double: term(x, y) of 16 lanes, whatever the vectors' width.
 template <class S, class Term>
-double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
+__attribute__((noinline)) double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
   using Wide = Lanes<float>::Wide;
   constexpr int W = Lanes<float>::W, parts = 16 / W;
   Wide sum[parts] = {};
@@ -44,13 +53,31 @@ double dot(const typename S::Memory* x, const typename S::Memory* y, int64_t d) 
   return sum_in_lanes<S>(x, y, d, [](Vec<float> a, Vec<float> b) { return widen(a) * widen(b); });
 }
 template <class S>
-double squared_distance(const typename S::Memory* x, const typename S::Memory* y, int64_t d) {
+double squared_distance_of(const typename S::Memory* x, const typename S::Memory* y, int64_t d) {
   return sum_in_lanes<S>(x, y, d, [](Vec<float> a, Vec<float> b) {
     // high^2 and high low are exact too; low^2 is lost, 2^-48 of the sum.
     const WideFloats difference = widen(a) - widen(b), high = widen(__builtin_convertvector(difference, Vec<float>));
     const WideFloats low = widen(__builtin_convertvector(difference - high, Vec<float>));
     return high * high + (2 * high) * low;
   });
+}
+
+// The same of row i of x and row j of y.
+inline double dot(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
+  double sum = 0;
+  by_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    sum = dot<S>(row_at<S>(x, i), row_at<S>(y, j), x.cols);
+  });
+  return sum;
+}
+inline double squared_distance(const View& x, int64_t i, const View& y, int64_t j, DType dtype) {
+  double sum = 0;
+  by_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    sum = squared_distance_of<S>(row_at<S>(x, i), row_at<S>(y, j), x.cols);
+  });
+  return sum;
 }
 
 // Bit w of the result: v[w] > cut.
@@ -65,13 +92,14 @@ inline uint32_t above(Vec<float> v, float cut) {
 #endif
 }
 
-// out [d rounded up to 16] = factor * row - c, zero behind it; c may be null. Returns |out|^2 and the largest |out_k|.
+// out [d rounded up to 16] = factor * row r of x - c, zero behind it; c may be null. Returns |out|^2 and the largest
+// |out_k|.
 struct Shifted {
   double squares;
   float largest;
 };
 template <class S>
-Shifted shift_row(const typename S::Memory* row, int64_t d, float factor, const float* centre, float* out) {
+Shifted shift_row_of(const typename S::Memory* row, int64_t d, float factor, const float* centre, float* out) {
   constexpr int W = Lanes<float>::W;
   Vec<float> most{};
   WideFloats sum{};
@@ -90,13 +118,19 @@ Shifted shift_row(const typename S::Memory* row, int64_t d, float factor, const 
   }
   return result;
 }
+inline Shifted shift_row(const View& x, int64_t r, DType dtype, float factor, const float* centre, float* out) {
+  Shifted result;
+  by_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    result = shift_row_of<S>(row_at<S>(x, r), x.cols, factor, centre, out);
+  });
+  return result;
+}
 
 // A chunk of y as screening sees it, in groups of kGroup columns. Rows that are no number are never found; those with
 // infinite elements are scored for every row of x.
-template <class S>
 class Columns {
  public:
-  using Stored = typename S::Memory;
   Columns(const TopkProblem& p, int64_t first, int64_t count)
       : centre(round_up(p.x.cols, 16)),
         norm(count),
@@ -108,10 +142,11 @@ class Columns {
         whole(ceil_div(count, kGroup)),
         special(count),
         p_(p),
+        y_{address_of_row(p.y, first, p.dtype), count, p.y.cols, p.y.row_stride, 1},
         first_(first),
         count_(count) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t j = 0; j < count; j++) norm[j] = __builtin_sqrt(dot<S>(row(j), row(j), p.x.cols));
+    for (int64_t j = 0; j < count; j++) norm[j] = __builtin_sqrt(dot(y(), j, y(), j, p.dtype));
     for (int64_t j = 0; j < count; j++) {
       if (norm[j] > longest && norm[j] < kInfinity) longest = norm[j];
       // Rows that are no number make the sum of exponentials none either.
@@ -122,7 +157,7 @@ class Columns {
     find_centre();
   }
 
-  const Stored* row(int64_t j) const { return static_cast<const Stored*>(p_.y.data) + (first_ + j) * p_.y.row_stride; }
+  const View& y() const { return y_; }  // whose row j is column j
   bool finite(int64_t j) const { return norm[j] < kInfinity; }
   // Whether an engine sees the column; the others are scored without one.
   bool seen(int64_t j) const {
@@ -182,7 +217,7 @@ class Columns {
     for (int64_t t = 0; t < rows; t++) {
       const int64_t j = t * count_ / rows;
       if (!seen(j)) continue;
-      shift_row<S>(row(j), d, static_cast<float>(factor_of(j)), nullptr, x.data());
+      shift_row(y(), j, p_.dtype, static_cast<float>(factor_of(j)), nullptr, x.data());
       for (int64_t k = 0; k < d; k++) sum[k] += x[k];
       used++;
     }
@@ -197,6 +232,7 @@ class Columns {
   }
 
   const TopkProblem& p_;
+  const View y_;
   const int64_t first_, count_;
 };
 

@@ -15,12 +15,10 @@ namespace {
 constexpr int64_t kTogether = 14;  // rows that are handed on together, as many as a block of the 16-bit product has
 
 // Screening by the float product of gemm.h.
-template <class S>
 class FloatEngine {
  public:
-  using Stored = typename S::Memory;
   static constexpr int64_t kPanel = 16 * kGroup;  // columns of a tile
-  FloatEngine(const TopkProblem& p, Columns<S>& columns) : p_(p), columns_(columns), mean_(2 * p.x.cols) {
+  FloatEngine(const TopkProblem& p, Columns& columns) : p_(p), columns_(columns), mean_(2 * p.x.cols) {
     const int64_t d = p.x.cols;
     // Raw rows are multiplied, so the mean must be one of theirs; the product takes no factor per row.
     if (p.metric == Metric::cosine || !(columns.factor > 0x1p-60 && columns.factor < 0x1p60)) columns.drop_centre();
@@ -31,7 +29,7 @@ class FloatEngine {
         for (int64_t j = g * kGroup; j < smaller(columns.count(), (g + 1) * kGroup); j++) {
           const double factor = columns.factor_of(j);
           const auto [squares, largest] =
-              shift_row<S>(columns.row(j), d, static_cast<float>(factor), columns.shift(), shifted.data());
+              shift_row(columns.y(), j, p.dtype, static_cast<float>(factor), columns.shift(), shifted.data());
           const double scale = p.metric == Metric::sqeuclidean ? factor * factor : factor;
           columns.describe(j, squares, 0, static_cast<float>(scale));
         }
@@ -63,14 +61,17 @@ class FloatEngine {
     template <class Use>
     void search(int64_t first, int64_t rows, Use use) {
       const TopkProblem& p = engine_.p_;
-      const Columns<S>& columns = engine_.columns_;
+      const Columns& columns = engine_.columns_;
       const TileBuffers<float> buffers(memory_.data(), kQueries);
       float* const tile = memory_.data() + TileBuffers<float>::size(kQueries);
-      const Source<S> x = engine_.source(p.x, first, p.metric == Metric::sqeuclidean);
-      const Source<S> y = engine_.source(p.y, columns.first(), true);
       for (int64_t c0 = 0; c0 < columns.count(); c0 += kPanel) {
         const int64_t count = smaller(kPanel, columns.count() - c0);
-        tile_product(x, 0, rows, y, c0, count, p.x.cols, false, buffers, tile, kPanel);
+        by_storage(p.dtype, [&](auto s) {
+          using S = decltype(s);
+          const Source<S> x = engine_.source<S>(p.x, first, p.metric == Metric::sqeuclidean);
+          const Source<S> y = engine_.source<S>(p.y, columns.first(), true);
+          tile_product(x, 0, rows, y, c0, count, p.x.cols, false, buffers, tile, kPanel);
+        });
         for (int64_t g = c0; g < c0 + count; g += kGroup)
           for (int64_t i = 0; i < rows; i += kTogether)
             use(i, smaller(kTogether, rows - i), g / kGroup, [&](int64_t r, int64_t v) {
@@ -86,9 +87,10 @@ class FloatEngine {
   };
 
  private:
+  template <class S>
   Source<S> source(const View& rows, int64_t first, bool shifted) const {
     Source<S> s;
-    s.data = static_cast<const Stored*>(rows.data) + first * rows.row_stride;
+    s.data = row_at<S>(rows, first);
     s.r_stride = rows.row_stride;
     s.k_stride = 1;
     if (shifted && columns_.shift()) {
@@ -99,7 +101,7 @@ class FloatEngine {
   }
 
   const TopkProblem& p_;
-  Columns<S>& columns_;
+  Columns& columns_;
   const Array<float> mean_;  // high, low
   double least_ = 0;
 };
@@ -107,13 +109,11 @@ class FloatEngine {
 #if defined(PYREPR_LEVEL_avx512_bf16)
 // Screening by products of 16-bit whole numbers, exact in 32 bits: each vector is scaled to a length of at most
 // kLength, so that no sum overflows.
-template <class S>
 class WholeEngine {
  public:
-  using Stored = typename S::Memory;
   static constexpr double kLength = 46340;  // its square is below 2^31
 
-  WholeEngine(const TopkProblem& p, Columns<S>& columns)
+  WholeEngine(const TopkProblem& p, Columns& columns)
       : p_(p),
         columns_(columns),
         width_(round_up(p.x.cols, kGroup)),
@@ -131,8 +131,8 @@ class WholeEngine {
         zero(whole.data(), whole.size());
         for (int64_t j = g * kGroup; j < smaller(columns.count(), (g + 1) * kGroup); j++) {
           if (!columns.seen(j)) continue;
-          const Shifted y = shift_row<S>(columns.row(j), p.x.cols, static_cast<float>(columns.factor_of(j)),
-                                         columns.shift(), shifted.data());
+          const Shifted y = shift_row(columns.y(), j, p.dtype, static_cast<float>(columns.factor_of(j)),
+                                      columns.shift(), shifted.data());
           const auto [scale, lost] = to_whole(shifted.data(), y, whole.data() + (j - g * kGroup) * width_);
           columns.describe(j, y.squares, lost, scale > 0 ? 1 / scale : 0);
         }
@@ -161,7 +161,7 @@ class WholeEngine {
     }
     template <class Use>
     void search(int64_t, int64_t rows, Use use) {
-      const Columns<S>& columns = engine_.columns_;
+      const Columns& columns = engine_.columns_;
       const int64_t pairs = engine_.width_ / 2;
       alignas(64) int32_t sums[kPairRows * kPairColumns];
       for (int64_t g = 0; g < columns.groups(); g++) {
@@ -220,7 +220,7 @@ class WholeEngine {
   }
 
   const TopkProblem& p_;
-  Columns<S>& columns_;
+  Columns& columns_;
   const int64_t width_;
   const Array<int32_t> panels_;  // [groups][width / 2][kGroup] pairs
 };

@@ -10,15 +10,13 @@
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-template <class S>
+template <class Words>
 class LogSumExpGradient {
  public:
-  using Words = typename WordsOf<S>::Type;
-
   static void run(const PairsProblem& p, const LogSumExpGradients& g) {
     const Segments<Words> segments(p.prefixes, p.prefix_count);
-    std::optional<ByFeature<S, Words>> y;
-    if (!g.kept) y.emplace(p.y, segments, p.threads);
+    std::optional<ByFeature<Words>> y;
+    if (!g.kept) y.emplace(p.y, p.dtype, segments, p.threads);
     const LogSumExpGradient all(p, g, segments, y);
     with_scratch<Scratch>(p.threads, [&](const Scratch& own) { all.rounds(own); }, segments, all.grid_, p.prefix_count);
     all.finish();
@@ -26,12 +24,12 @@ class LogSumExpGradient {
 
  private:
   using Word = typename Words::Word;
-  using Tile = LogitTile<S>;
+  using Tile = LogitTile;
   static constexpr int W = Lanes<float>::W, MR = Words::MR, NR = Words::NR;
 
   // One thread's memory.
   struct Scratch {
-    RowBlock<S, Words> x;
+    RowBlock<Words> x;
     Array<float> tiles;    // [P, rows, kPanelStride] inner products, then [rows, kPanelStride] coefficients
     Array<Word> words;     // coefficients as words along the columns, then along the rows
     Array<Word> panel;     // features of the tile's rows of x or y
@@ -72,8 +70,8 @@ class LogSumExpGradient {
       if (g_.kept)
         most = read_kept(logits, q);
       else
-        most = to_logits<S>(logits, logits, factors_.row.data() + q * n, factors_.column.data() + q * m,
-                            static_cast<float>(p_.scale), 0);
+        most = to_logits(logits, logits, factors_.row.data() + q * n, factors_.column.data() + q * m,
+                         static_cast<float>(p_.scale), 0);
       differentiate(logits, q, most, scratch.columns.data());
       add_coefficients(logits, q, sum, q + 1 == P);
       multiply(sum, segments_.list[q], scratch);
@@ -82,7 +80,7 @@ class LogSumExpGradient {
 
   // The inner products of every prefix: [P] tiles.
   void dots(const Tile& t, const Scratch& scratch) const {
-    scratch.x.pack(p_.x, t.r0, t.rows);
+    scratch.x.pack(p_.x, p_.dtype, t.r0, t.rows);
     const int64_t size = grid_.rows * kPanelStride;
     int64_t first = 0;
     for (int64_t q = 0; q < p_.prefix_count; q++) {
@@ -207,11 +205,11 @@ class LogSumExpGradient {
     for (int64_t panel = 0; panel < s.panels; panel++) {
       const int64_t f = s.first + panel * NR, count = smaller<int64_t>(NR, s.first + s.count - f);
       Word* const samples = scratch.panel.data();
-      pack_samples<S, Words>(p_.y, d.c0, d.cols, f, count, samples);
+      pack_samples<Words>(p_.y, p_.dtype, d.c0, d.cols, f, count, samples);
       for (int64_t i = 0; i < d.rows; i += MR)
         add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, samples, dx_.at, d.r0 + i,
                          smaller<int64_t>(MR, d.rows - i), f, count);
-      pack_samples<S, Words>(p_.x, d.r0, d.rows, f, count, samples);
+      pack_samples<Words>(p_.x, p_.dtype, d.r0, d.rows, f, count, samples);
       for (int64_t j = 0; j < d.cols; j += MR)
         add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, samples, dy_.at, d.c0 + j,
                         smaller<int64_t>(MR, d.cols - j), f, count);
@@ -265,57 +263,59 @@ class LogSumExpGradient {
     write(p_.y, factors_.column, column_sums_, dy_.at, g_.y);
   }
   void write(const View& x, const Array<float>& inverse, const Array<double>& along, float* grad, void* out_) const {
-    using Stored = typename S::Memory;
     const int64_t d = x.cols;
+    by_storage(p_.dtype, [&](auto s) {
+      using S = decltype(s);
 #pragma omp parallel for schedule(static) num_threads(p_.threads)
-    for (int64_t r = 0; r < x.rows; r++) {
-      float* const row = grad + r * d;
-      const Stored* const own = ByFeature<S, Words>::row_of(x, r);
-      for (int64_t q = 0; p_.normalize && q < p_.prefix_count; q++) {
-        const double length = inverse[q * x.rows + r];
-        const float factor = static_cast<float>(along[q * x.rows + r] * length * length);
-        for (int64_t k = 0; k < p_.prefixes[q]; k += W) {
-          const int64_t count = p_.prefixes[q] - k;
-          store_some<StoreF32>(row + k, count,
-                               load_some<StoreF32>(row + k, count) - factor * load_some<S>(own + k, count));
+      for (int64_t r = 0; r < x.rows; r++) {
+        float* const row = grad + r * d;
+        const auto* const own = row_at<S>(x, r);
+        for (int64_t q = 0; p_.normalize && q < p_.prefix_count; q++) {
+          const double length = inverse[q * x.rows + r];
+          const float factor = static_cast<float>(along[q * x.rows + r] * length * length);
+          for (int64_t k = 0; k < p_.prefixes[q]; k += W) {
+            const int64_t count = p_.prefixes[q] - k;
+            store_some<StoreF32>(row + k, count,
+                                 load_some<StoreF32>(row + k, count) - factor * load_some<S>(own + k, count));
+          }
         }
-      }
-      if constexpr (Sums::narrow) {  // else the sums stand where they belong
-        Stored* const to = static_cast<Stored*>(out_) + r * d;
+        if (static_cast<void*>(grad) == out_) continue;  // the sums stand where they belong
+        auto* const to = static_cast<typename S::Memory*>(out_) + r * d;
         for (int64_t k = 0; k < d; k += W) store_some<S>(to + k, d - k, load_some<StoreF32>(row + k, d - k));
       }
-    }
+    });
   }
 
   // Zeros to add a gradient up in: what the caller gave if that is float.
   struct Sums {
     Array<float> own;
     float* at;
-    Sums(int64_t size, void* out) : own(narrow ? size : 0, kUnset), at(narrow ? own.data() : static_cast<float*>(out)) {
+    Sums(int64_t size, DType dtype, void* out)
+        : own(dtype == DType::f32 ? 0 : size, kUnset),
+          at(dtype == DType::f32 ? static_cast<float*>(out) : own.data()) {
       zero(at, size);
     }
-    static constexpr bool narrow = sizeof(typename S::Memory) < sizeof(float);
   };
 
   LogSumExpGradient(const PairsProblem& p, const LogSumExpGradients& g, const Segments<Words>& segments,
-                    const std::optional<ByFeature<S, Words>>& y)
+                    const std::optional<ByFeature<Words>>& y)
       : p_(p),
         g_(g),
         segments_(segments),
         y_(y),
         grid_(p.x.rows, p.y.rows, Words::step * MR, Words::step * NR),
         factors_(p),
-        dx_(p.x.rows * p.x.cols, g.x),
-        dy_(p.y.rows * p.x.cols, g.y),
+        dx_(p.x.rows * p.x.cols, p.dtype, g.x),
+        dy_(p.y.rows * p.x.cols, p.dtype, g.y),
         row_sums_(p.prefix_count * p.x.rows),
         column_sums_(p.prefix_count * p.y.rows) {}
 
   const PairsProblem& p_;
   const LogSumExpGradients& g_;
   const Segments<Words>& segments_;
-  const std::optional<ByFeature<S, Words>>& y_;  // of what is computed again
+  const std::optional<ByFeature<Words>>& y_;  // of what is computed again
   const Grid grid_;
-  const Factors<S> factors_;
+  const Factors factors_;
   const Sums dx_, dy_;                          // [n, d], [m, d]
   const Array<double> row_sums_, column_sums_;  // [P, n], [P, m] of dS s
 };

@@ -57,7 +57,6 @@ inline double gap(double own, double same, double others) {
 
 // What logits are besides inner products and the scale: 1 / |x| and 1 / |y| of every prefix, 0 of a row of zeros; 1
 // where nothing is normalised.
-template <class S>
 struct Factors {
   Array<float> row, column;  // [P, n], [P, m]
   explicit Factors(const PairsProblem& p) : row(p.prefix_count * p.x.rows, 1), column(p.prefix_count * p.y.rows, 1) {
@@ -70,13 +69,15 @@ struct Factors {
   static void invert(const PairsProblem& p, const View& x, float* out) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
     for (int64_t r = 0; r < x.rows; r++) {
-      const auto* const row = static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
       double squares = 0;
       for (int64_t q = 0, from = 0; q < p.prefix_count; from = p.prefixes[q++]) {
         for (int64_t k = from; k < p.prefixes[q]; k += 16) {
           float part[16];
-          for (int64_t e = 0; e < 16; e += Lanes<float>::W)
-            store<float>(part + e, load_some<S>(row + k + e, p.prefixes[q] - k - e));
+          by_storage(p.dtype, [&](auto s) {
+            using S = decltype(s);
+            for (int64_t e = 0; e < 16; e += Lanes<float>::W)
+              store<float>(part + e, load_some<S>(row_at<S>(x, r) + k + e, p.prefixes[q] - k - e));
+          });
           for (int64_t e = 0; e < 16; e++) squares += double(part[e]) * part[e];
         }
         out[q * x.rows + r] = squares == 0 ? 0 : static_cast<float>(1 / std::sqrt(squares));
@@ -85,7 +86,6 @@ struct Factors {
   }
 };
 
-template <class S>
 struct LogitTile {
   float* data;  // [rows, cols], rows of kPanelStride
   int64_t r0, rows, c0, cols;
@@ -93,9 +93,8 @@ struct LogitTile {
 };
 
 // Inner products become logits; columns behind the last are `rest`. Returns the largest |logit|.
-template <class S>
-float to_logits(const LogitTile<S>& dots, const LogitTile<S>& to, const float* row_factor, const float* column_factor,
-                float scale, float rest) {
+inline float to_logits(const LogitTile& dots, const LogitTile& to, const float* row_factor, const float* column_factor,
+                       float scale, float rest) {
   constexpr int W = Lanes<float>::W;
   Vec<float> most{};
   for (int64_t i = 0; i < dots.rows; i++) {
@@ -115,17 +114,15 @@ float to_logits(const LogitTile<S>& dots, const LogitTile<S>& to, const float* r
   return largest;
 }
 
-template <class S>
+template <class Words>
 class LogSumExp {
  public:
-  using Words = typename WordsOf<S>::Type;
-
   static void run(const PairsProblem& p, const LogSumExpResult& out) {
     const Segments<Words> segments(p.prefixes, p.prefix_count);
-    const ByFeature<S, Words> y(p.y, segments, p.threads);
+    const ByFeature<Words> y(p.y, p.dtype, segments, p.threads);
     const LogSumExp all(p, out, segments, y);
     struct Scratch {
-      RowBlock<S, Words> x;
+      RowBlock<Words> x;
       Array<float> tiles;
       Scratch(const Segments<Words>& segments, const Grid& grid)
           : x(segments, grid.rows), tiles(2 * grid.rows * kPanelStride, kUnset) {}
@@ -140,11 +137,11 @@ class LogSumExp {
 
  private:
   static constexpr int W = Lanes<float>::W;
-  using Tile = LogitTile<S>;
+  using Tile = LogitTile;
 
-  void block(int64_t number, const RowBlock<S, Words>& x, float* tiles) const {
+  void block(int64_t number, const RowBlock<Words>& x, float* tiles) const {
     const int64_t r0 = number * grid_.rows, rows = smaller(grid_.rows, p_.x.rows - r0), m = p_.y.rows;
-    x.pack(p_.x, r0, rows);
+    x.pack(p_.x, p_.dtype, r0, rows);
     for (int64_t c0 = 0; c0 < m; c0 += grid_.cols) {
       const int64_t cols = smaller(grid_.cols, m - c0);
       const Tile dots{tiles, r0, rows, c0, cols}, own{tiles + grid_.rows * kPanelStride, r0, rows, c0, cols};
@@ -154,8 +151,8 @@ class LogSumExp {
         x.multiply(rows, y_, c0, cols, s, first, dots.data);
         first += ceil_div(s.words, kDepth);
         const Tile& logits = q + 1 < p_.prefix_count ? own : dots;
-        const float most = to_logits<S>(dots, logits, factors_.row.data() + q * p_.x.rows,
-                                        factors_.column.data() + q * m, static_cast<float>(p_.scale), kNone);
+        const float most = to_logits(dots, logits, factors_.row.data() + q * p_.x.rows, factors_.column.data() + q * m,
+                                     static_cast<float>(p_.scale), kNone);
         take(logits, q, number, most <= kMild);
       }
     }
@@ -263,7 +260,7 @@ class LogSumExp {
   }
 
   LogSumExp(const PairsProblem& p, const LogSumExpResult& out, const Segments<Words>& segments,
-            const ByFeature<S, Words>& y)
+            const ByFeature<Words>& y)
       : p_(p),
         out_(out),
         segments_(segments),
@@ -277,9 +274,9 @@ class LogSumExp {
   const PairsProblem& p_;
   const LogSumExpResult& out_;
   const Segments<Words>& segments_;
-  const ByFeature<S, Words>& y_;
+  const ByFeature<Words>& y_;
   const Grid grid_;
-  const Factors<S> factors_;
+  const Factors factors_;
   const Array<LogSum> rows_;       // [P, n] without positives
   const Array<double> positives_;  // [P, n]
   const Array<float> columns_;     // [row blocks, P, 2, m] (most, sum) without positives

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
-#include "cpu/pairs_functions.h"
+#include "cpu/pairs_columns.h"
 #include "cpu/tiles.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
 #include "cpu/dots.h"
@@ -37,16 +37,6 @@ struct Bf16Words {
   }
 };
 #endif
-template <class S>
-struct WordsOf {
-  using Type = FloatWords;
-};
-#if defined(PYREPR_LEVEL_avx512_bf16)
-template <>
-struct WordsOf<StoreBf16> {
-  using Type = Bf16Words;
-};
-#endif
 
 // Features [first, first + count), which are `words` words from `word` on along the features (whole vectors of them are
 // there), and feature panels [panel, panel + panels).
@@ -70,26 +60,29 @@ struct Segments {
   }
 };
 
-// `count` elements of a row from p on, as words: out [count in words, rounded up to 16], zero behind them.
-template <class S, class Words>
-void read_words(const typename S::Memory* p, int64_t count, typename Words::Word* out) {
+// `count` elements of row r of x from `first` on, as words: out [count in words, rounded up to 16], zero behind them.
+template <class Words>
+void read_words(const View& x, DType dtype, int64_t r, int64_t first, int64_t count, typename Words::Word* out) {
   if constexpr (Words::step == 1) {
     constexpr int W = Lanes<float>::W;
-    for (int64_t k = 0; k < round_up(count, 16); k += W) store<float>(out + k, load_some<S>(p + k, count - k));
+    by_storage(dtype, [&](auto s) {
+      const auto* const p = row_at<decltype(s)>(x, r) + first;
+      for (int64_t k = 0; k < round_up(count, 16); k += W) store<float>(out + k, load_some<decltype(s)>(p + k, count - k));
+    });
   } else {
     zero(out, round_up(ceil_div(count, 2), 16));
-    std::memcpy(out, p, static_cast<size_t>(count) * sizeof *p);
+    std::memcpy(out, row_at<StoreBf16>(x, r) + first, static_cast<size_t>(count) * sizeof(uint16_t));
   }
 }
 
 // Panels of NR rows, along the features: [panels][words][NR].
-template <class S, class Words>
+template <class Words>
 class ByFeature {
  public:
   using Word = typename Words::Word;
   static constexpr int NR = Words::NR;
 
-  ByFeature(const View& x, const Segments<Words>& segments, int threads)
+  ByFeature(const View& x, DType dtype, const Segments<Words>& segments, int threads)
       : words_(segments.words), memory_(ceil_div(x.rows, NR) * NR * segments.words, kUnset) {
     const auto pack = [&](const Array<Word>& rows) {
 #pragma omp for schedule(static)
@@ -97,7 +90,7 @@ class ByFeature {
         zero(rows.data(), rows.size());
         for (int64_t r = 0; r < smaller<int64_t>(NR, x.rows - panel * NR); r++)
           for (const Segment& s : segments.list)
-            read_words<S, Words>(row_of(x, panel * NR + r) + s.first, s.count, rows.data() + r * words_ + s.word);
+            read_words<Words>(x, dtype, panel * NR + r, s.first, s.count, rows.data() + r * words_ + s.word);
         transpose(rows.data(), memory_.data() + panel * NR * words_);
       }
     };
@@ -105,10 +98,6 @@ class ByFeature {
   }
   // Row r is a multiple of NR.
   const Word* at(int64_t r, int64_t word) const { return memory_.data() + r * words_ + word * NR; }
-
-  static const typename S::Memory* row_of(const View& x, int64_t r) {
-    return static_cast<const typename S::Memory*>(x.data) + r * x.row_stride;
-  }
 
  private:
   // in [NR, words] -> out [words, NR], whole vectors of words at a time
@@ -131,26 +120,31 @@ class ByFeature {
 
 // A panel of `count` features, at most NR, of `rows` rows, along the rows: out [rows in words][NR], zero behind what
 // exists.
-template <class S, class Words>
-__attribute__((noinline)) void pack_samples(const View& x, int64_t r0, int64_t rows, int64_t first, int64_t count,
-                                            typename Words::Word* out) {
-  const auto row = [&](int64_t r) { return ByFeature<S, Words>::row_of(x, r0 + r) + first; };
-  for (int64_t r = 0; r < rows; r += Words::step, out += Words::NR) {
-    if constexpr (Words::step == 1) {
-      constexpr int W = Lanes<float>::W;
-      for (int64_t c = 0; c < Words::NR; c += W)
-        store<float>(out + c, count > c ? load_some<S>(row(r) + c, count - c) : Vec<float>{});
-    } else {
+template <class Words>
+__attribute__((noinline)) void pack_samples(const View& x, DType dtype, int64_t r0, int64_t rows, int64_t first,
+                                            int64_t count, typename Words::Word* out) {
+  if constexpr (Words::step == 1) {
+    constexpr int W = Lanes<float>::W;
+    by_storage(dtype, [&](auto s) {
+      using S = decltype(s);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < Words::NR; c += W)
+          store<float>(out + r * Words::NR + c,
+                       count > c ? load_some<S>(row_at<S>(x, r0 + r) + first + c, count - c) : Vec<float>{});
+    });
+  } else {
+    for (int64_t r = 0; r < rows; r += Words::step, out += Words::NR) {
       uint16_t both[2][Words::NR] = {};
       for (int64_t half = 0; half < smaller<int64_t>(2, rows - r); half++)
-        std::memcpy(both[half], row(r + half), static_cast<size_t>(count) * sizeof *both[half]);
+        std::memcpy(both[half], row_at<StoreBf16>(x, r0 + r + half) + first,
+                    static_cast<size_t>(count) * sizeof *both[half]);
       for (int64_t c = 0; c < Words::NR; c++) out[c] = static_cast<int32_t>(both[0][c] | uint32_t(both[1][c]) << 16);
     }
   }
 }
 
 // A block of rows for the A side, along the features: [blocks][rows][kPanelStride].
-template <class S, class Words>
+template <class Words>
 class RowBlock {
  public:
   using Word = typename Words::Word;
@@ -160,11 +154,11 @@ class RowBlock {
         memory_(segments.blocks * capacity * kPanelStride, kUnset),
         row_(segments.words) {}
 
-  void pack(const View& x, int64_t first, int64_t rows) const {
+  void pack(const View& x, DType dtype, int64_t first, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
       int64_t block = 0;
       for (const Segment& s : segments_.list) {
-        read_words<S, Words>(ByFeature<S, Words>::row_of(x, first + r) + s.first, s.count, row_.data());
+        read_words<Words>(x, dtype, first + r, s.first, s.count, row_.data());
         for (int64_t k = 0; k < s.words; k += kDepth, block++)
           std::memcpy(at(block, r), row_.data() + k, static_cast<size_t>(smaller(kDepth, s.words - k)) * 4);
       }
@@ -174,7 +168,7 @@ class RowBlock {
 
   // tile [rows, cols] (rows of kPanelStride) = or += the rows' inner products with rows [c0, c0 + cols) of y over the
   // features of a segment, which starts at block `block` here.
-  void multiply(int64_t rows, const ByFeature<S, Words>& y, int64_t c0, int64_t cols, const Segment& s, int64_t block,
+  void multiply(int64_t rows, const ByFeature<Words>& y, int64_t c0, int64_t cols, const Segment& s, int64_t block,
                 float* tile) const {
     for (int64_t k = 0; k < s.words; k += kDepth, block++)
       for (int64_t j = 0; j < cols; j += Words::NR)

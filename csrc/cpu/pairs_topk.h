@@ -55,11 +55,10 @@ struct Query {
 };
 
 // One thread's search of a chunk of y for blocks of rows of x.
-template <class S, class Engine>
+template <class Engine>
 class Search {
  public:
-  using Stored = typename S::Memory;
-  Search(const TopkProblem& p, const Columns<S>& columns, const Engine& engine)
+  Search(const TopkProblem& p, const Columns& columns, const Engine& engine)
       : p_(p),
         columns_(columns),
         engine_(engine),
@@ -86,23 +85,22 @@ class Search {
  private:
   static constexpr int W = Lanes<float>::W;
 
-  const Stored* row(int64_t i) const { return static_cast<const Stored*>(p_.x.data) + (first_ + i) * p_.x.row_stride; }
   Candidate* candidates(int64_t i) const { return candidates_.data() + i * (limit_ + kGroup); }
   float* values(int64_t i) const { return p_.values + (first_ + i) * p_.k; }
   float* lows(int64_t i) const { return lows_.data() + i * p_.k; }
   int64_t* indices(int64_t i) const { return p_.indices + (first_ + i) * p_.k; }
 
-  void prepare(int64_t i) {
+  __attribute__((noinline)) void prepare(int64_t i) {
     const int64_t d = p_.x.cols;
     Query& q = queries_[i] = Query{};
-    q.norm = __builtin_sqrt(dot<S>(row(i), row(i), d));
+    q.norm = __builtin_sqrt(dot(p_.x, first_ + i, p_.x, first_ + i, p_.dtype));
     const bool distance = p_.metric == Metric::sqeuclidean;
     // Rows that are no number find nothing. What the engine cannot take is scored pair by pair.
     q.screened = q.norm < kInfinity && engine_.takes(q.norm) && (distance || q.norm > 0);
     const double factor = distance ? columns_.factor : q.norm < kInfinity ? power_of_two(q.norm) : 0;
     q.screened = q.screened && q.norm * factor < 1e9;
-    const Shifted x = shift_row<S>(row(i), d, q.screened ? static_cast<float>(factor) : 0,
-                                   distance ? columns_.shift() : nullptr, shifted_.data());
+    const Shifted x = shift_row(p_.x, first_ + i, p_.dtype, q.screened ? static_cast<float>(factor) : 0,
+                                distance ? columns_.shift() : nullptr, shifted_.data());
     double lost = 0;
     block_.prepare(i, shifted_.data(), x, factor, &lost, &a_[i]);
     cut_[i] = kInfinity;  // nothing is a candidate
@@ -226,7 +224,7 @@ class Search {
   }
 
   // Drops what can no longer win. Where that is too little, scores take the place of bounds.
-  void thin(int64_t i) {
+  __attribute__((noinline)) void thin(int64_t i) {
     Query& q = queries_[i];
     Candidate* const list = candidates(i);
     drop(i);
@@ -255,26 +253,27 @@ class Search {
     queries_[i].count = kept;
   }
 
-  __attribute__((always_inline)) void prefetch(const Stored* row) const {
-    constexpr int64_t line = 64 / sizeof(Stored);
-    for (int64_t k = 0; k < p_.x.cols; k += line) __builtin_prefetch(row + k);
+  __attribute__((always_inline)) void prefetch(int64_t column) const {
+    const char* const row = address_of_row(columns_.y(), column, p_.dtype);
+    const int64_t bytes = p_.x.cols * bytes_of(p_.dtype);
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k);
   }
   void score(int64_t i, Candidate& c) {
     if (c.score != c.score) c.score = exact(i, c.column);
   }
   float exact(int64_t i, int64_t j) const {
-    const Stored *const x = row(i), *const y = columns_.row(j);
-    const int64_t d = p_.x.cols;
-    if (p_.metric == Metric::sqeuclidean) return static_cast<float>(-squared_distance<S>(x, y, d));
+    const View& y = columns_.y();
+    if (p_.metric == Metric::sqeuclidean)
+      return static_cast<float>(-squared_distance(p_.x, first_ + i, y, j, p_.dtype));
     const double norm = queries_[i].norm;
     if (norm == 0 && columns_.finite(j)) return 0;
-    const double product = dot<S>(x, y, d);
+    const double product = dot(p_.x, first_ + i, y, j, p_.dtype);
     if (p_.metric == Metric::ip) return static_cast<float>(product);
     // A row of zeros has cosine 0 with all that have a direction.
     return columns_.norm[j] == 0 && norm < kInfinity ? 0 : static_cast<float>(product / (norm * columns_.norm[j]));
   }
 
-  void finish(int64_t i) {
+  __attribute__((noinline)) void finish(int64_t i) {
     Query& q = queries_[i];
     count_ = 0;
     const auto add_pair = [&](int64_t j) {
@@ -286,7 +285,7 @@ class Search {
     if (q.screened) {
       drop(i);
       for (int64_t c = 0; c < q.count; c++) {
-        if (c + 1 < q.count) prefetch(columns_.row(candidates(i)[c + 1].column));
+        if (c + 1 < q.count) prefetch(candidates(i)[c + 1].column);
         score(i, candidates(i)[c]);
         add(candidates(i)[c].column, candidates(i)[c].score);
       }
@@ -322,7 +321,7 @@ class Search {
   }
 
   const TopkProblem& p_;
-  const Columns<S>& columns_;
+  const Columns& columns_;
   const Engine& engine_;
   typename Engine::Block block_;
   const int64_t limit_;  // of a row's candidates
@@ -337,32 +336,31 @@ class Search {
   int64_t first_ = 0, count_ = 0;
 };
 
-template <class S, class Engine>
+template <class Engine>
 void search_chunk(const TopkProblem& p, int64_t first, int64_t count) {
-  Columns<S> columns(p, first, count);
+  Columns columns(p, first, count);
   const Engine engine(p, columns);
-  const auto work = [&](Search<S, Engine>& search) {
+  const auto work = [&](Search<Engine>& search) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < ceil_div(p.x.rows, kQueries); block++)
       search.run(block * kQueries, smaller(kQueries, p.x.rows - block * kQueries));
   };
-  with_scratch<Search<S, Engine>>(p.threads, work, p, columns, engine);
+  with_scratch<Search<Engine>>(p.threads, work, p, columns, engine);
 }
 
-template <class S, class Engine>
+template <class Engine>
 void search_all(const TopkProblem& p) {
   const int64_t bytes = 2 * round_up(larger<int64_t>(1, p.x.cols), kGroup);
   const int64_t rows = round_up(larger<int64_t>(8192, kChunkBytes / bytes), kGroup);
   for (int64_t first = 0; first < p.y.rows; first += rows)
-    search_chunk<S, Engine>(p, first, smaller(rows, p.y.rows - first));
+    search_chunk<Engine>(p, first, smaller(rows, p.y.rows - first));
 }
 
-template <class S>
-void topk_of(const TopkProblem& p) {
+inline void topk_of(const TopkProblem& p) {
 #if defined(PYREPR_LEVEL_avx512_bf16)
-  search_all<S, WholeEngine<S>>(p);  // whose sums are for bounds only
+  search_all<WholeEngine>(p);  // whose sums are for bounds only
 #else
-  search_all<S, FloatEngine<S>>(p);
+  search_all<FloatEngine>(p);
 #endif
 }
 

@@ -112,6 +112,13 @@ Status by_dtype(DType dtype, F f) {
   return dtype == DType::f64 ? f(StoreF64{}) : by_narrow_dtype(dtype, f);
 }
 
+// The same for an f without a status: around what alone depends on how elements are stored, amid code that is made once
+// for all of them.
+template <class F>
+void by_storage(DType dtype, F f) {
+  by_narrow_dtype(dtype, [&](auto s) { return f(s), Status::ok; });
+}
+
 // The storage of accumulation type T itself.
 template <class T>
 using StoreOf = std::conditional_t<sizeof(T) == 4, StoreF32, StoreF64>;

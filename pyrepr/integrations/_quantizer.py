@@ -15,16 +15,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn._specification import Specification, pack, replacements, specification, specified
 
 METHOD = "pyrepr"
 
 
 @register_quantization_config(METHOD)
 class LookupConfig(QuantizationConfigMixin):
-    """``layers``: from the name of every lookup layer to its :meth:`LookupLinear.specification`."""
+    """``layers``: from the name of everything that a conversion made to its specification."""
 
-    def __init__(self, layers: dict[str, dict[str, Any]], **_: Any) -> None:
+    def __init__(self, layers: dict[str, Specification], **_: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = layers
 
@@ -37,11 +37,11 @@ class LookupQuantizer(HfQuantizer):
     requires_calibration = True  # :func:`pyrepr.convert` makes such models, `from_pretrained` only reads them
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, specification in self.quantization_config.layers.items():
+        for name, given in self.quantization_config.layers.items():
             holder, _, attribute = name.rpartition(".")
             try:
                 old = model.get_submodule(name)
-                layer = LookupLinear.specified(specification, device="meta")
+                layer = specified(given, device="meta")
             except (AttributeError, ValueError) as error:
                 raise ValueError(
                     f"config.json has a lookup layer {name} that {type(model).__name__} cannot have: {error}"
@@ -49,11 +49,8 @@ class LookupQuantizer(HfQuantizer):
             setattr(model.get_submodule(holder), attribute, layer.train(old.training))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, specification in self.quantization_config.layers.items():
-            if specification["packed"]:
-                layer = model.get_submodule(name)
-                assert isinstance(layer, LookupLinear)
-                layer.pack_()
+        for name, given in self.quantization_config.layers.items():
+            pack(model.get_submodule(name), given)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -73,8 +70,8 @@ class LookupQuantizer(HfQuantizer):
         return True
 
 
-def specifications(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {name: layer.specification() for name, layer in model.named_modules() if type(layer) is LookupLinear}
+def specifications(model: nn.Module) -> dict[str, Specification]:
+    return {name: specification(layer) for name, layer in replacements(model.named_modules()).items()}
 
 
 def mark(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pyrepr._modules import is_conv1d, is_linear, restored
-from pyrepr.models._layers import ROOT, Layers, choose_modules, layer_table, unwrap
+from pyrepr.models._layers import ROOT, Layer, Layers, choose_modules, layer_table, unwrap
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -18,7 +18,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def choose_linears(model: nn.Module, select: Layers | None, width: int) -> tuple[list[str], dict[str, str]]:
     """Names of the linear layers to replace, and of those left alone with the reason, in the order of definition.
 
-    `select` as of :func:`pyrepr.convert`; `width`: the elements of a chunk.
+    `select` as of :func:`pyrepr.convert`; `width`: the elements of a chunk. What an adapter wraps is chosen only by its
+    own name, and what it adds never.
 
     Raises:
         ValueError: if it chooses no ``nn.Linear`` at all.
@@ -36,7 +37,8 @@ def choose_linears(model: nn.Module, select: Layers | None, width: int) -> tuple
             name = chosen[0]
             raise ValueError(f"select must choose an nn.Linear, got only {name} ({type(table[name]).__name__}){hint}")
     head = _language_head(model) if select is None else None
-    found = Obstacles(table, width)
+    listed = [select] if isinstance(select, (str, Layer)) else [] if callable(select) else select or []
+    found = Obstacles(table, width, {item.name if isinstance(item, Layer) else item for item in listed})
     reasons = {name: found.reason(name) or (name == head and "is the language-model head") or "" for name in chosen}
     return [name for name in chosen if not reasons[name]], {name: why for name, why in reasons.items() if why}
 
@@ -54,10 +56,10 @@ def _language_head(model: nn.Module) -> str | None:
 
 
 class Obstacles:
-    """Why a layer cannot be replaced by one that computes from the same input alone."""
+    """Why a layer cannot be replaced by one that computes from the same input alone. `asked`: layers chosen by name."""
 
-    def __init__(self, table: dict[str, nn.Module], width: int) -> None:
-        self.table, self.width = table, width
+    def __init__(self, table: dict[str, nn.Module], width: int, asked: Collection[str] = ()) -> None:
+        self.table, self.width, self.asked = table, width, asked
         self.owners: dict[int, list[str]] = {}  # of a parameter's memory
         for name, module in table.items():
             for attribute, parameter in module.named_parameters(recurse=False):
@@ -73,7 +75,7 @@ class Obstacles:
         if parametrize.is_parametrized(module):
             return "has parametrized tensors"
         if (adapter := self._adapter(name)) is not None:
-            return f"belongs to an adapter, {adapter}; merge it into the model first"
+            return f"belongs to an adapter, {adapter}; merge it into the model first, or name the base_layer in select"
         if hasattr(module, "_hf_hook"):
             return "is offloaded: its weights are moved in and out by hooks"
         if type(module) is not nn.Linear and not is_conv1d(module):
@@ -85,6 +87,8 @@ class Obstacles:
     def _adapter(self, name: str) -> str | None:
         """What an adapter (PEFT) wraps or adds is inside a module that holds a ``base_layer``."""
         parts = name.split(".")
+        if parts[-1] == "base_layer" and name in self.asked:
+            return None
         for end in range(len(parts)):
             holder = self.table[".".join(parts[:end]) or ROOT]
             if "base_layer" in holder._modules:

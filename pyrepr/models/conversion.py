@@ -387,7 +387,8 @@ def convert(
             every ``nn.Linear`` (and ``Conv1D`` of transformers) but a language model's head. What is chosen and cannot
             be replaced (tied, quantised, offloaded or meta weights, adapters, a subclass, hooks, parametrizations,
             in_features that is no multiple of a chunk's elements, not called, an expert that saw no token, …) is left
-            alone and in the report with the reason.
+            alone and in the report with the reason. What an adapter (PEFT) wraps is converted where its own name is
+            among the names; it cannot be merged with the adapter then, which raises NotImplementedError.
         bits, hash, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``. ``hash="two_bit"``
             reads twice the tables and loses less than half.
         quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
@@ -655,7 +656,7 @@ class _Job:
         self.swaps.put(name, layer)
         try:
             self.call(self.batches[0])
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, NotImplementedError) as error:
             self.swaps.undo([name])
             return f"is used in a way a lookup layer cannot be ({error})"
         usage = layer.usage(rows)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pyrepr._modules import is_linear
 from pyrepr._optional import require
 from pyrepr._reporting import replacing, versions
-from pyrepr.models._layers import ROOT, layer_table, unwrap
+from pyrepr.models._layers import layer_table, unwrap
 from pyrepr.models._swapping import Swaps
+from pyrepr.nn._specification import WHOLE, pack, replacements, sizes, specification, specified
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["load_converted", "save_converted"]
@@ -29,19 +30,21 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Writes a model with lookup layers, all of it, to a safetensors file that :func:`load_converted` reads.
 
     In the file are the model's ``state_dict``, each tensor once however many names it has, and, as metadata, the
-    model's class and the specification of every :class:`pyrepr.nn.LookupLinear`.
+    model's class and the specification of every :class:`pyrepr.nn.LookupLinear` and :class:`pyrepr.nn.LinearPlus`.
 
     Args:
-        model: what :func:`pyrepr.convert` changed, or any module with ``LookupLinear`` layers. A module that
-            DataParallel or ``torch.compile`` wraps is saved without them.
+        model: what :func:`pyrepr.convert` changed, or any module with such layers, also in the place of whole networks
+            (:meth:`pyrepr.nn.LookupLinear.from_mlp`). A module that DataParallel or ``torch.compile`` wraps is saved
+            without them.
         path: a file ending in ``.safetensors``.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for another suffix, a model without lookup layers, tensors on the meta device, or state that is no
-            tensor. ImportError: without safetensors. OSError: if the file cannot be written (nothing is left behind).
+        ValueError: for another suffix, a model without lookup layers, tensors on the meta device, state that is no
+            tensor, or a network whose activation is of a class of its own beside a dense map. ImportError: without
+            safetensors. OSError: if the file cannot be written (nothing is left behind).
 
     Example:
         >>> import os, tempfile
@@ -63,15 +66,15 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrap(model)
-    layers = {name: layer for name, layer in layer_table(model).items() if type(layer) is LookupLinear}
-    if not layers or ROOT in layers:
+    layers = replacements(layer_table(model).items())
+    if not layers or type(model) in WHOLE:
         came = "it is one itself" if layers else f"got none in {type(model).__name__}"
         raise ValueError(f"model must hold at least one LookupLinear, {came}")
     tensors, aliases = _once(model.state_dict())
     content = {
         "format": FORMAT,
         "model": type(model).__name__,
-        "layers": {name: layer.specification() for name, layer in layers.items()},
+        "layers": {name: specification(layer) for name, layer in layers.items()},
         "aliases": aliases,
         "versions": versions(),
     }
@@ -103,7 +106,7 @@ def _once(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_converted(model: Model, path: str | os.PathLike[str]) -> Model:
-    """Makes of a model what :func:`save_converted` saved: the same lookup layers, and every parameter and buffer.
+    """Makes of a model what :func:`save_converted` saved: the same replacements, and every parameter and buffer.
 
     All is checked before anything changes, and if loading fails or is interrupted the model is as it was. Outputs are
     those of the saved model bit for bit, in eval mode, on the same kind of machine.
@@ -145,9 +148,7 @@ def load_converted(model: Model, path: str | os.PathLike[str]) -> Model:
         with _assigned(inner, state, aliases):
             for name in content["layers"]:
                 layer = inner.get_submodule(name)
-                assert isinstance(layer, LookupLinear)
-                if content["layers"][name]["packed"]:
-                    layer.pack_()
+                pack(layer, content["layers"][name])
                 layer._apply(lambda x: x)  # tables that were read go to huge pages, as those that are moved
     except BaseException:
         swaps.undo()
@@ -176,31 +177,37 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _put_layers(model: nn.Module, swaps: Swaps, specifications: dict[str, Any]) -> None:
-    """Empty lookup layers in the places of linear ones."""
+    """Empty replacements in the places of linear layers and of networks."""
     table = layer_table(model)
     made = {}
-    for name, specification in specifications.items():
-        old = table.get(name)
-        if old is None or not (is_linear(old) or type(old) is LookupLinear):
-            came = "no such layer" if old is None else f"a {type(old).__name__}"
-            raise ValueError(f"model must have a linear layer {name}, which path holds converted, got {came}")
+    for name, given in specifications.items():
         try:
-            layer = LookupLinear.specified(specification, device="meta")
+            layer = specified(given, device="meta")
         except ValueError as error:
             raise ValueError(f"path is damaged: layer {name}, {error}") from error
-        if isinstance(old, LookupLinear):
-            shape = old.in_features, old.out_features
-        else:
-            shape = tuple(old.weight.shape) if not isinstance(old, nn.Linear) else (old.in_features, old.out_features)
-        if shape != (layer.in_features, layer.out_features):
-            raise ValueError(
-                f"model must have {layer.in_features} → {layer.out_features} features in {name}, which path holds "
-                f"converted, got {shape[0]} → {shape[1]}"
-            )
+        old = table.get(name)
+        if old is not None and (is_linear(old) or type(old) in WHOLE) and sizes(old) != sizes(layer):
+            wanted, came = (f"{d} → {h}" for d, h in (sizes(layer), sizes(old)))
+            raise ValueError(f"model must have {wanted} features in {name}, which path holds converted, got {came}")
+        if not _can_become(old, layer):
+            what = "linear layer" if isinstance(layer, LookupLinear) else "network"
+            came = "no such layer" if old is None else f"a {type(old).__name__}"
+            raise ValueError(f"model must have a {what} {name}, which path holds converted, got {came}")
         made[name] = layer.train(old.training)
     devices = {name: next(iter(table[name].parameters())).device for name in made}
     for name, layer in made.items():
         swaps.put(name, layer.to_empty(device=devices[name]))
+
+
+def _can_become(old: nn.Module | None, layer: nn.Module) -> TypeGuard[nn.Module]:
+    """Whether a conversion could have made `layer` of it: of a linear layer, or of a network with both its widths."""
+    if old is None or type(old) in WHOLE:
+        return old is not None
+    if is_linear(old):
+        return isinstance(layer, LookupLinear)
+    inside = [sizes(module) for module in old.modules() if is_linear(module)]
+    wanted = sizes(layer)
+    return len(inside) > 1 and any(d == wanted[0] for d, _ in inside) and any(h == wanted[1] for _, h in inside)
 
 
 @contextmanager

@@ -46,6 +46,9 @@ class LinearPlus(nn.Module):
         return self.linear(x) + self.rest(x)
 
 
+USUAL = (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.Identity())
+
+
 class Network(NamedTuple):
     """A feed-forward network of one hidden layer: second(activation(first(x)))."""
 
@@ -85,7 +88,7 @@ def network_of(mlp: object, rows: Tensor) -> Network:
         for activation in _activations(mlp):
             found = activation(inner)
             if isinstance(found, Tensor) and _same(found, hidden):
-                return Network(as_linear(first), copy.deepcopy(activation), as_linear(second))
+                return Network(as_linear(first), _usual(activation), as_linear(second))
     raise ValueError(f"{what}, got one whose activation is neither a module of its own nor a usual function")
 
 
@@ -93,7 +96,15 @@ def _activations(mlp: nn.Module) -> Iterator[nn.Module]:
     for module in mlp.modules():
         if not [*module.children(), *module.parameters()] and not isinstance(module, nn.Dropout):
             yield module
-    yield from (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.Identity())
+    yield from USUAL
+
+
+def _usual(activation: nn.Module) -> nn.Module:
+    """PyTorch's own module of the same function, which a file can name, or else a copy."""
+    grid = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    found = activation(grid.clone())
+    same = (own for own in USUAL if isinstance(found, Tensor) and torch.allclose(own(grid), found, rtol=0, atol=1e-12))
+    return copy.deepcopy(next(same, activation))
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -70,7 +70,8 @@ def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch
 
 
 class _Described(Tensor):
-    """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused."""
+    """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused
+    (not by a TypeError, which operators of tensors would take for an operand they do not know)."""
 
     _is_hf_initialized = True  # so that transformers, when it loads a converted model, does not draw values for it
 
@@ -79,8 +80,9 @@ class _Described(Tensor):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "size", "dim", "numel", "element_size", "is_floating_point", "__repr__"):
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise TypeError(f"a lookup layer has no dense weight to compute with ({name}); call the layer")
+                result = func(*args, **(kwargs or {}))
+            return result.as_subclass(cls) if type(result) is Tensor else result  # `.data` holds no values either
+        raise NotImplementedError(f"a lookup layer has no dense weight to compute with ({name}); call the layer")
 
 
 class LookupLinear(nn.Module):

@@ -1,0 +1,72 @@
+"""What travels to a machine with a GPU: no larger than allowed, in commands that a shell can read."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from pyrepr.benchmarks.gpu import pack
+
+
+def archive(path, *names):
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, b"\x7fELF" + b"assembler" * 1000)
+    return path
+
+
+def test_an_assembler_comes_out_of_a_wheel_as_it_is(tmp_path):
+    wheel = archive(tmp_path / "nvcc.whl", "nvidia/cu13/bin/ptxas", "nvidia/cu13/bin/nvcc", "nvidia/cu13/nvvm/notptxas")
+    pack.extract(wheel, tmp_path / "ptxas.xz")
+    assert lzma.decompress((tmp_path / "ptxas.xz").read_bytes()) == b"\x7fELF" + b"assembler" * 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nvcc.whl", "ptxas.xz"]
+
+
+@pytest.mark.parametrize("names", [(), ("a/bin/ptxas", "b/bin/ptxas")])
+def test_a_wheel_without_one_assembler_leaves_nothing(names, tmp_path):
+    with pytest.raises(pack.Failed, match=f"nvcc.whl must hold one bin/ptxas, got {len(names)}"):
+        pack.extract(archive(tmp_path / "nvcc.whl", *names), tmp_path / "ptxas.xz")
+    assert [path.name for path in tmp_path.iterdir()] == ["nvcc.whl"]
+
+
+def test_what_is_too_large_is_said(tmp_path):
+    (tmp_path / "a.whl").write_bytes(bytes(3 << 20))
+    assert pack.checked_sizes(tmp_path, 3) == ["   3.0 MiB  a.whl"]
+    with pytest.raises(pack.Failed, match=r"holds 3.0 MiB, more than the 2.5 that may travel"):
+        pack.checked_sizes(tmp_path, 2.5)
+
+
+def test_the_commands_unpack_and_run(tmp_path):
+    """The first one with a pip and a check that only say how they were called."""
+    folder, called = tmp_path / "some parts", tmp_path / "called"
+    folder.mkdir()
+    archive(tmp_path / "nvcc.whl", "bin/ptxas")
+    pack.extract(tmp_path / "nvcc.whl", folder / "ptxas.xz")
+    (folder / "pyrepr_kernels-0-py3-none-any.whl").touch()
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$PYTHONPATH" "$@" >> {called}\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    environment.pop("PYTHONPATH", None)
+    for command in pack.commands("some parts", 560):
+        assert len(command) < 2000
+        subprocess.run(
+            ["bash", "-ec", command.replace("/tmp", str(tmp_path))], cwd=tmp_path, env=environment, check=True
+        )
+    assert (tmp_path / "ptxas").read_bytes().startswith(b"\x7fELF") and os.access(tmp_path / "ptxas", os.X_OK)
+    install, check, _, tune = called.read_text().splitlines()
+    assert install.endswith("pyrepr_kernels-0-py3-none-any.whl")
+    site = tmp_path / "site"
+    assert check == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --seconds 560 --ptxas {tmp_path}/ptxas"
+    assert tune == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --autotune --seconds 224"
+
+
+def test_a_part_that_fails_is_one_sentence(tmp_path, capsys):
+    assert pack.main([str(tmp_path / "gpu"), "--python", str(tmp_path / "no python"), "--parts", "peer"]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("pack: no peer: ") and "no python" in said
