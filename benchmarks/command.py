@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyrepr.benchmarks.harness import Case, Row, machine, run_case, table, write_json
 
-FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs")
+FAMILIES = ("gram", "delta_rule", "causal_conv1d", "lookup", "pairs", "probe")
 
 QUICK_SECONDS, FULL_SECONDS = 1.5, 8.0  # of timing, a case
 QUICK_BUDGET = 90.0  # seconds for all of --quick on two cores

@@ -61,6 +61,7 @@ def test_regression():
 def test_bad_input(monkeypatch):
     model, (x, y) = Net(), digits(100)
     for call, message in (
+        (lambda: probe(model, x.split(64), ["same"] * 100, progress=False), "y must hold at least two classes"),
         (lambda: probe(model, x.split(64), y[:80], progress=False), "labels must hold one for each row of the layers"),
         (
             lambda: probe(model, x.split(64), y.repeat(2), progress=False),

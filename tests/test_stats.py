@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,8 @@ from pyrepr.stats import (
     neural_collapse,
     v_information,
 )
+from pyrepr.stats._covariances import solve_ridge, solve_ridge_quickly
+from pyrepr.stats._folds import FoldSums
 from pyrepr.stats.probes import _Dealer
 
 
@@ -129,9 +134,69 @@ def test_a_probe_names_classes_that_nobody_can_learn():
         linear_probe({"x": x}, y, val=({"x": x}, y))
 
 
+def digits_and_noise(n=400):
+    layers, y = digits(n)
+    x = layers["pixels"]
+    return (x - x.mean(0)) + 3 * torch.randn(x.shape, dtype=x.dtype), y
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_large_means_and_far_classes_cost_no_digits(task):
+    x, y = digits_and_noise()
+    target = y if task == "classification" else torch.stack([x[:, 20] + 1e5, y + 1e5], 1).float().double()
+    expected = linear_probe({"a": x}, target, task=task)
+    far = (x + 3e5 * torch.randn(64, dtype=x.dtype)).float()
+    exact = linear_probe({"a": far.double()}, target, task=task)  # of features as float32 holds them
+    target = target if task == "classification" else target.float()
+    found = linear_probe({"a": far}, target, task=task)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=0, atol=1e-3 if task == "regression" else 1e-12)
+    torch.testing.assert_close(found.models["a"].coef, exact.models["a"].coef, rtol=1e-2, atol=1e-5)
+    assert float((expected.best - found.best).abs()) < 0.02
+
+
+def test_a_class_that_comes_late_and_lies_far_away_keeps_its_digits():
+    """Around the first batch's mean alone the spread within the second class would be rounding."""
+    x, y = torch.randn(300, 6), torch.arange(300) // 150
+    x[150:] += 1e4
+    x[:, 0] += torch.where(y == 0, 0.0, 2.0)
+    batches = [({"a": a}, b) for a, b in zip(x.split(50), y.split(50), strict=True)]
+    found = linear_probe(batches, classes=2, alphas=1e-3).models["a"]
+    expected = linear_probe({"a": x.double()}, y, alphas=1e-3).models["a"]
+    torch.testing.assert_close(found.coef, expected.coef, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "spread", [torch.ones(60), torch.logspace(0, -4, 60), torch.tensor([1000.0] + [1.0] * 59), torch.full((60,), 1e-12)]
+)
+@pytest.mark.parametrize("alphas", [(1.0, 1e4), (1e-30, 1e-20), (0.0,), tuple(range(1, 20))])
+def test_factors_in_float32_are_corrected(spread, alphas):
+    turn = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))[0]
+    x = (torch.randn(900, 60, dtype=torch.float64) * spread) @ turn
+    sxx, sxy, alphas = x.T @ x, x.T @ torch.randn(900, 3, dtype=torch.float64), torch.tensor(alphas).double()
+    found, expected = solve_ridge_quickly(sxx, sxy, alphas), solve_ridge(sxx, sxy, alphas)
+    assert bool(((found - expected).norm(dim=(1, 2)) <= 1e-7 * expected.norm(dim=(1, 2))).all())
+
+
+def test_layers_in_memory_are_taken_one_at_a_time():
+    layers, y = digits(300)
+    seen = []
+
+    class Counted(FoldSums):
+        def __init__(self, *args):
+            seen.append(weakref.ref(self))
+            super().__init__(*args)
+            assert sum(one() is not None for one in seen) == 1
+
+    with mock.patch("pyrepr.stats.probes.FoldSums", Counted):
+        alone = linear_probe(layers, y)
+    streamed = linear_probe([(layers, y)], classes=10)
+    assert len(seen) == len(layers) and torch.equal(alone.scores, streamed.scores)
+
+
 def test_bad_input_of_probes():
     layers, y = digits(60)
     layer_with_a_hole = torch.randn(60, 2)
+    x, soft = layer_with_a_hole.clone(), torch.nn.functional.one_hot(y, 10).float()
     layer_with_a_hole[41, 1] = torch.nan
     for call, message in (
         (lambda: linear_probe(layers, y, folds=1), "folds must be an integer of at least 2, got 1"),
@@ -143,7 +208,33 @@ def test_bad_input_of_probes():
         (lambda: linear_probe(layers), "y must be the labels or targets"),
         (lambda: linear_probe({"a": layer_with_a_hole}, y), "layer a must be finite, got NaN or infinity in row 41"),
         (lambda: linear_probe(layers, y, alphas=-1), "alphas must be finite numbers of at least 0"),
-        (lambda: linear_probe(layers, torch.zeros(60).long()), "classes must be an integer of at least 2, got 1"),
+        (lambda: linear_probe(layers, torch.zeros(60).long()), "y must hold at least two classes, got class 0 alone"),
+        (lambda: linear_probe(layers, y * 0 + 2, classes=4), "y must hold at least two classes, got class 2 alone"),
+        (lambda: linear_probe({"a": x[:0]}, y[:0]), "y must hold at least one label, got none"),
+        (lambda: linear_probe(layers, y - 1), r"y must hold labels in \[0, 9\), got -1 to 8"),
+        (lambda: linear_probe(layers, -soft), "y must be soft labels of at least 0, got -1"),
+        (lambda: linear_probe(layers, soft * torch.nan), "y must be finite, got NaN or infinity in row 0"),
+        (lambda: linear_probe({"a": x, "b": x[:50]}, y), "b must have the n of a, 60 samples, got 50"),
+        (lambda: linear_probe({"a": x[:, :0]}, y), r"layer a must have at least one feature, got \[60, 0\]"),
+        (lambda: linear_probe({"a": x * 1e30}, y), "layer a must have squares that float32 can hold"),
+        (lambda: linear_probe({"a": x}, torch.ones(60), task="regression"), "y must vary, got the same targets"),
+        (lambda: linear_probe({"a": x}, y, val=({"a": x[:, :1]}, y)), r"layer a must have 2 features, got \[60, 1\]"),
+        (lambda: linear_probe({"a": x}, y, val=({"a": x}, y + 3)), r"y must hold labels in \[0, 10\), got 3 to 12"),
+        (lambda: linear_probe({"a": x}, y, val=({"a": x[:0]}, y[:0])), "val must hold at least one sample, got none"),
+        (lambda: linear_probe({"a": x}, y, val=({"a": layer_with_a_hole}, y)), "layer a must be finite, .* in row 41"),
+        (
+            lambda: linear_probe({"a": x}, x, val=({"a": x}, x[:, :1]), task="regression"),
+            "layer a must have 2 features and 2 targets in val, got 2 and 1",
+        ),
+        (
+            lambda: linear_probe({"a": x}, x, val=({"a": x[:1]}, x[:1]), task="regression"),
+            "val must hold at least 2 samples",
+        ),
+        (
+            lambda: linear_probe([({"a": x}, y), ({"a": x[:, :1]}, y)], classes=10),
+            r"layer a must have 2 features, got \[60, 1\]",
+        ),
+        (lambda: linear_probe([({"a": x}, y), ({"a": x}, soft)], classes=10), "y must be of one kind and width"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -165,6 +256,9 @@ def test_concept_depth():
         concept_depth([0.1], share=0)
     with pytest.raises(ValueError, match="scores must be finite"):
         concept_depth([])
+    for chance in (float("nan"), 0.7):
+        with pytest.raises(ValueError, match=r"chance must be below the best score, 0\.7, got"):
+            concept_depth([0.5, 0.7], chance=chance)
 
 
 def collapsed(spread, classes=4, n=400, d=10):
@@ -211,6 +305,9 @@ def test_collapse_to_ten_digits():
 def test_bad_input_of_collapse():
     x, y = collapsed(0.5)
     for call, message in (
+        (lambda: neural_collapse(x, y, x[:4] * torch.nan), "weight must be finite, got NaN or infinity in row 0"),
+        (lambda: neural_collapse(x, y, x[:4], torch.full((4,), torch.inf)), "bias must be finite"),
+        (lambda: neural_collapse(x, y, bias=torch.zeros(4)), "bias must come with the weight"),
         (lambda: neural_collapse(x, y[:5]), r"labels must have shape \[n\] = \[400\]"),
         (lambda: neural_collapse(x, torch.zeros(400).long()), "labels must be of at least two classes, got 1"),
         (

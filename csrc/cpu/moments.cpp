@@ -69,10 +69,14 @@ class Moments {
   }
 
  private:
+  // Without slots nothing is added up over tiles: no bit depends on their shape, so they are as large as threads allow.
   static Walk walk(const GramProblem& p, int64_t pair_count, int64_t slots) {
+    constexpr int64_t kTilesPerThread = 4;
     int64_t widest = 1;
     for (int64_t l = 0; l < p.count; l++) widest = larger(widest, p.layers[l].cols);
-    return {TileShape(widest, widest, Block<T>::MR, Block<T>::NR, 1, sizeof(T), pair_count), pair_count, 1, slots, p.n};
+    const int64_t fewer = slots ? 1 : larger<int64_t>(1, kMinTiles / (kTilesPerThread * p.threads));
+    const TileShape shape(widest, widest, Block<T>::MR, Block<T>::NR, 1, sizeof(T), pair_count * fewer);
+    return {shape, pair_count, 1, slots, p.n};
   }
 
   // X_a^T X_b for (a, b) = pair.

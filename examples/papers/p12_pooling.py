@@ -29,5 +29,5 @@ def run() -> Finding:
             rates[name].append(nearest_right(z[asked], origin[asked], z[known], origin[known]))
     means = {name: sum(values) / DRAWS for name, values in rates.items()}
     text = ", ".join(f"{name} {rate:.3f}" for name, rate in means.items())
-    chart = Chart(rates, list(range(1, DRAWS + 1)), "draw", "neighbour is right", "lines")
+    chart = Chart(rates, list(range(1, DRAWS + 1)), "draw", "neighbour is right")
     return Finding(text, means["mean token"] - means["last token"] >= 0.02, means, chart)

@@ -35,5 +35,7 @@ def run() -> Finding:
     curve = rates.mean(0).tolist()
     text = ", ".join(f"{count}: {rate:.2f}" for count, rate in zip(COUNTS, curve, strict=True))
     holds = bool((rates[:, COUNTS.index(128)] >= 0.99).all() and (rates[:, -1] < 0.5).all())
-    chart = Chart({"objects read back": curve}, COUNTS, "triples stored", "share", "lines", log_x=True)
+    chart = Chart(
+        {"objects read back": curve}, COUNTS, "triples stored", "share of objects read back", "lines", log_x=True
+    )
     return Finding(f"share read back of {text}", holds, {str(c): r for c, r in zip(COUNTS, curve, strict=True)}, chart)

@@ -35,5 +35,5 @@ def run() -> Finding:
     names = [str(level) for level in range(1, LEVELS + 1)]
     holds = all(a < b for a, b in pairwise(rates)) and rates[-1] >= 2 * rates[0]
     text = f"found by 1 to {LEVELS} codes {', '.join(f'{r:.2f}' for r in rates)} of {len(held)}"
-    chart = Chart({"found again": rates}, names, "codes", "share of sentences")
+    chart = Chart({"found again": rates}, names, "codes", "share of sentences found again")
     return Finding(text, holds, dict(zip(names, rates, strict=True)), chart)

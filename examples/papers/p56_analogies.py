@@ -41,5 +41,5 @@ def run() -> Finding:
             rates[name].append(float((first == d).float().mean()))
     means = {name: sum(values) / len(values) for name, values in rates.items()}
     text = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-    chart = Chart(rates, list(FAMILIES), "", "right")
+    chart = Chart(rates, list(FAMILIES), "", "share right")
     return Finding(f"right {text}", means["with the offset"] >= 2 * means["without"], means, chart)

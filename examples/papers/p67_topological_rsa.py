@@ -52,6 +52,10 @@ def run() -> Finding:
     text = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
     holds = min(rates["0.1–0.9"], rates["0–0.5"]) >= rates["RDM"] - 0.05
     chart = Chart(
-        {"identified": list(rates.values())}, list(rates), "quantiles", "share of layers", bound=rates["RDM"] - 0.05
+        {"identified": list(rates.values())},
+        list(rates),
+        "quantiles",
+        "share of layers identified",
+        bound=rates["RDM"] - 0.05,
     )
     return Finding(f"layers identified: {text}", holds, rates, chart)

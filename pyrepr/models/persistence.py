@@ -242,8 +242,10 @@ def _assigned(model: nn.Module, state: dict[str, Tensor], aliases: dict[str, str
             for name, place in places.items():
                 if id(place) not in done:
                     done.add(id(place))
-                    # A copy of its own, since names that share a tensor in the file may not in the model.
-                    place.data = state[name].to(place.device, copy=name in aliases)
+                    # A copy of its own, since names that share a tensor in the file may not in the model, or where
+                    # the file has it at an odd address, by which products go other ways.
+                    came = state[name]
+                    place.data = came.to(place.device, copy=name in aliases or came.data_ptr() % 64 != 0)
         yield
     except BaseException:
         for place, data in kept:

@@ -69,9 +69,9 @@ def probe(
     recorder = Recorder(model, layers, "model", samples=samples, pool=pool, tokens=tokens, inputs=inputs)
     given, classes = labels if callable(labels) else _as_tensor(labels, task), None
     if isinstance(given, Tensor) and task == "classification":
-        classes = given.shape[1] if given.dim() == 2 else int(given.max()) + 1 if len(given) else 0
+        classes = given.shape[1] if given.dim() == 2 else max(2, int(given.max()) + 1) if len(given) else 0
     elif task == "classification":
-        classes = 1 + max(int(given(batch).max()) for batch in check_data(data))
+        classes = max(2, 1 + max(int(given(batch).max()) for batch in check_data(data)))
     recorded = _Recorded(recorder, check_data(data), given, progress)
     with evaluating([recorder.model]), plain_execution(), torch.no_grad():
         return linear_probe(recorded, alphas=alphas, folds=folds, task=task, classes=classes, seed=seed)

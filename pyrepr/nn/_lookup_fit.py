@@ -229,10 +229,16 @@ def strongest_neurons(x: Tensor, hidden: Tensor, out: Tensor, count: int, ridge:
     return strength.topk(count).indices.sort().values
 
 
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviations [d] of x [N, d]; of what varies by roundings alone its size, of zeros 1."""
+    spread, size = x.std(0), x.abs().amax(0)
+    return torch.where(spread > 1e-12 * size, spread, torch.where(size > 0, size, 1))
+
+
 def beside_neurons(x: Tensor, hidden: Tensor, y: Tensor, out: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, bias and what neurons hidden [N, n] write [h, n] so that together they give y [N, h]; the ridge pulls
     towards what they wrote in the network, `out` [h, n], which is right where all of them are here."""
-    sizes = [part.std(0).clamp_min(1e-12 * max(1e-300, float(part.std(0).max()))) for part in (x, hidden)]
+    sizes = [_spread(part) for part in (x, hidden)]
     features = torch.cat([part / size for part, size in zip((x, hidden), sizes, strict=True)], 1)
     change, bias = dense_map(features, y - hidden @ out.T, ridge)
     weight, written = change.split([x.shape[1], hidden.shape[1]], 1)

@@ -84,7 +84,8 @@ def specified(given: Specification, device: torch.device | str | None = None) ->
 
 
 def _linear(given: Specification, device: torch.device | str | None) -> nn.Linear:
-    linear = nn.Linear(*given["sizes"], bias="bias" in given["dtypes"], device=device)
+    d, h = given["sizes"]
+    linear = nn.Linear(d, h, bias="bias" in given["dtypes"], device=device)
     for name, dtype in given["dtypes"].items():
         place = getattr(linear, name)
         made = torch.empty(place.shape, dtype=getattr(torch, dtype), device=device)
@@ -98,7 +99,9 @@ def sizes(module: nn.Module) -> tuple[int, int]:
         return sizes(module.linear)
     if isinstance(module, (nn.Linear, LookupLinear)):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # type: ignore[union-attr,return-value]  # Conv1D of transformers
+    weight = module.weight  # [in, out] in Conv1D of transformers
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0], weight.shape[1]
 
 
 def pack(module: nn.Module, given: Specification) -> None:

@@ -88,7 +88,7 @@ def network_of(mlp: object, rows: Tensor) -> Network:
         for activation in _activations(mlp):
             found = activation(inner)
             if isinstance(found, Tensor) and _same(found, hidden):
-                return Network(as_linear(first), _usual(activation), as_linear(second))
+                return Network(as_linear(first), _usual(activation, inner.device), as_linear(second))
     raise ValueError(f"{what}, got one whose activation is neither a module of its own nor a usual function")
 
 
@@ -99,9 +99,9 @@ def _activations(mlp: nn.Module) -> Iterator[nn.Module]:
     yield from USUAL
 
 
-def _usual(activation: nn.Module) -> nn.Module:
+def _usual(activation: nn.Module, device: torch.device) -> nn.Module:
     """PyTorch's own module of the same function, which a file can name, or else a copy."""
-    grid = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    grid = torch.linspace(-20, 20, 4001, dtype=torch.float64, device=device)
     found = activation(grid.clone())
     same = (own for own in USUAL if isinstance(found, Tensor) and torch.allclose(own(grid), found, rtol=0, atol=1e-12))
     return copy.deepcopy(next(same, activation))

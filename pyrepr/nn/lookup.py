@@ -581,7 +581,8 @@ def _check_neurons(neurons: int, most: int) -> None:
 def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
     """The ``nn.Linear`` of these values, in this dtype."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype).contiguous())
+    # Cloned: a single row may have any strides and be called contiguous, but products go other ways by them.
+    linear.weight = nn.Parameter(weight.to(dtype).clone(memory_format=torch.contiguous_format))
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(dtype))
     return linear

@@ -117,6 +117,8 @@ class ProductKeyMemory(nn.Module):
         x = check_tensor("x", x)
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got shape {shape_of(x)}")
+        if x.device != self.keys.device:
+            raise ValueError(f"x must be on the memory's device, {self.keys.device}, got {x.device}")
         rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
         out = self._read(*self.slots(rows)).to(x.dtype)
         if self.gate_in is not None and self.gate_out is not None:

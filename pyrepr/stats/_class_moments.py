@@ -13,7 +13,7 @@ from pyrepr.stats._blocks import Blocks
 from pyrepr.stats._layer_moments import whole_block
 
 PAIRS = [(0, 0), (0, 1)]
-SHIFT_ROWS = 4096  # of a batch give the provisional means: they need to be near, not exact
+SHIFT_ROWS = 1024  # of a batch give the provisional means: they need to be near, not exact
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,10 @@ class ClassSums:
     def n(self) -> int:
         return int(self.counts.sum())
 
-    def shifted(self, x: Tensor, y: Tensor) -> ClassSums:
-        """The same sums, with the shifts of classes that come first in x: [n, d] with labels y: [n]."""
-        counts = torch.bincount(y, minlength=len(self.counts))
-        new = self.shift[:, 0].isnan() & (counts > 0) if self.shift.shape[1] else counts < 0
-        if not bool(new.any()):
-            return self
-        rows = new[y].nonzero()[:, 0]
-        first = _first_rows(x, y, len(counts)).double()
-        some = rows[:SHIFT_ROWS]
-        x, y = x[some], y[some]
-        rest = torch.zeros_like(first).index_add_(0, y, x.double() - first[y])
-        mean = first + rest / torch.bincount(y, minlength=len(counts))[:, None].clamp_min(1)
-        rounded = mean.to(compute_dtype(x.dtype)).double()  # so that x − s is exact nearby
-        return replace(self, shift=torch.where(new[:, None], rounded, self.shift))
-
     def plus_batch(self, x: Tensor, y: Tensor) -> ClassSums:
         """x: [n, d], y: [n] int64."""
-        dtype, start = compute_dtype(x.dtype), self.shifted(x, y)
+        dtype = compute_dtype(x.dtype)
+        start = replace(self, shift=provisional_means(self.shift, x, y))
         classes = len(start.counts)
         centred = x.to(dtype) - start.shift.to(dtype)[y]
         members = torch.zeros(len(y), classes, dtype=dtype, device=x.device).scatter_(1, y[:, None], 1)
@@ -100,6 +86,22 @@ class ClassSums:
         centre = means[has].mean(0)  # near enough that weights do not cost digits
         shares = self.counts[has] / self.counts.sum()
         return centre + products_of(shares[None], (means[has] - centre).T)[0]
+
+
+def provisional_means(shift: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """shift [C, d] with means of classes that had none (NaN) and come first in x: [n, d] with labels y: [n]."""
+    counts = torch.bincount(y, minlength=len(shift))
+    new = shift[:, 0].isnan() & (counts > 0) if shift.shape[1] else counts < 0
+    if not bool(new.any()):
+        return shift
+    rows = new[y].nonzero()[:, 0]
+    first = _first_rows(x, y, len(counts)).double()
+    some = rows[:SHIFT_ROWS]
+    x, y = x[some], y[some]
+    rest = torch.zeros_like(first).index_add_(0, y, x.double() - first[y])
+    mean = first + rest / torch.bincount(y, minlength=len(counts))[:, None].clamp_min(1)
+    rounded = mean.to(compute_dtype(x.dtype)).double()  # so that x − s is exact nearby
+    return torch.where(new[:, None], rounded, shift)
 
 
 def _first_rows(x: Tensor, y: Tensor, classes: int) -> Tensor:

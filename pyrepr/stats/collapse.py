@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrepr._checks import check_layer, check_tensor, shape_of
 from pyrepr.stats._covariances import warn_of_empty_classes
-from pyrepr.stats.moments import Moments, check_labels
+from pyrepr.stats.moments import Moments, check_finite, check_labels
 
 
 class NeuralCollapse(NamedTuple):
@@ -61,7 +61,9 @@ def neural_collapse(
     """
     x = None if isinstance(features, Moments) else check_layer("features", features).detach().double()
     if weight is not None:
-        weight = check_layer("weight", weight).detach().double()
+        weight = check_finite("weight", check_layer("weight", weight).detach().double())
+    elif bias is not None:
+        raise ValueError("bias must come with the weight of the classifier, got it alone")
     if isinstance(features, Moments):
         if features.classes is None:
             raise ValueError("features must be Moments(classes=…), got moments without classes")
@@ -151,6 +153,8 @@ def _nc4(x: Tensor | None, means: Tensor, weight: Tensor | None, bias: Tensor | 
         return means.new_tensor(torch.nan)
     if bias is not None and bias.shape != (len(weight),):
         raise ValueError(f"bias must have shape [C] = [{len(weight)}], got {shape_of(bias)}")
+    if bias is not None and not bool(bias.isfinite().all()):
+        raise ValueError("bias must be finite, got NaN or infinity")
     chosen = (x @ weight.T + (0 if bias is None else bias.detach().double())).argmax(1)
     centre = means.nanmean(0)
     nearest = torch.cdist(x - centre, means - centre).nan_to_num(torch.inf).argmin(1)

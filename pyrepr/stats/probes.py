@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrepr._checks import INTEGERS, check_layer, check_layers, shape_of, shown
+from pyrepr._checks import check_layer, check_layers, shape_of, shown
 from pyrepr._optional import PLOT, require
 from pyrepr._reporting import replacing
-from pyrepr.stats._covariances import warn_of_empty_classes
-from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_finite, check_labels
+from pyrepr.stats._covariances import errors_of, ridge_of, warn_of_empty_classes
+from pyrepr.stats._folds import ROWS, FoldSums, rows_of
+from pyrepr.stats.moments import Moments, Ridge, check_alphas, check_finite, check_labels, check_targets
 
 TASKS = ("classification", "regression")
 ALPHAS = (1.0, 100.0, 10000.0)
-ROWS = 2048  # of a layer at a time: what is cut out of it stays in the cache
 BLOCKS = 10  # that validation samples are dealt to, for the standard error of R²
 
 Layers = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
@@ -146,8 +145,9 @@ def linear_probe(
 
     The read-out is ridge regression, on one-hot labels for classification (``RidgeClassifier``). Moments of every layer
     and fold are taken in one pass; training moments of a fold are total minus fold; so more λ, folds and layers cost
-    little, and a loader's data need not fit in memory: kept are folds·d² numbers a layer. Accuracy needs the held-out
-    rows once more, so a loader is then run over twice, in the same order; R² follows from moments.
+    little, and a loader's data need not fit in memory: kept are folds·d² numbers a layer (of one layer
+    at a time, where all are in memory). Accuracy needs the held-out rows once more, so a loader is then run over twice,
+    in the same order; R² follows from moments.
 
     Args:
         layers: a dict or list of [n, d_l], or a tensor [L, n, d], row i of all of them one sample; or, with y ``None``,
@@ -189,29 +189,35 @@ def linear_probe(
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if task == "classification":
         classes = classes or _classes(y)
-    run = _Run(values, BLOCKS if held_out else folds, task, classes, seed)
+    pieces = _layer_by_layer(data, held_out)
+    runs = [_Run(values, BLOCKS if held_out else folds, task, classes, seed) for _ in pieces]
     with torch.no_grad():
-        return run.with_validation(data, held_out) if held_out else run.with_folds(data)
+        found = [run(*piece) for run, piece in zip(runs, pieces, strict=True)]
+    if runs[0].empty is not None:
+        warn_of_empty_classes(runs[0].empty, "they are never the answer")
+    return _joined(found)
 
 
 def _classes(y: Tensor | None) -> int:
     if y is None:
         raise ValueError("classes must be given with an iterable of batches, got None")
-    if y.dim() == 2:
-        return y.shape[1]
-    if y.dtype not in (*INTEGERS, torch.uint8, torch.int8, torch.int16, torch.bool) or not len(y):
-        raise TypeError(f"y must hold integer labels or, soft, be [n, C], got {y.dtype} {shape_of(y)}")
-    return int(y.max()) + 1
+    if not len(y):
+        raise ValueError("y must hold at least one label, got none")
+    if y.is_floating_point() == (y.dim() == 1) or y.is_complex():
+        raise TypeError(
+            f"y must hold integer labels [n] or, soft, be floating point [n, C], got {y.dtype} {shape_of(y)}"
+        )
+    return max(2, y.shape[1] if y.dim() == 2 else int(y.max()) + 1)
 
 
 Batch = tuple[list[str], list[Tensor], Tensor]
 
 
 class _Batches:
-    """The data as batches of checked layers and their y, as often as wanted."""
+    """The data as batches of checked layers and their y, as often as wanted; `whole`, if it is one batch in memory."""
 
-    def __init__(self, source: Iterable[Any], argument: str) -> None:
-        self.source, self.argument = source, argument
+    def __init__(self, source: Iterable[Any], argument: str, whole: Batch | None = None) -> None:
+        self.source, self.argument, self.whole = source, argument, whole
         self.once = isinstance(source, Iterator)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -228,14 +234,27 @@ def _batches(layers: Any, y: Tensor | None, argument: str) -> _Batches:
             raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}")
         names, xs = _named(layers, argument)
         xs = [check_layer(name, x) for name, x in zip(names, xs, strict=True)]
-        if y.dim() not in (1, 2) or any(len(x) != len(y) for x in xs):
+        check_layers(names, xs)
+        if y.dim() not in (1, 2) or len(xs[0]) != len(y):
             raise ValueError(f"y must have a row for each of the {len(xs[0])} samples, got {shape_of(y)}")
-        return _Batches([(layers, y)], argument)
+        return _Batches([(dict(zip(names, xs, strict=True)), y)], argument, (names, xs, y))
     if isinstance(layers, (Tensor, Mapping)) or not isinstance(layers, Iterable):
         if argument == "val":
             raise ValueError(f"val must be (layers, y) or an iterable of such batches, got {type(layers).__name__}")
         raise ValueError("y must be the labels or targets of the layers, got None")
     return _Batches(layers, argument)
+
+
+def _layer_by_layer(data: _Batches, val: _Batches | None) -> list[tuple[_Batches, _Batches | None]]:
+    """Each layer alone, where they are in memory: then the sums of one are, and not those of all."""
+    sides = [side for side in (data, val) if side is not None]
+    if any(side.whole is None or side.whole[0] != data.whole[0] for side in sides):
+        return [(data, val)]
+    cut = [
+        [_Batches([({name: x}, side.whole[2])], side.argument) for name, x in zip(*side.whole[:2], strict=True)]
+        for side in sides
+    ]
+    return list(zip(cut[0], cut[1] if val else [None] * len(cut[0]), strict=True))
 
 
 def _named(layers: Any, argument: str) -> tuple[list[str], list[Tensor]]:
@@ -268,157 +287,191 @@ class _Dealer:
 
 
 class _Run:
+    """The probes of some layers: of all that a loader gives, or of one after the other where all are in memory."""
+
     def __init__(self, alphas: Tensor, folds: int, task: str, classes: int | None, seed: int) -> None:
         self.alphas, self.folds, self.task, self.classes, self.seed = alphas, folds, task, classes, seed
         self.names: list[str] = []
-        self.counts = torch.zeros(classes or 0, dtype=torch.float64, device="cpu")
+        self.counts = torch.zeros(classes or 0, dtype=torch.float64, device="cpu")  # of classes in what is scored
+        self.empty: Tensor | None = None  # counts of classes in what is fitted, with hard labels
 
-    def with_folds(self, data: _Batches) -> Probe:
-        if self.task == "classification" and data.once:
+    def __call__(self, data: _Batches, val: _Batches | None) -> Probe:
+        if self.task == "classification" and val is None and data.once:
             raise ValueError("layers must be an iterable that starts anew every time (a loader), got an iterator")
-        parts = self.moments(data, self.folds)
-        totals = [self.total(folds) for folds in parts]
-        if totals[0].samples < 2 * self.folds:
-            raise ValueError(f"folds must be at most half of the {totals[0].samples} samples, got {self.folds}")
-        self.warn(totals[0])
-        models = [
-            [(total - fold).ridge(self.alphas) for fold in folds] for total, folds in zip(totals, parts, strict=True)
-        ]
-        if self.task == "regression":
-            scores, stderr = self.r2(models, parts)
-        else:
-            scores, stderr = self.accuracy(models, data, self.folds)
-        return self.result(scores, stderr, totals, totals[0].samples)
-
-    def with_validation(self, data: _Batches, val: _Batches) -> Probe:
-        totals = [folds[0] for folds in self.moments(data, 1)]
-        if not totals or totals[0].samples < 2:
+        layers = self.sums(data, 1 if val else self.folds)
+        totals = [layer.total() for layer in layers]
+        samples = sum(layers[0].samples)
+        if val and samples < 2:
             raise ValueError("layers must hold at least 2 samples, got fewer")
-        self.warn(totals[0])
-        models = [[total.ridge(self.alphas)] for total in totals]
-        if self.task == "regression":
-            parts = self.moments(val, self.folds)
-            scores, stderr = self.r2([fits * self.folds for fits in models], parts)
-            return self.result(scores, stderr, totals, self.total(parts[0]).samples)
-        self.counts = torch.zeros_like(self.counts)
-        scores, stderr = self.accuracy(models, val, 1)
-        return self.result(scores, stderr, totals, int(self.counts.sum()))
+        if not val and samples < 2 * self.folds:
+            raise ValueError(f"folds must be at most half of the {samples} samples, got {self.folds}")
+        for name, total in zip(self.names, totals, strict=True):
+            if not bool(total[0].diagonal().sum().isfinite()):
+                raise ValueError(f"layer {name} must have squares that float32 can hold, got larger ones; pass float64")
+        if layers[0].classes:
+            self.empty = layers[0].counts()
+            if int((self.empty > 0).sum()) < 2:
+                raise ValueError(f"y must hold at least two classes, got class {int(self.empty.argmax())} alone")
+        models = [self.models(layer, total, whole=bool(val)) for layer, total in zip(layers, totals, strict=True)]
+        if self.task == "classification":
+            centres = [layer.centre(total) for layer, total in zip(layers, totals, strict=True)]
+            scores, stderr = self.accuracy(models, centres, val or data, 1 if val else self.folds)
+            samples = int(self.counts.sum())
+        else:
+            parts = self.sums(val, self.folds) if val else layers
+            for name, part, layer in zip(self.names, parts, layers, strict=True):
+                if part.shift.shape != layer.shift.shape or part.targets != layer.targets:
+                    sizes = (layer.shift.shape[1], layer.targets, part.shift.shape[1], part.targets)
+                    raise ValueError(
+                        "layer {} must have {} features and {} targets in val, got {} and {}".format(name, *sizes)
+                    )
+            if sum(parts[0].samples) < 2:
+                raise ValueError("val must hold at least 2 samples, got fewer")
+            scores, stderr = self.r2([fits * self.folds for fits in models] if val else models, parts)
+            samples = sum(parts[0].samples)
+        best = [float(self.alphas[i]) for i in scores.argmax(1)]
+        fitted = []
+        for layer, total, alpha in zip(layers, totals, best, strict=True):
+            fit = ridge_of(layer.scatter(total), self.alphas.new_tensor([alpha]), quick=layer.quick)
+            fitted.append(Ridge(fit.coef[0], fit.intercept[0]))
+        return self.result(scores, stderr, samples, fitted)
 
-    def warn(self, total: Moments) -> None:
-        """Of classes that nobody can learn, as they have no samples (hard labels only)."""
-        if total.classes is not None:
-            warn_of_empty_classes(total.counts, "they are never the answer")
+    def models(self, layer: FoldSums, total: list[Tensor], whole: bool) -> list[Ridge]:
+        """All λ fitted to what is in no fold but one, for every fold; or to the whole."""
+        trainings = [total] if whole else ([a - b for a, b in zip(total, fold, strict=True)] for fold in layer.folds)
+        return [ridge_of(layer.scatter(sums), self.alphas, quick=layer.quick) for sums in trainings]
 
-    def moments(self, data: _Batches, folds: int) -> list[list[Moments]]:
-        """Moments of every layer and fold."""
-        dealer, parts = _Dealer(folds, self.seed), []
+    def sums(self, data: _Batches, folds: int) -> list[FoldSums]:
+        """Of every layer, in one pass over the data."""
+        dealer, found = _Dealer(folds, self.seed), []
         for names, xs, y in data:
             if not self.names:
                 self.names = names
-            if names != self.names:
-                raise ValueError(f"{data.argument} must have the layers {self.names}, got {names}")
+            self.check_names(names, data.argument)
             hard = self.task == "classification" and y.dim() == 1
-            y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y)
-            if not parts:
-                parts = [self.start(x, y, folds, hard) for x in xs]
-            rows = self.rows(dealer(len(y)), folds, y.device)
-            for name, x, row in zip(names, xs, parts, strict=True):
-                try:
-                    for moments, at in zip(row, rows, strict=True):
-                        for piece in at.split(ROWS):
-                            moments.update(x[piece], y[piece])
-                except ValueError:  # of a piece: its row is another one here
-                    check_finite(f"layer {name}", x)
-                    if not hard:
-                        check_finite("y", y.reshape(len(y), -1))
-                    raise
-        if not parts:
+            y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y, xs[0])
+            for name, x in zip(names, xs, strict=True):
+                if not x.shape[1]:
+                    raise ValueError(f"layer {name} must have at least one feature, got {shape_of(x)}")
+            if not found:
+                classes, targets = (self.classes, self.classes) if hard else (None, y.shape[1])
+                found = [FoldSums(folds, x.shape[1], classes, targets, x.device) for x in xs]
+            dealt = dealer(len(y))
+            rows = self.rows(dealt, folds)
+            for name, x, layer in zip(names, xs, found, strict=True):
+                _check_width(name, x, layer.shift.shape[1])
+                if hard != bool(layer.classes) or (not hard and y.shape[1] != layer.targets):
+                    raise ValueError("y must be of one kind and width in all batches, got another")
+                check_finite(f"layer {name}", x)
+                layer.add(x, y.to(x.device), [at.to(x.device) for at in rows])
+        if not found:
             raise ValueError(f"{data.argument} must give at least one batch, got none")
-        return parts
+        return found
 
-    def start(self, x: Tensor, y: Tensor, folds: int, hard: bool) -> list[Moments]:
-        """Empty moments of a layer's folds. With classes they have one provisional mean: then adding them up and taking
-        one away again moves nothing."""
-        if not hard:
-            return [Moments() for _ in range(folds)]
-        first = Moments(self.classes)
-        first.shift_to(x[:ROWS], y[:ROWS])
-        return [copy.copy(first) for _ in range(folds)]  # what moments hold are values
+    def check_names(self, names: list[str], argument: str) -> None:
+        if names != self.names:
+            raise ValueError(f"{argument} must have the layers {self.names}, got {names}")
 
     @staticmethod
-    def rows(dealt: Tensor, folds: int, device: torch.device) -> list[Tensor]:
-        return [(dealt == fold).nonzero()[:, 0].to(device) for fold in range(folds)]
+    def rows(dealt: Tensor, folds: int) -> list[Tensor]:
+        return [(dealt == fold).nonzero()[:, 0] for fold in range(folds)]
 
-    def targets(self, y: Tensor) -> Tensor:
+    def targets(self, y: Tensor, x: Tensor) -> Tensor:
         if self.task == "classification" and (y.dim() != 2 or y.shape[1] != self.classes):
             raise ValueError(f"y must be soft labels [n, C] with C = {self.classes}, got {shape_of(y)}")
         if not y.is_floating_point():
             raise TypeError(f"y must be floating point for task='regression' and soft labels, got {y.dtype}")
-        return y
+        if self.task == "classification" and bool((y < 0).any()):
+            raise ValueError(f"y must be soft labels of at least 0, got {float(y.min()):.4g}")
+        return check_targets(y, x)
 
-    def total(self, folds: list[Moments]) -> Moments:
-        total = Moments(folds[0].classes)
-        for fold in folds:
-            total.merge(fold)
-        return total
-
-    def r2(self, models: list[list[Ridge]], parts: list[list[Moments]]) -> tuple[Tensor, Tensor]:
+    def r2(self, models: list[list[Ridge]], parts: list[FoldSums]) -> tuple[Tensor, Tensor]:
         """[L, A] R² over all folds and its jackknife error over them."""
         scores, errors = [], []
-        for fits, folds in zip(models, parts, strict=True):
-            mean = self.total(folds)._both()[3]
-            filled = [(fit, fold) for fit, fold in zip(fits, folds, strict=True) if fold.samples]
-            found = [fold.errors_of(fit, mean) for fit, fold in filled]
-            error, spread = torch.stack([e for e, _ in found]), torch.stack([s for _, s in found])[:, None]
+        for fits, layer in zip(models, parts, strict=True):
+            mean = layer.scatter(layer.total()).mean_y
+            error, spread = [], []
+            for fit, fold in zip(fits, layer.folds, strict=True):
+                if bool(fold[2][-1, -1] > 0):
+                    scatter = layer.scatter(fold)
+                    missed, around = errors_of(scatter, fit)
+                    error.append(missed.sum(-1))
+                    spread.append(around.sum() + scatter.n * (scatter.mean_y - mean).square().sum())
+            error, spread, g = torch.stack(error), torch.stack(spread)[:, None], len(error)
+            if not bool(spread.sum() > 0):
+                raise ValueError("y must vary, got the same targets for every sample")
             without = 1 - (error.sum(0) - error) / (spread.sum(0) - spread)
-            g = len(filled)
             scores.append(1 - error.sum(0) / spread.sum(0))
             errors.append(((g - 1) / g * (without - without.mean(0)).square().sum(0)).sqrt())
-        return torch.stack(scores), torch.stack(errors)
+        return torch.stack(scores).cpu(), torch.stack(errors).cpu()
 
-    def accuracy(self, models: list[list[Ridge]], data: _Batches, folds: int) -> tuple[Tensor, Tensor]:
+    def accuracy(
+        self, models: list[list[Ridge]], centres: list[Tensor], data: _Batches, folds: int
+    ) -> tuple[Tensor, Tensor]:
         """[L, A] share of right answers about samples that the model has not seen."""
         dealer = _Dealer(folds, self.seed)
         right = torch.zeros(len(models), len(self.alphas), dtype=torch.float64, device="cpu")
-        maps: list[list[tuple[Tensor, Tensor]]] = []
+        maps = [[_Map(fit, centre) for fit in fits] for fits, centre in zip(models, centres, strict=True)]
         for names, xs, y in data:
-            if names != self.names:
-                raise ValueError(f"{data.argument} must have the layers {self.names}, got {names}")
-            y = y.argmax(1) if y.dim() == 2 else y.long()
+            self.check_names(names, data.argument)
+            hard = y.dim() == 1
+            y = check_labels("y", y, len(xs[0]), self.classes) if hard else self.targets(y, xs[0]).argmax(1)
             self.counts += torch.bincount(y.cpu(), minlength=len(self.counts))
-            rows = self.rows(dealer(len(y)), folds, y.device)
-            if not maps:
-                maps = [[_as_map(fit, x) for fit in fits] for fits, x in zip(models, xs, strict=True)]
-            for layer, (x, fits) in enumerate(zip(xs, maps, strict=True)):
-                for (weight, bias), at in zip(fits, rows, strict=True):
-                    for piece in at.split(ROWS):
-                        logits = torch.addmm(bias, x[piece].to(weight.dtype), weight)
-                        answers = logits.unflatten(1, (len(self.alphas), self.classes)).argmax(2)
-                        right[layer] += (answers == y[piece, None]).sum(0).cpu()
+            rows = self.rows(dealer(len(y)), folds)
+            for layer, (name, x, fits) in enumerate(zip(names, xs, maps, strict=True)):
+                _check_width(name, x, len(centres[layer]))
+                check_finite(f"layer {name}", x)
+                here, room = y.to(x.device), x.new_empty(min(ROWS, len(x)), x.shape[1], dtype=centres[layer].dtype)
+                for fit, at in zip(fits, rows, strict=True):
+                    for piece in at.to(x.device).split(ROWS):
+                        answers = fit(rows_of(x, piece, room)).unflatten(1, (len(self.alphas), self.classes)).argmax(2)
+                        right[layer] += (answers == here[piece, None]).sum(0).cpu()
         n = float(self.counts.sum())
+        if not n:
+            raise ValueError(f"{data.argument} must hold at least one sample, got none")
         share = right / n
         return share, (share * (1 - share) / n).sqrt()
 
-    def result(self, scores: Tensor, stderr: Tensor, totals: list[Moments], samples: int) -> Probe:
-        best = scores.argmax(1)
-        models = {name: t.ridge(float(self.alphas[i])) for name, t, i in zip(self.names, totals, best, strict=True)}
+    def result(self, scores: Tensor, stderr: Tensor, samples: int, fitted: list[Ridge]) -> Probe:
         classification = self.task == "classification"
         return Probe(
             tuple(self.names),
             tuple(self.alphas.tolist()),
-            scores.cpu(),
-            stderr.cpu(),
+            scores,
+            stderr,
             "accuracy" if classification else "R²",
             float(self.counts.max() / self.counts.sum()) if classification else 0.0,
             samples,
-            models,
+            dict(zip(self.names, fitted, strict=True)),
         )
 
 
-def _as_map(fit: Ridge, x: Tensor) -> tuple[Tensor, Tensor]:
-    """coef [A, C, d], intercept [A, C] as one matrix [d, A·C] and vector, in the dtype that x is multiplied in."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return fit.coef.flatten(0, 1).T.to(dtype).contiguous(), fit.intercept.flatten().to(dtype)
+def _check_width(name: str, x: Tensor, width: int) -> None:
+    if x.shape[1] != width:
+        raise ValueError(f"layer {name} must have {width} features, got {shape_of(x)}")
+
+
+class _Map:
+    """All λ of a fit as one affine map, of x around a centre: a large mean would take the digits of the product."""
+
+    def __init__(self, fit: Ridge, centre: Tensor) -> None:
+        self.centre, self.weight = centre, fit.coef.flatten(0, 1).to(centre.dtype)
+        self.bias = (fit.intercept + fit.coef @ centre.double()).flatten().to(centre.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x in the centre's dtype, which is overwritten."""
+        return torch.nn.functional.linear(x.sub_(self.centre), self.weight, self.bias)
+
+
+def _joined(probes: list[Probe]) -> Probe:
+    """Probes of one layer each as one of all."""
+    return replace(
+        probes[0],
+        layers=tuple(name for probe in probes for name in probe.layers),
+        scores=torch.cat([probe.scores for probe in probes]),
+        stderr=torch.cat([probe.stderr for probe in probes]),
+        models={name: fit for probe in probes for name, fit in probe.models.items()},
+    )
 
 
 def v_information(x: Tensor | Moments, y: Tensor | None = None, *, alpha: float = 0.0) -> Tensor:
@@ -468,7 +521,7 @@ def concept_depth(
         share: which part of the way from chance to the best score counts as reached, in (0, 1].
 
     Raises:
-        ValueError: for no layers, scores that are not finite, or a share out of range.
+        ValueError: for no layers, scores that are not finite, none above chance, or a share out of range.
 
     Example:
         >>> pyrepr.stats.concept_depth([0.5, 0.7, 0.99, 1.0], chance=0.5).layer
@@ -484,6 +537,8 @@ def concept_depth(
         raise ValueError(f"scores must be finite numbers of shape [L] with L ≥ 1, got {shape_of(values)}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {shown(share)}")
+    if not chance < values.max():
+        raise ValueError(f"chance must be below the best score, {float(values.max()):.4g}, got {shown(chance)}")
     reached = values >= chance + share * (values.max() - chance) - 1e-12
     layer = int(reached.nonzero()[0, 0])
     rises = values.diff()

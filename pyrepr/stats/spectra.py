@@ -24,7 +24,8 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
 
     Returns:
         [...], between 1 and the rank; float64 for float64 inputs and moments, else float32; differentiable in x where
-        singular values are distinct. NaN for a matrix of zeros, or one that is not finite.
+        singular values are distinct. NaN for a matrix of zeros, an empty one, or one that is not
+        finite.
 
     Raises:
         ValueError, TypeError: for another kind or shape.
@@ -49,8 +50,9 @@ def effective_rank(x: Tensor | Moments, kind: str = "entropy", *, center: bool =
         finite = x.isfinite().all(-1).all(-1)
         values = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0))
         values = torch.where(finite[..., None], values, torch.nan)
-    if values.shape[-1]:
-        values = values / values.detach().amax(-1, keepdim=True)  # squares of squares stay in range
+    if not values.shape[-1]:
+        return values.sum(-1) + torch.nan
+    values = values / values.detach().amax(-1, keepdim=True)  # squares of squares stay in range
     if kind == "participation":
         squares = values.square()
         return squares.sum(-1).square() / squares.square().sum(-1)

@@ -421,6 +421,115 @@ def draw_fit(draw: Draw) -> Case:
     return case
 
 
+def best_slots(
+    p: dict[str, np.ndarray], x: np.ndarray, heads: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All n² scores of every token and head in order: the k best slots, their scores, and how far the next one is."""
+    query = (x @ p["query.weight"].T + p["query.bias"]).reshape(len(x), heads, 2 * p["keys"].shape[-1])
+    centred = query - query.mean(-1, keepdims=True)
+    query = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["norm.weight"] + p["norm.bias"]
+    first, second = np.split(query, 2, -1)
+    scores = np.einsum("thc,hic->thi", first, p["keys"][:, 0])[..., None]
+    scores = scores + np.einsum("thc,hjc->thj", second, p["keys"][:, 1])[:, :, None]
+    scores = scores.reshape(len(x), heads, p["keys"].shape[2] ** 2)
+    order = np.argsort(-scores, -1, kind="stable")
+    sorted_scores = np.take_along_axis(scores, order, -1)
+    gap = (
+        sorted_scores[..., k - 1] - sorted_scores[..., k] if scores.shape[-1] > k else np.full(scores.shape[:2], np.inf)
+    )
+    return order[..., :k], sorted_scores[..., :k], gap
+
+
+def draw_memory(draw: Draw) -> Case:
+    """Truth: a softmax over the k best of all n² slots, found by sorting. Not looked at: tokens of which two scores all
+    but meet."""
+    width, features, keys, heads = draw.randint(1, 12), draw.choice((1, 3, 8)), draw.randint(1, 7), draw.randint(1, 3)
+    k, gate = draw.randint(1, keys), draw.chance(0.3)
+    dtype = draw.choice(("float32", "float64"))
+    shape = draw.choice(((7,), (2, 3), (), (0,), (33,)))
+    lines = [
+        f"torch.manual_seed({draw.seed_()})",
+        f"layer = pyrepr.nn.ProductKeyMemory({width}, {features}, keys={keys}, k={k}, heads={heads}, gate={gate}, "
+        f"dtype=torch.{dtype})",
+        f"x = {draw.array((*shape, width), dtype)}",
+    ]
+    case = Case("nn.ProductKeyMemory", "out = layer(x)", "value", lines, repeatable=False)  # PyTorch's products
+
+    def check(names: dict[str, Any]) -> str | None:
+        x, out = array(names["x"]).reshape(-1, width), array(names["out"]).reshape(-1, features)
+        p = {name: array(value) for name, value in names["layer"].state_dict().items()}
+        slots, scores, gap = best_slots(p, x, heads, k)
+        weights = np.exp(scores - scores[..., :1])
+        weights /= weights.sum(-1, keepdims=True)
+        truth = (weights[..., None] * p["values.weight"][slots]).sum((1, 2))
+        if gate:
+            truth = (truth * silu(x @ p["gate_in.weight"].T + p["gate_in.bias"])) @ p["gate_out.weight"].T
+            truth = truth + p["gate_out.bias"]
+        room = 1e-3 if dtype == "float32" else 1e-9
+        clear = (gap > room).all(1)  # a rounding chooses among the others
+        size = 1 + np.abs(truth).max(initial=0)
+        return compare("out", torch.from_numpy(out[clear]), truth[clear], room * size, torch.float64)
+
+    case.check = check
+    if draw.chance(0.15):
+        case.expect, case.names = "error", ("x", "k", "key_dim", "keys", "heads", "in_features", "gate")
+        if draw.chance(0.5):
+            lines.append(draw.wrong("x", wider=True, deeper=False))
+        else:
+            wrong = ("8, k=200", "0", "8, key_dim=3", "8, heads=0", "8, keys=-1, k=1", "8, gate=1", "8.0", "8, k=2.0")
+            case.lines, case.call = [], f"out = pyrepr.nn.ProductKeyMemory({draw.choice(wrong)})"
+    return case
+
+
+def draw_network(draw: Draw) -> Case:
+    """from_mlp of a network of two linear layers, as every kind: no worse than predicting the mean, and what a file
+    keeps of it gives the same bits."""
+    width, hidden, features = 4 * draw.randint(1, 3), draw.choice((3, 8, 20)), draw.choice((1, 4, 8))
+    kind, rows = draw.choice(("remainder", "tables", "linear+neurons")), draw.choice((40, 100))
+    neurons = draw.randint(1, hidden)
+    activation = draw.choice(("ReLU()", "GELU()", "GELU('tanh')", "SiLU()", "Tanh()", "Identity()", "Softsign()"))
+    dtype = draw.choice(("float32", "float64"))
+    lines = [
+        f"torch.manual_seed({draw.seed_()})",
+        "import tempfile, os",
+        f"net = lambda: torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear({width}, {hidden}), "
+        f"torch.nn.{activation}, torch.nn.Linear({hidden}, {features})).to(torch.{dtype}))",
+        "model, other = net(), net()",
+        f"x = {draw.array((rows, width), dtype, wild=0.1)}",
+        "truth, before = model(x), [p.clone() for p in model.parameters()]; mlp = model[0]",
+    ]
+    call = (
+        f"model[0] = pyrepr.nn.LookupLinear.from_mlp(mlp, x, kind={kind!r}, bits=4, neurons={neurons})\n"
+        "out = model(x)\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    path = pyrepr.save_converted(model, os.path.join(folder, 'a.safetensors'))\n"
+        "    again = pyrepr.load_converted(other, path)(x)"
+    )
+    case = Case(f"nn.LookupLinear.from_mlp {kind}", call, "value", lines, repeatable=False)
+
+    def check(names: dict[str, Any]) -> str | None:
+        out, truth = names["out"], array(names["truth"])
+        if out.shape != (rows, features) or out.dtype != names["x"].dtype or not out.isfinite().all():
+            return f"out is {list(out.shape)} {out.dtype}, finite: {bool(out.isfinite().all())}"
+        if not torch.equal(out, names["again"]):
+            return "what was loaded is not what was saved"
+        if not all(map(torch.equal, names["before"], names["mlp"].parameters())):
+            return "the network was changed"
+        x = array(names["x"])
+        varies = np.ptp(x, 0).max() > 1e-6 * np.abs(x).max() + 1e-30
+        if rows < 4 * width or not varies or np.abs(x).max() > 30 * np.median(np.abs(x)):
+            return None  # what was held out, or lies far outside, is then anybody's guess
+        error, varies = ((array(out) - truth) ** 2).sum(), ((truth - truth.mean(0)) ** 2).sum()
+        return (
+            f"the fit's error is {error / varies:.3g} of the variance"
+            if error > 1.2 * varies + 1e-9 * (truth**2).sum()
+            else None
+        )
+
+    case.check = check
+    return case
+
+
 def draw_former(draw: Draw) -> Case:
     """MemoryFormer's parts: shapes, finite values, and causality."""
     bits, heads = draw.choice((1, 2, 4)), draw.choice((1, 2))
@@ -499,6 +608,5 @@ def draw_loss(draw: Draw) -> Case:
 
 
 def draw(draw: Draw) -> Case:
-    return draw.choices(
-        (draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss), (6, 2, 4, 1, 1, 2)
-    )[0](draw)
+    rooms = (draw_delta, draw_convolution, draw_lookup, draw_fit, draw_former, draw_loss, draw_memory, draw_network)
+    return draw.choices(rooms, (6, 2, 4, 1, 1, 2, 2, 1))[0](draw)
