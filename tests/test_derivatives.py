@@ -35,6 +35,8 @@ from pyrepr.reference import causal_conv1d as plain_conv
 from pyrepr.reference import delta_rule as plain_rule
 from pyrepr.reference import gram as plain_gram
 from pyrepr.reference import lookup as plain_lookup
+from pyrepr.similarity._hsic import hsic_op
+from pyrepr.similarity.measures import kernel_op
 
 # Worst error seen in all of them, of the norm of the result, is 1.2e-13 in float64 and 7.4e-5 in float32 (forward over
 # forward through a centred cosine, where terms cancel); three times that.
@@ -719,14 +721,16 @@ def test_the_median_is_a_constant_in_every_mode():
 
 
 def test_what_vmap_hides_is_not_looked_at():
-    """A layer whose samples are all alike, and one of another magnitude, among others under vmap."""
+    """A layer whose samples are all alike, and ones of other magnitudes, among others under vmap."""
     x, y = torch.randn(3, 6, 3), torch.randn(6, 2)
     x[1] = 1.0
+    x[2] *= 1e-25
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = torch.func.vmap(lambda x: pyrepr.cka(x, y))(x)
     assert found.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(found[0], pyrepr.cka(x[0], y))
+    for i in (0, 2):
+        assert torch.equal(found[i], pyrepr.cka(x[i], y))
 
 
 # With torch.compile, torch.export and autocast
@@ -795,6 +799,8 @@ OPS = {
         ([randn(6, 3), randn(6, 2)], None, CONSTANTS, "rbf", 1, True, False, 0, False),
     ),
     "gram_matrix": lambda: (gram_ops.matrix_op, (randn(5, 3), randn(4, 3), ONES[:1], "cosine", 1, 0.0, False)),
+    "gram_hsic": lambda: (hsic_op, ([randn(6, 3), randn(6, 2)], None, None, *SPECS["rbf"].fields(), "biased", 1)),
+    "gram_kernel": lambda: (kernel_op, ([randn(5, 3), randn(4, 3)], None, None, *SPECS["laplacian"].fields())),
     "delta_rule": lambda: (
         delta_ops.forward_op,
         (randn(1, 5, 1, 3), randn(1, 5, 1, 3), randn(1, 5, 2, 2), None, randn(1, 5, 2), None, None, 0.5, False, 1),

@@ -124,14 +124,16 @@ def rows_for(kernel, rms):
     return ROWS
 
 
-def held_to_truth(kernel, estimator, rms, row, dtype):
+def held_to_truth(kernel, estimator, rms, row, dtype, way=lambda f, x, y: f(x, y)):
+    """`way` takes the measure and two layers that require gradients to its value."""
     (x, y), directions = pair(rms, row, dtype)
     value, slope = truth(kernel, estimator, rms, row)
     tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
     a, b = x.requires_grad_(), y.requires_grad_()
+    spec = pyrepr.Kernel(**KERNELS[kernel])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = pyrepr.cka(a, b, kernel=pyrepr.Kernel(**KERNELS[kernel]), estimator=estimator)
+        warnings.simplefilter("error", pyrepr.DegenerateInputWarning)
+        ours = way(lambda x, y: pyrepr.cka(x, y, kernel=spec, estimator=estimator), a, b)
     assert abs(ours.item() - value) <= tolerance * max(1, abs(value)), (ours.item(), value)
     grads = torch.autograd.grad(ours, (a, b))
     terms = [(g.double() * d) for g, d in zip(grads, directions, strict=True)]
@@ -156,6 +158,68 @@ def test_any_magnitude_by_the_reference(kernel, rms):
     with pyrepr.use_backend("reference"):
         for row in rows_for(kernel, rms):
             held_to_truth(kernel, "unbiased", rms, row, torch.float32)
+
+
+def by_vmap(f, x, y):
+    return torch.func.vmap(f)(x[None], y[None])[0]
+
+
+def compiled(f, x, y):
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, backend="aot_eager")(x, y)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_any_magnitude_under_vmap(kernel, estimator):
+    for dtype in TOLERANCE:
+        for rms in RMS[::3]:
+            for row in rows_for(kernel, rms):
+                held_to_truth(kernel, estimator, rms, row, dtype, by_vmap)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_magnitude_compiled(kernel):
+    for rms in (1e-25, 1e25):
+        for row in rows_for(kernel, rms)[1:2]:
+            held_to_truth(kernel, "unbiased", rms, row, torch.float32, compiled)
+
+
+MAPPED = {
+    "value": lambda f, x, v: f(x),
+    "grad": lambda f, x, v: torch.func.grad(f)(x),
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+    "hvp": lambda f, x, v: torch.func.jvp(torch.func.grad(f), (x,), (v,))[1],
+    "grad of grad": lambda f, x, v: torch.func.grad(lambda x: (torch.func.grad(f)(x) * v).sum())(x),
+}
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cosine", "rbf narrow", "laplacian", "polynomial 5"])
+@pytest.mark.parametrize("mode", MAPPED)
+def test_entries_of_vmap_have_their_own_magnitude(kernel, mode):
+    """Every order of derivative, of layers of four magnitudes at once and by vmap of vmap: what each has alone."""
+    xs, y = torch.stack([pair(rms, 1e5, torch.float64)[0][0] for rms in RMS]), pair(1.0, 1.0, torch.float64)[0][1]
+    spec, vs = KERNELS[kernel], xs.flip(1)
+    measures = [
+        lambda x: pyrepr.cka(x, y, kernel=pyrepr.Kernel(**spec)),
+        lambda x: pyrepr.gram(x, kernel=pyrepr.Kernel(**spec)).tanh().sum(),
+        lambda x: pyrepr.cka_matrix([x, y, y[:, :2]], kernel=pyrepr.Kernel(**spec)).square().sum(),
+    ]
+    for f in measures[: 1 if spec["name"] in ("linear", "polynomial") else 3]:
+        ours = torch.func.vmap(lambda x, v, f=f: MAPPED[mode](f, x, v))(xs, vs)
+        twice = torch.func.vmap(torch.func.vmap(lambda x, v, f=f: MAPPED[mode](f, x, v)))(xs[None], vs[None])
+        alone = torch.stack([MAPPED[mode](f, x, v) for x, v in zip(xs, vs, strict=True)])
+        assert alone.isfinite().all()
+        for found in (ours, twice[0]):
+            off = (found - alone).view(4, -1).norm(dim=1) / alone.view(4, -1).norm(dim=1).clamp_min(1e-300)
+            assert off.max() < 1e-9, off
+
+
+def test_a_mask_under_vmap():
+    x, y = torch.randn(2, 12, 4) * 1e-25, torch.randn(12, 5)
+    mask = torch.randn(2, 12) > -0.5
+    ours = torch.func.vmap(lambda x, mask: pyrepr.cka(x, y, mask=mask))(x, mask)
+    assert torch.equal(ours, torch.stack([pyrepr.cka(a, y, mask=m) for a, m in zip(x, mask, strict=True)]))
 
 
 def textbook(x, y, estimator="unbiased"):
@@ -223,6 +287,33 @@ def test_an_element_that_dwarfs_all_others():
         k = pyrepr.gram(y, kernel=kernel, bandwidth=0.3).double()
         expected = _kernel(exact[1], options, _sigma(exact[1], options)).astype(float)
         assert (k - torch.tensor(expected)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"degree": 1}, {"degree": 2, "coef0": 0.0}, {"degree": 4, "coef0": -0.5}])
+def test_what_centring_leaves_of_a_kernel_bounds_the_digits(n, options):
+    """Rows that nearly lie on one line: entries rounded to 2⁻⁵³ of the largest, of which centring leaves a rest.
+
+    Of two samples the biased value is 1 or −1 whatever the entries; it has the same rounding all the same.
+    """
+    spec, y = {"name": "polynomial", **options}, torch.randn(n, 3, dtype=torch.float64)
+    seen = 0
+    for trial in range(24):
+        away = 10.0 ** -(trial % 6)
+        x = torch.randn(1, 5, dtype=torch.float64) + away * torch.randn(n, 5, dtype=torch.float64)
+        value = pyrepr.cka(x, y, kernel=pyrepr.Kernel(**spec), estimator="biased")
+        with mpmath.workdps(60):
+            layers = _exact(x), _exact(y)
+            expected = float(_cka(*layers, spec, "biased", [None, None]))
+            worst = 1.0
+            for layer in layers:
+                k = _kernel(layer, spec, None) - mpmath.mpf(spec.get("coef0", 1.0)) ** spec.get("degree", 3)
+                left = _centred(k, "biased")
+                worst = max(worst, float(abs(k).max() / mpmath.sqrt((left * left).sum())))
+        if 2.0**-53 * worst < 1e-10:  # beyond that it may be called rounding, and NaN
+            seen += 1
+            assert abs(value.item() - expected) < 64 * 2.0**-53 * worst, (value.item(), expected, worst)
+    assert seen > 6
 
 
 @pytest.mark.levels
@@ -330,6 +421,29 @@ def test_laplacian_gradients_of_rows_that_nearly_meet(dtype):
         ours = run(lambda a: pyrepr.cka(a, y, kernel="laplacian", sigma=3.0, estimator="biased"))(x)
         off = (ours.double() - wide.grad).abs().max() / wide.grad.abs().max()
         assert off < {torch.float32: 2e-4, torch.float64: 1e-11}[dtype]  # 7e-2 and 1e-10 by norms
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("off", [0.0, 1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("n", [7, 200])
+def test_laplacian_of_rows_that_meet(n, off):
+    """Samples that occur more than once, or nearly so: float32 alone gave kernels wrong by 9e-3, CKA by 1e-4."""
+    kinds = torch.randn(max(3, n // 10), 48)
+    x = kinds[torch.arange(n) % len(kinds)] + off * torch.randn(n, 48)
+    y = torch.randn(n, 5) + x[:, :5]
+    distances = [(a.double()[:, None] - a.double()[None]).square().sum(2).sqrt() for a in (x, y)]
+    for sigma in (1.0, 8.0):
+        k, l = (torch.exp(-d / sigma) for d in distances)
+        assert (pyrepr.gram(x, kernel="laplacian", sigma=sigma).double() - k).abs().max() < 2e-6
+        h = torch.eye(n, dtype=k.dtype) - 1 / n
+        k, l = h @ k @ h, h @ l @ h
+        expected = (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+        value = pyrepr.cka(x, y, kernel="laplacian", sigma=sigma, estimator="biased")
+        assert abs(value.double() - expected) < 2e-6  # worst seen 1e-7
+        masked = torch.cat([x, 1e9 * x[:2]]), torch.cat([y, y[:2]])
+        mask = torch.arange(n + 2) < n
+        value = pyrepr.cka(*masked, kernel="laplacian", sigma=sigma, estimator="biased", mask=mask)
+        assert abs(value.double() - expected) < 2e-6
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

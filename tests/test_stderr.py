@@ -49,6 +49,39 @@ def test_equal_to_leaving_out(kernel, estimator, grouped):
         torch.testing.assert_close(across, exact[:1, 1:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "laplacian", "polynomial", "cosine"])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("n", [9, 40])  # along rows and, if the kernel is linear, along features
+def test_layers_of_any_magnitude(kernel, estimator, n):
+    """NaN before, or 42 for 0.07."""
+    spec, xs = Kernel(kernel, coef0=0.0), layers(n)[:2]
+    exact = pyrepr.cka(*xs, kernel=spec, estimator=estimator, return_stderr=True)[1].item()
+    for scale in (1e-25, 1e-12, 1e12, 1e25):
+        for given in ([xs[0] * scale, xs[1]], [(x * scale).float() for x in xs]):
+            error = pyrepr.cka(*given, kernel=spec, estimator=estimator, return_stderr=True)[1].item()
+            assert error == pytest.approx(exact, rel=1e-4 if given[0].dtype == torch.float32 else 1e-8)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "laplacian", "polynomial", "cosine"])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_beside_a_row_that_dwarfs_the_others(kernel, estimator, grouped):
+    spec = Kernel(kernel, sigma=3.0 if kernel in ("rbf", "laplacian") else None)
+    groups = torch.arange(12) // 2 if grouped else torch.arange(12)
+    for row in (1e2, 1e5):
+        xs = [x.float() for x in layers(12)]
+        xs[0][3] *= row
+        kept = [groups != g for g in groups.unique()]
+        values = torch.stack(
+            [pyrepr.cka(*(x[k].double() for x in xs[:2]), kernel=spec, estimator=estimator) for k in kept]
+        )
+        exact = ((len(kept) - 1) / len(kept) * (values - values.mean()).square().sum()).sqrt().item()
+        given = {"kernel": spec, "estimator": estimator, "return_stderr": True, "groups": groups if grouped else None}
+        assert pyrepr.cka(*xs[:2], **given)[1].item() == pytest.approx(exact, rel=1e-4)
+        assert pyrepr.cka_matrix(xs, **given)[1][1, 0].item() == pytest.approx(exact, rel=1e-4)
+        assert pyrepr.cka_matrix(xs[:1], xs[1:], **given)[1][0, 0].item() == pytest.approx(exact, rel=1e-4)
+
+
 @pytest.mark.parametrize("n", [64, 160])
 def test_public_functions_on_both_routes_and_in_float32(n):
     xs = layers(n)

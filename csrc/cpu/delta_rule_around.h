@@ -29,10 +29,11 @@ inline void activate_gates(const DeltaRuleGates& p, float* g) {
 #pragma omp parallel for num_threads(p.tokens * count < kFew ? 1 : p.threads)
     for (int64_t t = 0; t < p.tokens; t++) {
       const auto* const raw = static_cast<const typename S::Memory*>(p.g) + t * count;
+      float* const to = g + t * count;
       const auto activate = [&](int64_t i, int64_t n, V rates) {
         V x = load_some<S>(raw + i, n);
         if (p.dt_bias) x += load_some<StoreF32>(p.dt_bias + i, n);
-        store_some<StoreF32>(g + t * count + i, n, p.bounded ? p.bound * sigmoid(rates * x) : -rates * softplus(x));
+        store_some<StoreF32>(to + i, n, p.bounded ? p.bound * sigmoid(rates * x) : -rates * softplus(x));
       };
       if (p.width == 1)
         for (int64_t h = 0; h < count; h += W) activate(h, count - h, load_some<StoreF32>(p.rates + h, count - h));

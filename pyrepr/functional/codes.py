@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyrepr._checks import check_device, check_tensor, shape_of, shown
+from pyrepr.ops._leaf import require_finite
 from pyrepr.reference._dtypes import compute_dtype
 
 BLOCK_BYTES = 32 << 20  # of rows × codes
@@ -29,6 +30,7 @@ def _checked(x: object, codebook: object, name: str = "codebook") -> tuple[Tenso
         width = x.shape[-1] if x.dim() else 0
         raise ValueError(f"{name} must have shape [C, d] with C ≥ 1 and the d of x, {width}, got {shape_of(codebook)}")
     check_device(name, codebook, "x", x)
+    require_finite(name, codebook)  # every row is compared with all codes
     dtype = compute_dtype(torch.promote_types(x.dtype, codebook.dtype))
     x, codebook = x.to(dtype), codebook.to(dtype)
     centre = codebook.detach().mean(0)
@@ -66,10 +68,12 @@ def soft_lookup(x: Tensor, codebook: Tensor, temperature: float, values: Tensor 
         values: [C, h]; ``None``: the codes themselves.
 
     Returns:
-        [..., h], float64 for float64 inputs, else float32; differentiable in x, codebook and values.
+        [..., h], float64 for float64 inputs, else float32; differentiable in x, codebook and values. A row of x that is
+        not finite gives NaN, the others do not notice.
 
     Raises:
-        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came; also for a codebook or
+            values that are not finite, which all rows would get.
 
     Example:
         >>> x, codebook = torch.randn(5, 4), torch.randn(16, 4)
@@ -81,6 +85,7 @@ def soft_lookup(x: Tensor, codebook: Tensor, temperature: float, values: Tensor 
     values = check_tensor("values", codebook if values is None else values)
     if values.dim() != 2 or len(values) != len(codes):
         raise ValueError(f"values must have shape [C, h] with C = {len(codes)}, got {shape_of(values)}")
+    require_finite("values", values)  # every row gets some of all values
 
     def look_up(block: Tensor, codes: Tensor, values: Tensor) -> Tensor:
         # One attention head; of −|x − c|² the query's own term is the same for all keys.
@@ -106,7 +111,12 @@ def bag_of_codes(
         mean_distance: mean smallest squared distance; by default that of this x (in training: a running mean).
 
     Returns:
-        [B, C], float64 for float64 inputs, else float32; differentiable.
+        [B, C], float64 for float64 inputs, else float32; differentiable. With a given `mean_distance`, an entry of the
+        batch that is not finite gives NaN, and the others do not notice.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came; also for a codebook
+            that is not finite, and without `mean_distance` for such an x.
 
     Example:
         >>> pyrepr.functional.bag_of_codes(torch.randn(2, 9, 4), torch.randn(16, 4)).shape
@@ -123,7 +133,7 @@ def bag_of_codes(
     rows, codes = _checked(x, codebook)
     if mean_distance is None:
         mean_distance = float(_smallest(rows.detach().flatten(0, 1), codes.detach()).mean())
-    if math.isnan(mean_distance):
+    if not math.isfinite(mean_distance):
         raise ValueError("x and codebook must be finite, got NaN or infinity")
     delta = inv_delta / mean_distance if mean_distance > 0 else float("inf")
     if delta == float("inf"):
@@ -201,6 +211,7 @@ def cluster_tokens(
         raise ValueError(f"window must be an odd positive integer, got {shown(window)}")
     if temperature is not None:
         check_positive("temperature", temperature)
+    require_finite("x", x)  # labels would be numbers all the same
     x = x.to(compute_dtype(x.dtype))
     cells = _cells(high, h, x.device)[:, None] * w + _cells(wide, w, x.device)  # [H, W] the cell of every token
     row, column = (torch.arange(h * w, device=x.device) // w, torch.arange(h * w, device=x.device) % w)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import check_tensor, shape_of, shown
+from pyrepr.ops._leaf import require_finite
 from pyrepr.reference._dtypes import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -36,7 +37,8 @@ def paired_cosine(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         reduction: ``"mean"`` (default) or ``"sum"`` over all rows, or ``"none"``.
 
     Returns:
-        A scalar, or [...]; float64 for float64 inputs, else float32. A zero row has cosine 0. Differentiable.
+        A scalar, or [...]; float64 for float64 inputs, else float32. A zero row has cosine 0, one that is not finite
+        NaN. Differentiable.
 
     Example:
         >>> x = torch.randn(5, 4)
@@ -92,6 +94,9 @@ def householder(x: Tensor, v: Tensor) -> Tensor:
     Returns:
         [..., d], float64 for float64 inputs, else float32; lengths and inner products are kept. Differentiable.
 
+    Raises:
+        ValueError, TypeError: for other shapes or dtypes, and v that is not finite, which would reach every row.
+
     Example:
         >>> x, v = torch.randn(5, 4), torch.randn(4)
         >>> y = pyrepr.functional.householder(x, v)
@@ -101,6 +106,7 @@ def householder(x: Tensor, v: Tensor) -> Tensor:
     x, v = _pair("x", x, "v", v)
     if v.dim() > 2:
         raise ValueError(f"v must have shape [d] or [r, d], got {shape_of(v)}")
+    require_finite("v", v)
     rows = _unit(v.reshape(-1, v.shape[-1]))
     inverse = (rows @ rows.T).triu(1) + 0.5 * torch.eye(len(rows), dtype=x.dtype, device=x.device)
     return x - (x @ rows.T) @ torch.linalg.solve_triangular(inverse, rows, upper=True)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 SHARED = "shared"  # a tensor that is one for all entries of the folded axis
@@ -115,6 +116,11 @@ def _forward_mode_of(function: Callable, primals: Sequence[Tensor], tangents: Se
         out, pull = torch.func.vjp(function, *(forward_ad.unpack_dual(x, level=0).primal for x in primals))
         _, push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in out))
         return push(tuple(tangents))[0]
+
+
+def _saved(ctx: Any) -> tuple:
+    """The tensors that a Function saved; a pullback may be called when its transform is over."""
+    return unwrap_dead_wrappers(ctx.saved_tensors)
 
 
 class Derived:
@@ -242,7 +248,7 @@ def _operation(derived: Derived) -> type[Function]:
             if several:
                 sizes = zip(grads, ctx.sizes, strict=True)
                 grads = [some.new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in sizes]
-            tensors = (*ctx.saved_tensors, *(grads[i] for i in rule.outputs))
+            tensors = (*_saved(ctx), *(grads[i] for i in rule.outputs))
             if not torch.is_grad_enabled() and not transformed():  # nobody differentiates the result
                 return (None, *derived.backward(ctx.constants, wanted, tensors))
             found = iter(derived.gradient.apply(ctx.constants, wanted, *tensors))
@@ -250,7 +256,7 @@ def _operation(derived: Derived) -> type[Function]:
 
         @staticmethod
         def jvp(ctx, _, *tangents):
-            inputs, kept, _ = derived.split(len(tangents), ctx.saved_tensors)
+            inputs, kept, _ = derived.split(len(tangents), _saved(ctx))
             places = [i for i, t in enumerate(tangents) if t is not None]
             derived.check_fixed([i in places for i in range(len(tangents))])
             with _without_autocast(inputs):
@@ -273,7 +279,7 @@ def _gradient(derived: Derived) -> type[Function]:
 
     def gradients_of(ctx, used: Iterable[int], places: Sequence[int]) -> Callable:
         of = [i for i, want in enumerate(ctx.wanted) if want]
-        return derived.gradients_of(ctx.constants, len(ctx.wanted), ctx.saved_tensors, [of[i] for i in used], places)
+        return derived.gradients_of(ctx.constants, len(ctx.wanted), _saved(ctx), [of[i] for i in used], places)
 
     class Gradient(Function):
         """(constants, wanted, *inputs, *kept outputs, *gradients of outputs) to the wanted gradients of inputs."""
@@ -294,7 +300,7 @@ def _gradient(derived: Derived) -> type[Function]:
         @staticmethod
         @_by_new_vmap
         def backward(ctx, *grads):
-            tensors = ctx.saved_tensors
+            tensors = _saved(ctx)
             places = [i for i in variables(ctx) if ctx.needs_input_grad[2 + i]]
             used = [i for i, g in enumerate(grads) if g is not None]
             _check_dense(ctx.sparse[i] for i in used)
@@ -307,7 +313,7 @@ def _gradient(derived: Derived) -> type[Function]:
 
         @staticmethod
         def jvp(ctx, _constants, _wanted, *tangents):
-            tensors = ctx.saved_tensors
+            tensors = _saved(ctx)
             _check_dense(ctx.sparse)
             places = [i for i in variables(ctx) if tangents[i] is not None]
             with _without_autocast(tensors):

@@ -96,7 +96,7 @@ class Slopes:
         if self.kernel == "rbf":
             return pull * self._whole(k) / self.scale**2
         distance = _distance(p, rows, columns).sqrt_()
-        return torch.where(distance > 0, pull * self._whole(k) / (self.scale * distance), 0)
+        return torch.where(distance == 0, 0, pull * self._whole(k) / (self.scale * distance))
 
     def _whole(self, k: Tensor) -> Tensor:
         """k with its base, if it decays."""

@@ -82,6 +82,12 @@ def require(good: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def require_finite(name: str, x: torch.Tensor) -> None:
+    """Raises ValueError for NaN and infinity where they can be seen: on the CPU, in no graph and under no ``vmap``."""
+    if x.is_cpu and readable(x) and not bool(x.sum(dtype=torch.float64).isfinite()) and not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
 def on_one_thread(implementation: Callable) -> Callable:
     """The plain PyTorch of an op, which splits sums by the number of threads: the contract is that bits do not tell."""
 

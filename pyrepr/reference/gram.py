@@ -45,9 +45,13 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: str, scale: float | Tensor, degr
     distance = squared_distances(centred, centred if y is x else y - x.mean(0))
     if kernel == "rbf":
         return torch.exp(distance / (-2 * scale**2))
-    # The square root has no derivative at 0; identical rows contribute none.
-    positive = distance > 0
-    return torch.exp(-torch.where(positive, torch.where(positive, distance, 1).sqrt(), 0) / scale)
+    return torch.exp(-_root(distance) / scale)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """√, which has no derivative at 0: identical rows contribute none."""
+    zero = squares == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
 
 
 def median_distance(x: Tensor, centre: bool = True) -> Tensor:
@@ -176,11 +180,7 @@ def _based_matrix(x: Tensor, kernel: str, constants: Tensor, degree: int, centre
     if centre or kernel not in ("rbf", "laplacian"):
         return kernel_matrix(x, x, kernel, scale, degree, offset)
     distance = squared_distances(x, x)
-    if kernel == "rbf":
-        exponent = distance / (-2 * scale**2)
-    else:
-        positive = distance > 0
-        exponent = torch.where(positive, torch.where(positive, distance, 1).sqrt(), 0) / -scale
+    exponent = distance / (-2 * scale**2) if kernel == "rbf" else _root(distance) / -scale
     near = base > 0
     above = torch.exp(torch.where(near, offset, 0)) * torch.expm1(exponent)
     return torch.where(near, above, torch.exp((exponent + torch.where(near, 0, offset)).clamp_max(600)))

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrepr.ops._entries import by_entries
 from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops._leaf import readable
 from pyrepr.ops.gram import Statistics, constants_of, gram_stats
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._checks import check_count
-from pyrepr.similarity._ranges import careful, suspect
+from pyrepr.similarity._ranges import careful, suspect, twins
 from pyrepr.similarity._rescaled import LOSS, at_hand
+from pyrepr.similarity._whole import whole_op
 from pyrepr.similarity.kernels import Kernel
 
 
@@ -77,7 +79,7 @@ class Table(NamedTuple):
 
     hsic: Tensor  # [M, M] float64
     floor: Tensor  # [M], the largest self-HSIC that may be rounding
-    unit: Tensor | None  # [M]; None: 0
+    unit: Tensor  # [M]
 
 
 def scaled_hsic(
@@ -92,16 +94,42 @@ def scaled_hsic(
     """HSIC of every layer with every layer, up to a factor for each of them, of which CKA knows nothing.
 
     `scales`, [M] float64, are σ or γ of every layer; by default what the kernel chooses for these samples. `found` are
-    the layers' statistics, where somebody has them.
+    the layers' statistics, where somebody has them (whose numbers are at hand, and not to be differentiated).
     First in the layers' own arithmetic; where that shows itself not to be enough, again with care (`_ranges.py`).
     """
+    if mask is None:
+        check_count(xs[0].shape[0], estimator)
+
+    def table(mask: Tensor | None, scales: Tensor | None, *layers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if layers[0].is_cpu and not readable(layers[0]):
+            return hsic_op(list(layers), mask, scales, *spec.fields(), estimator, split)
+        return _table(layers, mask, scales, spec, estimator, split)
+
+    if found is not None:
+        return Table(*_table(xs, mask, scales, spec, estimator, split, found))
+    hsic, floor, unit = by_entries(table, mask, scales, *xs)
+    return Table(hsic, floor, unit)
+
+
+def _table(
+    xs: Sequence[Tensor],
+    mask: Tensor | None,
+    scales: Tensor | None,
+    spec: Kernel,
+    estimator: str,
+    split: int,
+    found: Statistics | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     n = _valid_count(xs, mask, estimator)
     scale = spec.scales(xs, mask) if scales is None else scales
     dtype, biased = compute_dtype(xs[0].dtype), estimator == "biased"
     if found is None:
         found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
-    (hsic, size), unit = _terms(found, n, estimator), None
-    if at_hand(found.s) and suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased):
+    (hsic, size), unit = _terms(found, n, estimator), torch.zeros_like(found.shift)
+    if at_hand(found.s) and (
+        suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased)
+        or (spec.name == "laplacian" and dtype == torch.float32 and _any_twins(xs, mask, found.norms))
+    ):
         # How much larger terms may be than what they add up to.
         most = min(1e8, LOSS[dtype] / torch.finfo(torch.float64).eps)
         dtype = torch.float64
@@ -115,7 +143,26 @@ def scaled_hsic(
     # Kernels that are not shift-invariant leave rounding errors of their mean value behind, and differences theirs.
     # Rows divided by their norms come with those of a value of 1.
     value = torch.ones_like(found.shift) if spec.name == "cosine" else found.shift
-    return Table(hsic, torch.maximum((8 * eps * value).square(), 8 * eps * size), unit)
+    return hsic, torch.maximum((8 * eps * value).square(), 8 * eps * size), unit
+
+
+def _any_twins(xs: Sequence[Tensor], mask: Tensor | None, norms: Tensor) -> bool:
+    if mask is not None:
+        xs, norms = [x[mask] for x in xs], norms[:, mask]
+    return any(twins(x, q) for x, q in zip(xs, norms, strict=True))
+
+
+def _table_fake(xs, mask, scales, *constants):
+    return tuple(xs[0].new_empty((len(xs),) * axes, dtype=torch.float64) for axes in (2, 1, 1))
+
+
+hsic_op = whole_op(
+    "gram_hsic",
+    "str estimator, int split",
+    "(Tensor, Tensor, Tensor)",
+    _table_fake,
+    lambda xs, mask, scales, *constants: _table(xs, mask, scales, Kernel(*constants[:-2]), *constants[-2:]),
+)
 
 
 def hsic_table(
@@ -128,8 +175,6 @@ def hsic_table(
 ) -> tuple[Tensor, Tensor]:
     """HSIC of every layer with every layer, [M, M] float64, and the largest self-HSIC that may be rounding, [M]."""
     hsic, floor, unit = scaled_hsic(xs, spec, estimator, mask, split, scales)
-    if unit is None:
-        return hsic, floor
     half = torch.exp2((unit[:, None] + unit) / 2)  # twice, so that nothing overflows on the way
     return hsic * half * half, floor * half.diagonal() * half.diagonal()
 

@@ -6,8 +6,8 @@ centring spreads over all others), a kernel whose values differ by less than its
 everything is done again in float64, on layers that are brought near 1 first, with kernels of which a constant is
 subtracted, and a factor taken out, before digits are lost (:func:`careful`). It takes two to three times as long.
 
-Seen on the CPU only, where numbers are at hand: not under ``torch.compile`` or ``vmap``, and not on a GPU, whose
-kernels scale layers by themselves.
+Seen on the CPU only, where numbers are at hand: under ``vmap`` entry by entry (`ops/_entries.py`), in a graph by an op
+of the whole measure (`_whole.py`), and not on a GPU, whose kernels scale layers by themselves.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ LINEAR_NORMS = {torch.float32: (1e-10, 1e12), torch.float64: (1e-70, 1e70)}
 ENTRIES = {torch.float32: (1e-20, 1e20), torch.float64: (1e-150, 1e150)}
 CLOSE = 20  # exponents beyond which a kernel of all pairs counts as vanishing
 ROWS = 256  # rows of blocks of the inner products that are looked through
+TWINS = 1e-5  # of a squared norm: rows whose distance float32 makes of norms, with few digits or none
+SIDE = 8  # rows on either side, in order, among which twins are looked for
 
 
 def suspect(
@@ -48,6 +50,32 @@ def suspect(
         numbers = [own, size, entries / n**2, found.shift.abs(), found.norms.amax(1), found.norms.median(1).values]
         rows = torch.stack([*numbers, scale], 1).tolist()
     return any(_suspect(spec.name, dtype, *row) for row in rows)
+
+
+def twins(x: Tensor, norms: Tensor) -> bool:
+    """Whether rows all but meet, which laplacian notices: its root makes 1e-7 of a squared norm 3e-4 of a distance.
+
+    Looked for where one projection and the norms of both agree, among neighbours in order: what is duplicated often, or
+    exactly, is found; a single pair among very many rows may not be, and moves their HSIC by as little.
+
+    Args:
+        x: [n, d], in float32 or narrower.
+        norms: [n], squared, of the rows around their mean.
+    """
+    with torch.no_grad():
+        n, d = x.shape
+        x = x.to(compute_dtype(x.dtype))
+        weights = torch.arange(1, d + 1, dtype=torch.float64, device=x.device).square().cos().to(x.dtype)
+        along, order = (x * weights).sum(1).sort()
+        q = norms[order]
+        later = [torch.cat([a, a.new_full((SIDE,), math.inf)])[1:].unfold(0, n, 1) for a in (along, q)]  # [SIDE, n]
+        close = (later[0] - along).square() <= 16 * TWINS * q
+        step, at = close.logical_and_((later[1] - q).abs() <= 4 * TWINS**0.5 * q).nonzero(as_tuple=True)
+        for left, right in zip(order[at].split(1024), order[(at + step + 1).clamp_max(n - 1)].split(1024), strict=True):
+            apart = (x[left] - x[right]).square().expand(2, -1, -1).sum(2)[0]
+            if bool((apart <= TWINS * norms[left]).any()):
+                return True
+    return False
 
 
 def _suspect(
@@ -209,4 +237,8 @@ def _strange(both: Sequence[Tensor], spec: Kernel, scale: float) -> bool:
         return False
     if not within(largest**2, NORMS[dtype]):
         return True
+    if spec.name == "laplacian" and dtype == torch.float32:
+        whole = torch.cat(both).detach()
+        if twins(whole, (whole - mean).square().sum(1)):
+            return True
     return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > 10 * LOSS[dtype] * scale**2

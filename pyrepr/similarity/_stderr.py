@@ -10,7 +10,8 @@ and L with row sums r and s, and a group g of rows that is left out, with κ_j =
 K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
 n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
 x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair; along rows P of a linear kernel comes with the values,
-from the same tiles. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+from the same tiles. Where a row dwarfs the others, all values are computed one by one. The standard error is
+√((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops.gram import matrix_op
+from pyrepr.similarity._hsic import normalise, scaled_hsic
+from pyrepr.similarity._ranges import LINEAR_NORMS
+from pyrepr.similarity._rescaled import within
 from pyrepr.similarity.kernels import Kernel
+from pyrepr.stats._robust import dominated
 
 Pair = tuple[int, int]
 ROWS = 2048  # of a product that is summed at once: what it fills stays in the cache
@@ -111,6 +116,13 @@ def cka_stderr(
     linear kernel as :func:`pyrepr.ops.gram.gram_row_stats` gives it, from the pass that made the values."""
     n = xs[0].shape[0]
     parts, order = _Groups.of(groups, n, xs[0].device)
+    g = len(parts.sizes)
+    spread, lengths = zip(*(_norms(x) for x in xs), strict=True)
+    if dominated(torch.stack(spread)):
+        out = _word_for_word(xs, spec, estimator, [order[parts.index != i] for i in range(g)], split)
+        return out[:split, split:] if split else out
+    if not all(within(float(q.amax()), LINEAR_NORMS[torch.float32]) for q in (*spread, *lengths)):
+        xs, shares = [x.double() for x in xs], None  # shares of float32 tiles would have lost their digits
     scales = spec.scales(xs).tolist()
     layers = [_prepare(x[order], spec, scale, parts, estimator) for x, scale in zip(xs, scales, strict=True)]
     left = range(split or len(xs))
@@ -122,12 +134,29 @@ def cka_stderr(
     else:
         rest = dict(_along_rows(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
-    g = len(parts.sizes)
     roots = [rest[a, a].sqrt() for a in range(len(xs))]
     for a, b in pairs:
         value = rest[a, b] / (roots[a] * roots[b])
         out[a, b] = out[b, a] = (g - 1) / g**0.5 * value.std(correction=1 if g > 1 else 0)
     return out[:split, split:] if split else out
+
+
+def _norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of the rows around their mean, and around 0, [n] float64 each."""
+    x = x.double()
+    return (x - x.mean(0)).square().sum(1), x.square().sum(1)
+
+
+def _word_for_word(xs: list[Tensor], spec: Kernel, estimator: str, kept: list[Tensor], split: int) -> Tensor:
+    """[L, L], from the CKA of all rows `kept` without each group: where a row dwarfs the others, differences of sums
+    that hold it have no digits of the rest."""
+    scales, found = spec.scales(xs), []
+    for rows in kept:
+        table = scaled_hsic([x[rows] for x in xs], spec, estimator, split=split, scales=scales).hsic
+        own = table.diagonal()
+        found.append(normalise(table, own, own))
+    values, g = torch.stack(found), len(kept)
+    return ((g - 1) / g * (values - values.mean(0)).square().sum(0)).sqrt()
 
 
 def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: str) -> _Layer:

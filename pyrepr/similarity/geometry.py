@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import check_layer, shape_of, shown
+from pyrepr.ops._leaf import require_finite
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.similarity._protocol import Measure, products
 
@@ -35,8 +36,8 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 def _root(squares: Tensor) -> Tensor:
     """√, whose derivative at 0 is taken as 0."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
+    zero = squares == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
 
 
 def rdm(x: Tensor, metric: str = "correlation") -> Tensor:
@@ -50,6 +51,10 @@ def rdm(x: Tensor, metric: str = "correlation") -> Tensor:
     Returns:
         [n(n − 1)/2], float64 for float64 inputs, else float32; differentiable.
 
+    Raises:
+        ValueError, TypeError: for another shape or metric, and for x that is not finite: what follows from an RDM is
+            made of all of it.
+
     Example:
         >>> pyrepr.similarity.rdm(torch.randn(10, 6)).shape  # of 10 samples, 45 pairs
         torch.Size([45])
@@ -57,6 +62,7 @@ def rdm(x: Tensor, metric: str = "correlation") -> Tensor:
     x = check_layer("x", x)
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {shown(metric)}")
+    require_finite("x", x)
     x = x.to(compute_dtype(x.dtype))
     if metric in ("correlation", "cosine"):
         rows = _unit(x - x.mean(1, keepdim=True) if metric == "correlation" else x)
@@ -80,6 +86,9 @@ def geotopological(d: Tensor, low: float = 0.1, up: float = 0.9, *, quantiles: b
     Returns:
         [N]; differentiable in d, l and u being constants.
 
+    Raises:
+        ValueError: for another shape, l > u, and d that is not finite, which would move its quantiles.
+
     Example:
         >>> d = pyrepr.similarity.rdm(torch.randn(20, 6))
         >>> t = pyrepr.similarity.geotopological(d)
@@ -91,6 +100,7 @@ def geotopological(d: Tensor, low: float = 0.1, up: float = 0.9, *, quantiles: b
     if not low <= up or (quantiles and not 0 <= low <= up <= 1):
         wanted = "0 ≤ low ≤ up ≤ 1" if quantiles else "low ≤ up"
         raise ValueError(f"low and up must be {wanted}, got {shown(low)} and {up!r}")
+    require_finite("d", d)
     if not len(d):
         return d.clone()
     if quantiles:
@@ -161,6 +171,9 @@ def rsa(d1: Tensor, d2: Tensor, method: str = "corr") -> Tensor:
     Returns:
         A scalar, NaN where an RDM is constant; differentiable but for ``"spearman"``.
 
+    Raises:
+        ValueError: for another method or shape, and RDMs that are not finite, which ranks would take for large ones.
+
     Example:
         >>> d = pyrepr.similarity.rdm(torch.randn(20, 6))
         >>> round(pyrepr.similarity.rsa(d, d).item(), 4)
@@ -172,6 +185,7 @@ def rsa(d1: Tensor, d2: Tensor, method: str = "corr") -> Tensor:
         if not isinstance(d, Tensor) or d.dim() != 1 or not d.is_floating_point():
             came = shape_of(d) if isinstance(d, Tensor) else type(d).__name__
             raise ValueError(f"{name} must be floating point of shape [n(n − 1)/2], got {came}")
+        require_finite(name, d)
     if d1.shape != d2.shape:
         raise ValueError(f"d2 must have the length of d1, {len(d1)}, got {len(d2)}")
     return _profile(d1, method) @ _profile(d2, method)
@@ -292,7 +306,10 @@ def relative_representation(x: Tensor, anchors: Tensor, projection: str = "cosin
             ``"euclidean"``, the negative distance.
 
     Returns:
-        [n, a], float64 for float64 inputs, else float32; differentiable in both.
+        [n, a], float64 for float64 inputs, else float32; differentiable in both. A row of x that is not finite has NaN.
+
+    Raises:
+        ValueError, TypeError: for other shapes or another projection, and anchors that are not finite.
 
     Example:
         >>> x = torch.randn(50, 5)
@@ -304,6 +321,7 @@ def relative_representation(x: Tensor, anchors: Tensor, projection: str = "cosin
         raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {shown(projection)}")
     if x.shape[1] != anchors.shape[1]:
         raise ValueError(f"anchors must have the width of x, {x.shape[1]}, got {anchors.shape[1]}")
+    require_finite("anchors", anchors)
     dtype = compute_dtype(torch.promote_types(x.dtype, anchors.dtype))
     x, anchors = x.to(dtype), anchors.to(dtype)
     if projection == "euclidean":

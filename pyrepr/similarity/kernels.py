@@ -79,6 +79,10 @@ class Kernel:
         gamma = {} if self.gamma is None else {"gamma": self.gamma}
         return {"degree": self.degree, "coef0": self.coef0, **gamma}
 
+    def fields(self) -> tuple:
+        """What makes another of its kind, in order."""
+        return self.name, self.bandwidth, self.sigma, self.degree, self.coef0, self.gamma
+
     def scales(self, xs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """σ or γ of every layer, [M] float64. The median is held constant: no gradient passes through it."""
         if self.name in ("rbf", "laplacian"):

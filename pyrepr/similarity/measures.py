@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import layer_list
+from pyrepr.ops._entries import by_entries
 from pyrepr.ops._gram_gradient import route_costs
-from pyrepr.ops._leaf import at_hand, derives
+from pyrepr.ops._leaf import at_hand, derives, readable
 from pyrepr.ops.gram import Statistics, gram_row_stats, matrix_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
@@ -28,6 +29,7 @@ from pyrepr.similarity._hsic import (
 )
 from pyrepr.similarity._ranges import careful_matrix
 from pyrepr.similarity._stderr import check_groups, cka_stderr
+from pyrepr.similarity._whole import whole_op
 from pyrepr.similarity.kernels import Kernel, as_kernel
 
 log = logging.getLogger("pyrepr")
@@ -82,6 +84,23 @@ def gram(
         dtype = compute_dtype(x.dtype)
         left, right = (None if a is None else a.to(dtype) - a.to(dtype).mean(0) for a in (x, y))
         return matrix_op(left, right, spec.scales([x]), "linear", 1, 0.0, False)
+
+    def matrix(x: Tensor, y: Tensor | None = None) -> tuple[Tensor]:
+        both = [x] if y is None else [x, y]
+        if x.is_cpu and not (readable(x) and (y is None or readable(y))):
+            return (kernel_op(both, None, None, *spec.fields()),)
+        return _matrix(both, spec)
+
+    (k,) = by_entries(matrix, x, *([] if y is None else [y]))
+    if center:
+        rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
+        k = (k - rows - columns + rows.mean()).to(k.dtype)
+    return k
+
+
+def _matrix(xs: Sequence[Tensor], spec: Kernel) -> tuple[Tensor]:
+    """The kernel matrix of one layer, or of two."""
+    x, y = xs[0], xs[1] if len(xs) > 1 else None
     centre = spec.name in ("rbf", "laplacian")
     scale = spec.scales([x])
     if centre:
@@ -92,10 +111,16 @@ def gram(
     k = k.to(compute_dtype(x.dtype))
     if centre and y is None:
         k.diagonal().add_((scale[0] * 0).to(k.dtype))  # which kernels set to 1 without a look at σ
-    if center:
-        rows, columns = k.mean(1, keepdim=True, dtype=torch.float64), k.mean(0, keepdim=True, dtype=torch.float64)
-        k = (k - rows - columns + rows.mean()).to(k.dtype)
-    return k
+    return (k,)
+
+
+kernel_op = whole_op(
+    "gram_kernel",
+    "",
+    "Tensor",
+    lambda xs, *constants: xs[0].new_empty(len(xs[0]), len(xs[-1]), dtype=compute_dtype(xs[0].dtype)),
+    lambda xs, mask, scales, *constants: _matrix(xs, Kernel(*constants)),
+)
 
 
 def hsic(
@@ -168,9 +193,11 @@ def cka(
 
         On the CPU values and gradients are right for layers of any magnitude, every kernel and degree, and with rows
         that dwarf all others: where float32 would not be enough, it is noticed, and everything is done once more in
-        float64 on rescaled layers, in two to three times the time. What float64 cannot tell from rounding is NaN with
-        the same warning. Under ``torch.compile`` and ``vmap``, which hide the numbers, and on a GPU that is not done.
-        Values and gradients have the same bits for any number of threads.
+        float64 on rescaled layers, in two to three times the time; rows that meet, which laplacian's root notices, too.
+        What float64 cannot tell from rounding is NaN with the same warning; its error is 2⁻⁵³ times the largest entry
+        of a kernel over what centring leaves of it. So it is under ``vmap``, at each entry, and in graphs of
+        ``torch.compile`` and ``torch.export`` for values and first derivatives in reverse; not for other derivatives in
+        a graph, nor on a GPU. Values and gradients have the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import check_layer, check_tensor, shape_of, shown
+from pyrepr.ops._leaf import require_finite
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats.moments import Moments
 
@@ -68,11 +69,15 @@ def mean_cosine(x: Tensor) -> Tensor:
     Returns:
         A scalar; NaN for fewer than two rows; differentiable.
 
+    Raises:
+        ValueError, TypeError: for another shape or dtype, and x that is not finite: one row would decide.
+
     Example:
         >>> round(pyrepr.stats.mean_cosine(torch.ones(4, 3)).item(), 4)
         1.0
     """
     x = check_layer("x", x)
+    require_finite("x", x)
     x = x.to(compute_dtype(x.dtype))
     if x.shape[1]:
         largest = x.detach().abs().amax(1, keepdim=True)

@@ -59,7 +59,6 @@ class Differential:
     run: an expression in the case's names. variables: those that vary. truth: NumPy arrays of the variables, complex
     too, to the result (a complex step through it is the derivative). vmap_axes: the same, if a new leading axis of
     all variables may be mapped over. size: of the terms a derivative is made of at these variables, where they cancel.
-    blind: whether for these variables the function needs care that it cannot take under vmap, which hides its numbers.
     """
 
     run: str
@@ -67,7 +66,6 @@ class Differential:
     truth: Callable[..., np.ndarray]
     vmap: bool = True
     size: Callable[..., float] = lambda *variables: 0.0
-    blind: Callable[..., bool] = lambda *variables: False
 
 
 @dataclass

@@ -358,10 +358,6 @@ def draw_pair(draw: Draw) -> Case:
             draw.choice((("x", "y"), ("x",))),
             lambda a, b=None: _derived(of, a, b, lines, kernel, estimator),
             size=lambda a, b=None: _cancelling(a, _array(lines[1]) if b is None else b, kernel),
-            blind=lambda a, b=None: (
-                kernel["name"] in DISTANCES
-                and any(_vanishes(x, kernel) for x in (a, _array(lines[1]) if b is None else b))
-            ),
         )
     if draw.chance(0.1):
         case.differential, case.expect = None, "error"
@@ -400,12 +396,6 @@ def _cancelling(a: np.ndarray, b: np.ndarray, kernel: dict[str, Any]) -> float:
         return 0.0
     least = [exponents(x, x, kernel, x)[~np.eye(len(x), dtype=bool)].min() for x in (a, b)]
     return 0.1 if max(least) > 5 else 0.0
-
-
-def _vanishes(x: np.ndarray, kernel: dict[str, Any]) -> bool:
-    """Whether products of two entries off the diagonal, and their derivatives, leave float32's range."""
-    k = kernel_matrix(x, x, kernel) * (1 - np.eye(len(x)))
-    return bool(np.mean(k * k) < 1e-20)
 
 
 _known: dict[str, np.ndarray] = {}

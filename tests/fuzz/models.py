@@ -352,6 +352,7 @@ def draw_distill(draw: Draw) -> Case:
         repeatable=False,
     )
     case.names = ("student", "teacher", "data", "layers", "train", "epochs", "lr", "loss", "batch", "output")
+    case.names += ("calibration",)  # of the conversion before, whose layers may overflow
 
     def check(names: dict[str, Any]) -> str | None:
         what = difference(names["before"], state(names["teacher"]), tuple(names["before"]))

@@ -25,8 +25,105 @@ Buffer tokens(Random& random, Tokens& view, int64_t batch, int64_t total, int64_
 
 }  // namespace
 
+namespace {
+
+// float64, [B, T, HV, D] dense; sequences of any length, 0 included.
+void wide(const pyrepr::cpu::DeltaRuleFunctions& functions, Random& random) {
+  const bool wild = random.chance(10);
+  const int64_t heads = 1 + random.below(3), width = 1 + random.below(40), value_width = 1 + random.below(40);
+  std::vector<int64_t> bounds{0};
+  for (int64_t n = 1 + random.below(3); n > 0; n--) bounds.push_back(bounds.back() + random.below(70));
+  bounds.shrink_to_fit();
+  const int64_t sequences = static_cast<int64_t>(bounds.size()) - 1, rows = bounds.back() * heads;
+  const int64_t keys = rows * width, values = rows * value_width, states = sequences * heads * width * value_width;
+  const pyrepr::Gate gate = static_cast<pyrepr::Gate>(random.below(3));
+  const int64_t gates = gate == pyrepr::Gate::per_key ? keys : gate == pyrepr::Gate::none ? 0 : rows;
+  const auto filled = [&](int64_t size, double scale) {
+    Buffer buffer(random, size, DType::f64);
+    buffer.fill(random, DType::f64, scale, wild);
+    return buffer;
+  };
+  const Buffer q = filled(keys, 0.5), k = filled(keys, 0.5), v = filled(values, 1.0), g = filled(gates, 0.1);
+  const Buffer beta = filled(rows, 1.0), initial = filled(states, 1.0), grad_o = filled(values, 1.0), grad_state = filled(states, 1.0);
+  pyrepr::cpu::DeltaRuleWide p{q.as<double>(), k.as<double>(), v.as<double>(), gate == pyrepr::Gate::none ? nullptr : g.as<double>(),
+                               random.chance(70) ? beta.as<double>() : nullptr, random.chance(50) ? initial.as<double>() : nullptr,
+                               heads, width, value_width, bounds.data(), sequences, gate, 1};
+  const auto outputs = [&](std::initializer_list<int64_t> sizes) {
+    std::vector<Buffer> out;
+    for (int64_t size : sizes) out.emplace_back(random, size, DType::f64);
+    return out;
+  };
+  same_bits(
+      random, "delta_rule forward_wide", [&] { return outputs({values, states}); },
+      [&](int threads, std::vector<Buffer>& out) {
+        p.threads = threads;
+        return functions.forward_wide(p, out[0].as<double>(), out[1].as<double>());
+      });
+  same_bits(
+      random, "delta_rule backward_wide",
+      [&] {
+        std::vector<Buffer> out = outputs({keys, keys, values, gates, p.beta ? rows : 0, states});
+        std::memcpy(out[5].at(), grad_state.at(), static_cast<size_t>(grad_state.bytes()));
+        return out;
+      },
+      [&](int threads, std::vector<Buffer>& out) {
+        p.threads = threads;
+        return functions.backward_wide(p, {grad_o.as<double>(), out[0].as<double>(), out[1].as<double>(), out[2].as<double>(),
+                                           out[3].as<double>(), out[4].as<double>(), out[5].as<double>()});
+      });
+}
+
+void activations(const pyrepr::cpu::DeltaRuleFunctions& functions, Random& random) {
+  const bool wild = random.chance(20), with_g = random.chance(80), with_beta = !with_g || random.chance(60), bias = random.chance(50);
+  const int64_t tokens = random.size(130), heads = 1 + random.below(4), width = random.chance(50) ? 1 : 1 + random.below(70);
+  const DType g_dtype = random.pick({DType::f32, DType::bf16, DType::f16}), beta_dtype = random.pick({DType::f32, DType::bf16, DType::f16});
+  Buffer g(random, tokens * heads * width, g_dtype), beta(random, tokens * heads, beta_dtype);
+  Buffer rates(random, heads, DType::f32), dt_bias(random, heads * width, DType::f32);
+  g.fill(random, g_dtype, 3.0, wild);
+  beta.fill(random, beta_dtype, 3.0, wild);
+  rates.fill(random, DType::f32, 1.0, false);
+  dt_bias.fill(random, DType::f32, 1.0, false);
+  pyrepr::cpu::DeltaRuleGates p{with_g ? g.at() : nullptr, with_beta ? beta.at() : nullptr, g_dtype, beta_dtype, rates.as<float>(),
+                                bias ? dt_bias.as<float>() : nullptr, -5.0f, 1.0f, random.chance(30), tokens, heads, width, 1};
+  same_bits(
+      random, "delta_rule activate",
+      [&] {
+        std::vector<Buffer> out;
+        out.emplace_back(random, with_g ? tokens * heads * width : 0, DType::f32);
+        out.emplace_back(random, with_beta ? tokens * heads : 0, DType::f32);
+        return out;
+      },
+      [&](int threads, std::vector<Buffer>& out) {
+        p.threads = threads;
+        return functions.activate(p, with_g ? out[0].as<float>() : nullptr, with_beta ? out[1].as<float>() : nullptr);
+      });
+  const int64_t rows = tokens * heads;
+  const DType dtype = random.pick({DType::f32, DType::bf16, DType::f16});
+  Buffer x(random, rows * width, dtype), gate(random, rows * width, g_dtype), weight(random, width, DType::f32);
+  x.fill(random, dtype, 1.0, wild);
+  gate.fill(random, g_dtype, 3.0, wild);
+  weight.fill(random, DType::f32, 1.0, false);
+  pyrepr::cpu::GatedNorm norm{x.at(), random.chance(80) ? gate.at() : nullptr, dtype, g_dtype, random.chance(80) ? weight.as<float>() : nullptr,
+                              rows, width, 1e-6f, random.chance(50), 1};
+  same_bits(
+      random, "delta_rule gated_norm",
+      [&] {
+        std::vector<Buffer> out;
+        out.emplace_back(random, rows * width, dtype);
+        return out;
+      },
+      [&](int threads, std::vector<Buffer>& out) {
+        norm.threads = threads;
+        return functions.gated_norm(norm, out[0].at());
+      });
+}
+
+}  // namespace
+
 void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
   const pyrepr::cpu::DeltaRuleFunctions functions = level.delta_rule();
+  wide(functions, random);
+  activations(functions, random);
   const bool packed = random.chance(30), wild = random.chance(10);
   DeltaRuleProblem p{};
   p.batch = packed ? 1 : 1 + random.below(3);

@@ -5,7 +5,9 @@
 namespace driver {
 namespace {
 
+using pyrepr::cpu::Hash;
 using pyrepr::cpu::LookupHash;
+using pyrepr::cpu::LookupLowRank;
 using pyrepr::cpu::LookupRoute;
 using pyrepr::cpu::LookupTables;
 using pyrepr::cpu::TableType;
@@ -21,7 +23,9 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
   const TableType type = static_cast<TableType>(random.below(5));
   const DType dtype = type == TableType::f64 ? DType::f64 : random.pick({DType::f32, DType::bf16, DType::f16});
   const DType wide = type == TableType::f64 ? DType::f64 : DType::f32;
-  const int64_t bits = 1 + random.below(random.chance(85) ? 6 : 10), K = 1 + random.below(7), n = int64_t(1) << bits;
+  const bool two_bit = random.chance(25), standardised = random.chance(30);
+  const int64_t bits = two_bit ? 2 * (1 + random.below(3)) : 1 + random.below(random.chance(85) ? 6 : 10);
+  const int64_t K = 1 + random.below(7), n = int64_t(1) << bits, d = K * bits / (two_bit ? 2 : 1);
   const bool packed = random.chance(30);
   const int64_t h = packed ? 64 * (1 + random.below(2)) : 1 + random.below(150), T = random.chance(30) ? 1 : 1 + random.below(random.chance(90) ? 70 : 600);
   LookupTables tables{nullptr, type, nullptr, K, n, h, packed, 1};
@@ -39,8 +43,17 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
   scales.fill(random, DType::f32, 0.1, false);
   bias.fill(random, wide, 1.0, false);
   if (type == TableType::i8) tables.scales = scales.as<float>();
-  const Matrix x = Matrix::random(random, T, K * bits, dtype, true, 1.0, wild);
-  LookupHash hash{x.view, dtype, bits, static_cast<Weighting>(random.below(4)), 1.0, 1};
+  const Matrix x = Matrix::random(random, T, d, dtype, true, 1.0, wild);
+  Buffer centre(random, d, wide), scale(random, d, wide);
+  centre.fill(random, wide, 1.0, wild);
+  scale.fill(random, wide, 1.0, wild);
+  LookupHash hash{x.view, dtype, bits, static_cast<Weighting>(random.below(4)), 1.0, 1, two_bit ? Hash::two_bit : Hash::one_bit,
+                  standardised ? centre.at() : nullptr, standardised ? scale.at() : nullptr};
+  const int64_t rank = random.chance(30) ? 1 + random.below(9) : 0;
+  Buffer down(random, rank * d, wide), up(random, rank * h, wide);
+  down.fill(random, wide, 1.0, wild);
+  up.fill(random, wide, 1.0, wild);
+  const LookupLowRank low{rank, rank ? down.at() : nullptr, rank ? up.at() : nullptr};
   const LookupRoute route = static_cast<LookupRoute>(random.below(4));
   const bool with_bias = random.chance(50);
 
@@ -54,7 +67,7 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
       random, "lookup linear", [&] { return outputs({{T * h, wide}}); },
       [&](int threads, std::vector<Buffer>& out) {
         on(threads);
-        return functions.linear(tables, hash, {}, with_bias ? bias.at() : nullptr, route, out[0].at());
+        return functions.linear(tables, hash, low, with_bias ? bias.at() : nullptr, route, out[0].at());
       });
   std::vector<Buffer> hashed = outputs({{T * K, DType::f32}, {T * K, wide}});
   if (functions.hash(hash, hashed[0].as<int32_t>(), hashed[1].at()) != Status::ok) die("lookup hash", "out of memory");
@@ -70,7 +83,7 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
   Buffer slopes(random, T * K, wide);
   slopes.fill(random, wide, 1.0, wild);
   same_bits(
-      random, "lookup hash_backward", [&] { return outputs({{T * K * bits, wide}}); },
+      random, "lookup hash_backward", [&] { return outputs({{T * d, wide}}); },
       [&](int threads, std::vector<Buffer>& out) {
         on(threads);
         return functions.hash_backward(hash, slopes.at(), out[0].at());
