@@ -108,7 +108,8 @@ class Problem:
 
 
 def inner(direction: list[np.ndarray], gradients: Any) -> tuple[float, float]:
-    """⟨g, v⟩, and what rounding every element of g to its dtype may change in it."""
+    """⟨g, v⟩, and what rounding every element of g to its dtype may change in it, three times: under vmap a tensor that
+    comes in twice has two gradients, which are added up."""
     total, rounding = 0.0, 0.0
     for v, g in zip(direction, gradients, strict=True):
         if g is None:
@@ -117,7 +118,7 @@ def inner(direction: list[np.ndarray], gradients: Any) -> tuple[float, float]:
         least = torch.finfo(g.dtype).smallest_normal * EPS[g.dtype] * 2 * float(np.abs(v).sum())
         total, rounding = (
             total + float(product.sum()),
-            rounding + 2 * EPS[g.dtype] * float(np.abs(product).sum()) + least,
+            rounding + 4 * EPS[g.dtype] * float(np.abs(product).sum()) + least,
         )
     return total, rounding
 
