@@ -254,13 +254,13 @@ def delta_rule_forward(
     use_qk_l2norm: bool,
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, final state, and the states the backward starts from: no numbers, as this one starts from the beginning, and
+    """o, final state, and the states the backward starts from: infinite, as this one starts from the beginning, and
     another, called outside the block that asked for this forward, can see that none were kept."""
     o, state = delta_rule_chunks(q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm)
     if o.is_cpu and not bool(o.isfinite().all()):
         # Products of chunks carry what is not finite to the tokens before it. (Looking at it on a GPU would wait.)
         o, state = delta_rule(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens)
-    return o.contiguous(), state, state.new_full((slots, *state.shape[1:]), torch.nan)
+    return o.contiguous(), state, state.new_full((slots, *state.shape[1:]), torch.inf)
 
 
 def delta_rule_update_(
