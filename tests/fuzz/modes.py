@@ -172,11 +172,10 @@ def forward(problem: Problem, mode: str, v: list[np.ndarray]) -> str | None:
             for row in jacobians
         ]
     got = np.concatenate([y.detach().double().numpy().ravel() for y in out]) if out else np.zeros(0)
-    rounding = (
-        4 * max(EPS[y.dtype] for y in out) * float(np.abs(got).max(initial=0)) * (len(v) if mode == "jacfwd" else 1)
-    )
+    rounding = 4 * max(EPS[y.dtype] for y in out) * float(np.abs(got).max(initial=0))
+    rounding += max(torch.finfo(y.dtype).smallest_normal * EPS[y.dtype] * 2 for y in out)
     if mode == "jacfwd":
-        rounding *= 16
+        rounding *= 16 * len(v)
     return problem.judge("tangent", got, lambda a: problem.step(a, v), rounding)
 
 
