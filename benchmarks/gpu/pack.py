@@ -119,7 +119,7 @@ def commands(folder: str, seconds: float) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: packed; 1: a part failed, which is said, and the others are there."""
     parser = argparse.ArgumentParser(prog="python -m pyrepr.benchmarks.gpu.pack", description=__doc__)
-    parser.add_argument("folder", type=Path, help="inside the clone, where git ignores it: .gpu, say")
+    parser.add_argument("folder", type=Path, help="in the clone, whose root this runs in, where git ignores it: .gpu")
     parser.add_argument("--python", default="python3.12", help="of the version there (default python3.12)")
     parser.add_argument("--architectures", default="90a-real", help="PYREPR_CUDA_ARCHS (default 90a-real: H100, H200)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures.append(f"pack: no {part}: {failure}")
     try:
         print("\n".join(checked_sizes(args.folder, args.limit)))
-        print("\n".join(["", *commands(os.path.relpath(args.folder, root()), args.seconds)]))
+        print("\n".join(["", *commands(os.path.relpath(args.folder), args.seconds)]))
     except Failed as failure:
         failures.append(f"pack: {failure}")
     print("\n".join(failures), file=sys.stderr if failures else sys.stdout)
