@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from pyrepr.benchmarks.gpu import pack
@@ -52,18 +53,18 @@ def test_the_commands_unpack_and_run(tmp_path):
     fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$PYTHONPATH" "$@" >> {called}\n')
     fake.chmod(0o755)
     environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    environment["TMPDIR"] = str(tmp_path)
     environment.pop("PYTHONPATH", None)
     for command in pack.commands("some parts", 560):
         assert len(command) < 2000
-        subprocess.run(
-            ["bash", "-ec", command.replace("/tmp", str(tmp_path))], cwd=tmp_path, env=environment, check=True
-        )
-    assert (tmp_path / "ptxas").read_bytes().startswith(b"\x7fELF") and os.access(tmp_path / "ptxas", os.X_OK)
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
     install, check, _, tune = called.read_text().splitlines()
-    assert install.endswith("pyrepr_kernels-0-py3-none-any.whl")
-    site = tmp_path / "site"
-    assert check == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --seconds 560 --ptxas {tmp_path}/ptxas"
-    assert tune == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --autotune --seconds 224"
+    site = Path(check.split()[0])
+    ptxas = site.parent / "ptxas"
+    assert install.endswith(f"--target {site} {folder}/pyrepr_kernels-0-py3-none-any.whl")
+    assert ptxas.read_bytes().startswith(b"\x7fELF") and os.access(ptxas, os.X_OK)
+    assert check == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --seconds 560 --ptxas {ptxas}"
+    assert tune.endswith(f" -m pyrepr.gpu_check --out {tmp_path}/out --autotune --seconds 224")
 
 
 def test_a_part_that_fails_is_one_sentence(tmp_path, capsys):

@@ -106,14 +106,17 @@ def checked_sizes(folder: Path, limit: float) -> list[str]:
 
 def commands(folder: str, seconds: float) -> list[str]:
     """For a shell in the clone's root on that machine, with an empty folder named by OUT."""
-    unpack = "import lzma, os; open('/tmp/ptxas', 'wb').write(lzma.open(os.environ['F'] + '/ptxas.xz').read())"
+    unpack = "import lzma; open('$D/ptxas', 'wb').write(lzma.open('$F/ptxas.xz').read())"
     ready = (
-        f'F=$PWD/{shlex.quote(folder)}; python3 -m pip install -q --no-index --no-deps --target /tmp/site "$F"/*.whl; '
-        f'if [ -e "$F/ptxas.xz" ]; then F="$F" python3 -c "{unpack}"; chmod +x /tmp/ptxas; A="--ptxas /tmp/ptxas"; fi; '
-        "cd /tmp; "
+        f"set -e; export F=$PWD/{shlex.quote(folder)} D=$(mktemp -d); "
+        'python3 -m pip install -q --no-index --no-deps --target "$D/site" "$F"/*.whl; '
+        f'if [ -e "$F/ptxas.xz" ]; then python3 -c "{unpack}"; chmod +x "$D/ptxas"; P="$D/ptxas"; fi; cd "$D"; '
     )
-    run = 'PYTHONPATH=/tmp/site python3 -m pyrepr.gpu_check --out "$OUT"'
-    return [f"{ready}{run} --seconds {seconds:.0f} $A", f"{ready}{run} --autotune --seconds {seconds * 0.4:.0f}"]
+    run = 'PYTHONPATH="$D/site" python3 -m pyrepr.gpu_check --out "$OUT"'
+    return [
+        f'{ready}{run} --seconds {seconds:.0f} ${{P:+--ptxas "$P"}}',
+        f'{ready}if [ "$P" ]; then export TRITON_PTXAS_PATH="$P"; fi; {run} --autotune --seconds {seconds * 0.4:.0f}',
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
