@@ -27,6 +27,7 @@ import hashlib
 import inspect
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 FLOATS = (F32, BF16, F16)
 
+_NO_OPERATION = 0x918  # NOP, in an instruction's lowest twelve bits
+
 DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -66,17 +69,20 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is tuned about a launch: block sizes (constexprs of the kernel), warps and pipeline stages."""
+    """What is tuned about a launch: block sizes (constexprs of the kernel), warps, pipeline stages, and the registers a
+    thread may have, where the compiler would take more than it needs."""
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    registers: int | None = None
 
     def __hash__(self) -> int:  # so that variants can be cached: making one costs as much as a launch
-        return hash((*self.blocks.items(), self.num_warps, self.num_stages))
+        return hash((*self.blocks.items(), self.num_warps, self.num_stages, self.registers))
 
     def __str__(self) -> str:
-        return f"Config({dict(self.blocks)!r}, {self.num_warps}, {self.num_stages})"
+        last = "" if self.registers is None else f", {self.registers}"
+        return f"Config({dict(self.blocks)!r}, {self.num_warps}, {self.num_stages}{last})"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Variant:
         constexprs: compile-time argument → value.
         aligned: the run-time arguments that are divisible by 16, as Triton finds out about an argument at launch
             (pointers in bytes); list what the usual case has, and a second variant where others matter.
+        registers: the most that a thread may have; ``None``: as many as the compiler likes.
     """
 
     name: str
@@ -99,13 +106,15 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
+    registers: int | None = None
 
     @property
     def key(self) -> tuple:
         """What tells two compilations apart, but for alignment."""
         function = getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
         types = tuple(sorted(self.signature.items()))
-        return function, types, tuple(sorted(self.constexprs.items())), self.num_warps, self.num_stages
+        constants = tuple(sorted(self.constexprs.items()))
+        return function, types, constants, self.num_warps, self.num_stages, self.registers
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class Resources:
     registers: int  # a thread
     spilled: int  # bytes of local memory and stack a thread: registers that did not fit
     threads: int  # a block
+    instructions: int  # of the machine
 
 
 def architecture(device: torch.device | int) -> int:
@@ -139,15 +149,22 @@ def source(variant: Variant) -> ASTSource:
 
 def options(variant: Variant) -> dict[str, int]:
     """What a variant asks of the compiler; a * b + c in one rounding, whatever this version of Triton does unasked."""
-    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    found = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    return found if variant.registers is None else {**found, "maxnreg": variant.registers}
+
+
+def machine_code(variant: Variant, capability: int) -> Any:
+    """What Triton compiles for a GPU that need not be there; raises what Triton raises."""
+    return triton.compile(source(variant), target=GPUTarget("cuda", capability, 32), options=options(variant))
 
 
 def compile_ahead(variant: Variant, capability: int) -> Resources:
-    """Compiles for a GPU that need not be there; raises what Triton raises."""
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source(variant), target=target, options=options(variant))
-    registers, spilled = _usage(compiled.asm["cubin"])
-    return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps)
+    """What the variant takes on a GPU that need not be there."""
+    compiled = machine_code(variant, capability)
+    cubin = compiled.asm["cubin"]
+    registers, spilled = _usage(cubin)
+    (count,) = instructions(cubin).values()
+    return Resources(compiled.metadata.shared, registers, spilled, 32 * variant.num_warps, count)
 
 
 @functools.cache
@@ -196,6 +213,24 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         if local and not re.search(r"\bSTL\b", _dump(file.name, "-sass")):
             local = 0
     return use["REG"], local
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """Machine instructions by kernel, read from the ELF file itself: an instruction is 16 bytes since Volta, and a
+    section of code ends in as many of no effect as fill it up."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(count)]
+    found = {}
+    for name, start, length in sections:
+        at = sections[names][1] + name
+        label = cubin[at : cubin.index(b"\0", at)].decode()
+        if label.startswith(".text."):
+            codes = [int.from_bytes(cubin[i : i + 2], "little") & 0xFFF for i in range(start, start + length, 16)]
+            while codes and codes[-1] == _NO_OPERATION:
+                codes.pop()
+            found[label.removeprefix(".text.")] = len(codes)
+    return found
 
 
 def _dump(path: str, option: str) -> str:

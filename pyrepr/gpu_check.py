@@ -123,15 +123,28 @@ def made_ready(root: Path, out: Path) -> dict[str, str]:
     return environment
 
 
+def unfit() -> str | None:
+    """What this machine lacks, and why, or ``None``."""
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = ""
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:  # built without CUDA; no driver, or one that is too old
+            reason = f" ({str(error).split('. ')[0].strip('. ')})" if "driver" in str(error) else ""
+        return f"a CUDA device and PyTorch sees none{reason}"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_80 or newer, and {torch.cuda.get_device_name()} is sm_{major}{minor}" if major < 8 else None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0: everything passed, 1: something failed (it is in the report), 2: it could not run."""
     started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    import torch
-
-    if not args.dry_run and not torch.cuda.is_available():
-        print("gpu_check needs a CUDA device and PyTorch sees none: nothing was run, nothing was written.")
+    if not args.dry_run and (why := unfit()):
+        print(f"gpu_check needs {why}: nothing was run, nothing was written.")
         return 2
     root = Path(__file__).resolve().parents[1]
     if not args.built:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 _STATE = "the state, what it is multiplied with and two results take all 255 registers: addresses wait in local memory"
-_BLOCKS = "sixteen blocks of 16 × 16 stay in registers while the inverse is made: factors written before are read after"
-_SUMS = "five sums of a block are carried through the value columns: addresses wait in local memory"
+_SUMS = "five sums of a block are carried through the value columns, and with a gate both gradients: addresses wait"
 _MAP = "a segment's map is read whole, 64 registers a thread, while the state and N arrive"
 _KEPT = "two words where the logits of several prefixes are kept, which are few"
+_HELD = "two words a thread: with the 128 registers that it may have, four programs fill a multiprocessor"
 _FEW = "a few words a thread, with this compiler: Triton 3.9 spills none of them; which they are was not looked into"
 
 # (family, kernel) → why.
 REASONS: dict[tuple[str, str], str] = {
     ("delta_rule", "gradient"): _SUMS,
-    ("delta_rule", "kda gradient"): _FEW,
     ("delta_rule", "kda pairs"): _FEW,
     ("delta_rule", "merge"): _MAP,
-    ("delta_rule", "prepare"): _BLOCKS,
+    ("delta_rule", "prepare"): _HELD,
     ("delta_rule", "reverse"): _STATE,
     ("delta_rule", "scan"): _STATE,
     ("gram", "matrix"): _FEW,
@@ -29,14 +28,13 @@ REASONS: dict[tuple[str, str], str] = {
 # With the version that the index's torch brings (tests/test_gpu_compile.py names it):
 # (family, kernel, dtype, padded K of the scans, else 0) → architecture → bytes a thread of the worst variant.
 ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
-    ("delta_rule", "gradient", "bf16", 0): {80: 24, 90: 24},
-    ("delta_rule", "gradient", "fp16", 0): {80: 32, 90: 24},
-    ("delta_rule", "gradient", "fp32", 0): {80: 64, 90: 120, 100: 168},
-    ("delta_rule", "kda gradient", "fp32", 0): {90: 16},
+    ("delta_rule", "gradient", "bf16", 0): {80: 200, 90: 48},
+    ("delta_rule", "gradient", "fp16", 0): {80: 200, 90: 40},
+    ("delta_rule", "gradient", "fp32", 0): {80: 64, 90: 128, 100: 176},
     ("delta_rule", "kda pairs", "fp32", 0): {100: 8},
     ("delta_rule", "merge", "fp32", 0): {80: 56, 90: 80, 100: 88},
-    ("delta_rule", "prepare", "bf16", 0): {80: 16, 90: 40, 100: 128},
-    ("delta_rule", "prepare", "fp16", 0): {80: 16, 90: 40, 100: 128},
+    ("delta_rule", "prepare", "bf16", 0): {100: 8},
+    ("delta_rule", "prepare", "fp16", 0): {100: 8},
     ("delta_rule", "reverse", "bf16", 64): {80: 8, 100: 376},
     ("delta_rule", "reverse", "bf16", 128): {90: 56, 100: 16},
     ("delta_rule", "reverse", "bf16", 256): {80: 56, 100: 96},
@@ -46,10 +44,10 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
     ("delta_rule", "reverse", "fp32", 64): {80: 16, 90: 40, 100: 40},
     ("delta_rule", "reverse", "fp32", 256): {80: 520, 90: 480, 100: 496},
     ("delta_rule", "scan", "bf16", 64): {80: 48, 100: 64},
-    ("delta_rule", "scan", "bf16", 128): {80: 40, 90: 32, 100: 96},
+    ("delta_rule", "scan", "bf16", 128): {80: 40, 90: 16, 100: 96},
     ("delta_rule", "scan", "bf16", 256): {90: 24, 100: 24},
     ("delta_rule", "scan", "fp16", 64): {80: 48, 100: 64},
-    ("delta_rule", "scan", "fp16", 128): {80: 40, 90: 32, 100: 96},
+    ("delta_rule", "scan", "fp16", 128): {80: 40, 90: 16, 100: 96},
     ("delta_rule", "scan", "fp16", 256): {90: 24, 100: 24},
     ("delta_rule", "scan", "fp32", 64): {80: 8, 90: 16, 100: 24},
     ("delta_rule", "scan", "fp32", 128): {80: 8},
@@ -70,9 +68,9 @@ ALLOWED: dict[tuple[str, str, str, int], dict[int, int]] = {
 
 # Other versions of Triton with a record, by architecture → (variants, those that spill, bytes a thread of the worst).
 ELSEWHERE: dict[str, tuple[int, int, int]] = {
-    "3.9.0 sm_80": (496, 73, 504),
-    "3.9.0 sm_90": (518, 45, 536),
-    "3.9.0 sm_100": (508, 47, 528),
+    "3.9.0 sm_80": (528, 71, 504),
+    "3.9.0 sm_90": (546, 46, 536),
+    "3.9.0 sm_100": (536, 47, 528),
 }
 
 DTYPES = ("fp32", "bf16", "fp16", "i8", "i64", "odd")

@@ -8,23 +8,19 @@ warp, and speed.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pyrepr.ops import gram as gram_ops
 from pyrepr.ops._native import DTYPE_CODES
 from pyrepr.ops.lookup import TABLE_CODES
 from pyrepr.reference import delta_rule as reference
-from pyrepr.reference import gram as gram_reference
 from pyrepr.reference import lookup as lookup_reference
 
 ROOT = Path(__file__).parents[1]
@@ -151,65 +147,6 @@ def test_a_missing_barrier_of_delta_rule_step_is_noticed(step):
     for line in step.barriers:
         results = in_every_order(step, lambda: run(step, x, state, None, False), line)
         assert not all(torch.equal(o, right[0]) for o, _ in results)
-
-
-@pytest.fixture(scope="module")
-def pair_stats(tmp_path_factory):
-    return emulated(tmp_path_factory.mktemp("emulated"), "gram", "pair_stats")
-
-
-def run_pair_stats(pair_stats, x, y):
-    blocks = -(-len(x) // 128)
-    partial = torch.full((blocks * (blocks + 1) // 2, 3), torch.nan, dtype=torch.float64)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, partial)]
-    sizes = [ctypes.c_int64(size) for size in (len(x), x.shape[1], y.shape[1], len(partial))]
-    problem = pair_stats(pointers[0], pointers[1], *sizes[:3], pointers[2], sizes[3])
-    assert problem is None, problem
-    return partial
-
-
-# Rows of whole groups of four columns, which are loaded at once, and others; from 1 025 rows on tiles go in bands.
-@pytest.mark.parametrize(
-    ("n", "p", "q"), [(140, 20, 9), (128, 20, 9), (128, 1, 16), (3, 2, 40), (257, 0, 24), (1, 8, 8), (1100, 4, 3)]
-)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_gram_pair_stats(pair_stats, n, p, q, offset):
-    x, y = torch.randn(n * p + offset)[offset:].view(n, p), torch.randn(n, q)
-    partial = same_bits(in_every_order(pair_stats, lambda: run_pair_stats(pair_stats, x, y)))
-    k, l = (torch.triu(a.double() @ a.double().T, 1) for a in (x, y))
-    expected = torch.stack([(k * k).sum(), (k * l).sum(), (l * l).sum()])
-    assert (partial.sum(0) - expected).abs().max() <= 1e-6 * expected.max()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_gram_stats_around_the_kernel(pair_stats, masked, monkeypatch):
-    """What backend 'cuda' does before and after the kernel, on the CPU."""
-
-    def cuda_pair_stats(x, y, n, p, q, partial, tiles, stream):
-        sizes = [ctypes.c_int64(size) for size in (n, p, q)]
-        assert pair_stats(ctypes.c_void_p(x), ctypes.c_void_p(y), *sizes, ctypes.c_void_p(partial), tiles) is None
-
-    monkeypatch.setattr(gram_ops, "module", lambda: SimpleNamespace(cuda_pair_stats=cuda_pair_stats))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    xs = [torch.randn(12, 300).T + 1000, torch.randn(300, 40)]
-    mask = torch.rand(300) < 0.5 if masked else None
-    wide = [x.double() for x in xs]
-    if masked:
-        xs[0][~mask] = torch.nan
-    options = (gram_ops.constants_of(torch.ones(2, dtype=torch.float64), "linear"), "linear", 1, True, False, 0, False)
-    stats = gram_ops._stats_cuda(xs, mask, *options)
-    for got, expected in zip(stats[:3], gram_reference.gram_stats(wide, mask, *options)[:3], strict=True):
-        assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
-
-
-def test_a_missing_barrier_of_gram_pair_stats_is_noticed(pair_stats):
-    x, y = torch.randn(140, 20), torch.randn(140, 9)
-    right = run_pair_stats(pair_stats, x, y)
-    assert len(pair_stats.barriers) == 4
-    for line in pair_stats.barriers:
-        results = in_every_order(pair_stats, lambda: run_pair_stats(pair_stats, x, y), line)
-        assert not all(torch.equal(partial, right) for partial in results)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from pyrepr.benchmarks import report
 from pyrepr.benchmarks.gpu import GpuCase, Problem, plan, runner, timing, verdict, worker
 
-from pyrepr import _ptxas
+from pyrepr import _ptxas, gpu_check
 
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: nothing interpreted"
@@ -32,6 +32,36 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     assert result.stdout == (
         "gpu_check needs a CUDA device and PyTorch sees none: nothing was run, nothing was written.\n"
     )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "capability", "said"),
+    [
+        (
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update."),
+            None,
+            "a CUDA device and PyTorch sees none (The NVIDIA driver on your system is too old (found version 11040)): ",
+        ),
+        (
+            RuntimeError("Found no NVIDIA driver on your system. Please check."),
+            None,
+            "a CUDA device and PyTorch sees none (Found no NVIDIA driver on your system): ",
+        ),
+        (AssertionError("Torch not compiled with CUDA enabled"), None, "a CUDA device and PyTorch sees none: "),
+        (None, (7, 5), "sm_80 or newer, and Some GPU is sm_75: "),
+    ],
+)
+def test_a_machine_that_will_not_do_is_told_why(error, capability, said, monkeypatch, tmp_path, capsys):
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().out == f"gpu_check needs {said}nothing was run, nothing was written.\n"
     assert not (tmp_path / "out").exists()
 
 

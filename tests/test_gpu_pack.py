@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from pyrepr.benchmarks.gpu import pack
+from pyrepr.benchmarks.gpu import cache, pack
+
+from pyrepr import _ptxas
 
 
 def archive(path, *names):
@@ -65,6 +69,49 @@ def test_the_commands_unpack_and_run(tmp_path):
     assert ptxas.read_bytes().startswith(b"\x7fELF") and os.access(ptxas, os.X_OK)
     assert check == f"{site} -m pyrepr.gpu_check --out {tmp_path}/out --seconds 560 --ptxas {ptxas}"
     assert tune.endswith(f" -m pyrepr.gpu_check --out {tmp_path}/out --autotune --seconds 224")
+
+
+def test_a_cache_without_a_wheel_is_one_sentence(tmp_path):
+    with pytest.raises(pack.Failed, match=r"the cache is made by the wheel, of which .* must hold one, got 0"):
+        pack.cache(tmp_path, sys.executable, "90a-real")
+
+
+HITS = """
+import sys
+from triton import knobs
+from pyrepr.benchmarks.gpu import cache
+hits = []
+knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+for capability, family, name in eval(sys.argv[1]):
+    assert not cache._compile(capability, family, name)
+print(hits)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: no cache to be filled")
+def test_a_seeded_cache_compiles_nothing(tmp_path, monkeypatch):
+    """Laid somewhere else, by another process, with the assembler at another path."""
+    kernels = [(90, "gram", "squares BLOCK=128 PIECE=1024"), (90, "lookup", "hash-fp32"), (80, "lookup", "hash-fp32")]
+    ptxas = tmp_path / "one" / "ptxas", tmp_path / "another" / "ptxas"
+    for path in ptxas:
+        path.parent.mkdir()
+        shutil.copy(_ptxas.bundled(), path)
+    archive, folder = tmp_path / "cache.tar.xz", tmp_path / "cache"
+    assert cache.make(archive, kernels, ["", str(ptxas[0])]) == []
+    assert cache.lay(archive, folder) == 3
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".cubin", ".json"}
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas[1]))
+    for place, expected in ((folder, [True] * 3), (tmp_path / "empty", [False] * 3)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(place))
+        command = [sys.executable, "-c", HITS, repr(kernels)]
+        found = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+        assert found == f"{expected}\n"
+
+
+def test_what_does_not_compile_is_said(tmp_path):
+    (said,) = cache.make(tmp_path / "cache.tar.xz", [(90, "gram", "no such kernel")], [""])
+    assert said.startswith("sm_90 gram no such kernel: StopIteration")
+    assert cache.lay(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
 
 
 def test_a_part_that_fails_is_one_sentence(tmp_path, capsys):

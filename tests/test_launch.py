@@ -39,6 +39,13 @@ def test_search_takes_the_fastest_that_works_once_and_prints_the_row(monkeypatch
     assert capsys.readouterr().out == ""
 
 
+def test_registers_are_asked_of_the_compiler():
+    config = Config({"BLOCK": 32}, 4, 1, 128)
+    assert str(config) == "Config({'BLOCK': 32}, 4, 1, 128)" and config != Config({"BLOCK": 32}, 4, 1)
+    free, held = (_launch.Variant("v", None, {}, {}, registers=registers) for registers in (None, 128))
+    assert _launch.options(held) == {**_launch.options(free), "maxnreg": 128}
+
+
 @pytest.mark.parametrize(
     ("capability", "row"), [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)]
 )

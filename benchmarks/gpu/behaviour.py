@@ -65,14 +65,31 @@ def cka_compiles_fullgraph_forward_and_backward() -> None:
     torch.testing.assert_close(b.grad, a.grad)
 
 
-def another_device_than_the_current_one(backend: str) -> None:
+def another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         raise NotHere("one GPU: no device that is not the current one")
     x, y = _pair(device="cuda:1")
-    with pyrepr.use_backend(backend):
+    with pyrepr.use_backend("triton"):
         value = pyrepr.cka(x, y)
     assert value.device == x.device
     torch.testing.assert_close(value.cpu(), pyrepr.cka(x.cpu(), y.cpu()), rtol=1e-5, atol=1e-6)
+
+
+def autocast_changes_nothing() -> None:
+    """Kernels say themselves what they compute in: the same bits with and without it, and dtypes as ever."""
+    x, y = _pair()
+    q, k, v = (torch.randn(1, 100, 2, 64, device=DEVICE) for _ in range(3))
+    beta = torch.rand(1, 100, 2, device=DEVICE)
+
+    def run() -> list[torch.Tensor]:
+        return [pyrepr.cka(x, y), pyrepr.chunk_delta_rule(q, k, v, beta=beta, use_qk_l2norm_in_kernel=True)[0]]
+
+    with pyrepr.use_backend("triton"):
+        expected = run()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = run()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def cka_of_more_than_two_to_the_31_elements() -> None:
@@ -318,7 +335,8 @@ def _all() -> dict[str, Callable[[], None]]:
         (cka_of_more_than_two_to_the_31_elements, [{}]),
         (convolution_of_more_than_two_to_the_31_elements, [{}]),
         (lookup_in_more_than_two_to_the_31_table_elements, both),
-        (another_device_than_the_current_one, both),
+        (another_device_than_the_current_one, [{}]),
+        (autocast_changes_nothing, [{}]),
         (lookup_on_another_device_than_the_current_one, both),
         (convolution_on_another_device_than_the_current_one, [{}]),
     ]

@@ -1,9 +1,10 @@
 """``python -m pyrepr.benchmarks.gpu.pack FOLDER``: all that a machine with a GPU and no network needs to check kernels.
 
-Into FOLDER go a wheel of this clone with CUDA kernels for that machine's Python and GPU, flash-linear-attention's
-kernels (``fla_core``) as the peer of the delta rule, and NVIDIA's newest assembler, since the ones that come with
-Triton are known to make wrong code of such kernels. Then the sizes are checked and the two commands printed that use
-it: the check, and the search for launch configurations with what time is left.
+Into FOLDER go a wheel of this clone with CUDA kernels for that machine's Python and GPU; flash-linear-attention's
+kernels (``fla_core``) as the peer of the delta rule; NVIDIA's newest assembler, since those that come with Triton are
+known to make wrong code of such kernels; and Triton's cache of all kernels by its own assembler and by that one, for
+which the Python here needs that machine's PyTorch and Triton. Then the sizes are checked and the two commands printed
+that use it: the check, and the search for launch configurations with what time is left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import lzma
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,8 +22,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-PARTS = ("wheel", "peer", "ptxas")
-PEER = "fla-core>=0.4"
+PARTS = ("wheel", "peer", "ptxas", "cache")
+PEER = ("fla-core>=0.4", "einops")  # the kernels, and what they import beside PyTorch and Triton
 ASSEMBLER = "nvidia-cuda-nvcc>=13.1"
 MEBIBYTE = 1 << 20
 
@@ -42,12 +44,16 @@ def root() -> Path:
     return found
 
 
-def _pip(python: str, *arguments: str, **environment: str) -> None:
-    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
+def _run(command: Sequence[str], **environment: str) -> str:
     done = subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True, check=False)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
         raise Failed(f"{shlex.join(command[:4])} … ended with {done.returncode}: {last[0]}")
+    return done.stdout
+
+
+def _pip(python: str, *arguments: str, **environment: str) -> None:
+    _run([python, "-m", "pip", "--disable-pip-version-check", *arguments], **environment)
 
 
 def wheel(folder: Path, python: str, architectures: str) -> None:
@@ -68,10 +74,10 @@ def wheel(folder: Path, python: str, architectures: str) -> None:
 
 
 def peer(folder: Path, python: str) -> None:
-    """The peer's wheel, which is pure Python."""
-    for old in folder.glob("fla_core-*.whl"):
+    """The peer's wheels, which are pure Python."""
+    for old in (*folder.glob("fla_core-*.whl"), *folder.glob("einops-*.whl")):
         old.unlink()
-    _pip(python, "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder), PEER)
+    _pip(python, "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder), *PEER)
 
 
 def ptxas(folder: Path, python: str) -> None:
@@ -95,6 +101,24 @@ def extract(archive: Path, to: Path) -> None:
         temporary.replace(to)
 
 
+def cache(folder: Path, python: str, architectures: str) -> None:
+    """cache.tar.xz: what Triton makes of the wheel's kernels, by its own assembler and by the one in the folder."""
+    wheels = list(folder.glob("pyrepr_kernels-*.whl"))
+    if len(wheels) != 1:
+        raise Failed(f"the cache is made by the wheel, of which {folder} must hold one, got {len(wheels)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        site, assembler = Path(temporary, "site"), Path(temporary, "ptxas")
+        _pip(python, "install", "-q", "--no-deps", "--target", str(site), str(wheels[0]))
+        paths = [""]
+        if (folder / "ptxas.xz").exists():
+            assembler.write_bytes(lzma.decompress((folder / "ptxas.xz").read_bytes()))
+            assembler.chmod(0o755)
+            paths.append(str(assembler))
+        command = [python, "-m", "pyrepr.benchmarks.gpu.cache", "make", str(folder.resolve() / "cache.tar.xz")]
+        command += ["--architectures", *re.findall(r"\d+", architectures), "--ptxas", *paths]
+        print(_run(command, PYTHONPATH=str(site)), end="")
+
+
 def checked_sizes(folder: Path, limit: float) -> list[str]:
     """A line a file; Failed if together they are above `limit` MiB."""
     sizes = {path.name: path.stat().st_size / MEBIBYTE for path in sorted(folder.iterdir()) if path.is_file()}
@@ -111,8 +135,10 @@ def commands(folder: str, seconds: float) -> list[str]:
         f"set -e; export F=$PWD/{shlex.quote(folder)} D=$(mktemp -d); "
         'python3 -m pip install -q --no-index --no-deps --target "$D/site" "$F"/*.whl; '
         f'if [ -e "$F/ptxas.xz" ]; then python3 -c "{unpack}"; chmod +x "$D/ptxas"; P="$D/ptxas"; fi; cd "$D"; '
+        'export PYTHONPATH="$D/site" TRITON_CACHE_DIR="$D/cache"; if [ -e "$F/cache.tar.xz" ]; then '
+        'python3 -m pyrepr.benchmarks.gpu.cache lay "$F/cache.tar.xz" "$D/cache"; fi; '
     )
-    run = 'PYTHONPATH="$D/site" python3 -m pyrepr.gpu_check --out "$OUT"'
+    run = 'python3 -m pyrepr.gpu_check --out "$OUT"'
     return [
         f'{ready}{run} --seconds {seconds:.0f} ${{P:+--ptxas "$P"}}',
         f'{ready}if [ "$P" ]; then export TRITON_PTXAS_PATH="$P"; fi; {run} --autotune --seconds {seconds * 0.4:.0f}',
@@ -134,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "wheel": lambda: wheel(args.folder, args.python, args.architectures),
         "peer": lambda: peer(args.folder, args.python),
         "ptxas": lambda: ptxas(args.folder, args.python),
+        "cache": lambda: cache(args.folder, args.python, args.architectures),
     }
     failures = []
     for part in args.parts:

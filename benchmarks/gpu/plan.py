@@ -31,7 +31,7 @@ STAGES = (
     Stage("right", 9),  # every product on the tensor cores, under every assembler there is
     Stage("forward", 14, (("delta_rule", r"(plain|gated|kda) forward$"),)),
     Stage("decode", 3, (("delta_rule", r".* decode$"), ("causal_conv1d", r"decode, .*"))),
-    Stage("cka", 6, (("gram", r"cka( cuda| rbf|_matrix)?$"),)),
+    Stage("cka", 6, (("gram", r"cka( rbf|_matrix)?$"),)),
     Stage("convolution", 4, (("causal_conv1d", r"convolution .*"),)),
     Stage("backward", 14, (("delta_rule", r".* forward \+ backward$"), ("gram", r"gradient$"))),
     Stage("pairs", 5, (("pairs", r".*"),)),

@@ -166,7 +166,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
     found: dict[str, Any] = {"pyrepr": pyrepr.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
     found["python"] = platform.python_version()
-    for package in ("triton", "flash-linear-attention", "pytorch-cka"):
+    for package in ("triton", "fla-core", "pytorch-cka", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

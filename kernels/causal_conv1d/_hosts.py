@@ -6,7 +6,7 @@ What each kernel moves and computes at best, s being the bytes of an element:
 - forward (W = 4): 2 s bytes an element, x once and out once. A program owns BLOCK_D channels of a span of tokens and
   walks down it with the last W − 1 tokens in registers, so an element is loaded once, but for the W − 1 tokens before a
   span (9 % of a span of 32, from L2). The bound is memory: in 16 bits an H100's 3.3 TB/s are 3.7 elements a cycle and
-  multiprocessor, at about 25 instructions an element 73 % of the 128 there are. A B200's 8 TB/s would take more than
+  multiprocessor, at about 23 instructions an element 66 % of the 128 there are. A B200's 8 TB/s would take more than
   there are: there the instructions are the bound. Where x is dense in the channels a thread has 16 bytes of them, and
   ROWS such loads in flight. Where it is dense in the tokens (`turned`) a thread has one channel and loads 16 bytes of
   its tokens; lines of x are used up from L1, and a warp stores 32 neighbouring channels.

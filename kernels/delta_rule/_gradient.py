@@ -8,6 +8,9 @@ S before the chunk, dS' after it, V' and dR from ``_scan``; q and k normalised w
     dβ = rowsum(dR ∘ V + Z ∘ K)
     dG = rowsum(dQ ∘ Q + β Z ∘ K − (dK − β Z) ∘ K),  dG_last += e^{G_C} ⟨S, dS'⟩ + Σ Y ∘ K,  dg = reverse cumsum of dG
 
+No decay stands in the diagonal of D and in the last row of Y. They would enter dG with both signs, and leave their
+rounding there, which a fast decay makes the largest part: dG is made without them.
+
 A program takes some columns of the keys, walks the value columns, and adds up the value heads that share a query and
 key head. Sums over the key columns leave as one partial sum per block of them.
 
@@ -163,10 +166,14 @@ def gradient_kernel(
         m = tl.where(t[:, None] > t[None, :], -m, 0.0)
         own_q *= scale
         z = -z
-        if GATED:
-            d, m, own_q, z, y = _decayed(d, m, own_q, z, y, g + token, factor, rows, HV, C)
         norm_k = tl.load(factor + 2 * C)
         norm_q = tl.load(factor + 3 * C)
+        if GATED:
+            own = tl.sum(tl.where(t[:, None] == t[None, :], d, 0.0), 1)
+            dq += (own * norm_k)[:, None] * k_rows.to(tl.float32)
+            dk += (own * norm_q)[:, None] * q_rows.to(tl.float32)
+            d = tl.where(t[:, None] > t[None, :], d, 0.0)
+            d, m, own_q, z, y = _decayed(d, m, own_q, z, y, g + token, factor, rows, HV, C)
         unit_k = k_rows.to(tl.float32) * norm_k[:, None]
         own_q += product((d * norm_k[None, :]).to(k_rows.dtype), k_rows)
         z += product((m * norm_k[None, :]).to(k_rows.dtype), k_rows)
@@ -174,11 +181,13 @@ def gradient_kernel(
         tl.store(grad_beta + partial + token + t * HV, d_rate, mask=live)
         z *= rate[:, None]
         if GATED:
-            end = tl.sum(inner, 0) * tl.load(factors + at * FACTORS * C + C - 1) + tl.sum(tl.sum(y * unit_k, 1), 0)
+            earlier = tl.where(t < rows - 1, tl.sum(y * unit_k, 1), 0.0)
+            end = tl.sum(inner, 0) * tl.load(factors + at * FACTORS * C + C - 1) + tl.sum(earlier, 0)
         y += product(tl.trans(d * norm_q[:, None]).to(k_rows.dtype), q_rows)
         y += product(tl.trans(m * (rate * norm_k)[:, None]).to(k_rows.dtype), k_rows)
         if GATED:
-            sums = tl.sum(own_q * q_rows.to(tl.float32) * norm_q[:, None] + (z - y) * unit_k, 1)
+            sums = tl.sum(own_q * q_rows.to(tl.float32), 1) * norm_q + tl.sum(z * unit_k, 1)
+            sums -= tl.where(t < rows - 1, tl.sum(y * unit_k, 1), 0.0)  # the last token's is Y alone
             dg = tl.cumsum(sums, 0, reverse=True) + end
             tl.store(grad_g + partial + token + t * HV, dg, mask=live)
         dq += own_q

@@ -16,8 +16,18 @@ Backward, D and M as in ``_gradient`` but without Γ:
 
 import triton
 import triton.language as tl
-from pyrepr.kernels.delta_rule._prepare import FACTORS, invert_diagonal, invert_under, norms, put_inverse
+from pyrepr.kernels.delta_rule._prepare import FACTORS, invert, put_inverse
 from pyrepr.kernels.delta_rule._shared import chunk_place, load_tile, product, program_place, store_tile
+
+
+@triton.jit
+def norms(x, stride, rows, K, r0: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / √(Σ x² + 1e-6) of 16 rows."""
+    total = tl.zeros([16], tl.float32)
+    for c in range(0, K, BLOCK):
+        tile = load_tile(x, stride, rows, K, r0, 16, c, BLOCK).to(tl.float32)
+        total += tl.sum(tile * tile, 1)
+    return tl.rsqrt(total + 1e-6)
 
 
 @triton.jit
@@ -216,14 +226,9 @@ def kda_prepare_kernel(
         store_tile(p + j0, C, 16, 16, 0, 16, 0, 16, of_p)
 
 
-@triton.jit
-def _block(a, C: tl.constexpr, I: tl.constexpr, J: tl.constexpr):
-    return load_tile(a + I * 16 * C + J * 16, C, 16, 16, 0, 16, 0, 16)
-
-
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])
 def invert_kernel(
-    a,  # [chunks, HV, C, C] float32, strictly lower triangular
+    a,  # [chunks, HV, C, C] float32, strictly lower triangular; overwritten
     beta,  # [B, T, HV] float32
     x_beta,  # out: [chunks, HV, C, C], X diag(β), X = (I + A)⁻¹
     x,  # out under WITH_X: [chunks, HV, C, C]
@@ -235,25 +240,15 @@ def invert_kernel(
     C: tl.constexpr,
     WITH_X: tl.constexpr,
 ):
-    NB: tl.constexpr = C // 16
     at = tl.program_id(0).to(tl.int64)
     batch, first, rows = chunk_place(at // HV, chunks, packed, T, NT, C)
     if rows <= 0:
         return
     beta += (batch * T + first) * HV + at % HV
+    S: tl.constexpr = C // 2
     a += at * C * C
-    b0, b1 = _block(a, C, 0, 0), _block(a, C, 1, 1)
-    b2, b3 = b1, b1
-    if NB == 4:
-        b2, b3 = _block(a, C, 2, 2), _block(a, C, 3, 3)
-    diagonal = invert_diagonal((b0, b1, b2, b3), NB)
-    b10 = _block(a, C, 1, 0)
-    b20, b21, b30, b31, b32 = b10, b10, b10, b10, b10
-    if NB == 4:
-        b20, b21 = _block(a, C, 2, 0), _block(a, C, 2, 1)
-        b30, b31, b32 = _block(a, C, 3, 0), _block(a, C, 3, 1), _block(a, C, 3, 2)
-    under = invert_under(diagonal, (b10, b20, b21, b30, b31, b32), NB)
-    put_inverse(x + at * C * C, x_beta + at * C * C, diagonal, under, beta, HV, rows, NB, WITH_X)
+    x1, under, x2 = invert(a, C, S * C + S, load_tile(a + S * C, C, S, S, 0, S, 0, S), C)
+    put_inverse(x + at * C * C, x_beta + at * C * C, x1, under, x2, beta, HV, rows, C, WITH_X)
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])
@@ -348,22 +343,25 @@ def _from_later(
 def _add_own(
     dq, z, y, queries, keys, rate, k, kt, g, step, norm_k, d, m, rows, r0, K, k0, C: tl.constexpr, BK: tl.constexpr
 ):
-    """What a block does to itself, a column of D and M at a time, the last first."""
+    """What a block does to itself, a column of D and M at a time, the last first; and the diagonal of D, left out."""
     i = tl.arange(0, 16)
     decay = tl.full([16, BK], 1.0, tl.float32)
+    own = tl.zeros([16], tl.float32)
     for n in range(0, 16):
         j = 15 - n
         gate = _row(g, r0 + j + 1, rows, step, K, k0, BK)
         decay = tl.where(i[:, None] > j, decay * tl.exp(gate)[None, :], 1.0)
         key = _row(k, r0 + j, rows, kt, K, k0, BK) * tl.load(norm_k + r0 + j)
         of_d = tl.load(d + (r0 + i) * C + r0 + j).to(tl.float32)
+        own = tl.where(i == j, of_d, own)
+        of_d = tl.where(i == j, 0.0, of_d)
         of_m = tl.load(m + (r0 + i) * C + r0 + j).to(tl.float32)
         weights = decay * key[None, :]
         dq += of_d[:, None] * weights
         z += of_m[:, None] * weights
         given = tl.sum(decay * (of_d[:, None] * queries + (of_m * rate)[:, None] * keys), 0)
         y += tl.where(i[:, None] == j, given[None, :], 0.0)
-    return dq, z, y
+    return dq, z, y, own
 
 
 @triton.jit
@@ -461,7 +459,7 @@ def kda_gradient_kernel(
     y *= tl.exp(after)
     y += tl.exp(after + between[None, :]) * _through_state(values + where, ds, HV * V, rows - r0, K, V, k0, BV, BK)
 
-    dq, z, y = _add_own(dq, z, y, queries, keys, rate, k, kt, g, step, norm_k, d, m, rows, r0, K, k0, C, BK)
+    dq, z, y, own = _add_own(dq, z, y, queries, keys, rate, k, kt, g, step, norm_k, d, m, rows, r0, K, k0, C, BK)
 
     d_rate = tl.sum(z * keys, 1)
     if k0 == 0:
@@ -471,9 +469,11 @@ def kda_gradient_kernel(
     tl.store(grad_beta + partial + token + (r0 + i) * HV, d_rate, mask=live)
     z *= rate[:, None]
     out = (token + r0 * HV) * K
-    store_tile(grad_q + out, step, rows - r0, K, 0, 16, k0, BK, dq)
-    store_tile(grad_k + out, step, rows - r0, K, 0, 16, k0, BK, z + y)
-    store_tile(grad_g + out, step, rows - r0, K, 0, 16, k0, BK, dq * queries + (z - y) * keys)
+    # No decay stands in the diagonal of D and in what the state after the chunk gives to the last token: see _gradient.
+    decayed = tl.where((r0 + i < rows - 1)[:, None], y, 0.0)
+    store_tile(grad_g + out, step, rows - r0, K, 0, 16, k0, BK, dq * queries + (z - decayed) * keys)
+    store_tile(grad_q + out, step, rows - r0, K, 0, 16, k0, BK, dq + own[:, None] * keys)
+    store_tile(grad_k + out, step, rows - r0, K, 0, 16, k0, BK, z + y + own[:, None] * queries)
 
 
 @triton.jit(do_not_specialize=["packed", "T", "NT", "HV"])
@@ -513,6 +513,7 @@ def kda_gate_kernel(
         y += product(load_tile(values + token * V + v0, HV * V, rows, V - v0, 0, C, 0, BV), ds)
     tail = load_tile(k_tail + at * C * K, K, rows, K, 0, C, k0, BK).to(tl.float32)
     columns = k0 + tl.arange(0, BK)
+    tail = tl.where((tl.arange(0, C) < rows - 1)[:, None], tail, 0.0)
     end = inner * tl.load(last + at * K + columns, mask=columns < K, other=0.0) + tl.sum(y * tail, 0)
     out = grad_g + token * K
     dg = tl.cumsum(load_tile(out, HV * K, rows, K, 0, C, k0, BK), 0, reverse=True) + end[None, :]

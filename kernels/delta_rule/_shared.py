@@ -1,4 +1,4 @@
-"""What the kernels of the family share inside a program: where a chunk stands, masked tiles, products, substitution.
+"""What the kernels of the family share inside a program: where a chunk stands, masked tiles, products.
 
 Products take operands of the inputs' dtype and sum in float32. float32 operands go through ``tf32x3``: three tensor
 core products of the operand's high and low parts, about float32's accuracy.
@@ -124,14 +124,6 @@ def store_state(state, K, V, v0, BV: tl.constexpr, BK: tl.constexpr, s):
     keys = tl.arange(0, BK)
     mask = (columns < V)[:, None] & (keys < K)[None, :]
     tl.store(state + keys[None, :] * V + columns[:, None], s, mask=mask)
-
-
-@triton.jit
-def substitute(x, a_t, i):
-    """Row i of (I + A)⁻¹ from the rows above it. x, a_t [16, 16]: the inverse so far, Aᵀ."""
-    r = tl.arange(0, 16)
-    factors = tl.sum(tl.where(r[None, :] == i, a_t, 0.0), 1)
-    return tl.where(r[:, None] == i, x - tl.sum(factors[:, None] * x, 0)[None, :], x)
 
 
 @triton.jit

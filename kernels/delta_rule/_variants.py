@@ -54,11 +54,19 @@ def width_of(K: int) -> int:
 
 def _make(name: str, kernel: Any, dtype: torch.dtype, constexprs: Mapping[str, Any], config: Config) -> Variant:
     values = tuple({**config.blocks, **constexprs}.items())
-    return _made(name, kernel, dtype, values, config.num_warps, config.num_stages)
+    return _made(name, kernel, dtype, values, config.num_warps, config.num_stages, config.registers)
 
 
 @functools.cache
-def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: int, num_stages: int) -> Variant:
+def _made(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    values: tuple,
+    num_warps: int,
+    num_stages: int,
+    registers: int | None,
+) -> Variant:
     """The types of the arguments follow from their names, which mean the same in every kernel of the family."""
     types = {
         **dict.fromkeys(_FLOAT32, "*fp32"),
@@ -71,7 +79,7 @@ def _made(name: str, kernel: Any, dtype: torch.dtype, values: tuple, num_warps: 
     signature = {a: types.get(a, "i32") for a in arguments}
     aligned = tuple(a for a in arguments if a in _ALIGNED or signature[a][0] == "*")
     label = " ".join([name, DTYPE_NAMES[dtype], *(f"{a}={b}" for a, b in values)])
-    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned)
+    return Variant(label, kernel, signature, dict(values), num_warps, num_stages, aligned, registers)
 
 
 def _table(
@@ -85,13 +93,14 @@ def _table(
     return Table(name, dict(zip(ARCHITECTURES, configs(rows), strict=True)), configs(candidates))
 
 
-_BLOCKS = [(size, warps, stages) for size in (32, 64) for warps in (1, 2, 4) for stages in (1, 2)]
 _SEARCH = [(size, warps, stages) for size in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)]
+# With 128 columns older compilers spill 32 bytes a thread (3.7) and 208 (3.6); so they do not, and two blocks fit.
+_scan_128 = (64, 4, 1) if OLD_COMPILER else (128, 8, 3)
 # Three stages or one: with two, Triton asks for the next chunk after the work on this one, and then waits for it.
 # (bytes per element, padded K, whether there is a gate per key, which takes another tile) → table
 SCAN = {
     (2, 64, False): _table("SCAN 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
-    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("SCAN 2 128", (128, 8, 1), _scan_128, (128, 8, 3), candidates=_SEARCH),
     (2, 256, False): _table("SCAN 2 256", (32, 8, 1), (64, 8, 1), (64, 8, 1), candidates=_SEARCH),
     (2, 64, True): _table("SCAN 2 64 per key", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, True): _table("SCAN 2 128 per key", (64, 8, 1), (64, 8, 2), (64, 8, 2), candidates=_SEARCH),
@@ -118,10 +127,11 @@ REVERSE = {
     (4, 128, True): _table("REVERSE 4 128 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
     (4, 256, True): _table("REVERSE 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
-# One warp: substitution works on 16 × 16, and each of more warps would do all of it.
+# With 128 registers a thread, which is what it needs, four programs fill a multiprocessor; unasked it takes up to 250.
+_prepare = [Config({"BLOCK": size}, 4, stages, 128) for size in (16, 32, 64) for stages in (1, 2, 3)]
 PREPARE = {
-    2: _table("PREPARE 2", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
-    4: _table("PREPARE 4", *[(32, 1, 1)] * 3, block="BLOCK", candidates=_BLOCKS),
+    2: Table("PREPARE 2", {80: _prepare[3], 90: _prepare[3], 100: _prepare[6]}, _prepare),
+    4: Table("PREPARE 4", dict.fromkeys(ARCHITECTURES, _prepare[0]), _prepare),
 }
 # BK: key columns of a program. Without wgmma both operands of a product are in registers.
 _gradient = Config({"BV": 64, "BK": 64}, 8, 2)
@@ -138,7 +148,7 @@ KDA_GRADIENT = {
     4: _table("KDA_GRADIENT 4", (32, 4, 1), (32, 4, 1), (32, 4, 1)),
 }
 KDA_WIDTH = 32  # key columns of a program of the gradients
-INVERT = Config({}, 1, 1)
+INVERT = {2: Config({}, 4, 1, 128), 4: Config({}, 4, 1)}
 # One stage: the kernel reads back what it wrote.
 _merge = Config({"BV": 16, "BK": 128}, 8, 1)
 MERGE = Table("MERGE", dict.fromkeys(ARCHITECTURES, _merge), [Config({"BV": 16, "BK": 64}, 4, 1)])
@@ -189,7 +199,7 @@ def kda_prepare_variant(config: Config, dtype: torch.dtype) -> Variant:
 
 
 def invert_variant(dtype: torch.dtype, with_x: bool) -> Variant:
-    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype], "WITH_X": with_x}, INVERT)
+    return _make("invert", invert_kernel, dtype, {"C": CHUNK[dtype], "WITH_X": with_x}, INVERT[dtype.itemsize])
 
 
 def kda_pairs_variant(config: Config, dtype: torch.dtype) -> Variant:

@@ -30,13 +30,16 @@ from pyrepr.kernels._launch import Config, architecture, launch
 from pyrepr.kernels.gram import _variants as table
 from torch import Tensor
 
-from pyrepr.backend import Unsupported
+from pyrepr.backend import Unsupported, triton_interprets
 from pyrepr.reference.gram import KERNELS, SHIFT_INVARIANT
 
 # Layers are padded to these, so that no loop over tiles needs a mask.
 ROWS, COLUMNS, BY_FEATURES = 128, 64, 128
 
 LARGE = 1 << 22  # entries of a kernel matrix: 256 tiles
+
+# Rows of a part of the samples, where few tiles are cut along them.
+SHORTEST = 512
 
 # The slab that all layers' tiles pass through on their way to their inner products.
 SLAB_BYTES = 128 << 20
@@ -301,23 +304,58 @@ def _slab_products(slab: Tensor, units: Tensor, count: int, block: int, window: 
     return partial.sum(0, dtype=torch.float64)[:m, :m]
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors there are to fill; without a GPU an H100's, of which the interpreter has one."""
+    if device.type == "cpu":
+        return 1 if triton_interprets() else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def wanted_tiles(widths: Sequence[int], split: int, block: int) -> int:
+    """Tiles of the feature route."""
+    blocks = [max(1, triton.cdiv(d, block)) for d in widths]
+    left, whole = sum(blocks[:split]), sum(blocks)
+    cross = left * (whole - left) if split else (whole * whole - sum(b * b for b in blocks)) // 2
+    return cross + sum(b * (b + 1) // 2 for b in blocks)
+
+
+def parts_of_rows(n_pad: int, tiles: int, count: int) -> int:
+    """Into how many parts the samples are cut."""
+    return max(1, min(n_pad // SHORTEST, count // max(1, tiles)))
+
+
+def squares(config: Config, packed: Packed, split: int) -> tuple[Tensor, int]:
+    """What every tile of XᵀX adds to ‖X_aᵀX_b‖², [blocks, blocks] float64 with gaps where nothing is asked for, and
+    the tiles' edge."""
+    block = config.blocks["BLOCK"]
+    owner = tuple(l for l, (a, b) in enumerate(itertools.pairwise(packed.first)) for _ in range(a, b, block))
+    blocks, device = len(owner), packed.device
+    found = torch.empty(blocks, blocks, dtype=torch.float64, device=device)
+    count = parts_of_rows(packed.n_pad, wanted_tiles(packed.widths, split, block), processors(device))
+    rows = triton.cdiv(packed.n_pad // ROWS, count) * ROWS
+    count = triton.cdiv(packed.n_pad, rows)
+    parts = torch.empty(count if count > 1 else 0, _grid(blocks), block * block, dtype=torch.float32, device=device)
+    shared = {"owner": _on_device(owner, device), "parts": parts, "squares": found, "blocks": blocks, "split": split}
+    arguments = {**shared, "packed": packed.data, "rows": rows, **packed.shape}
+    launch(table.parts_variant(config, packed.parts, count == 1), (_grid(blocks), count), arguments, device)
+    if count > 1:
+        launch(table.squares_variant(block), (_grid(blocks),), {**shared, "count": count}, device)
+    return found, block
+
+
 def _square_sums(packed: Packed, split: int) -> Tensor:
     """‖X_aᵀX_b‖² in packed units, [M, M] float64; of pairs that `split` leaves out 0."""
-
-    def run(config: Config) -> Tensor:
-        block = config.blocks["BLOCK"]
-        blocks = packed.width // block
-        owner = tuple(l for l, (a, b) in enumerate(itertools.pairwise(packed.first)) for _ in range(a, b, block))
-        owner = _on_device(owner, packed.device)
-        squares = torch.zeros(blocks, blocks, dtype=torch.float64, device=packed.device)
-        pointers = {"packed": packed.data, "owner": owner, "squares": squares}
-        arguments = {**pointers, "blocks": blocks, "split": split, **packed.shape}
-        launch(table.features_variant(config, packed.parts), (_grid(blocks),), arguments, packed.device)
-        mine = (owner == torch.arange(len(packed.widths), device=packed.device)[:, None]).double()  # [M, blocks]
-        upper = mine @ squares @ mine.T
-        return upper + upper.T - torch.diag(upper.diagonal())
-
-    return table.FEATURES[packed.parts].run(packed.device, run)
+    run = functools.partial(squares, packed=packed, split=split)
+    found, block = table.FEATURES[packed.parts].run(packed.device, run)
+    places = [(a // block, b // block) for a, b in itertools.pairwise(packed.first)]
+    upper = found.triu()
+    rows = torch.stack([upper[a:b].sum(0) for a, b in places])
+    s = torch.stack([rows[:, a:b].sum(1) for a, b in places], 1)
+    s = s.triu() + s.triu(1).T
+    if not split:
+        return s
+    left = torch.arange(len(s), device=s.device) < split
+    return torch.where((left[:, None] != left) | torch.eye(len(s), dtype=torch.bool, device=s.device), s, 0)
 
 
 def matrix(x: Tensor, y: Tensor | None, scale: Tensor, kernel: str, degree: int, coef0: float, centre: bool) -> Tensor:

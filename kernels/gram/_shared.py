@@ -88,3 +88,35 @@ def kernel_values(
     else:
         values = factor * dots
     return values - shift
+
+
+@triton.jit
+def column_dots(
+    packed,  # [PARTS, n_pad, width] float16
+    i,
+    j,
+    start,
+    stop,
+    n_pad,
+    width,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Inner products of columns i... with columns j... over rows start... -> [BLOCK, BLOCK] float32."""
+    rows, columns = tl.arange(0, BK), tl.arange(0, BLOCK)
+    down, across = columns[:, None] + rows[None, :] * width, columns[None, :] + rows[:, None] * width
+    long_width = width.to(tl.int64)
+    low = n_pad * long_width
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for chunk in range(start, stop, 1024):  # short sums, as in `products_kernel`
+        short = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for k in range(chunk, tl.minimum(chunk + 1024, stop), BK):
+            row = packed + long_width * k
+            a, b = tl.load(row + i + down), tl.load(row + j + across)
+            if PARTS == 2:
+                short = tl.dot(a, tl.load(row + low + j + across), short)
+                short = tl.dot(tl.load(row + low + i + down), b, short)
+            short = tl.dot(a, b, short)
+        total += short
+    return total

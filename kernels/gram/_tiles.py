@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from pyrepr.kernels.gram._shared import kernel_values, tile_dots, tile_place
+from pyrepr.kernels.gram._shared import column_dots, kernel_values, tile_dots, tile_place
 
 
 @triton.jit(do_not_specialize=["stride", "n", "d", "start"], do_not_specialize_on_alignment=["x"])
@@ -255,60 +255,6 @@ def products_kernel(
     tl.store(out + a[:, None] * padded + b[None, :], total)
 
 
-@triton.jit
-def _column_dots(
-    packed,  # [PARTS, n_pad, width] float16
-    i,
-    j,
-    n_pad,
-    width,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Inner products of columns i... with columns j... over all rows -> [BLOCK, BLOCK] float32."""
-    rows, columns = tl.arange(0, BK), tl.arange(0, BLOCK)
-    down, across = columns[:, None] + rows[None, :] * width, columns[None, :] + rows[:, None] * width
-    long_width = width.to(tl.int64)
-    low = n_pad * long_width
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for chunk in range(0, n_pad, 1024):  # short sums, as in `_products`
-        short = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for k in range(chunk, tl.minimum(chunk + 1024, n_pad), BK):
-            row = packed + long_width * k
-            a, b = tl.load(row + i + down), tl.load(row + j + across)
-            if PARTS == 2:
-                short = tl.dot(a, tl.load(row + low + j + across), short)
-                short = tl.dot(tl.load(row + low + i + down), b, short)
-            short = tl.dot(a, b, short)
-        total += short
-    return total
-
-
-@triton.jit(do_not_specialize=["blocks", "split"])
-def features_kernel(
-    packed,  # [PARTS, n_pad, width] float16, layers padded to BLOCK columns
-    owner,  # [blocks] int32: the layer of a block of columns
-    squares,  # [blocks, blocks] float64, zeros: what every tile of XᵀX adds to ‖X_aᵀX_b‖²
-    blocks,
-    split,
-    n_pad,
-    width,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-):
-    row, column = tile_place(tl.program_id(0))
-    if (row > column) | (column >= blocks):
-        return
-    a, b = tl.load(owner + row), tl.load(owner + column)
-    if (a != b) & (split > 0) & ((a >= split) | (b < split)):
-        return
-    total = _column_dots(packed, row * BLOCK, column * BLOCK, n_pad, width, PARTS, BLOCK, BK)
-    twice = tl.where((a == b) & (row != column), 2.0, 1.0)
-    tl.store(squares + row.to(tl.int64) * blocks + column, _total(total * total) * twice)
-
-
 @triton.jit(do_not_specialize=["n", "m", "same", "degree"])
 def matrix_kernel(
     x,  # [PARTS, x_pad, width] float16
@@ -411,7 +357,7 @@ def moments_kernel(
     if (a == b) & (row > column):
         return
     i, j = tl.multiple_of(a + row * BLOCK, 64), tl.multiple_of(b + column * BLOCK, 64)
-    total = _column_dots(packed, i, j, n_pad, width, PARTS, BLOCK, BK)
+    total = column_dots(packed, i, j, 0, n_pad, n_pad, width, PARTS, BLOCK, BK)
     rows, columns = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < d_a)[:, None] & (columns < d_b)[None, :]
     if a == b:

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 
 import torch
 from pyrepr.kernels._launch import DTYPE_NAMES, Config, Table, Variant
+from pyrepr.kernels.gram._measure import (
+    LAYERS,
+    fit_kernel,
+    pack_layers_kernel,
+    parts_kernel,
+    reduce_kernel,
+    squares_kernel,
+    values_kernel,
+)
 from pyrepr.kernels.gram._tiles import (
     apply_kernel,
-    features_kernel,
     histogram_kernel,
     matrix_kernel,
     moments_kernel,
@@ -97,6 +105,12 @@ PRODUCTS = {
 }
 PRODUCTS_SPLIT = 8
 PACK = Config({"BR": 16, "BC": 128}, 4, 1)
+# 16 columns: a whole sector of 16-bit numbers, and as many programs as there can be.
+FIT = Config({"BR": 128, "BC": 16}, 4, 1)
+SQUARES = Config({"PIECE": 1024}, 4, 1)
+REDUCE = Config({}, 4, 1)
+LARGEST = Config({}, 8, 1)  # 64 × 64 in float64 are too many registers for fewer
+PADDED = (16, 32, 64)  # layers of a table of CKA in one launch
 _POINTERS = {
     "packed": "*fp16",
     "starts": "*i32",
@@ -166,9 +180,64 @@ def products_variant(block: int, parts: int, layers: int) -> Variant:
 
 
 @functools.cache
-def features_variant(config: Config, parts: int) -> Variant:
-    pointers = {"packed": "*fp16", "owner": "*i32", "squares": "*fp64"}
-    return _variant(features_kernel, config, {"PARTS": parts}, pointers, ("blocks", "split", "n_pad", "width"))
+def parts_variant(config: Config, parts: int, whole: bool) -> Variant:
+    pointers = {"packed": "*fp16", "owner": "*i32", "parts": "*fp32", "squares": "*fp64"}
+    integers = ("blocks", "split", "rows", "n_pad", "width")
+    return _variant(parts_kernel, config, {"PARTS": parts, "WHOLE": whole}, pointers, integers)
+
+
+@functools.cache
+def squares_variant(block: int) -> Variant:
+    pointers = {"parts": "*fp32", "owner": "*i32", "squares": "*fp64"}
+    return _variant(squares_kernel, SQUARES, {"BLOCK": block}, pointers, ("blocks", "split", "count"))
+
+
+def _of_layers(
+    kernel, config: Config, constexprs: dict, dtype: torch.dtype, pointers: dict, integers: tuple
+) -> Variant:
+    """A variant that takes the layers themselves, which may start anywhere."""
+    layers = tuple(f"x{i}" for i in range(LAYERS))
+    variant = _variant(
+        kernel, config, constexprs, {**dict.fromkeys(layers, "*" + DTYPE_NAMES[dtype]), **pointers}, integers
+    )
+    return dataclasses.replace(
+        variant,
+        name=f"{variant.name} {DTYPE_NAMES[dtype]}",
+        aligned=tuple(a for a in variant.aligned if a not in layers),
+    )
+
+
+@functools.cache
+def fit_variant(dtype: torch.dtype, even: bool) -> Variant:
+    pointers = {"layout": "*i32", "means": "*fp32", "largest": "*fp32"}
+    return _of_layers(fit_kernel, FIT, {"EVEN": even}, dtype, pointers, ("first", "n", "blocks", "width"))
+
+
+@functools.cache
+def pack_layers_variant(dtype: torch.dtype, even: bool) -> Variant:
+    pointers = {"layout": "*i32", "means": "*fp32", "largest": "*fp32", "packed": "*fp16"}
+    pointers |= dict.fromkeys(("q", "scale", "valid"), "*fp32")
+    constexprs = {"PARTS": PARTS[dtype], "EVEN": even}
+    return _of_layers(pack_layers_kernel, PACK, constexprs, dtype, pointers, ("first", "n", "blocks", "n_pad", "width"))
+
+
+@functools.cache
+def reduce_variant(padded: int, block: int, step: int) -> Variant:
+    """step: of a tile's sums of the Gram route; 0 for the other, whose tiles have `block` columns."""
+    pointers = {"partial": "*fp32" if step > 3 else "*fp64", "layout": "*i32", "q": "*fp32"}
+    pointers |= dict.fromkeys(("s", "products", "totals"), "*fp64")
+    constexprs = {"BY_FEATURES": not step, "STEP": step, "PADDED": padded, "BLOCK": block}
+    integers = ("layers", "count", "rows", "split", "n", "n_pad")
+    return _variant(reduce_kernel, REDUCE, constexprs, pointers, integers)
+
+
+@functools.cache
+def values_variant(padded: int, by_features: bool) -> Variant:
+    pointers = dict.fromkeys(("s", "products", "totals"), "*fp64")
+    pointers |= {"scale": "*fp32", "values": "*fp32", "degenerate": "*i32"}
+    constexprs = {"BY_FEATURES": by_features, "PADDED": padded}
+    config = LARGEST if padded > 32 else REDUCE
+    return _variant(values_kernel, config, constexprs, pointers, ("layers", "blocks", "n", "biased"))
 
 
 @functools.cache
@@ -207,10 +276,17 @@ def variants(architecture: int) -> list[Variant]:
             found.append(tiles_variant(tiles_table(kind, parts).rows[architecture], kind, parts))
             configs = dict.fromkeys(table[parts].rows[architecture] for table in (MATRIX, LARGE_MATRIX))
             found += [matrix_variant(config, kind, parts) for config in configs]
-        found.append(features_variant(FEATURES[parts].rows[architecture], parts))
+        features = FEATURES[parts].rows[architecture]
+        found += [parts_variant(features, parts, whole) for whole in (False, True)]
+        found.append(squares_variant(features.blocks["BLOCK"]))
+        found += [reduce_variant(padded, features.blocks["BLOCK"], 0) for padded in PADDED]
         found.append(moments_variant(MOMENTS[parts].rows[architecture], parts))
         found.append(histogram_variant(HISTOGRAM[parts].rows[architecture], parts))
         found += [apply_variant(APPLY[parts].rows[architecture], parts, even) for even in (False, True)]
         block = TILES[parts].rows[architecture].blocks["BLOCK"]
         found += [products_variant(block, parts, layers) for layers in PRODUCTS[parts]]
-    return found
+    for even in (False, True):
+        found += [make(dtype, even) for make in (fit_variant, pack_layers_variant) for dtype in PARTS]
+        found += [values_variant(padded, even) for padded in PADDED]
+    found += [reduce_variant(padded, 0, padded * padded) for padded in PADDED] + [reduce_variant(PADDED[0], 0, 3)]
+    return list({v.key: v for v in found}.values())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
+import struct
 
 import pytest
 import torch
+from pyrepr.kernels.causal_conv1d import _shared
 from pyrepr.kernels.causal_conv1d._hosts import Problem
 
 import pyrepr
@@ -222,3 +226,31 @@ def test_compiles_without_a_graph_break():
         (out.square().sum() + last.sum()).backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def assembled(y):
+    """What the assembly in `sigmoid`, which the interpreter cannot run, makes of y: instruction by instruction in
+    float32, with what is below 2⁻¹²⁶ flushed."""
+    steps = {"mul": torch.mul, "add": torch.add, "ex2.approx": torch.exp2, "rcp.approx": torch.reciprocal}
+    values = {"$1": y}
+    text = re.search(r'"""{(.*?)}"""', inspect.getsource(_shared.sigmoid.fn), re.S)[1]
+    declared, *lines = (line.strip() for line in text.split(";") if line.strip())
+    assert declared == ".reg .f32 power"
+    for line in lines:
+        name, rest = line.split(".ftz.f32 ")
+        to, *of = rest.split(", ")
+        of = [values[a] if a in values else torch.tensor(struct.unpack(">f", bytes.fromhex(a[2:]))[0]) for a in of]
+        found = steps[name](*of)
+        values[to] = torch.where(found.abs() < 2.0**-126, found * 0, found)
+    return values["$0"]
+
+
+def test_assembly_of_the_sigmoid():
+    """To as many bits as are left where y's power is: an exponent of |y| log₂ e is rounded to 2⁻²⁴ of itself. A device
+    adds two units in the last place of its power, and one of its reciprocal."""
+    y = torch.cat([torch.linspace(-87, 100, 100003), torch.tensor([0.0, 1e-30, -1e-30])])
+    expected = torch.sigmoid(y.double())
+    assert (((assembled(y) - expected) / expected).abs() < 2.0**-23 * (1 + y.abs())).all()
+    ends = torch.tensor([-3e38, -1e4, -104.0, 104.0, 3e38])
+    assert (ends * assembled(ends)).tolist() == [0.0, 0.0, 0.0, 104.0, ends[-1]]
+    assert assembled(torch.tensor(float("nan"))).isnan()

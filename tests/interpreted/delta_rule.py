@@ -143,6 +143,17 @@ def test_long_decays(rule):
     check_backward([*x[:3], torch.where(some, -50.0, -0.01), *x[4:]], floor=1)
 
 
+@pytest.mark.parametrize("T", [33, 70])
+@pytest.mark.parametrize("rule", ["gated", "kda"])
+def test_gradients_of_fast_decays_are_as_small_as_they_are(rule, T):
+    x = inputs(rule, T)
+    x[3] = x[3] - 30
+    _, _, kept = kernels.forward(*x, None, 0.3, False, 8, SEGMENT)
+    grad_o, grad_state = torch.randn(x[2].shape), torch.randn(x[5].shape)
+    *_, dg, _, _ = kernels.backward(*x, None, kept, grad_o, grad_state, 0.3, False, SEGMENT)
+    assert dg.abs().max() < 1e-10  # e^-30 is 1e-13; without care their rounding is 1e-6
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", list(FORWARD))
 def test_decoding_in_place(rule, dtype):

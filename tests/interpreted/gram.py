@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import pyrepr
 from pyrepr.ops import gram as ops
@@ -222,3 +223,88 @@ def test_float64_is_refused():
     x = torch.randn(20, 3).double()
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16 layers, got torch"):
         pyrepr.cka(x, x)
+
+
+class Launches(TorchDispatchMode):
+    """What a GPU would be asked for besides Triton's kernels: every op that is not a view or an allocation.
+
+    Small tables of sizes are made once (lift_fresh).
+    """
+
+    FREE = ("empty", "view", "select", "slice", "detach", "alias", "unsqueeze", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if name.startswith("pyrepr."):
+            with self:  # its implementation, which would not be seen otherwise
+                return function.redispatch(IMPLEMENTATION, *args, **(kwargs or {}))
+        if not any(free in name for free in self.FREE):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def unseen(function):
+    def run(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return run
+
+
+IMPLEMENTATION = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+@pytest.mark.parametrize(
+    ("n", "widths", "features", "kernels"),
+    [
+        (200, (20, 33), True, ["fit", "pack_layers", "parts", "squares", "reduce", "values"]),
+        (60, (200, 170), False, ["fit", "pack_layers", "pair", "reduce", "values"]),
+        (40, (9,) * 24, False, ["fit", "pack_layers", "tiles", "products", "reduce", "values"]),
+    ],
+)
+def test_cka_of_all_pairs_takes_six_launches(n, widths, features, kernels, only_listed_variants, monkeypatch):
+    from pyrepr.kernels.gram import _cka, _hosts
+
+    monkeypatch.setattr(_cka, "by_features", lambda *sizes: features)
+    monkeypatch.setattr(_hosts, "processors", lambda device: 132)
+    monkeypatch.setattr(_hosts, "SHORTEST", 128)
+    monkeypatch.setattr("pyrepr.similarity._hsic._warn", lambda *of: None)  # which looks at numbers on the CPU alone
+    for module in (_cka, _hosts):  # what the interpreter does with a kernel's arguments is not asked of a GPU
+        monkeypatch.setattr(module, "launch", unseen(module.launch))
+    xs = layers(n, widths)
+    with Launches() as launches:
+        table = pyrepr.cka_matrix(xs) if len(xs) > 2 else pyrepr.cka(*xs)
+    names = [variant.name.split()[0] for variant in only_listed_variants]
+    assert names == kernels and len(names) + len(launches.seen) <= 6, launches.seen
+    close(table if len(xs) == 2 else table[0, 1], truth(xs[0], xs[1]), 1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("split", [0, 1])
+def test_both_routes_to_all_values_and_a_table_between_two_networks(estimator, split, monkeypatch):
+    from pyrepr.kernels.gram import _cka
+
+    xs = layers(70, (20, 150, 33), torch.float16)
+    xs[2] = xs[2][:, :1].expand(70, 33) * 0 + 3  # all alike: NaN
+    expected = reference.gram_hsic(xs, estimator, split, True, False, False, False)
+    for features in (False, True):
+        monkeypatch.setattr(_cka, "by_features", lambda *sizes, features=features: features)
+        values, degenerate, *_ = ops.at_once_op(xs, estimator, split, True, False, False, False)
+        assert degenerate.tolist() == expected[1].tolist() == [0, 0, 1]
+        part = (slice(0, split or None), slice(split, None))
+        torch.testing.assert_close(values[part], expected[0][part], rtol=0, atol=1e-4, equal_nan=True)
+    with pytest.raises(RuntimeError, match="up to 64 layers at once, got 65"):
+        ops.at_once_op([xs[0]] * 65, "unbiased", 0, True, False, False, False)
+
+
+def test_which_route_a_gpu_takes():
+    from pyrepr.kernels.gram._cka import by_features
+
+    assert by_features(16384, (1024, 1024), 1, 132)
+    assert by_features(1 << 20, (128, 128), 1, 132)  # three tiles, cut along the samples
+    assert not by_features(4096, (16384, 16384), 1, 132)
+    assert not by_features(1024, (1024,) * 24, 0, 132)
