@@ -414,7 +414,7 @@ def test_its_layers_run_on_a_cpu_with_these_functions():
 import torch
 import pyrepr
 import test_delta_layers as t
-from fla.layers import delta_net, gated_deltanet, gated_deltaproduct, gla, kda
+from fla.layers import comba, delta_net, gated_deltanet, gated_deltaproduct, gdn2, gla, kda
 from fla.models.utils import Cache
 
 def convolution(x, weight, bias=None, activation=None, backend=None):
@@ -423,12 +423,12 @@ def convolution(x, weight, bias=None, activation=None, backend=None):
 ours = {
     n: getattr(pyrepr.functional, n)
     for n in dir(pyrepr.functional)
-    if n.endswith(("delta_rule", "kda", "_gla", "delta_product"))
+    if n.endswith(("delta_rule", "kda", "_gla", "delta_product", "comba", "gdn2"))
 }
 ours |= {"ShortConvolution": pyrepr.nn.ShortConvolution, "FusedRMSNormGated": pyrepr.nn.FusedRMSNormGated}
 ours |= {"RMSNorm": pyrepr.nn.FusedRMSNormGated, "causal_conv1d": convolution}
 ours |= {"ACT2FN": {"relu": torch.relu, "sigmoid": torch.sigmoid}}
-for module in (delta_net, gated_deltanet, gated_deltaproduct, gla, kda):
+for module in (comba, delta_net, gated_deltanet, gated_deltaproduct, gdn2, gla, kda):
     for name in ours.keys() & vars(module).keys():
         setattr(module, name, ours[name])
 kinds = {c.__name__: c for c in (delta_net.DeltaNet, gated_deltanet.GatedDeltaNet, kda.KimiDeltaAttention)}
@@ -436,6 +436,23 @@ kinds |= {"GLA": gla.GatedLinearAttention, "GatedDeltaProduct": gated_deltaprodu
 
 def close(a, b, name):
     assert (a - b).abs().max() < 2e-6 * b.abs().max().clamp_min(1), (name, (a - b).abs().max())
+
+def in_parts(layer, x, whole, name):
+    cache, parts = Cache(), []
+    with torch.no_grad():
+        for part in x.split([66, 1, 3], 1):
+            o, _, cache = layer.eval()(part, past_key_values=cache, use_cache=True)
+            parts.append(o)
+    close(torch.cat(parts, 1), whole, name + ", with a cache")
+
+for kind in (comba.Comba, gdn2.GatedDeltaNet2):
+    torch.manual_seed(1)
+    layer = kind(hidden_size=32, head_dim=8, num_heads=2, num_v_heads=4, expand_v=2.0, layer_idx=0)
+    x = torch.randn(2, 70, 32)
+    whole = layer.train()(x)[0]
+    whole.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters()), kind
+    in_parts(layer, x, whole.detach(), kind.__name__)
 
 for name, (kind, arguments, _) in t.LAYERS.items():
     torch.manual_seed(1)
@@ -452,13 +469,7 @@ for name, (kind, arguments, _) in t.LAYERS.items():
         found.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*found, strict=True):
         close(a, b, name)
-    theirs.eval()
-    cache, parts = Cache(), []
-    with torch.no_grad():
-        for part in x.split([66, 1, 3], 1):
-            o, _, cache = theirs(part, past_key_values=cache, use_cache=True)
-            parts.append(o)
-    close(torch.cat(parts, 1), found[1][0], name + ", with a cache")
+    in_parts(theirs, x, found[1][0], name)
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[0, :9] = 0
     with torch.no_grad():

@@ -415,4 +415,6 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="no space left"):
         cache.save(path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        cache.save(tmp_path / "none" / "cache.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["cache.pt"] and path.read_text() == "what was there"

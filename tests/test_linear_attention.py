@@ -3,6 +3,7 @@ against its formula in float64."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import subprocess
@@ -336,6 +337,45 @@ def test_an_erase_apart_is_the_formula(rule, T, which, normalize):
     expected = with_gradients(lambda **given: apart(**given, normalize=normalize), wide, torch.float64)
     for dtype in TOLERANCE:
         check(with_gradients(lambda **given: APART[rule][which](**given, **options), x, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("rule", APART)
+@pytest.mark.parametrize("decay", [0.0, 8.0, 60.0])
+def test_an_erase_apart_of_long_sequences_and_any_decay(rule, decay):
+    x = apart_inputs(330, rule)  # eleven chunks, of which the forward keeps every third state
+    x["g"] = x["g"] * decay
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    wide = {name: t.double() for name, t in x.items()}
+    expected = with_gradients(lambda **given: apart(**given, normalize=True), wide, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        check(with_gradients(lambda **given: APART[rule][0](**given, **options), x, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("rule", APART)
+def test_an_erase_apart_lets_nothing_reach_earlier_tokens(rule):
+    x = apart_inputs(40, rule)
+    calm = APART[rule][0](**x)[0]
+    for name in ("k", "v", "p" if rule == "comba" else "b"):
+        spoilt = x | {name: x[name].clone()}
+        spoilt[name][:, 21] = torch.nan
+        for backend in ("cpu", "reference"):
+            with pyrepr.use_backend(backend):
+                o = APART[rule][0](**spoilt)[0]
+            torch.testing.assert_close(o[:, :21], calm[:, :21], rtol=1e-5, atol=1e-5)
+            assert o[:, 22:].isnan().all()
+
+
+def test_an_erase_apart_has_the_same_bits_on_any_number_of_threads_and_leaves_its_inputs():
+    for rule in APART:
+        x = apart_inputs(70, rule)
+        run = functools.partial(APART[rule][0], output_final_state=True)
+        before, found, threads = {name: t.clone() for name, t in x.items()}, [], torch.get_num_threads()
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(with_gradients(run, x, torch.float32))
+        torch.set_num_threads(threads)
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        assert all(torch.equal(x[name], before[name]) for name in x)
 
 
 @pytest.mark.parametrize("rule", APART)

@@ -89,8 +89,8 @@ void causal_conv1d_update(CausalConvArguments& a, uintptr_t state, const std::ar
   if (!a.empty()) check(current_level().causal_conv1d().update(a.problem, step, data));
 }
 
-// Some tokens of each row: x [B, D] or [B, D, T], conv_state [B, D, S], weight [D, W], bias [D] or None -> out like x, or
-// None: see tensor.h.
+// Some tokens of each row: x [B, D] or [B, D, T], conv_state [B, D, S], weight [D, W], bias [D] or None -> out like x,
+// or None: see tensor.h.
 py::object causal_conv1d_step(py::handle x_, py::handle state_, py::handle weight_, py::handle bias_, bool silu,
                               bool grad, int threads) {
   Reader reader(grad);

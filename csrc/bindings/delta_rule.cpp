@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "bindings/common.h"
+#include "bindings/delta_rule_decode.h"
 #include "bindings/tensor.h"
 #ifdef PYREPR_CUDA
 #include "cuda/delta_rule.h"
@@ -39,10 +40,11 @@ struct DeltaRuleArguments {
   std::vector<int64_t> bounds;
   cpu::DeltaRuleProblem problem;
 
-  // addresses: q, k, v, g, beta, initial state; sizes: B, T, H, K, HV, V; strides: all of q, k, v.
-  DeltaRuleArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 6>& sizes,
-                     const std::array<int64_t, 12>& strides, int dtype, int gate, std::vector<int64_t> bounds_,
-                     double scale, bool l2norm, int threads)
+  // addresses: q, k, v, g, beta, initial state, and what the erase reads along or 0; sizes: B, T, H, K, HV, V; strides:
+  // all of q, k, v and the latter. Beside that: its heads, and whether it reads the state before its decay.
+  DeltaRuleArguments(const std::array<uintptr_t, 7>& addresses, const std::array<int64_t, 6>& sizes,
+                     const std::array<int64_t, 16>& strides, int64_t erase_heads, bool undecayed, int dtype, int gate,
+                     std::vector<int64_t> bounds_, double scale, bool l2norm, int threads)
       : bounds(std::move(bounds_)) {
     for (int64_t size : sizes)
       if (size < 0) throw std::invalid_argument("a size is negative");
@@ -65,9 +67,17 @@ struct DeltaRuleArguments {
     problem.q = tokens(0, "q", no_keys);
     problem.k = tokens(1, "k", no_keys);
     problem.v = tokens(2, "v", no_values);
-    problem.beta = pointer<const float>(addresses[4], "beta", true);
+    problem.erase = cpu::Tokens{pointer<const void>(addresses[6], "the erase's vector", true), strides[12], strides[13],
+                                strides[14]};
+    problem.erase_per_value = erase_heads == value_heads;
+    problem.undecayed = undecayed;
+    if (problem.apart() && erase_heads != heads && erase_heads != value_heads)
+      throw std::invalid_argument("the erase's vectors must be of H or HV heads");
+    problem.beta = pointer<const float>(addresses[4], "beta", !problem.apart());
     problem.initial = pointer<const float>(addresses[5], "initial_state", true);
     set_sizes(problem, sizes, dtype_of(dtype), gate_of(gate), scale, l2norm, threads);
+    if (undecayed && ((!problem.apart() && !no_keys) || problem.gate != Gate::per_head))
+      throw std::invalid_argument("an erase before the decay has a vector of its own and a gate per head");
     problem.g = pointer<const float>(addresses[3], "g", no_gates || problem.gate == Gate::none);
     if (bounds.empty()) return;
     problem.bounds = bounds.data();
@@ -88,25 +98,31 @@ struct DeltaRuleArguments {
     return needed;
   }
 
-  cpu::DeltaRuleStates states(uintptr_t data, int64_t slots, int64_t segment) const {
+  // `values`: the slot of a row of the batch at which V' starts, or -1.
+  cpu::DeltaRuleStates states(uintptr_t data, int64_t slots, int64_t segment, int64_t values) const {
     if (segment < 1) throw std::invalid_argument("segment must be positive");
-    if (slots && slots < states_needed(segment)) throw std::invalid_argument("too few slots for the states to keep");
-    return {slots ? pointer<float>(data, "checkpoints", no_states()) : nullptr, slots, segment};
+    const int64_t rows = problem.batch ? problem.batch : 1, row = slots / rows, needed = states_needed(segment);
+    const bool packed = !bounds.empty();
+    if (slots && slots < needed) throw std::invalid_argument("too few slots for the states to keep");
+    if (slots && !packed && slots % rows) throw std::invalid_argument("every row of the batch must have as many slots");
+    if (values >= 0 && (values < needed / rows || (row - values) * problem.width < problem.total))
+      throw std::invalid_argument("too few slots for the values to keep");
+    return {slots ? pointer<float>(data, "checkpoints", no_states()) : nullptr, slots, segment, row, values};
   }
 };
 
 void delta_rule_forward(DeltaRuleArguments& a, uintptr_t o, uintptr_t final, uintptr_t kept, int64_t slots,
-                        int64_t segment) {
-  const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
+                        int64_t segment, int64_t values) {
+  const cpu::DeltaRuleStates states = a.states(kept, slots, segment, values);
   void* const out = pointer<void>(o, "o", a.no_tokens());
   float* const state = pointer<float>(final, "final_state", a.no_states());
   py::gil_scoped_release release;
   check(current_level().delta_rule().forward(a.problem, out, state, states));
 }
 
-void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, int64_t segment,
-                         const std::array<uintptr_t, 7>& grads) {
-  const cpu::DeltaRuleStates states = a.states(kept, slots, segment);
+void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, int64_t segment, int64_t values,
+                         const std::array<uintptr_t, 8>& grads) {
+  const cpu::DeltaRuleStates states = a.states(kept, slots, segment, values);
   if (!slots && a.states_needed(segment)) throw std::invalid_argument("the forward kept no states");
   const bool no_values = a.no_tokens(), no_gates = a.problem.batch * a.problem.total * a.problem.value_heads == 0;
   const bool no_keys = no_gates || a.problem.width == 0;
@@ -117,19 +133,20 @@ void delta_rule_backward(DeltaRuleArguments& a, uintptr_t kept, int64_t slots, i
       pointer<float>(grads[3], "dv", no_values),
       pointer<float>(grads[4], "dg", a.problem.gate == Gate::per_key ? no_keys : no_gates),
       pointer<float>(grads[5], "dbeta", no_gates || !a.problem.beta),
-      pointer<float>(grads[6], "dstate", a.no_states())};
+      pointer<float>(grads[6], "dstate", a.no_states()),
+      pointer<float>(grads[7], "derase", no_keys || !a.problem.apart())};
   py::gil_scoped_release release;
   check(current_level().delta_rule().backward(a.problem, states, out));
 }
 
-// The float64 rule: addresses of q, k, v, g, beta and the initial state, of o and the final state for the forward, and
-// of the seven gradients in the order of the struct for the backward; sizes: HV, K, V.
+// The float64 rule: addresses of q, k, v, g, beta, the initial state and what the erase reads along, of o and the final
+// state for the forward, and of the eight gradients in the order of the struct for the backward; sizes: HV, K, V.
 struct DeltaRuleWideArguments {
   std::vector<int64_t> bounds;
   cpu::DeltaRuleWide problem;
 
-  DeltaRuleWideArguments(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 3>& sizes,
-                         std::vector<int64_t> bounds_, int gate, int threads)
+  DeltaRuleWideArguments(const std::array<uintptr_t, 7>& addresses, const std::array<int64_t, 3>& sizes,
+                         std::vector<int64_t> bounds_, int gate, bool undecayed, int threads)
       : bounds(std::move(bounds_)) {
     for (int64_t size : sizes)
       if (size < 0) throw std::invalid_argument("a size is negative");
@@ -153,7 +170,12 @@ struct DeltaRuleWideArguments {
                bounds.data(),
                static_cast<int64_t>(bounds.size()) - 1,
                gate_of(gate),
-               threads};
+               threads,
+               data(6, "the erase's vector", true),
+               undecayed};
+    if (problem.erase && gates > 0 && !problem.beta) throw std::invalid_argument("an erase takes beta");
+    if (undecayed && !problem.erase && gates * sizes[1] > 0)
+      throw std::invalid_argument("an erase before the decay has a vector of its own");
   }
   bool empty() const { return problem.heads * problem.width * problem.value_width * problem.sequences == 0; }
 
@@ -163,32 +185,17 @@ struct DeltaRuleWideArguments {
     py::gil_scoped_release release;
     if (!empty()) check(current_level().delta_rule().forward_wide(problem, out, state));
   }
-  void backward(const std::array<uintptr_t, 7>& grads) {
+  void backward(const std::array<uintptr_t, 8>& grads) {
     const auto data = [&](size_t i) { return reinterpret_cast<double*>(grads[i]); };
-    const cpu::DeltaRuleWideGradients out{data(0), data(1), data(2), data(3), data(4), data(5), data(6)};
+    const cpu::DeltaRuleWideGradients out{data(0), data(1), data(2), data(3), data(4), data(5), data(6), data(7)};
     if (!empty() && bounds.back() > 0)
       for (size_t i = 0; i < grads.size(); i++)
-        if (!grads[i] && (i != 4 || problem.g) && (i != 5 || problem.beta))
+        if (!grads[i] && (i != 4 || problem.g) && (i != 5 || problem.beta) && (i != 7 || problem.erase))
           throw std::invalid_argument("a gradient has no memory");
     py::gil_scoped_release release;
     if (!empty()) check(current_level().delta_rule().backward_wide(problem, out));
   }
 };
-
-// Elements in float32, where they are or copied; null for other dtypes and layouts.
-const float* widened(const Tensor& x, std::vector<float>& copy) {
-  if (!x.dense()) return nullptr;
-  if (x.is(DType::f32)) return static_cast<const float*>(x.data);
-  if (!x.is(DType::bf16)) return nullptr;
-  copy.resize(static_cast<size_t>(x.elements()));
-  for (size_t i = 0; i < copy.size(); i++) {
-    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(x.data)[i]) << 16;
-    std::memcpy(&copy[i], &bits, sizeof bits);
-  }
-  return copy.data();
-}
-
-bool is_narrow(const Tensor& x) { return x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16); }
 
 // How gates and step sizes come about that are given before their activation: None, or (A_log, dt_bias, bound,
 // use_gate, use_sigmoid, allow_neg_eigval), of which the first three may be None.
@@ -294,7 +301,8 @@ struct DeltaRuleStep {
     if (has_gate && !activations.gate && !(g.is(DType::f32) && g.dense())) return false;
     decay = activations.gate ? activations.g.data() : static_cast<const float*>(g.data);
     if (!has_beta) return true;
-    step_sizes = activations.sigmoid ? activations.beta.data() : widened(beta, wide_beta);  // of bf16 models it is in bf16
+    step_sizes =
+        activations.sigmoid ? activations.beta.data() : widened(beta, wide_beta);  // of bf16 models it is in bf16
     return step_sizes;
   }
 
@@ -314,7 +322,7 @@ struct DeltaRuleStep {
   void run(void* o, float* state) {
     problem.initial = has_initial ? static_cast<const float*>(initial.data) : nullptr;
     py::gil_scoped_release release;
-    check(current_level().delta_rule().forward(problem, o, state, {nullptr, 0, 1}));
+    check(current_level().delta_rule().forward(problem, o, state, {nullptr, 0, 1, 0, -1}));
   }
 
   // All tokens, with the states after the last `count` of them: [count, B, HV, K, V].
@@ -342,7 +350,7 @@ struct DeltaRuleStep {
     part.batch = part.sequences = 1;
     part.total = tokens;
     void* const out = static_cast<char*>(o) + at * problem.value_width * item;
-    check(current_level().delta_rule().forward(part, out, after, {nullptr, 0, 1}));
+    check(current_level().delta_rule().forward(part, out, after, {nullptr, 0, 1, 0, -1}));
     return after;
   }
 };
@@ -480,17 +488,19 @@ void cuda_delta_rule_step(const std::array<uintptr_t, 9>& addresses, const std::
 
 void bind_delta_rule(py::module_& m) {
   py::class_<DeltaRuleArguments>(m, "DeltaRule")
-      .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 6>&, const std::array<int64_t, 12>&, int,
-                    int, std::vector<int64_t>, double, bool, int>())
+      .def(py::init<const std::array<uintptr_t, 7>&, const std::array<int64_t, 6>&, const std::array<int64_t, 16>&,
+                    int64_t, bool, int, int, std::vector<int64_t>, double, bool, int>())
       .def("forward", &delta_rule_forward)
       .def("backward", &delta_rule_backward);
   py::class_<DeltaRuleWideArguments>(m, "DeltaRuleWide")
-      .def(py::init<const std::array<uintptr_t, 6>&, const std::array<int64_t, 3>&, std::vector<int64_t>, int, int>())
+      .def(py::init<const std::array<uintptr_t, 7>&, const std::array<int64_t, 3>&, std::vector<int64_t>, int, bool,
+                    int>())
       .def("forward", &DeltaRuleWideArguments::forward)
       .def("backward", &DeltaRuleWideArguments::backward);
   m.def("delta_rule_step", &delta_rule_step);
   m.def("delta_rule_states", &delta_rule_states);
   m.def("rms_norm_gated", &rms_norm_gated);
+  m.def("delta_rule_decode", &delta_rule_decode);
 #ifdef PYREPR_CUDA
   m.def("cuda_delta_rule_step", &cuda_delta_rule_step);
 #endif

@@ -12,6 +12,7 @@
 
 #include <omp.h>
 
+#include "cpu/causal_conv1d_token.h"
 #include "cpu/gemm.h"
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
@@ -45,13 +46,6 @@ template <int N>
 void join(const float* in, int64_t count, int64_t stride, float* out) {
   for (int64_t c = 0; c < count; c++)
     for (int64_t j = 0; j < N; j++) out[c * N + j] = in[j * stride + c];
-}
-
-// Four neighbouring elements of each of W channels, one vector an element.
-template <class S>
-inline void load_four(const typename S::Memory* p, V (&v)[4]) {
-  for (int64_t j = 0; j < 4; j++) v[j] = load_as<S>(p + j * W);
-  unzip_four<float>(v);
 }
 
 // Neighbouring channels [first, first + count) with their weights: [W, stride], then the bias. `stride` is the length
@@ -245,7 +239,8 @@ class CausalConv {
     Element *const out = static_cast<Element*>(out_), *const state = static_cast<Element*>(s.state);
     const Shape shape(p);
     const int64_t blocks = ceil_div(p.channels, shape.channels), kept = s.state_length;
-    if (p.total == 1 && p.taps == 4 && kept == 4 && dense(s) && p.channel == 1 && p.channels % W == 0)
+    const bool known = p.taps == 4 && (kept == 3 || kept == 4);
+    if (p.total == 1 && known && dense(s) && p.channel == 1 && p.channels % W == 0)
       return p.filter == p.dtype ? step_in_registers<S>(p, s, out) : step_in_registers<StoreF32>(p, s, out);
     const int threads = p.tokens() * p.channels < kSmall ? 1 : p.threads;
     const int64_t size = Block::size(p, shape.channels);
@@ -299,18 +294,17 @@ class CausalConv {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < p.sequences * blocks; task++) {
       const int64_t b = task / blocks, c = task % blocks * W;
-      Element* const own = static_cast<Element*>(s.state) + b * s.state_batch + c * 4;
-      V weight[4], state[4];
-      load_four<F>(static_cast<const typename F::Memory*>(p.weight) + c * 4, weight);
-      load_four<S>(own, state);
-      for (int64_t j = 0; j < 3; j++) state[j] = state[j + 1];
-      state[3] = load_as<S>(static_cast<const Element*>(p.x) + b * p.batch + c);
-      V y = p.bias ? load_as<F>(static_cast<const typename F::Memory*>(p.bias) + c) : V{};
-      for (int64_t j = 0; j < 4; j++) y += weight[j] * state[j];
-      if (p.silu) y *= sigmoid(y);
-      store_as<S>(out + b * p.channels + c, y);
-      zip_four<float>(state);
-      for (int64_t j = 0; j < 4; j++) store_as<S>(own + j * W, state[j]);
+      Element* const own = static_cast<Element*>(s.state) + b * s.state_batch + c * s.state_length;
+      const auto* const bias = static_cast<const typename F::Memory*>(p.bias);
+      const TokenConvolution<S, F> token{static_cast<const Element*>(p.x) + b * p.batch + c,
+                                         static_cast<const typename F::Memory*>(p.weight) + c * 4,
+                                         bias ? bias + c : nullptr,
+                                         own,
+                                         own,
+                                         4,
+                                         s.state_length,
+                                         p.silu};
+      token.run(W, out + b * p.channels + c);
     }
     return Status::ok;
   }

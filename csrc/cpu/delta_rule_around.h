@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kFew = int64_t(1) << 14;  // elements below which threads do not pay
 
-// log(1 + e^x): what is left of max(x, 0) is log(1 + e) with e = e^-|x|, which is 2 artanh(e / (2 + e)); the argument is
-// at most 1/3, and the first power that is left out 3^-18.
+// log(1 + e^x): what is left of max(x, 0) is log(1 + e) with e = e^-|x|, which is 2 artanh(e / (2 + e)); the argument
+// is at most 1/3, and the first power that is left out 3^-18.
 inline V softplus(V x) {
   const V e = exp_nonpositive<float>(x < 0 ? x : -x), s = e / (2 + e), squared = s * s;
   V sum = splat<float>(1.0f / 17);
@@ -26,7 +26,7 @@ inline void activate_gates(const DeltaRuleGates& p, float* g) {
   const auto rate = [&](int64_t i) { return load_one<StoreF32>(p.rates + i); };
   by_narrow_dtype(p.g_dtype, [&](auto s) {
     using S = decltype(s);
-#pragma omp parallel for num_threads(p.tokens * count < kFew ? 1 : p.threads)
+#pragma omp parallel for num_threads(p.tokens* count < kFew ? 1 : p.threads)
     for (int64_t t = 0; t < p.tokens; t++) {
       const auto* const raw = static_cast<const typename S::Memory*>(p.g) + t * count;
       float* const to = g + t * count;
@@ -89,7 +89,7 @@ inline Status gated_norm(const GatedNorm& p, void* out) {
   return by_narrow_dtype(p.dtype, [&](auto s) {
     return by_narrow_dtype(p.gate_dtype, [&](auto g) {
       using S = decltype(s);
-#pragma omp parallel for num_threads(p.rows * p.width < kFew ? 1 : p.threads)
+#pragma omp parallel for num_threads(p.rows* p.width < kFew ? 1 : p.threads)
       for (int64_t row = 0; row < p.rows; row++)
         gated_norm_row<S, decltype(g)>(p, row, static_cast<typename S::Memory*>(out));
       return Status::ok;

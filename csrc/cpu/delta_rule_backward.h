@@ -82,7 +82,7 @@ class DeltaRuleBackward {
   // Floats one thread needs: the states, V' and X^T of a segment, the gradient of the state, and one chunk's matrices.
   static int64_t size(const DeltaRuleProblem& p, int64_t segment) {
     const int64_t k = round_up(p.width, NR), v = round_up(p.value_width, NR);
-    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(k) + C * (6 * v + 3 * k) + 4 * C * C + 3 * k;
+    return segment * (k * v + C * v + C * C) + 2 * k * v + Chunk::size(p) + C * (6 * v + 3 * k) + 4 * C * C + 3 * k;
   }
 
   DeltaRuleBackward(const DeltaRuleProblem& p, const Sequence& s, const DeltaRuleStates& states,
@@ -93,8 +93,8 @@ class DeltaRuleBackward {
         grads(grads),
         kp(round_up(p.width, NR)),
         vp(round_up(p.value_width, NR)),
-        chunk(memory, kp) {
-    float* next = memory + Chunk::size(kp);
+        chunk(p, memory) {
+    float* next = memory + Chunk::size(p);
     const auto take = [&next](int64_t rows, int64_t cols) {
       const Panels matrix{next, rows};
       next += rows * cols;
@@ -125,7 +125,7 @@ class DeltaRuleBackward {
   void run() {
     float* const given = grads.state + s.state_offset(p);
     load_matrix<StoreF32>(given, p.value_width, p.width, kp, p.value_width, dstate);
-    const int64_t slot = s.first_slot(p, states.segment);
+    const int64_t slot = s.first_slot(p, states);
     for (int64_t i = ceil_div(s.chunks(), states.segment) - 1; i >= 0; i--) {
       const int64_t first = i * states.segment, last = smaller(first + states.segment, s.chunks());
       recompute((slot + i) * p.value_heads + s.value_head, first, last);
@@ -150,8 +150,9 @@ class DeltaRuleBackward {
   Requests requests;
   double* last;  // [K] what dG of the last token gets besides its own, under a gate per key
   // No decay stands between a token and itself, nor between the last one and the state after it. What these two give to
-  // dQ and dK would enter dG with both signs, and leave its rounding there, which a fast decay makes the largest part. So
-  // they are kept apart until dG is known: the diagonal of D, and the last token's row of diag(e^{G_C - G}) V' dS'^T.
+  // dQ and dK would enter dG with both signs, and leave its rounding there, which a fast decay makes the largest part.
+  // So they are kept apart until dG is known: the diagonal of D, and the last token's row of diag(e^{G_C - G}) V'
+  // dS'^T.
   float own[C];
   float* own_rest;  // [K]
 
@@ -159,7 +160,7 @@ class DeltaRuleBackward {
   Panels values_of(int64_t i) const { return {segment_values.data + i * C * vp, C}; }
   Panels inverse_of(int64_t i) const { return {segment_inverses.data + i * C * C, C}; }
 
-  // S, V' and X^T of chunks [first, last), from the kept state before `first`.
+  // S, V' and X^T of chunks [first, last), from the kept state before `first`, and V' where it was kept.
   void recompute(int64_t kept, int64_t first, int64_t last) {
     const float* const start = states.data + kept * p.width * p.value_width;
     load_matrix<StoreF32>(start, p.value_width, p.width, kp, p.value_width, state_of(0));
@@ -169,14 +170,26 @@ class DeltaRuleBackward {
       chunk.load_k(p, s, t0);
       Requests requests;
       request(requests, p, s, p.k, t0 + C, t0 + 2 * C, s.head, p.width);
-      request(requests, p, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
+      if (p.apart()) request(requests, p, s, p.erase, t0 + C, t0 + 2 * C, s.erase_head(p), p.width);
+      const float* const kept_values = s.kept_values(p, states, t0);
+      const int64_t stride = p.value_width;
+      if (kept_values)
+        requests.add(kept_values + C * stride, smaller(C, s.length - t0 - C), stride * 4, stride * 4);
+      else
+        request(requests, p, s, p.v, t0 + C, t0 + 2 * C, s.value_head, p.value_width);
       request_gates(requests, p, s, t0 + C, t0 + 2 * C);
       requests.spread(vp / NR * (C + p.width) / Panels::MR);
       chunk.solve(p);
       if (p.beta) copy_panels(chunk.xt, C, C, inverse_of(i));
-      chunk.gate(p, false);
-      load_values(p, s, t0, smaller(C, s.length - t0), scratch);
-      new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
+      const int64_t rows = smaller(C, s.length - t0);
+      if (kept_values) {
+        load_matrix<StoreF32>(kept_values, stride, rows, C, p.value_width, values_of(i));
+        if (p.gate == Gate::per_key) multiply_each(chunk.k, chunk.key_gates.tail, C, p.width, chunk.scaled);
+      } else {
+        chunk.gate(p, false);
+        load_values(p, s, t0, rows, scratch);
+        new_values(p, chunk, state_of(i), vp, scratch, values_of(i), &requests);
+      }
       if (first + i + 1 == last) break;
       copy_panels(values_of(i), C, vp, used);
       copy_panels(state_of(i), kp, vp, state_of(i + 1));
@@ -215,7 +228,7 @@ class DeltaRuleBackward {
       multiply_panels<Part::terms_from, false>(dt, C, chunk.q, kp, C, rest);
       if (p.beta) {
         multiply_panels<Part::terms_upto, false>(m, C, chunk.k, kp, C, z);
-        multiply_panels<Part::terms_from, false>(turned, C, chunk.k, kp, C, rest);
+        multiply_panels<Part::terms_from, false>(turned, C, chunk.e, kp, C, rest);
       }
       write(t0, rows, end);
     }
@@ -231,11 +244,13 @@ class DeltaRuleBackward {
     all.add(grads.q + key, rows, key_stride, p.width * item);
     all.add(grads.k + key, rows, key_stride, p.width * item);
     all.add(grads.v + value, rows, value_stride, p.value_width * item);
+    if (p.apart()) all.add(grads.erase + key, rows, key_stride, p.width * item);
     if (p.gate == Gate::per_key) all.add(grads.g + key, rows, key_stride, p.width * item);
     if (t0 > 0) {
       const int64_t back = C * p.value_heads * p.value_width;
       request(all, p, s, p.q, t0 - C, t0, s.head, p.width);
       request(all, p, s, p.k, t0 - C, t0, s.head, p.width);
+      if (p.apart()) request(all, p, s, p.erase, t0 - C, t0, s.erase_head(p), p.width);
       request(all, p, s, p.v, t0 - C, t0, s.value_head, p.value_width);
       all.add(grads.o + value - back, C, value_stride, p.value_width * item);
       request_gates(all, p, s, t0 - C, t0);
@@ -269,7 +284,7 @@ class DeltaRuleBackward {
     transpose_panels(d, C, C, dt);
     if (!p.beta) return zero(turned.data, C * C);
     multiply_panels<Part::upper, true>(values_t, C, d_r_t, C, p.value_width, m);
-    mask_upper(chunk.gamma, m);
+    mask_upper(chunk.erase_gamma, m);
     for (int64_t t = 0; t < C * C; t += W) store<float>(m.data + t, -load<float>(m.data + t));
     for (int64_t t = 0; t < C; t++) *m.at(t, t) = 0;
     transpose_panels(m, C, C, turned);
@@ -288,7 +303,7 @@ class DeltaRuleBackward {
   void key_gradients(const Panels& state) {
     const Gates& gates = chunk.gates;
     transpose_panels(state, kp, vp, turned_state);
-    scale_columns(d_r_t, p.value_width, gates.decay, -1);
+    scale_columns(d_r_t, p.value_width, gates.erase_decay, -1);
     if (gates.gated) {
       scale_columns(d_o_t, p.value_width, gates.decay);
       scale_columns(values_t, p.value_width, gates.tail);
@@ -322,7 +337,7 @@ class DeltaRuleBackward {
     add_column_products(rest, chunk.k, C, kp, last);
     add_decayed_terms(d, chunk.k, gates.step, kp, dq);
     if (p.beta) add_decayed_terms(m, chunk.k, gates.step, kp, z);
-    add_decayed_terms_of_later(dt, chunk.q, turned, chunk.k, gates.step, kp, rest);
+    add_decayed_terms_of_later(dt, chunk.q, turned, chunk.e, gates.step, kp, rest);
   }
 
   // e^{G_C} <S, dS'>
@@ -349,23 +364,23 @@ class DeltaRuleBackward {
     for (int64_t c = 0; c < p.width; c += W) {
       const V k = load<float>(chunk.k.at(t, c));
       const Wide of_q = __builtin_convertvector(load<float>(dq.at(t, c)) * load<float>(chunk.q.at(t, c)), Wide);
-      const Wide of_k = __builtin_convertvector(load<float>(z.at(t, c)) * k * beta, Wide);
+      const Wide of_e = __builtin_convertvector(load<float>(z.at(t, c)) * load<float>(chunk.e.at(t, c)) * beta, Wide);
       Wide sum;
       std::memcpy(&sum, last + c, sizeof sum);
-      sum += (of_q + of_k) - __builtin_convertvector(load<float>(rest.at(t, c)) * k, Wide);
+      sum += (of_q + of_e) - __builtin_convertvector(load<float>(rest.at(t, c)) * k, Wide);
       std::memcpy(last + c, &sum, sizeof sum);
       store_some<StoreF32>(grads.g + row * p.width + c, p.width - c, __builtin_convertvector(sum, V));
     }
   }
 
-  // Everything of the chunk's tokens goes out; `z` becomes dK, d_r becomes dV.
+  // Everything of the chunk's tokens goes out; `z` becomes dK, or dP and `rest` dK, d_r becomes dV.
   void write(int64_t t0, int64_t rows, double end) {
     const Gates& gates = chunk.gates;
     const Panels& raw = d_values;
     load_values(p, s, t0, rows, raw);
     alignas(64) float of_values[C], of_z[C], of_q[C], of_rest[C];
     row_products(d_r, raw, vp, of_values);
-    row_products(z, chunk.k, kp, of_z);
+    row_products(z, chunk.e, kp, of_z);
     row_products(dq, chunk.q, kp, of_q);
     row_products(rest, chunk.k, kp, of_rest);
     double sum = end;
@@ -375,20 +390,25 @@ class DeltaRuleBackward {
       if (p.gate == Gate::per_key) {
         write_key_gates(t, row);
       } else {
-        sum += static_cast<double>(of_q[t]) + static_cast<double>(beta) * static_cast<double>(of_z[t]);
+        const double of_erase = static_cast<double>(beta) * static_cast<double>(of_z[t]);
+        sum += static_cast<double>(of_q[t]) + (p.undecayed ? 0 : of_erase);
         sum -= static_cast<double>(of_rest[t]);
         grads.g[row] = static_cast<float>(sum);
+        if (p.undecayed) sum += of_erase;
       }
       if (p.beta) grads.beta[row] = of_values[t] + of_z[t];
       for (int64_t c = 0; c < kp; c += W) {
         const V q = load<float>(chunk.q.at(t, c)), k = load<float>(chunk.k.at(t, c));
-        V dk = load<float>(z.at(t, c)) * beta + load<float>(rest.at(t, c)) + q * own[t];
+        const V of_erase = load<float>(z.at(t, c)) * beta;
+        V dk = (p.apart() ? V{} : of_erase) + load<float>(rest.at(t, c)) + q * own[t];
         if (t == rows - 1) dk += load<float>(own_rest + c);
-        store<float>(z.at(t, c), dk);
+        store<float>((p.apart() ? rest : z).at(t, c), dk);
+        if (p.apart()) store<float>(z.at(t, c), of_erase);
         store<float>(dq.at(t, c), load<float>(dq.at(t, c)) + k * own[t]);
       }
       write_key(dq, chunk.q, chunk.q_inverse[t], t, grads.q + row * p.width);
-      write_key(z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
+      write_key(p.apart() ? rest : z, chunk.k, chunk.k_inverse[t], t, grads.k + row * p.width);
+      if (p.apart()) write_key(z, chunk.e, chunk.e_inverse[t], t, grads.erase + row * p.width);
     }
     if (p.beta) scale_rows(d_r, vp, gates.beta);
     store_matrix<StoreF32>(d_r, rows, p.value_width, grads.v + s.row(p, t0) * p.value_width,
@@ -400,12 +420,12 @@ class DeltaRuleBackward {
     const Gates& gates = chunk.gates;
     if (gates.gated) {
       scale_rows(d_o, vp, gates.decay);
-      scale_rows(d_r, vp, gates.decay);
+      scale_rows(d_r, vp, gates.erase_decay);
     }
     for (int64_t at = 0; at < C * vp; at += W) store<float>(d_r.data + at, -load<float>(d_r.data + at));
     if (p.gate != Gate::per_key) {
       multiply_panels<Part::all, false>(chunk.q, kp, d_o, vp, C, dstate, gates.last, &requests);
-      if (p.beta) multiply_panels<Part::all, false>(chunk.k, kp, d_r, vp, C, dstate);
+      if (p.beta) multiply_panels<Part::all, false>(chunk.e, kp, d_r, vp, C, dstate);
       return;
     }
     const KeyGates& per_key = chunk.key_gates;
@@ -413,7 +433,7 @@ class DeltaRuleBackward {
     multiply_each(chunk.q, per_key.decay, C, kp, chunk.scaled);
     multiply_panels<Part::all, false>(chunk.scaled, kp, d_o, vp, C, dstate, 1, &requests);
     if (!p.beta) return;
-    multiply_each(chunk.k, per_key.decay, C, kp, chunk.scaled);
+    multiply_each(chunk.e, per_key.decay, C, kp, chunk.scaled);
     multiply_panels<Part::all, false>(chunk.scaled, kp, d_r, vp, C, dstate);
   }
 };

@@ -45,6 +45,7 @@ struct Sequence {
     length = p.bounds ? p.bounds[number + 1] - start : p.total;
   }
   int64_t chunks() const { return ceil_div(length, C); }
+  int64_t erase_head(const DeltaRuleProblem& p) const { return p.erase_per_value ? value_head : head; }
   // The row of token t in a dense [B, T, HV, ...] tensor.
   int64_t row(const DeltaRuleProblem& p, int64_t t) const {
     return (batch * p.total + start + t) * p.value_heads + value_head;
@@ -63,11 +64,18 @@ struct Sequence {
     return (number * p.value_heads + value_head) * p.width * p.value_width;
   }
   // The slot of this sequence's first kept state, of states of all heads.
-  int64_t first_slot(const DeltaRuleProblem& p, int64_t segment) const {
-    if (!p.bounds) return number * ceil_div(chunks(), segment);
+  int64_t first_slot(const DeltaRuleProblem& p, const DeltaRuleStates& states) const {
+    if (!p.bounds) return batch * states.row;
     int64_t slot = 0;
-    for (int64_t i = 0; i < number; i++) slot += ceil_div(ceil_div(p.bounds[i + 1] - p.bounds[i], C), segment);
+    for (int64_t i = 0; i < number; i++) slot += ceil_div(ceil_div(p.bounds[i + 1] - p.bounds[i], C), states.segment);
     return slot;
+  }
+  // V' of token t as it is kept, V floats before that of the next one; null without.
+  float* kept_values(const DeltaRuleProblem& p, const DeltaRuleStates& states, int64_t t) const {
+    if (!states.data || states.values < 0) return nullptr;
+    const int64_t slot = batch * states.row + states.values;
+    const int64_t row = slot * p.value_heads * p.width + value_head * p.total + start + t;
+    return states.data + row * p.value_width;
   }
 };
 
@@ -117,14 +125,13 @@ inline float load_key(const typename S::Memory* in, int64_t width, int64_t padde
 
 // Tokens [t0, t0 + rows) of q or k as [C, K]; rows past the end are zero.
 __attribute__((noinline)) inline void load_keys(const DeltaRuleProblem& p, const Sequence& s, const Tokens& x,
-                                                int64_t t0, int64_t rows, float scale, const Panels& out,
+                                                int64_t t0, int64_t rows, int64_t head, float scale, const Panels& out,
                                                 float* inverses) {
   const int64_t padded = round_up(p.width, NR);
   by_storage(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t t = 0; t < rows; t++)
-      inverses[t] =
-          load_key<S>(s.token<S>(x, t0 + t, s.head), p.width, padded, p.l2norm, scale, out.at(t, 0), C * NR);
+      inverses[t] = load_key<S>(s.token<S>(x, t0 + t, head), p.width, padded, p.l2norm, scale, out.at(t, 0), C * NR);
   });
   for (int64_t t = rows; t < C; t++)
     for (int64_t c = 0; c < padded; c += W) store<float>(out.at(t, c), V{});
@@ -134,11 +141,13 @@ __attribute__((noinline)) inline void load_keys(const DeltaRuleProblem& p, const
 // the difference of two neighbours is not.
 struct Gates {
   alignas(64) float beta[C];
-  alignas(64) float decay[C];  // e^{G_t}
-  alignas(64) float tail[C];   // e^{G_C - G_t}
-  float decayed_beta[C];       // beta_t e^{G_t}
-  double sum[C];               // G_t
-  float last;                  // e^{G_C}
+  alignas(64) float decay[C];        // e^{G_t}
+  alignas(64) float tail[C];         // e^{G_C - G_t}
+  alignas(64) float erase_decay[C];  // e^{G_t}, e^{G_{t-1}} where the erase reads the state before its decay
+  float decayed_beta[C];             // beta_t times that
+  double sum[C];                     // G_t
+  double erase_sum[C];               // G_t or G_{t-1}
+  float last;                        // e^{G_C}
   bool gated;
 
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
@@ -148,14 +157,18 @@ struct Gates {
     for (int64_t t = 0; t < C; t++) {
       beta[t] = p.beta && t < rows ? p.beta[s.row(p, t0 + t)] : 0;
       const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
+      const double before = total;
       total += static_cast<double>(g < vanishes ? vanishes : g);
       sum[t] = total;
+      erase_sum[t] = p.undecayed ? before : total;
     }
     for (int64_t t = 0; t < C; t += W) {
       store<float>(decay + t, gated ? exponential(difference(sum + t, 0)) : splat<float>(1));
       store<float>(tail + t, gated ? exponential(-difference(sum + t, total)) : splat<float>(1));
+      store<float>(erase_decay + t,
+                   p.undecayed ? exponential(difference(erase_sum + t, 0)) : pyrepr::load<float>(decay + t));
     }
-    for (int64_t t = 0; t < C; t++) decayed_beta[t] = beta[t] * decay[t];
+    for (int64_t t = 0; t < C; t++) decayed_beta[t] = beta[t] * erase_decay[t];
     last = decay[C - 1];
   }
 };
@@ -182,14 +195,15 @@ inline Lanes<float>::I on_or_above(int64_t s, int64_t t) {
   return lane + static_cast<int32_t>(t) >= static_cast<int32_t>(s);
 }
 
-// gamma [C, C]: row s, column t: e^{G_t - G_s} for t >= s, else 0.
-inline void fill_gamma(const Gates& gates, const Panels& gamma) {
+// gamma [C, C]: row s, column t: e^{G_t - G_s} for t >= s, else 0. `sums`: the G_t, which may be those of one token
+// earlier; then the diagonal, where that would grow, is 0 too.
+inline void fill_gamma(const Gates& gates, const double* sums, const Panels& gamma) {
   for (int64_t s = 0; s < C; s++)
     for (int64_t t = 0; t < C; t += W) {
       V e{};
       if (t + W > s) {
-        e = gates.gated ? exponential(difference(gates.sum + t, gates.sum[s])) : splat<float>(1);
-        e = on_or_above(s, t) ? e : V{};
+        e = gates.gated ? exponential(difference(sums + t, gates.sum[s])) : splat<float>(1);
+        e = on_or_above(sums == gates.sum ? s : s + 1, t) ? e : V{};
       }
       store<float>(gamma.at(s, t), e);
     }
@@ -342,14 +356,20 @@ struct KeyGates {
 struct Chunk {
   Gates gates;
   KeyGates key_gates;
-  float k_inverse[C], q_inverse[C];  // 1 / |k|, 1 / |q| under l2norm
-  Panels k, q;                       // [C, K]
-  Panels kt, qt;                     // [K, C]
-  Panels gamma, xt, pt;              // [C, C] gamma, X^T, P^T: row s, column t, zero for t < s
-  Panels scaled;                     // [C, K] k or q with the decays of their channels
+  float k_inverse[C], q_inverse[C], e_inverse[C];  // 1 / |k|, 1 / |q|, 1 / |e| under l2norm
+  Panels k, q;                                     // [C, K]
+  Panels kt, qt;                                   // [K, C]
+  Panels gamma, xt, pt;                            // [C, C] gamma, X^T, P^T: row s, column t, zero for t < s
+  Panels scaled;                                   // [C, K] k or q with the decays of their channels
+  Panels e, et;        // [C, K], [K, C] what the erase reads along: k and kt, or memory of its own
+  Panels erase_gamma;  // [C, C] the decays in A: gamma, or e^{G_{t-1} - G_s}
 
-  static int64_t size(int64_t padded_width) { return 5 * C * padded_width + 3 * C * C + KeyGates::size(padded_width); }
-  Chunk(float* memory, int64_t padded_width) : key_gates(memory, padded_width) {
+  static int64_t size(const DeltaRuleProblem& p) {
+    const int64_t padded_width = round_up(p.width, NR);
+    return (p.apart() ? 7 : 5) * C * padded_width + (p.undecayed ? 4 : 3) * C * C + KeyGates::size(padded_width);
+  }
+  Chunk(const DeltaRuleProblem& p, float* memory) : key_gates(memory, round_up(p.width, NR)) {
+    const int64_t padded_width = round_up(p.width, NR);
     k = {memory + KeyGates::size(padded_width), C};
     q = {k.data + C * padded_width, C};
     scaled = {q.data + C * padded_width, C};
@@ -358,32 +378,37 @@ struct Chunk {
     gamma = {qt.data + C * padded_width, C};
     xt = {gamma.data + C * C, C};
     pt = {xt.data + C * C, C};
+    float* const more = pt.data + C * C;
+    e = p.apart() ? Panels{more, C} : k;
+    et = p.apart() ? Panels{more + C * padded_width, padded_width} : kt;
+    erase_gamma = p.undecayed ? Panels{more + (p.apart() ? 2 * C * padded_width : 0), C} : gamma;
   }
 
   void load_k(const DeltaRuleProblem& p, const Sequence& s, int64_t t0) {
     const int64_t rows = smaller(C, s.length - t0);
     gates.load(p, s, t0, rows);
-    fill_gamma(gates, gamma);
-    load_keys(p, s, p.k, t0, rows, 1, k, k_inverse);
-    if (p.gate == Gate::per_key)
-      key_gates.load(p, s, t0, rows);
-    else
-      transpose_panels(k, C, round_up(p.width, NR), kt);
+    fill_gamma(gates, gates.sum, gamma);
+    if (p.undecayed) fill_gamma(gates, gates.erase_sum, erase_gamma);
+    load_keys(p, s, p.k, t0, rows, s.head, 1, k, k_inverse);
+    if (p.apart()) load_keys(p, s, p.erase, t0, rows, s.erase_head(p), 1, e, e_inverse);
+    if (p.gate == Gate::per_key) return key_gates.load(p, s, t0, rows);
+    transpose_panels(k, C, round_up(p.width, NR), kt);
+    if (p.apart()) transpose_panels(e, C, round_up(p.width, NR), et);
   }
   // X^T; `pt` serves as scratch.
   void solve(const DeltaRuleProblem& p) {
     if (!p.beta) return;
     if (p.gate == Gate::per_key)
-      decayed_products(k, k, key_gates.step, p.width, pt);
+      decayed_products(k, e, key_gates.step, p.width, pt);
     else
-      multiply_panels<Part::upper, true>(kt, C, kt, C, p.width, pt);
-    mask_upper(gamma, pt);
+      multiply_panels<Part::upper, true>(kt, C, et, C, p.width, pt);
+    mask_upper(erase_gamma, pt);
     scale_columns(pt, C, gates.beta);
     invert(pt, xt);
   }
   // q and P^T, both with the factor `scale`.
   void load_q(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, float scale) {
-    load_keys(p, s, p.q, t0, smaller(C, s.length - t0), scale, q, q_inverse);
+    load_keys(p, s, p.q, t0, smaller(C, s.length - t0), s.head, scale, q, q_inverse);
     if (p.gate == Gate::per_key) {
       decayed_products(k, q, key_gates.step, p.width, pt);
     } else {
@@ -397,18 +422,18 @@ struct Chunk {
     multiply_each(x, decays, C, width, scaled);
     transpose_panels(scaled, C, round_up(width, NR), out);
   }
-  // kt becomes -(diag(beta e^G) K)^T, which gives V'; qt becomes (diag(e^G) Q)^T if `queries`; under a gate per key
+  // et becomes -(diag(beta e^G) E)^T, which gives V'; qt becomes (diag(e^G) Q)^T if `queries`; under a gate per key
   // `scaled` becomes diag(e^{G_C - G}) K.
   void gate(const DeltaRuleProblem& p, bool queries) {
     if (p.gate == Gate::per_key) {
       if (queries) decay_keys(q, key_gates.decay, p.width, qt);
-      decay_keys(k, key_gates.decay, p.width, kt);
+      decay_keys(e, key_gates.decay, p.width, et);
       multiply_each(k, key_gates.tail, C, p.width, scaled);
     } else if (gates.gated) {
       if (queries) scale_columns(qt, p.width, gates.decay);
-      return scale_columns(kt, p.width, gates.decayed_beta, -1);
+      return scale_columns(et, p.width, gates.decayed_beta, -1);
     }
-    scale_columns(kt, p.width, gates.beta, -1);
+    scale_columns(et, p.width, gates.beta, -1);
   }
 };
 
@@ -417,7 +442,7 @@ inline void new_values(const DeltaRuleProblem& p, const Chunk& chunk, const Pane
                        const Panels& out, Requests* requests) {
   if (!p.beta) return copy_panels(v, C, n, out);
   scale_rows(v, n, chunk.gates.beta);
-  multiply_panels<Part::all, false>(chunk.kt, C, state, n, p.width, v, 1, requests);
+  multiply_panels<Part::all, false>(chunk.et, C, state, n, p.width, v, 1, requests);
   multiply_panels<Part::terms_upto, true>(chunk.xt, C, v, n, C, out);
 }
 // state <- e^{G_C} state + K^T diag(e^{G_C - G}) V'; `values` is used up.

@@ -6,8 +6,9 @@
 //
 //   S_t = e^{g_t} S + k_t delta_t^T,    then of the same registers    S_t^T (e^{g} k)_{t+1}  and  S_t^T (e^{g} q)_{t+1}
 //
-// so every element is loaded and stored once. Without the erase delta = v, and a multiply-add less. A gate per head multiplies no element either: the state is kept as S / D,
-// D the product of the decays since, and multiplied out where D leaves [2^-8, 2^8].
+// so every element is loaded and stored once. Without the erase delta = v, and a multiply-add less. A gate per head
+// multiplies no element either: the state is kept as S / D, D the product of the decays since, and multiplied out where
+// D leaves [2^-8, 2^8].
 #pragma once
 
 #include "cpu/delta_rule_chunk.h"
@@ -18,15 +19,22 @@ namespace {
 // One token, for value columns of a state whose rows are `stride` apart: o = S'^T q without a second pass over S',
 // since S'^T q = (e^g S)^T q + <k, q> delta.
 struct Token {
-  float *k, *decay, *decayed_k, *decayed_q;  // [K] k, e^g, e^g k, e^g q
+  // [K] k and, where that is another, what the erase reads along; under a gate per key e^g, e^g k and e^g q, else
+  // nothing, k and q: the fewer, the more tokens fit into L1.
+  float *k, *decay, *decayed_k, *decayed_q;
   float beta, kq;
+  float e;       // e^g of a gate per head, else 1
+  float before;  // the same, or 1 where the erase reads the state before its decay
 
-  static int64_t size(int64_t width) { return 4 * round_up(width, NR); }
-  Token(float* memory, int64_t width) {
+  static int64_t size(const DeltaRuleProblem& p) {
+    return (p.gate == Gate::per_key ? 4 : p.apart() ? 3 : 2) * round_up(p.width, NR);
+  }
+  Token(const DeltaRuleProblem& p, float* memory) {
+    const bool per_key = p.gate == Gate::per_key;
     k = memory;
-    decay = k + round_up(width, NR);
-    decayed_k = decay + round_up(width, NR);
-    decayed_q = decayed_k + round_up(width, NR);
+    decayed_q = k + round_up(p.width, NR);
+    decay = per_key ? decayed_q + round_up(p.width, NR) : nullptr;
+    decayed_k = per_key ? decay + round_up(p.width, NR) : p.apart() ? decayed_q + round_up(p.width, NR) : k;
   }
 
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t) {
@@ -35,19 +43,20 @@ struct Token {
       using S = decltype(storage);
       load_key<S>(s.token<S>(p.k, t, s.head), p.width, padded, p.l2norm, 1, k, NR);
       load_key<S>(s.token<S>(p.q, t, s.head), p.width, padded, p.l2norm, p.scale, decayed_q, NR);
+      if (p.apart()) load_key<S>(s.token<S>(p.erase, t, s.erase_head(p)), p.width, padded, p.l2norm, 1, decayed_k, NR);
     });
     beta = p.beta ? p.beta[row] : 1;
-    const V same = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row])) : splat<float>(1);
+    e = p.gate == Gate::per_head ? exponential(splat<float>(p.g[row]))[0] : 1;
+    before = p.undecayed ? 1 : e;
     V products{};
     for (int64_t c = 0; c < padded; c += W) {
       const V key = pyrepr::load<float>(k + c), query = pyrepr::load<float>(decayed_q + c);
-      const V e = p.gate == Gate::per_key
-                      ? exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)))
-                      : same;
       products += key * query;
-      store<float>(decay + c, e);
-      store<float>(decayed_k + c, key * e);
-      store<float>(decayed_q + c, query * e);
+      if (p.gate != Gate::per_key) continue;
+      const V own = exponential(load_some<StoreF32>(p.g + row * p.width + c, larger<int64_t>(0, p.width - c)));
+      store<float>(decay + c, own);
+      store<float>(decayed_k + c, (p.apart() ? pyrepr::load<float>(decayed_k + c) : key) * own);
+      store<float>(decayed_q + c, query * own);
     }
     kq = static_cast<float>(lane_sum<float>(products));
   }
@@ -62,15 +71,15 @@ struct Token {
     for (; i + rows <= width; i += rows)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
-        V e{}, r{};
+        V of_k{}, of_q{};
 #pragma GCC unroll 8
         for (int64_t row = i; row < i + rows; row++) {
           const V s = pyrepr::load<float>(from + row * stride + j * W);
-          e += decayed_k[row] * s;
-          r += decayed_q[row] * s;
+          of_k += decayed_k[row] * s;
+          of_q += decayed_q[row] * s;
         }
-        erased[j] += e;
-        read[j] += r;
+        erased[j] += of_k;
+        read[j] += of_q;
       }
     for (; i < width; i++)
       for (int j = 0; j < NV; j++) {
@@ -81,16 +90,18 @@ struct Token {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; j++) {
       const V value = pyrepr::load<float>(v + j * W);
-      delta[j] = erases ? beta * (value - erased[j]) : value;
-      store<float>(o + j * W, read[j] + kq * delta[j]);
+      delta[j] = erases ? beta * (value - before * erased[j]) : value;
+      store<float>(o + j * W, e * read[j] + kq * delta[j]);
     }
     // Last row first: the rows just read are still in L1.
-    for (i = width - 1; i >= 0; i--)
+    for (i = width - 1; i >= 0; i--) {
+      const float keep = decay ? decay[i] : e;
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) {
         const int64_t at = i * stride + j * W;
-        store<float>(to + at, decay[i] * pyrepr::load<float>(from + at) + k[i] * delta[j]);
+        store<float>(to + at, keep * pyrepr::load<float>(from + at) + k[i] * delta[j]);
       }
+    }
   }
 };
 
@@ -122,19 +133,18 @@ struct Columns {
 template <bool erases>
 class Recurrence {
  public:
-  static int64_t size(int64_t width, int64_t columns) {
-    return (kWindow + 1) * Token::size(width) + ceil_div(columns, NR) * (width + 2) * NR;
+  static int64_t size(const DeltaRuleProblem& p, int64_t columns) {
+    return (kWindow + 1) * Token::size(p) + ceil_div(columns, NR) * (p.width + 2) * NR;
   }
 
-  Recurrence(const Columns& at, float* memory)
-      : at_(at), p_(at.p), tokens_(memory), blocks_(ceil_div(at.columns, NR)) {
-    carry_ = tokens_ + (kWindow + 1) * Token::size(p_.width);
+  Recurrence(const Columns& at, float* memory) : at_(at), p_(at.p), tokens_(memory), blocks_(ceil_div(at.columns, NR)) {
+    carry_ = tokens_ + (kWindow + 1) * Token::size(p_);
     state_ = carry_ + blocks_ * 2 * NR;
   }
 
   void run(const DeltaRuleStates& states) {
     load_state();
-    const int64_t slot = states.data ? at_.s.first_slot(p_, states.segment) : 0, length = at_.s.length;
+    const int64_t slot = states.data ? at_.s.first_slot(p_, states) : 0, length = at_.s.length;
     for (int64_t t0 = 0; t0 < length; t0 += kWindow) {
       if (states.data && t0 % (C * states.segment) == 0) {
         const int64_t head = (slot + t0 / (C * states.segment)) * p_.value_heads + at_.s.value_head;
@@ -142,7 +152,8 @@ class Recurrence {
       }
       const int64_t rows = smaller(kWindow, length - t0);
       load_tokens(t0, rows);
-      for (int64_t b = 0; b < blocks_; b++) walk(t0, rows, b);
+      float* const values = erases ? at_.s.kept_values(p_, states, t0) : nullptr;
+      for (int64_t b = 0; b < blocks_; b++) walk(t0, rows, b, values);
     }
     store_state(at_.final);
   }
@@ -152,7 +163,7 @@ class Recurrence {
   static constexpr int64_t kChain = 16;  // rows that are summed on their own first: long chains of additions round more
   enum class Change { none, scaled, by_row };
 
-  Token token(int64_t r) const { return Token(tokens_ + r * Token::size(p_.width), p_.width); }
+  Token token(int64_t r) const { return Token(p_, tokens_ + r * Token::size(p_)); }
   float* block(int64_t b) const { return state_ + b * p_.width * NR; }
   int64_t count(int64_t b) const { return smaller<int64_t>(NR, at_.columns - b * NR); }
 
@@ -180,10 +191,10 @@ class Recurrence {
       if (r == rows) break;
       beta_[r] = next.beta;
       kq_[r] = next.kq;
-      before_[r] = scale_;
+      before_[r] = factor_[r] = scale_ * next.e;
+      erase_before_[r] = scale_ * next.before;
       change_[r] = p_.gate == Gate::per_key ? Change::by_row : Change::none;
       if (p_.gate == Gate::per_head) {
-        factor_[r] = scale_ * next.decay[0];
         const bool kept = factor_[r] >= 0x1p-8f && factor_[r] <= 0x1p8f;
         change_[r] = kept ? Change::none : Change::scaled;
         scale_ = kept ? factor_[r] : 1;
@@ -212,7 +223,8 @@ class Recurrence {
     }
   }
 
-  void walk(int64_t t0, int64_t rows, int64_t b) {
+  // `values`: where V' of the first of the tokens is kept, or null.
+  void walk(int64_t t0, int64_t rows, int64_t b, float* values) {
     V erased[NV], read[NV], delta[NV];
     for (int j = 0; j < NV; j++) {
       erased[j] = load<float>(carry_ + b * 2 * NR + j * W);
@@ -230,8 +242,9 @@ class Recurrence {
       for (int j = 0; j < NV; j++) {
         const int64_t at = r * NR + j * W;
         const V value = load<float>(v + at);
-        delta[j] = erases ? beta_[r] * (value - before_[r] * erased[j]) : value;
+        delta[j] = erases ? beta_[r] * (value - erase_before_[r] * erased[j]) : value;
         store<float>(o + at, before_[r] * read[j] + kq_[r] * delta[j]);
+        store<float>(v + at, delta[j]);
         delta[j] *= inverse_[r];
       }
       const Token now = token(r), next = token(t0 + r + 1 < at_.s.length ? r + 1 : r);
@@ -247,9 +260,11 @@ class Recurrence {
           break;
       }
     }
+    const int64_t row = p_.value_heads * p_.value_width;
+    if (values) store_matrix<StoreF32>(columns, rows, count(b), values + at_.v0 + b * NR, p_.value_width);
     by_storage(p_.dtype, [&](auto storage) {
       using S = decltype(storage);
-      store_matrix<S>(out, rows, count(b), at_.out<S>(t0, b * NR), p_.value_heads * p_.value_width);
+      store_matrix<S>(out, rows, count(b), at_.out<S>(t0, b * NR), row);
     });
     keep(b, erased, read);
   }
@@ -266,6 +281,7 @@ class Recurrence {
     const int64_t first = p_.width * b / blocks_, last = p_.width * (b + 1) / blocks_;
     some(p_.k, at_.s.head, first, last);
     some(p_.q, at_.s.head, first, last);
+    if (p_.apart()) some(p_.erase, at_.s.erase_head(p_), first, last);
     some(p_.v, at_.s.value_head, at_.v0 + b * NR, at_.v0 + b * NR + count(b));
     if (p_.gate == Gate::per_key)
       for (int64_t i = first; i < last; i += 16) __builtin_prefetch(p_.g + at_.s.row(p_, t) * p_.width + i, 0, 2);
@@ -275,7 +291,8 @@ class Recurrence {
   void pass(const Token& now, const Token& next, float factor, const V (&delta)[NV], float* state, V (&erased)[NV],
             V (&read)[NV]) const {
     // Copies: what is stored could be any of these, for all that the compiler knows.
-    const float *const k = now.k, *const decay = now.decay, *const keys = next.decayed_k, *const queries = next.decayed_q;
+    const float *const k = now.k, *const decay = now.decay, *const keys = next.decayed_k,
+                       *const queries = next.decayed_q;
     V d[NV], all_e[NV] = {}, all_r[NV] = {};
     for (int j = 0; j < NV; j++) d[j] = delta[j];
     const int64_t width = p_.width;
@@ -284,7 +301,8 @@ class Recurrence {
       V e[NV] = {}, r[NV] = {};
 #pragma GCC unroll 4
       for (; i < end; i++) {
-        const float write = k[i], keep = change == Change::by_row ? decay[i] : factor, key = keys[i], query = queries[i];
+        const float write = k[i], keep = change == Change::by_row ? decay[i] : factor, key = keys[i],
+                    query = queries[i];
 #pragma GCC unroll 2
         for (int j = 0; j < NV; j++) {
           float* const at = state + i * NR + j * W;
@@ -311,7 +329,7 @@ class Recurrence {
   float *tokens_, *carry_, *state_;
   const int64_t blocks_;
   float scale_ = 1;  // the state is what is kept times this
-  float beta_[kWindow], kq_[kWindow], before_[kWindow], inverse_[kWindow], factor_[kWindow];
+  float beta_[kWindow], kq_[kWindow], before_[kWindow], erase_before_[kWindow], inverse_[kWindow], factor_[kWindow];
   Change change_[kWindow];
 };
 

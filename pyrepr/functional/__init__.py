@@ -2,6 +2,7 @@
 
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.functional.codes import Clusters, bag_of_codes, cluster_tokens, soft_lookup, unpool_tokens
+from pyrepr.functional.delta_decode import gated_delta_decode
 from pyrepr.functional.delta_product import chunk_gated_delta_product
 from pyrepr.functional.delta_rule import (
     chunk_delta_rule,
@@ -42,6 +43,7 @@ __all__ = [
     "fused_recurrent_gla",
     "fused_recurrent_kda",
     "fused_recurrent_simple_gla",
+    "gated_delta_decode",
     "hash_codes",
     "householder",
     "info_nce",

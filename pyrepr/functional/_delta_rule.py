@@ -65,13 +65,12 @@ def check_state(name: str, state: object, v: Tensor, shape: tuple[int, ...], sym
         raise TypeError(f"{name} must be {name_of(wanted)} for v of {name_of(v.dtype)}, got {name_of(state.dtype)}")
 
 
-def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of one dtype: v's under autocast, else they must agree already."""
-    if q.dtype == v.dtype == k.dtype:
-        return q, k, v
+def of_one_dtype(name: str, x: Tensor, v: Tensor) -> Tensor:
+    """x in the dtype of v: brought there under autocast, else it must have it already."""
+    if x.dtype == v.dtype:
+        return x
     if torch.is_autocast_enabled(v.device.type):
-        return q.to(v.dtype), k.to(v.dtype), v
-    name, x = ("q", q) if q.dtype != v.dtype else ("k", k)
+        return x.to(v.dtype)
     raise TypeError(f"{name} must have the dtype of v, {name_of(v.dtype)}, got {name_of(x.dtype)}")
 
 
@@ -98,7 +97,7 @@ def prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens, gate):
     shape = check_inputs(q, k, v, g, beta, cu_seqlens, gate)
     if initial_state is not None:
         check_state("initial_state", initial_state, v, shape)
-    q, k, v = _one_dtype(q, k, v)
+    q, k = of_one_dtype("q", q, v), of_one_dtype("k", k, v)
     if scale is not None and not hasattr(scale, "__float__"):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     return q, k, v, shape[2] ** -0.5 if scale is None else float(scale), shape

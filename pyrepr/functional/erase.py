@@ -3,9 +3,10 @@
     Comba:               S ← e^{g_t}·S + β_t k_t (v_t − Sᵀ p_t)ᵀ                o_t = scale · Sᵀ q_t
     Gated DeltaNet-2:    S ← e^{g_t}·S;   S ← S + k_t (w_t v_t − Sᵀ (b_t k_t))ᵀ
 
-Names, order and meaning of arguments are those of flash-linear-attention 0.6. There are no kernels for these: they are
-computed in chunks in plain PyTorch, which takes ten to twenty times as long as :func:`pyrepr.chunk_gated_delta_rule`
-and :func:`pyrepr.chunk_kda`, and with a gradient memory for 300 to 500 tensors as large as q.
+Names, order and meaning of arguments are those of flash-linear-attention 0.6. On a CPU they run on the kernels of
+:func:`pyrepr.chunk_gated_delta_rule` and :func:`pyrepr.chunk_kda`, forward and backward. There is no kernel for a GPU:
+there they are computed in chunks in plain PyTorch, which takes memory for 15 to 40 tensors as large as q, and 40 to 65
+with a gradient.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from pyrepr._checks import check_device, check_shape, check_tensor
-from pyrepr.functional._delta_rule import check_state, prepared
+from pyrepr.functional._delta_rule import check_state, of_one_dtype, prepared
 from pyrepr.functional._delta_rule_extras import Extras, activated, check_alone, check_options, or_ones
-from pyrepr.reference import delta_rule as reference
+from pyrepr.ops.delta_rule import delta_rule_apart
 from pyrepr.reference._dtypes import compute_dtype
-from pyrepr.reference.delta_rule import Gate
+from pyrepr.reference.delta_rule import Gate, l2norm
 
 __all__ = ["chunk_comba", "chunk_gdn2", "fused_recurrent_comba", "fused_recurrent_gdn2"]
 
@@ -38,7 +39,7 @@ def chunk_comba(
     cu_seqlens: Tensor | None = None,  # [N + 1]
     cu_seqlens_cpu: Tensor | None = None,  # [N + 1]
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
-    """Comba (Hu et al. 2025, "Improving Bilinear RNNs with Closed-loop Control"), in plain PyTorch: no kernel.
+    """Comba (Hu et al. 2025, "Improving Bilinear RNNs with Closed-loop Control").
 
     As in the kernels of flash-linear-attention the erase reads the state before its decay.
 
@@ -47,8 +48,7 @@ def chunk_comba(
         beta: [B, T, HV]; default 1.
         use_qk_l2norm_in_kernel: p is divided by its length as well as q and k; default no.
 
-    Everything else, and what is returned and raised, is as in :func:`pyrepr.chunk_gated_delta_rule`; differentiable in
-    every floating argument, any number of times, by autograd.
+    Everything else, and what is returned and raised, is as in :func:`pyrepr.chunk_gated_delta_rule`.
 
     Example:
         >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
@@ -59,13 +59,14 @@ def chunk_comba(
     """
     beta = or_ones(beta, v, False)
     given = (q, k, v, g, beta, scale, initial_state, cu_seqlens, Gate.PER_HEAD)
-    q, k, v, scale, _ = prepared(*given)
+    q, k, v, scale, shape = prepared(*given)
     check_options(Extras(cu_seqlens_cpu=cu_seqlens_cpu), cu_seqlens)
     p = k if p is None else check_tensor("p", p)
     check_device("p", p, "q", q)
     check_shape("p", p, "[B, T, H, K]", tuple(q.shape))
-    o, state = reference.delta_rule_apart(
-        q, k, p, v, g, beta, initial_state, cu_seqlens, scale, bool(use_qk_l2norm_in_kernel), True
+    p, normalize = of_one_dtype("p", p, v), bool(use_qk_l2norm_in_kernel)
+    o, state = delta_rule_apart(
+        q, k, v, g, beta, p, initial_state, cu_seqlens, scale, normalize, undecayed=True, state_shape=shape
     )
     return o, state if output_final_state else None
 
@@ -119,8 +120,8 @@ def chunk_gdn2(
     A_log: Tensor | None = None,  # [HV]
     dt_bias: Tensor | None = None,  # [HV · K]
 ) -> tuple[Tensor, Tensor | None]:  # [B, T, HV, V], [N, HV, K, V]
-    """Gated DeltaNet-2, a rule with gates of its own for what is erased and what is written, in plain PyTorch: no
-    kernel. With b and w both one number a head it is Kimi Delta Attention.
+    """Gated DeltaNet-2, a rule with gates of its own for what is erased and what is written. With b and w both one
+    number a head it is Kimi Delta Attention.
 
     Args:
         g: [B, T, HV, K], natural logarithm of the decay of every row of the state before each token.
@@ -129,8 +130,8 @@ def chunk_gdn2(
         use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias, disable_recompute, return_intermediate_states,
             cp_context: as in :func:`pyrepr.chunk_kda`.
 
-    Everything else, and what is returned and raised, is as in :func:`pyrepr.chunk_kda`; differentiable in every
-    floating argument, any number of times, by autograd.
+    Everything else, and what is returned and raised, is as in :func:`pyrepr.chunk_kda`. q, k and v are widened to
+    float32 on the way.
 
     Example:
         >>> q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
@@ -157,11 +158,10 @@ def chunk_gdn2(
     dtype = compute_dtype(v.dtype)
     wide: list[Any] = [x.to(dtype) for x in (q, k)]
     if use_qk_l2norm_in_kernel:
-        wide = [reference.l2norm(x) for x in wide]
+        wide = [l2norm(x) for x in wide]
     p = b.to(dtype) * wide[1].repeat_interleave(shape[1] // k.shape[2], 2)
-    o, state = reference.delta_rule_apart(
-        *wide, p, w.to(dtype) * v.to(dtype), g, ones, turned, cu_seqlens, scale, False, False
-    )
+    values, options = w.to(dtype) * v.to(dtype), {"undecayed": False, "state_shape": shape}
+    o, state = delta_rule_apart(*wide, values, g, ones, p, turned, cu_seqlens, scale, False, **options)
     last = state.mT if state_v_first else state
     return o.to(v.dtype), last if output_final_state else None
 

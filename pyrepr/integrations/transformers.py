@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from pyrepr import functional
+from pyrepr._modules import is_bare
 from pyrepr.backend import GPU_ORDER, forced_backend
 from pyrepr.integrations._assisted import assisted, depth, remembering
 from pyrepr.ops import causal_conv1d as convolution
@@ -304,6 +305,62 @@ def _scan_step(original: Callable) -> Callable:
     return run
 
 
+def _layer(original: Callable) -> Callable:
+    """The forward of a gated-delta layer of Qwen's kind: one native call between its projections for a token with a
+    cache, and the original, whose functions are replaced too, for everything else.
+
+    The call does not round between its parts to the model's dtype, as the original does with step sizes and within the
+    norm. It stands in for the convolution and the norm, so both must be what the model was made with: no hooks, no
+    kernels of a mapping.
+    """
+
+    @functools.wraps(original)
+    def run(
+        self: Any,
+        hidden_states: Tensor,  # [B, T, hidden]
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,  # [B, T]
+        **kwargs: Any,
+    ) -> Tensor:  # [B, T, hidden]
+        given = (hidden_states, cache_params, attention_mask)
+        alone = cache_params is not None and attention_mask is None and hidden_states.shape[1] == 1 and depth() == 0
+        native = rule.may_decode(hidden_states) and not torch.is_grad_enabled()
+        if not alone or not native or _packed(kwargs) or not _is_plain(self):
+            return original(self, *given, **kwargs)
+        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
+        state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        if conv_state is None or state is None or cache_params.is_recording_past(self.layer_idx):
+            return original(self, *given, **kwargs)
+        x, gate, g, beta = _projected(self, hidden_states)
+        bias = self.conv1d.bias
+        convolution_of = ((x,), (conv_state,), (self.conv1d.weight,), None if bias is None else (bias,), None)
+        gates, norm = (g, beta, self.A_log, self.dt_bias), self.norm
+        o = rule.decode(
+            *convolution_of, *gates, state, norm.weight, gate, True, norm.variance_epsilon, False, None, None
+        )
+        if o is None:
+            return original(self, *given, **kwargs)
+        cache_params.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(o)
+
+    return run
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether the layer's convolution and norm are SiLU's and no more than their classes' own."""
+    own = type(layer.norm).__module__ == type(layer).__module__ and type(layer.conv1d) is torch.nn.Conv1d
+    silu = layer.activation in ("silu", "swish") and getattr(layer.norm, "activation", "silu") in ("silu", "swish")
+    return own and silu and is_bare(layer.conv1d) and is_bare(layer.norm)
+
+
+def _projected(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v beside each other, the norm's gate, and g and beta before their activations."""
+    if hasattr(layer, "in_proj_qkv"):
+        return layer.in_proj_qkv(x), layer.in_proj_z(x), layer.in_proj_a(x), layer.in_proj_b(x)
+    *q_k_v, gate, beta, g = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(x), layer.in_proj_ba(x))
+    return torch.cat([y.flatten(2) for y in q_k_v], -1), gate, g, beta
+
+
 # What transformers' kernel look-up calls a function, and what a modeling module calls it.
 _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
     "chunk_gated_delta_rule": functools.partial(_rule, functional.chunk_gated_delta_rule, None),
@@ -317,6 +374,7 @@ _REPLACEMENTS: dict[str, Callable[[Callable], Callable]] = {
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _step,
     "create_recurrent_attention_mask": _mask,
+    "gated delta layer": _layer,
 }
 _NAMES = {
     "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
@@ -329,6 +387,7 @@ _NAMES = {
     "causal_conv1d_update": "causal_conv1d_update",
     "create_recurrent_attention_mask": "create_recurrent_attention_mask",
 }
+_LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 _RULE = {"query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"}
 _FILTER = {"hidden_states", "weight", "bias", "activation"}
 _SCAN = {"hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus"}
@@ -338,6 +397,7 @@ _ARGUMENTS = {
     "causal_conv1d_fn": _FILTER,
     "causal_conv1d_update": _FILTER | {"conv_state"},
     "create_recurrent_attention_mask": {"inputs_embeds", "attention_mask"},
+    "gated delta layer": {"hidden_states", "cache_params", "attention_mask"},
 }
 
 
@@ -377,6 +437,7 @@ def _found(module: Any) -> Iterator[tuple[Any, str, str]]:
     names = vars(module)
     if "causal_conv1d_fn" in names:  # every model file with one of the others has this one
         yield from ((module, name, kind) for name, kind in _NAMES.items() if name in names)
+        yield from ((names[name], "forward", "gated delta layer") for name in _LAYERS if name in names)
 
 
 def _replace_in(found: Iterator[tuple[Any, str, str]]) -> None:
@@ -411,8 +472,12 @@ def enable() -> None:
     """Puts pyrepr's kernels under every gated-delta, KDA and Mamba-2 model, those already made and those still to come.
 
     The rules run on CPU tensors only, whether or not flash-linear-attention or causal-conv1d are installed. While
-    decoding, the state in a model's cache is updated in place. Packed sequences (``cu_seq_lens_q`` or ``seq_idx``) are
-    kept apart, where transformers' PyTorch fallback raises: every one comes out as it does alone, to rounding.
+    decoding, the state in a model's cache is updated in place, and layers of Qwen3-Next and Qwen3.5 (with its MoE) make
+    one call of all that is between their projections (:func:`pyrepr.functional.gated_delta_decode`), which rounds less
+    than their own code: logits of a bfloat16 model differ by its rounding. Where a hook or a mapped kernel looks at
+    their convolution or norm, with padding, or with gradients, they run as they were, call by call. Packed sequences
+    (``cu_seq_lens_q`` or ``seq_idx``) are kept apart, where transformers' PyTorch fallback raises: every one comes out
+    as it does alone, to rounding.
     Training of Mamba-2's models where mamba_ssm is installed runs its one function for convolution, scan and norm,
     which is not replaced.
 

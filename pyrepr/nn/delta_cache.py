@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrepr._checks import INTEGERS, check_tensor, shape_of, shown
+from pyrepr._reporting import replacing
 
 FREE_STATES = 4  # sizes of layers of which a cache keeps free memory
 _VERSION = 1
@@ -253,15 +252,8 @@ class DeltaCache:
             }
             for layer_idx, layer in self._layers.items()
         }
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                torch.save({"DeltaCache": _VERSION, "rollback": self.rollback, "layers": layers}, file)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with replacing(path) as temporary:
+            torch.save({"DeltaCache": _VERSION, "rollback": self.rollback, "layers": layers}, temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> DeltaCache:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyrepr._checks import check_is_tensor, check_tensor, name_of, shown
+from pyrepr._modules import is_bare
 from pyrepr.functional import delta_rule as rules
 from pyrepr.functional.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from pyrepr.nn._sizes import check_sizes
 from pyrepr.nn.delta_cache import DeltaCache
 from pyrepr.nn.norm import FusedRMSNormGated
+from pyrepr.ops.delta_rule import decode, may_decode
 
 _MODES = ("chunk", "fused_recurrent")
 
@@ -142,6 +144,12 @@ class _DeltaLayer(nn.Module):
         """The output gate, [B, T, HV, V]."""
         return self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
 
+    def _decoded(
+        self, x: Tensor, projected: tuple[Tensor, ...], last: dict[str, Any], new: list[Tensor]
+    ) -> Tensor | None:
+        """One token's [B, 1, HV·V] in one native call, for layers that have one, the states after it in `new`."""
+        return None
+
     def _norm(self, o: Tensor, x: Tensor) -> Tensor:
         """What the rule gives, normalised and gated."""
         return self.o_norm(o, self._gate(x))
@@ -248,7 +256,15 @@ class _DeltaLayer(nn.Module):
             if before is not None:
                 before = tuple(x.clone() for x in before)
         elif past_key_values is not None and last is not None and keep and not torch.is_grad_enabled():
-            options["out_state"], *spare = past_key_values.spare(self.layer_idx)
+            new = past_key_values.spare(self.layer_idx)
+            if total == 1 and places is None and cu_seqlens is None:
+                o = self._decoded(x, projected, last, new)
+                if o is not None:
+                    done = (self.o_proj(o), None, past_key_values)
+                    kept = tuple(new[1:])
+                    # In one line: nothing may go wrong between the cache's move and the return.
+                    return (done, past_key_values.update(self.layer_idx, new[0], kept, total))[0]
+            options["out_state"], *spare = new
             if before is not None and cu_seqlens is None:  # the convolutions write where they read
                 before = tuple(new.copy_(old) for new, old in zip(spare, before, strict=True))
         q, k, v, conv_states = self._q_k_v(projected, before, keep, cu_seqlens)
@@ -472,6 +488,37 @@ class GatedDeltaNet(_DeltaLayer):
 
     def _gate(self, x: Tensor) -> Tensor | None:
         return super()._gate(x) if self.use_gate else None
+
+    def _decoded(
+        self, x: Tensor, projected: tuple[Tensor, ...], last: dict[str, Any], new: list[Tensor]
+    ) -> Tensor | None:
+        if not self.use_short_conv or not may_decode(x):
+            return None
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        own = all(type(c) is ShortConvolution for c in convolutions) and type(self.o_norm) is FusedRMSNormGated
+        silu = own and all(c.activation in ("silu", "swish") for c in convolutions)
+        if not silu or not all(map(is_bare, (*convolutions, self.o_norm))):
+            return None
+        biased = convolutions[0].bias is not None
+        return decode(
+            projected,
+            last["conv_state"],
+            tuple(c.weight for c in convolutions),
+            tuple(c.bias for c in convolutions) if biased else None,
+            tuple(new[1:]),
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log,
+            self.dt_bias,
+            last["recurrent_state"],
+            self.o_norm.weight,
+            self._gate(x),
+            self.o_norm.activation != "sigmoid",
+            self.o_norm.eps,
+            self.allow_neg_eigval,
+            new[0],
+            None,
+        )
 
 
 class KimiDeltaAttention(_DeltaLayer):

@@ -44,14 +44,15 @@ class Chunks:
         v: Tensor,  # [B, T, HV, V]
         g: Tensor | None,  # [B, T, HV], [B, T, HV, K] or None
         beta: Tensor | None,  # [B, T, HV]; None: nothing is erased
-        p: Tensor | None = None,  # [B, T, HV, K], what is read to be erased; None: k. `backward` knows k alone
+        p: Tensor | None = None,  # [B, T, HV, K], what is read to be erased; None: k
         undecayed: bool = False,  # whether p reads the state before its decay; then no gate per key
     ) -> None:
         # A gate per key takes C passes over [T, K] to make the pairs: smaller chunks.
         size = min(16 if g is not None and g.dim() == 4 else 64, max(1, q.shape[1]))
         self.total, self.gate = q.shape[1], None if g is None else g.dim()
         self.q, self.k, self.v = (_cut(x, size) for x in (q, k, v))
-        self.p, self.undecayed = self.k if p is None else _cut(p, size), undecayed
+        self.apart, self.undecayed = p is not None, undecayed
+        self.p = self.k if p is None else _cut(p, size)
         self.beta = None if beta is None else _cut(beta, size)[..., None]
         g = q.new_zeros(1, q.shape[1], 1, 1) if g is None else g[..., None] if g.dim() == 3 else g
         self.g = _cut(g, size)  # [B, HV, n, C, 1 or K]
@@ -98,19 +99,19 @@ class Chunks:
         return [torch.stack(column, -1) for column in zip(*columns, strict=True)]
 
     def _pairs_backward(self, d_qk: Tensor, d_kk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of :meth:`_pairs` in q_t, k_t and k_j; those of the pairs are zero for j > t."""
+        """The gradients of :meth:`_pairs` in q_t, p_t and k_j; those of the pairs are zero for j > t."""
         if self.gate != 4:
             decays = self._decays()
-            d_qk, d_kk = d_qk * decays, d_kk * decays
-            return d_qk @ self.k, d_kk @ self.k, d_qk.mT @ self.q + d_kk.mT @ self.k
-        dq, dk, columns = torch.zeros_like(self.q), torch.zeros_like(self.k), []
+            d_qk, d_kk = d_qk * decays, d_kk * self._before(decays)
+            return d_qk @ self.k, d_kk @ self.k, d_qk.mT @ self.q + d_kk.mT @ self.p
+        dq, dp, columns = torch.zeros_like(self.q), torch.zeros_like(self.k), []
         for j in range(self.k.shape[-2]):
             later, own = self._later(j), self.k[..., j : j + 1, :]
-            of_q, of_k = (d[..., j, None] * later for d in (d_qk, d_kk))  # [B, HV, n, C, K]
+            of_q, of_p = (d[..., j, None] * later for d in (d_qk, d_kk))  # [B, HV, n, C, K]
             dq += of_q * own
-            dk += of_k * own
-            columns.append((of_q * self.q + of_k * self.k).sum(-2))
-        return dq, dk, torch.stack(columns, -2)
+            dp += of_p * own
+            columns.append((of_q * self.q + of_p * self.p).sum(-2))
+        return dq, dp, torch.stack(columns, -2)
 
     def states(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The states before each chunk [B, HV, n, K, V], U [B, HV, n, C, V], and the last state [B, HV, K, V]."""
@@ -130,8 +131,8 @@ class Chunks:
 
     def backward(
         self, state: Tensor, grad_o: Tensor, grad_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Gradients in q, k, v, g, beta and the state that :meth:`forward` was given."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """Gradients in q, k, v, g, beta, p and the state that :meth:`forward` was given."""
         before, updates, _ = self.states(state)
         grad_o = _cut(grad_o, self.k.shape[3])
         d_updates, after, grad_state = self._through_states(grad_o, grad_state)
@@ -140,27 +141,32 @@ class Chunks:
             z = self.inverse.mT @ d_updates
             d_a = -(z @ updates.mT).tril(-1)
             dv, d_kk = self.beta * z, self.beta * d_a
-            dbeta = (z * (self.v - self.decay * self.k @ before)).sum(-1) + (d_a * self.kk).sum(-1)
+            dbeta = (z * (self.v - self._before(self.decay) * self.p @ before)).sum(-1) + (d_a * self.kk).sum(-1)
         own = d_qk.diagonal(dim1=-2, dim2=-1)[..., None]
-        dq, dk_row, dk_column = self._pairs_backward(d_qk.tril(-1), d_kk)
+        dq, dp, dk = self._pairs_backward(d_qk.tril(-1), d_kk)
         dq = dq + self.decay * (grad_o @ before.mT)
         if self.beta is not None:
-            dk_row = dk_row - self.decay * (dv @ before.mT)
+            dp = dp - self._before(self.decay) * (dv @ before.mT)
         dk_tail = self.tail * (updates @ after.mT)
         last = self._last()
         dk_end, dk_tail = dk_tail * last, dk_tail.masked_fill(last, 0)
-        dk_column = dk_column + dk_tail
+        dk = dk + dk_tail
         dg = None
         if self.gate is not None:
-            sums = self.q * dq + self.k * (dk_row - dk_column)
-            ends = (self.k * dk_tail).sum(-2) + (self.end * before * after).sum(-1)
-            sums[..., -1, :] += ends
+            read = self.p * dp
+            sums = self.q * dq - self.k * dk
+            sums[..., -1, :] += (self.k * dk_tail).sum(-2) + (self.end * before * after).sum(-1)
+            # What p reads before the decay of token t has the decays up to token t − 1.
+            sums = sums + (torch.cat([read[..., 1:, :], read[..., :1, :] * 0], -2) if self.undecayed else read)
             sums = sums if self.gate == 4 else sums.sum(-1)
             along = -2 if self.gate == 4 else -1
             dg = _uncut(sums.flip(along).cumsum(along).flip(along), self.total)
-        dq, dk = dq + own * self.k, dk_row + dk_column + own * self.q + dk_end
+        dq, dk = dq + own * self.k, dk + own * self.q + dk_end
+        if not self.apart:
+            dk, dp = dk + dp, None
         dq, dk, dv = (_uncut(x, self.total) for x in (dq, dk, dv))
-        return dq, dk, dv, dg, None if dbeta is None else _uncut(dbeta, self.total), grad_state
+        dbeta, dp = (None if x is None else _uncut(x, self.total) for x in (dbeta, dp))
+        return dq, dk, dv, dg, dbeta, dp, grad_state
 
     def _last(self) -> Tensor:
         """Which tokens are the last of their chunks, [n, C, 1]."""

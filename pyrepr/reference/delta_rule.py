@@ -94,19 +94,28 @@ def _decays(g: Tensor | None, t: int) -> Tensor | float:
 
 
 def _recur(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    p: Tensor | None = None,
+    undecayed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over one run of tokens; q is scaled, heads are repeated, everything has one dtype.
 
     q, k: [B, T, HV, K], v: [B, T, HV, V], g: [B, T, HV] or [B, T, HV, K], beta: [B, T, HV] or None,
-    state: [B, HV, K, V].
+    state: [B, HV, K, V], p: [B, T, HV, K], what the erase reads along, k without it, of the state before its decay with
+    `undecayed`.
     """
     outputs = []
     for t in range(q.shape[1]):
-        state = state * _decays(g, t)
+        before, state = state, state * _decays(g, t)
         error = v[:, t]
         if beta is not None:
-            error = beta[:, t, :, None] * (error - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+            read, along = before if undecayed else state, k if p is None else p
+            error = beta[:, t, :, None] * (error - torch.einsum("bhkv,bhk->bhv", read, along[:, t]))
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
@@ -173,12 +182,19 @@ def _at(tokens: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def prepared(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, scale: float, normalize: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    normalize: bool,
+    p: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """q (scaled), k, v, g and beta as the recurrence takes them."""
+    """q (scaled), k, v, g, beta and p as the recurrence takes them."""
     dtype = compute_dtype(v.dtype)
-    q, k = (_heads(x, v.shape[2] // k.shape[2], normalize, dtype) for x in (q, k))
-    return q * scale, k, *(None if x is None else x.to(dtype) for x in (v, g, beta))
+    q, k, p = (None if x is None else _heads(x, v.shape[2] // x.shape[2], normalize, dtype) for x in (q, k, p))
+    return q * scale, k, *(None if x is None else x.to(dtype) for x in (v, g, beta)), p
 
 
 def delta_rule_chunks(
@@ -197,13 +213,13 @@ def delta_rule_chunks(
     return _by_segments(tensors, initial_state, cu_seqlens, v.dtype)
 
 
-def delta_rule_apart(
+def delta_rule_apart_chunks(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]
-    p: Tensor,  # [B, T, H or HV, K]
     v: Tensor,  # [B, T, HV, V]
-    g: Tensor | None,  # [B, T, HV] or [B, T, HV, K]
+    g: Tensor,  # [B, T, HV] or [B, T, HV, K]
     beta: Tensor,  # [B, T, HV]
+    p: Tensor,  # [B, T, H or HV, K]
     initial_state: Tensor | None,  # [N, HV, K, V]
     cu_seqlens: Tensor | None,  # [N + 1]
     scale: float,
@@ -212,9 +228,8 @@ def delta_rule_apart(
 ) -> tuple[Tensor, Tensor]:
     """:func:`delta_rule_chunks` whose erase reads along p: S ← e^g S + β k (v − S̄ᵀ p)ᵀ with S̄ = e^g S, or with
     `undecayed`, which takes no gate per key, S̄ = S."""
-    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
-    p = _heads(p, v.shape[2] // p.shape[2], use_qk_l2norm, tensors[2].dtype)
-    return _by_segments((*tensors, p), initial_state, cu_seqlens, v.dtype, undecayed)
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm, p)
+    return _by_segments(tensors, initial_state, cu_seqlens, v.dtype, undecayed)
 
 
 def _by_segments(
@@ -223,8 +238,9 @@ def _by_segments(
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
     undecayed: bool = False,
+    by_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """o in `dtype` and the final state, of what :class:`Chunks` takes."""
+    """o in `dtype` and the final state, of what :func:`prepared` gives."""
     k, v = tensors[1:3]
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
@@ -234,9 +250,11 @@ def _by_segments(
     states = [state] if cu_seqlens is None else list(state.split(1))
     outputs = []
     for tokens, row in _segments(v, cu_seqlens):
-        *own, i = *_at(tokens, *tensors), row.start or 0
-        few = own[0].shape[1] <= FEW and len(own) == 5
-        o, states[i] = _recur(*own, states[i]) if few else Chunks(*own, undecayed=undecayed).forward(states[i])
+        *own, p, i = *_at(tokens, *tensors), row.start or 0
+        if by_token or own[0].shape[1] <= FEW:
+            o, states[i] = _recur(*own, states[i], p, undecayed)
+        else:
+            o, states[i] = Chunks(*own, p, undecayed).forward(states[i])
         outputs.append(o)
     o = torch.cat(outputs, 1) if outputs else torch.zeros_like(tensors[2])
     return o.to(dtype), torch.cat(states) if states else state
@@ -306,26 +324,90 @@ def delta_rule_backward(
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in q, k, v, g and beta (empty without them), and the initial state, each in its input's dtype."""
-    dtype = compute_dtype(v.dtype)
     tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm)
-    state = torch.zeros_like(grad_state, dtype=dtype) if initial_state is None else initial_state.to(dtype, copy=True)
-    ds = grad_state.to(dtype, copy=True)
-    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
-    segments, starts = _segments(v, cu_seqlens), []
-    for tokens, row in segments:
-        starts.append(state[row].clone())
-        state[row] = Chunks(*_at(tokens, *tensors)).states(starts[-1])[2]
-    for (tokens, row), start in zip(reversed(segments), reversed(starts), strict=True):
-        *found, first = Chunks(*_at(tokens, *tensors)).backward(start, grad_o[:, tokens].to(dtype), ds[row])
-        for grad, part in zip(_at(tokens, *grads), found, strict=True):
-            if grad is not None:
-                grad.copy_(part)
-        ds[row] = first
-    dq, dk, dv, dg, dbeta = grads
+    (dq, dk, dv, dg, dbeta, _), ds = _backward_by_segments(tensors, initial_state, cu_seqlens, grad_o, grad_state)
     return (
         heads_backward(q, dq * scale, use_qk_l2norm),
         heads_backward(k, dk, use_qk_l2norm),
         dv.to(v.dtype),
-        *(v.new_empty(0, dtype=dtype) if x is None else dx.to(x.dtype) for dx, x in ((dg, g), (dbeta, beta))),
+        *(
+            v.new_empty(0, dtype=compute_dtype(v.dtype)) if x is None else dx.to(x.dtype)
+            for dx, x in ((dg, g), (dbeta, beta))
+        ),
         ds,
     )
+
+
+def _backward_by_segments(
+    tensors: tuple[Any, ...],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grad_o: Tensor,
+    grad_state: Tensor,
+    undecayed: bool = False,
+) -> tuple[list[Any], Tensor]:
+    """The gradients in what :func:`prepared` gives, ``None`` for what is not there, and in the initial state."""
+    v = tensors[2]
+    state = (
+        torch.zeros_like(grad_state, dtype=v.dtype) if initial_state is None else initial_state.to(v.dtype, copy=True)
+    )
+    ds = grad_state.to(v.dtype, copy=True)
+    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
+    segments, starts = _segments(v, cu_seqlens), []
+    for tokens, row in segments:
+        starts.append(state[row].clone())
+        state[row] = Chunks(*_at(tokens, *tensors), undecayed).states(starts[-1])[2]
+    for (tokens, row), start in zip(reversed(segments), reversed(starts), strict=True):
+        chunks = Chunks(*_at(tokens, *tensors), undecayed)
+        *found, first = chunks.backward(start, grad_o[:, tokens].to(v.dtype), ds[row])
+        for grad, part in zip(_at(tokens, *grads), found, strict=True):
+            if grad is not None:
+                grad.copy_(part)
+        ds[row] = first
+    return grads, ds
+
+
+def delta_rule_apart_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    p: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    undecayed: bool,
+    slots: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`delta_rule_forward`, of :func:`delta_rule_apart_chunks`."""
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm, p)
+    o, state = _by_segments(tensors, initial_state, cu_seqlens, v.dtype, undecayed)
+    if o.is_cpu and not bool(o.isfinite().all()):
+        o, state = _by_segments(tensors, initial_state, cu_seqlens, v.dtype, undecayed, by_token=True)
+    return o.contiguous(), state, state.new_full((slots, *state.shape[1:]), torch.inf)
+
+
+def delta_rule_apart_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    p: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    grad_o: Tensor,
+    grad_state: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    undecayed: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients in q, k, v, g, beta and p, each in its input's dtype, and in the initial state."""
+    tensors = prepared(q, k, v, g, beta, scale, use_qk_l2norm, p)
+    found, ds = _backward_by_segments(tensors, initial_state, cu_seqlens, grad_o, grad_state, undecayed)
+    dq, dk, dv, dg, dbeta, dp = found
+    dq, dk, dp = (heads_backward(x, dx, use_qk_l2norm) for x, dx in ((q, dq * scale), (k, dk), (p, dp)))
+    return dq, dk, dv.to(v.dtype), dg.to(g.dtype), dbeta.to(beta.dtype), dp, ds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,13 @@ def recurrence(
     beta: np.ndarray | None,  # [B, T, HV]; None: nothing is erased
     initial: np.ndarray | None,  # [N, HV, K, V]
     options: dict[str, Any],
+    p: np.ndarray | None = None,  # [B, T, H or HV, K], what the erase reads along; None: k
 ) -> tuple[np.ndarray, np.ndarray]:
     """o [B, T, HV, V] and the states [N, HV, K, V] after the last token of every sequence."""
+    p = k if p is None else p
     if options["l2norm"]:
-        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
-    groups = v.shape[2] // k.shape[2]
-    q, k = (np.repeat(x, groups, 2) for x in (q, k))
+        q, k, p = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k, p))
+    q, k, p = (np.repeat(x, v.shape[2] // x.shape[2], 2) for x in (q, k, p))
     q = q * (q.shape[3] ** -0.5 if options["scale"] is None else options["scale"])
     kind = np.result_type(q, k, v, *(x for x in (g, beta, initial) if x is not None))
     o = np.zeros(v.shape, dtype=kind)
@@ -55,26 +57,30 @@ def recurrence(
     for number, rows, start, end in runs:
         s = states[number]
         for t in range(start, end):
+            before = s
             if g is not None:
                 decay = np.exp(g[rows, t])
                 s = s * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
             key = k[rows, t]
             error = v[rows, t]
             if beta is not None:
-                error = beta[rows, t, :, None] * (error - (s * key[..., None]).sum(2))
+                read = before if options.get("undecayed") else s
+                error = beta[rows, t, :, None] * (error - (read * p[rows, t, ..., None]).sum(2))
             s = s + key[..., None] * error[:, :, None]
             o[rows, t] = (s * q[rows, t, ..., None]).sum(2)
         states[number] = s
     return o, states
 
 
-def room(arrays: list[np.ndarray | None], options: dict[str, Any], eps: float) -> tuple[np.ndarray, np.ndarray]:
+def room(
+    arrays: list[np.ndarray | None], options: dict[str, Any], eps: float, rule: Callable = recurrence
+) -> tuple[np.ndarray, np.ndarray]:
     """The change that rounding makes, over a head's tokens so far and all its values."""
     rng = np.random.default_rng(0)
-    truth = recurrence(*arrays, options)
+    truth = rule(*arrays, options)
     change = [np.zeros(x.shape) for x in truth]
     for _ in range(2):
-        moved = recurrence(
+        moved = rule(
             *(None if a is None else a * (1 + eps * rng.choice([-1.0, 1.0], a.shape)) for a in arrays), options
         )
         change = [np.maximum(c, np.abs(a - b)) for c, a, b in zip(change, truth, moved, strict=True)]

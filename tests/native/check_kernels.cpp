@@ -132,6 +132,7 @@ void check_gram(const Level& level, DType dtype, double allowed) {
 struct Delta {
   static constexpr int64_t T = 75, H = 2, K = 20, V = 36;
   Doubles q, k, v, g, beta, weights;
+  Doubles erase = {};  // what is read to be erased, before the decay; empty: along k, after it
 
   Doubles forward() const {
     Doubles out(T * H * V), state(K * V);
@@ -139,14 +140,15 @@ struct Delta {
       state.assign(K * V, 0);
       for (int64_t t = 0; t < T; t++) {
         const int64_t row = t * H + h;
-        for (double& value : state) value *= std::exp(g[row]);
+        const double decay = std::exp(g[row]), seen = erase.empty() ? decay : 1;
+        const Doubles& along = erase.empty() ? k : erase;
         for (int64_t c = 0; c < V; c++) {
           double there = 0;
-          for (int64_t i = 0; i < K; i++) there += state[i * V + c] * k[row * K + i];
+          for (int64_t i = 0; i < K; i++) there += seen * state[i * V + c] * along[row * K + i];
           const double change = beta[row] * (v[row * V + c] - there);
           double read = 0;
           for (int64_t i = 0; i < K; i++) {
-            state[i * V + c] += k[row * K + i] * change;
+            state[i * V + c] = decay * state[i * V + c] + k[row * K + i] * change;
             read += state[i * V + c] * q[row * K + i];
           }
           out[row * V + c] = read;
@@ -163,31 +165,34 @@ struct Delta {
   }
 };
 
-void check_delta_rule(const Level& level) {
-  constexpr int64_t T = Delta::T, H = Delta::H, K = Delta::K, V = Delta::V, chunks = (T + kDeltaChunk - 1) / kDeltaChunk;
+void check_delta_rule(const Level& level, bool apart) {
+  constexpr int64_t T = Delta::T, H = Delta::H, K = Delta::K, V = Delta::V,
+                    chunks = (T + kDeltaChunk - 1) / kDeltaChunk;
   Random source;
   std::vector<float> q = random<float>(source, T * H * K, 0.2), k = random<float>(source, T * H * K, 0.2);
   std::vector<float> v = random<float>(source, T * H * V), g = random<float>(source, T * H, 0.1);
   std::vector<float> beta = random<float>(source, T * H, 0.2), grad = random<float>(source, T * H * V);
   for (float& value : g) value = -std::fabs(value);
   for (float& value : beta) value = 0.5f + 0.5f * std::tanh(value);
-  Delta truth{wide(q), wide(k), wide(v), wide(g), wide(beta), wide(grad)};
+  std::vector<float> erase = random<float>(source, apart ? T * H * K : 0, 0.2);
+  Delta truth{wide(q), wide(k), wide(v), wide(g), wide(beta), wide(grad), wide(erase)};
 
   DeltaRuleProblem problem{};
   problem.q = {q.data(), T * H * K, H * K, K}, problem.k = {k.data(), T * H * K, H * K, K};
   problem.v = {v.data(), T * H * V, H * V, V};
+  if (apart) problem.erase = {erase.data(), T * H * K, H * K, K}, problem.undecayed = true;
   problem.g = g.data(), problem.gate = Gate::per_head, problem.beta = beta.data();
   problem.batch = 1, problem.total = T, problem.heads = H, problem.width = K;
   problem.value_heads = H, problem.value_width = V, problem.sequences = 1;
   problem.dtype = DType::f32, problem.scale = 1, problem.threads = 2;
   std::vector<float> out(T * H * V), final(H * K * V), states(chunks * H * K * V), state(H * K * V);
-  const DeltaRuleStates kept{states.data(), chunks, 1};
+  const DeltaRuleStates kept{states.data(), chunks, 1, chunks, -1};
   level.delta_rule().forward(problem, out.data(), final.data(), kept);
   compare(level.name, "delta rule", out, truth.forward(), 1e-6);
 
-  std::vector<float> dq(q.size()), dk(k.size()), dv(v.size()), dg(g.size()), db(beta.size());
-  level.delta_rule().backward(problem, kept,
-                              {grad.data(), dq.data(), dk.data(), dv.data(), dg.data(), db.data(), state.data()});
+  std::vector<float> dq(q.size()), dk(k.size()), dv(v.size()), dg(g.size()), db(beta.size()), de(erase.size());
+  level.delta_rule().backward(
+      problem, kept, {grad.data(), dq.data(), dk.data(), dv.data(), dg.data(), db.data(), state.data(), de.data()});
   const auto check = [&](const char* what, Doubles& values, const std::vector<float>& found) {
     const std::vector<size_t> at = some(values.size());
     compare(level.name, what, picked(found, at), slopes(values, at, [&] { return truth.loss(); }), 2e-6);
@@ -197,6 +202,7 @@ void check_delta_rule(const Level& level) {
   check("delta rule, of v", truth.v, dv);
   check("delta rule, of g", truth.g, dg);
   check("delta rule, of beta", truth.beta, db);
+  if (apart) check("delta rule, of what the erase reads along", truth.erase, de);
 }
 
 void check_causal_conv1d(const Level& level) {
@@ -223,8 +229,8 @@ void check_causal_conv1d(const Level& level) {
     return sum;
   };
   const int64_t bounds[2] = {0, T};
-  const CausalConvProblem problem{x.data(), T * D, D,        1,          weight.data(), bias.data(), nullptr, bounds, 1,
-                                  T,        D,     W,        DType::f32, DType::f32,    true,        2};
+  const CausalConvProblem problem{x.data(), T * D, D, 1, weight.data(), bias.data(), nullptr, bounds,
+                                  1,        T,     D, W, DType::f32,    DType::f32,  true,    2};
   std::vector<float> out(T * D), dx(T * D), dweight(D * W), dbias(D);
   level.causal_conv1d().forward(problem, out.data());
   compare(level.name, "convolution", out, forward(), 1e-6);
@@ -300,7 +306,8 @@ int main() {
     if (!level.supported) continue;
     check_gram<float>(level, DType::f32, 2e-6);
     check_gram<double>(level, DType::f64, 1e-14);
-    check_delta_rule(level);
+    check_delta_rule(level, false);
+    check_delta_rule(level, true);
     check_causal_conv1d(level);
     check_lookup(level);
     if (!(level.probe().micro_kernel(2, 0.01) > 0)) failures++, std::printf("%s: no micro-kernel\n", level.name);

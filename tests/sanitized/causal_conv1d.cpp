@@ -14,7 +14,8 @@ using pyrepr::cpu::CausalConvStep;
 void causal_conv1d(const pyrepr::cpu::Level& level, Random& random) {
   const pyrepr::cpu::CausalConvFunctions functions = level.causal_conv1d();
   const bool wild = random.chance(20), packed = random.chance(40);
-  const int64_t batch = 1 + random.below(3), total = 1 + random.below(random.chance(90) ? 70 : 400), channels = 1 + random.below(random.chance(90) ? 70 : 300);
+  const int64_t batch = 1 + random.below(3), total = 1 + random.below(random.chance(90) ? 70 : 400),
+                channels = 1 + random.below(random.chance(90) ? 70 : 300);
   CausalConvProblem p{};
   p.dtype = random.pick({DType::f32, DType::bf16, DType::f16});
   p.filter = random.chance(50) ? p.dtype : DType::f32;
@@ -75,8 +76,8 @@ void causal_conv1d(const pyrepr::cpu::Level& level, Random& random) {
       },
       [&](int threads, std::vector<Buffer>& out) {
         p.threads = threads;
-        const CausalConvGradients grads{grad.at(), out[0].at(), out[1].as<float>(), p.bias ? out[2].as<float>() : nullptr,
-                                        states ? out[3].as<float>() : nullptr};
+        const CausalConvGradients grads{grad.at(), out[0].at(), out[1].as<float>(),
+                                        p.bias ? out[2].as<float>() : nullptr, states ? out[3].as<float>() : nullptr};
         return functions.backward(p, grads);
       });
 
@@ -102,7 +103,8 @@ void causal_conv1d(const pyrepr::cpu::Level& level, Random& random) {
       },
       [&](int threads, std::vector<Buffer>& out) {
         step.threads = threads;
-        const CausalConvStep state{length ? out[1].at() : nullptr, channels * length, token_first ? 1 : length, token_first ? channels : 1, length};
+        const CausalConvStep state{length ? out[1].at() : nullptr, channels * length, token_first ? 1 : length,
+                                   token_first ? channels : 1, length};
         return functions.update(step, state, out[0].at());
       });
 }
