@@ -451,7 +451,7 @@ ROWS |= {
 POSITIVES = torch.tensor([2, 0, 2])
 
 
-def plain_info_nce(x, y, scale, labels=None, normalize=False, smoothing=0.0, widths=None):
+def plain_info_nce(x, y, scale, labels=None, normalize=False, smoothing=0.0, widths=None, rows_alone=False):
     labels = torch.arange(len(x)) if labels is None else labels
     losses = []
     for width in widths or [x.shape[1]]:
@@ -459,8 +459,10 @@ def plain_info_nce(x, y, scale, labels=None, normalize=False, smoothing=0.0, wid
         if normalize:
             a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
         s = scale * (a @ b.T)
-        for logits, target in ((s, labels), (s.T[labels], torch.arange(len(x)))):
-            losses.append(torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing) / 2)
+        both = (s, labels), (s.T[labels], torch.arange(len(x)))
+        for logits, target in both[: 2 - rows_alone]:
+            loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing)
+            losses.append(loss / (2 - rows_alone))
     return sum(losses)
 
 
@@ -479,6 +481,13 @@ ROWS |= {
         functools.partial(plain_info_nce, normalize=True, labels=POSITIVES, widths=[2, 3]),
         x=(3, 3),
         y=(4, 3),
+        scale=SCALE,
+    ),
+    "info_nce, rows": Row(
+        functools.partial(pyrepr.functional.info_nce, normalize=True, directions="rows", prefixes=[1, 3]),
+        functools.partial(plain_info_nce, normalize=True, widths=[1, 3], rows_alone=True),
+        x=(4, 3),
+        y=(5, 3),
         scale=SCALE,
     ),
     "info_nce, smoothed": Row(

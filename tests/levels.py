@@ -18,9 +18,10 @@ def other_levels() -> list[str]:
     return [level for level in module.simd_levels() if level != module.simd_level()] if module else []
 
 
-def run_at(level: str, file: str) -> None:
-    """The tests of a file that are marked ``levels``, at this level; any failure is one here."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "levels", str(HERE / file)]
+def run_at(level: str) -> None:
+    """All tests that are marked ``levels``, at this level; any failure is one here."""
+    files = [str(file) for file in sorted(HERE.glob("test_*.py")) if "mark.levels" in file.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "levels", *files]
     environment = {**os.environ, "PYREPR_SIMD": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

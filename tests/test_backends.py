@@ -177,6 +177,10 @@ def test_an_assembler_in_doubt_is_named(monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
         _ptxas.in_use.cache_clear()
 
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setattr(_ptxas, "bundled", lambda: None)
+    _ptxas.in_use.cache_clear()
+    assert _ptxas.doubted(9).startswith("ptxas of unknown version is known for wrong code on sm_90")  # there is none
     assembler("12.8.93")
     assert _ptxas.version_of(str(tmp_path / "ptxas")) == (12, 8, 93) and _ptxas.version_of("/none") == ()
     assert _ptxas.doubted(9).startswith("ptxas 12.8.93 is known for wrong code on sm_90; set TRITON_PTXAS_PATH")

@@ -13,8 +13,8 @@ import warnings
 import pytest
 import torch
 from derivative_rows import CODES, ROWS, SPECS, STANDARD
-from derivatives import HESSIANS, MODES
-from torch.autograd import gradcheck, gradgradcheck
+from derivatives import FIRST, HESSIANS, MODES, SECOND, few
+from torch.autograd import functional, gradcheck, gradgradcheck
 
 import pyrepr
 from pyrepr.nn import (
@@ -43,21 +43,39 @@ WHERE = [("cpu", torch.float32), ("reference", torch.float32), ("cpu", torch.flo
 
 
 @functools.cache
-def truth(row, mode):
-    # Hessians by columns: the plain formulas are not all of a kind that the older vmap takes.
-    return ROWS[row].result("autograd hessian" if mode in HESSIANS else mode, "plain", torch.float64)
+def truths(row):
+    """Of every mode, from value, gradient and Hessian of the plain formula at x and at x + v."""
+    f, x, v = ROWS[row].scalar("plain", torch.float64), ROWS[row].vector, ROWS[row].direction
+    found = [(f(x), functional.jacobian(f, x), functional.hvp(f, x, v)[1]) for x in (x, x + v)]
+    values, gradients, products = map(torch.stack, zip(*found, strict=True))
+    gradient, product, hessian = gradients[0], products[0], functional.hessian(f, x)
+    others = {
+        **dict.fromkeys(["jvp", "dual numbers"], gradient @ v),
+        "vmap": values,
+        "vmap of grad": gradients,
+        "vmap of vmap of grad": gradients[None],
+        "grad of vmap": gradients.T,
+        "vmap of jvp": gradients @ v,
+        "gradient penalty": gradient + 2 * hessian @ gradient,
+        "forward over forward": v @ product,
+        "vmap of hvp": products,
+        "autograd hessian": hessian[few(x)][:, few(x)],
+        "third": MODES["third"](f, x, v),
+    }
+    return dict.fromkeys(FIRST, gradient) | dict.fromkeys(SECOND, product) | dict.fromkeys(HESSIANS, hessian) | others
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_function_in_every_mode(row, mode):
-    expected = truth(row, mode)
+    expected = truths(row)[mode]
     assert expected.norm() > 1e-6, "a test of nothing"
     for backend, dtype in WHERE:
         with pyrepr.use_backend(backend):
             found = ROWS[row].result(mode, "ours", dtype)
         error = (found.double() - expected).norm() / expected.norm().clamp_min(1e-3)
-        assert found.dtype == dtype and error < TOLERANCE[dtype], f"{backend}, {dtype}: off by {error:.1e}"
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert error < TOLERANCE[dtype], f"{backend}, {dtype}: off by {error:.1e}"
 
 
 CHECKED = [
@@ -79,12 +97,14 @@ CHECKED = [
 
 @pytest.mark.parametrize("row", CHECKED)
 def test_finite_differences(row):
-    """Of first and second derivatives, forward and reverse, also batched."""
+    """Of first and second derivatives, forward and reverse, also batched; along random directions, since every entry
+    is held to the plain formula above."""
     row = ROWS[row]
     f = row.scalar("ours", torch.float64)
-    x = row.vector.clone().requires_grad_()
-    assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
-    assert gradgradcheck(f, x, torch.ones((), dtype=torch.float64), check_fwd_over_rev=True, check_rev_over_rev=True)
+    x, one = row.vector.clone().requires_grad_(), torch.ones((), dtype=torch.float64)
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert gradcheck(f, x, fast_mode=True, check_batched_grad=True, **forward)
+    assert gradgradcheck(f, x, one, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 MODULES = {
@@ -144,9 +164,10 @@ def test_modules_by_finite_differences_and_for_each_sample(name):
 # What is refused, with one sentence
 
 LEAVES = {
-    "gram_row_stats": lambda x: gram_ops.row_stats_op([x])[5],
+    "gram_row_stats": lambda x: gram_ops.row_stats_op([x], True, 0)[5],
     "gram_median": lambda x: gram_ops.median_op([x], None, True)[0],
     "gram_apply": lambda x: gram_ops.apply_op(x, x.detach(), False),
+    "gram_hsic_slopes": lambda x: gram_ops.slopes_op(x, x.detach(), x.detach(), "biased", 0, True)[0],
     "lookup_hash": lambda x: lookup_ops.hash_op(x, 2, "l1", 1.0)[1],
     "delta_rule_update_": lambda x: delta_ops.update_op_(
         torch.zeros(1, 1, 4, 4), *(x[None, :, None],) * 3, None, torch.ones(1, 4, 1), None, None, 1.0, False
@@ -284,7 +305,7 @@ def test_compiled_in_one_graph(row):
         torch._dynamo.reset()
         compiled = torch.compile(transform, fullgraph=True, backend="aot_eager")
         found = MODES[mode](compiled, x, v) if mode == "backward" else compiled(x)
-        torch.testing.assert_close(found, truth(row, mode).float(), rtol=1e-4, atol=1e-4, msg=f"{row}, {mode}")
+        torch.testing.assert_close(found, truths(row)[mode].float(), rtol=1e-4, atol=1e-4, msg=f"{row}, {mode}")
 
 
 @pytest.mark.parametrize("row", GRAPHS)
@@ -301,7 +322,7 @@ def test_exported_and_differentiated(row, grad_mode):
         exported = torch.export.export(Function(), (x,)).module()
     for mode in ("backward", "grad of grad"):
         found = MODES[mode](exported, x, v)
-        torch.testing.assert_close(found, truth(row, mode).float(), rtol=1e-4, atol=1e-4, msg=f"{row}, {mode}")
+        torch.testing.assert_close(found, truths(row)[mode].float(), rtol=1e-4, atol=1e-4, msg=f"{row}, {mode}")
 
 
 @pytest.mark.parametrize("row", ["gated delta rule", "convolution", "lookup_linear, scaled", "cka, linear"])
@@ -317,6 +338,14 @@ OPS = {
     "gram_stats": lambda: (
         gram_ops.stats_op,
         ([randn(6, 3), randn(6, 2)], None, CONSTANTS, "rbf", 1, True, False, 0, False),
+    ),
+    "gram_hsic_at_once": lambda: (
+        gram_ops.at_once_op,
+        ([randn(6, 3), randn(6, 2)], "unbiased", 1, True, False, True, True),
+    ),
+    "gram_hsic_at_once, features": lambda: (
+        gram_ops.at_once_op,
+        ([randn(9, 3), randn(9, 2), randn(9, 4)], "biased", 0, False, True, True, True),
     ),
     "gram_matrix": lambda: (gram_ops.matrix_op, (randn(5, 3), randn(4, 3), ONES[:1], "cosine", 1, 0.0, False)),
     "gram_hsic": lambda: (hsic_op, ([randn(6, 3), randn(6, 2)], None, None, *SPECS["rbf"].fields(), "biased", 1)),

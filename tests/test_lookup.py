@@ -342,6 +342,28 @@ def test_lookup_in_registers(bits, weighting):
         )
 
 
+@pytest.mark.levels
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+def test_rows_gathered_as_bytes(weighting):
+    """More tables than a visit takes, rows that end within a tile, packed or not; the same bits for any threads."""
+    for count, k, h in [(9, 1, 200), (8, 300, 131), (17, 37, 2304), (12, 270, 192)]:
+        x, bias = away_from_zero(count, k * 8), torch.randn(h)
+        tables, scales = int8_tables(k, 256, h)
+        x[7, 0] = float("nan")
+        wide = tables.double() * scales.double()[..., None]
+        truth = reference.lookup_linear(x.double(), wide, bias.double(), weighting=weighting)
+        for stored in (tables, pyrepr.pack_tables(tables)) if h % 64 == 0 else (tables,):
+            before, outs = torch.get_num_threads(), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                outs.append(ops.linear_op(x, stored, scales, bias, weighting, 1.0, ops.ROUTES["bytes"]))
+            torch.set_num_threads(before)
+            out = outs[0]
+            assert out[7].isnan().all()
+            assert relative(out[:7], truth[:7]) < BYTES
+            assert all(torch.equal(out.nan_to_num(), other.nan_to_num()) for other in outs)
+
+
 def test_gradient_written_past_the_caches():
     """A gradient above 32 MiB takes the streaming stores, zero rows included."""
     x, grad = away_from_zero(30, 80), torch.randn(30, 4096)

@@ -423,6 +423,7 @@ def test_bad_input():
             "x must have at least 91 samples for relative cosine, 2 anchors, got 80",
         ),
         (lambda: RelativeCosine(0), "anchors must be a positive number or numbers"),
+        (lambda: RelativeCosine(torch.randn(3, 7)), "anchors must be a positive number or numbers of samples, got"),
         (lambda: geotopological(torch.rand(9), 0.8, 0.2), "low and up must be 0 ≤ low ≤ up ≤ 1"),
         (lambda: rsa(torch.rand(3), torch.rand(6)), "d2 must have the length of d1, 3, got 6"),
         (lambda: rdm(x, "manhattan"), "metric must be one of"),

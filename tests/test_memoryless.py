@@ -152,6 +152,9 @@ FUNCTIONS = {
     }
     | {"A": numbers(2, 8, 3), "B": numbers(1, 1, 3), "C": numbers(1, 1, 3)},
     pyrepr.functional.rms_norm_gated: {"x": numbers(2, 5), "g": numbers(2, 5), "weight": numbers(5)},
+    pyrepr.functional.gated_delta_decode: {"x": numbers(1, 24), "g": numbers(1, 2), "beta": numbers(1, 2)}
+    | {"conv_state": numbers(1, 24, 3), "initial_state": numbers(1, 2, 4, 4), "weight": numbers(24, 4)}
+    | {"A_log": numbers(2), "dt_bias": numbers(2)},
     pyrepr.causal_conv1d_update: CALLS["convolution of a token"][1],
     pyrepr.causal_conv1d_fn: CALLS["convolution"][1],
     pyrepr.lookup_linear: CALLS["lookup"][1],

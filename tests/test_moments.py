@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyrepr
+from pyrepr.similarity import CCA
 from pyrepr.stats import LayerMoments, Moments
 from pyrepr.stats import _blocks as blocks_module
 
@@ -369,3 +370,92 @@ def test_classes_have_the_same_bits_for_any_number_of_threads():
         found[threads] = [m.within, m.between, m.mean, m.covariance]
     torch.set_num_threads(2)
     assert all(torch.equal(a, b) for each in found.values() for a, b in zip(each, found[1], strict=True))
+
+
+def rows_solution(x, y, alpha):
+    """Ridge regression from the rows themselves, by singular values of [X; √λ]: coef and R²."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    d = x.shape[1]
+    tall = torch.cat([x, alpha**0.5 * torch.eye(d, dtype=x.dtype)]), torch.cat([y, y.new_zeros(d, y.shape[1])])
+    coef = torch.linalg.lstsq(*tall, driver="gelsd", rcond=1e-14).solution
+    return coef.T, 1 - (y - x @ coef).square().sum(0) / y.square().sum(0)
+
+
+def uneven(what, size, n=40):
+    """Float32 rows, targets of theirs, and something `size` times as large as the rest."""
+    x, noise = torch.randn(n, 6), torch.randn(n, 2)
+    y = x @ torch.randn(6, 2) + noise
+    x[{"element": (3, 2), "feature": (slice(None), 2), "row": 3}[what]] *= size
+    return x, y
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("what", ["element", "feature"])
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_a_feature_or_an_element_that_dwarfs_all_others_costs_no_digits(backend_name, what, size):
+    x, y = uneven(what, size)
+    with pyrepr.use_backend(backend_name):
+        moments = in_parts(x, y)
+        for alpha in (0.0, 1e-6, 1.0, 100.0):
+            coef, r2 = rows_solution(x, y, alpha)
+            found = moments.ridge(alpha).coef
+            torch.testing.assert_close(moments.r2(alpha, "raw_values"), r2, rtol=0, atol=1e-9)
+            torch.testing.assert_close(found, coef, rtol=0, atol=1e-6 * float(coef.abs().max()))
+        many = torch.cat([torch.tensor([1e-6, 1.0]), torch.linspace(2, 30, 18)])
+        torch.testing.assert_close(moments.ridge(many).coef[1], moments.ridge(1.0).coef, rtol=1e-9, atol=1e-12)
+
+
+def test_more_features_than_rows_and_a_small_lambda_keep_their_digits():
+    x, y = 100 * torch.randn(8, 8), torch.randn(8, 3)
+    y[3, 1] = -1e5
+    coef, _ = rows_solution(x, y, 1.0)
+    found = in_parts(x, y, cuts=(5,)).ridge(1.0).coef
+    assert bool(((found - coef).abs().amax(1) <= 1e-9 * coef.abs().amax(1)).all())
+
+
+@pytest.mark.parametrize("n", [40, 3000])
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e8, 1e10])
+def test_rows_that_drown_all_others_are_refused(n, size):
+    x, y = uneven("row", size, n)
+    x[n // 2] *= 0.7 * size
+    moments = in_parts(x, y, cuts=(n // 3,))
+    for alpha in (0.0, 1e-6, 1.0, 100.0):
+        if size >= 1e8:
+            with pytest.raises(ValueError, match=r"x has rows, or directions, .* take alphas of at least"):
+                moments.ridge(alpha)
+        else:
+            _, r2 = rows_solution(x, y, alpha)
+            torch.testing.assert_close(moments.r2(alpha, "raw_values"), r2, rtol=0, atol=1e-3)
+    enough = 1e4 * size**2 * 2.0**-52 * 6
+    torch.testing.assert_close(moments.r2(enough, "raw_values"), rows_solution(x, y, enough)[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [7, 30, 150])
+def test_rounded_copies_of_features_are_not_refused(n):
+    x = torch.randn(n, 6)
+    x = torch.cat([x, x @ torch.randn(6, 2)], 1)  # in float32: singular but for rounding
+    y = torch.randn(n, 2)
+    coef, _ = rows_solution(x[:, :6], y, 0.0)
+    moments = in_parts(x, y, cuts=(n // 2,))
+    fitted = x.double() @ moments.ridge(0.0).coef.T
+    expected = x[:, :6].double() @ coef.T
+    torch.testing.assert_close(fitted - fitted.mean(0), expected - expected.mean(0), rtol=0, atol=1e-4)
+    assert bool(moments.ridge([1e-9, 1e-3]).coef.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e6])
+def test_canonical_correlations_do_not_depend_on_units(size):
+    x, y = data()
+    plain, larger = in_parts(x, y), x.clone()
+    larger[:, 1] *= size
+    moments = in_parts(larger, y)
+    torch.testing.assert_close(moments.cca(), plain.cca(), rtol=1e-8, atol=1e-8)
+    q = torch.linalg.qr(larger - larger.mean(0)).Q
+    left, correlations, _ = torch.linalg.svd(q.T @ torch.linalg.qr(y - y.mean(0)).Q, full_matrices=False)
+    weights = ((q @ left).T @ (larger - larger.mean(0))).abs().sum(1)
+    pwcca = (weights * correlations).sum() / weights.sum()
+    torch.testing.assert_close(moments.pwcca(), pwcca, rtol=1e-8, atol=1e-8)
+    layers = LayerMoments().update([larger], [y])
+    for measure, truth in ((CCA(), plain.cca().mean()), (CCA(kind="pwcca"), pwcca)):
+        torch.testing.assert_close(measure(larger, y), truth, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(measure.of_moments(layers)[0, 0], truth, rtol=1e-8, atol=1e-8)

@@ -17,11 +17,10 @@ HERE = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-@pytest.mark.parametrize("family", ["gram", "ranges", "delta_rule", "causal_conv1d", "lookup"])
 @pytest.mark.parametrize("level", other_levels())
-def test_core_of_the_suite_at_every_level(level, family):
+def test_core_of_the_suite_at_every_level(level):
     """The families' numerical tests, at each other level this machine can run."""
-    run_at(level, f"test_{family}.py")
+    run_at(level)
 
 
 def test_code_common_to_all_levels_holds_no_avx():

@@ -29,7 +29,9 @@ CALLS = {
     ),
     "gram_stats keeping dots": lambda: (ops.stats_op, (layers(), None, CONSTANTS, "linear", 1, True, False, 0, True)),
     "gram_matrix": lambda: (ops.matrix_op, (torch.randn(7, 3), torch.randn(4, 3), ONES[:1], "rbf", 1, 0.0, True)),
-    "gram_row_stats": lambda: (ops.row_stats_op, (layers(),)),
+    "gram_row_stats": lambda: (ops.row_stats_op, (layers(), False, 0)),
+    "gram_row_stats by features": lambda: (ops.row_stats_op, (layers(), True, 0)),
+    "gram_row_stats of two sides": lambda: (ops.row_stats_op, (layers(), False, 1)),
     "gram_median": lambda: (ops.median_op, (layers(), None, True)),
     "gram_moments_": lambda: (
         moments_op_,
@@ -45,6 +47,37 @@ def test_opcheck(name, backend_name):
     op, args = CALLS[name]()
     with pyrepr.use_backend(backend_name):
         torch.library.opcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_the_op_that_goes_from_layers_to_values(estimator, backend):
+    xs = [*layers(), torch.ones(20, 4)]
+    torch.library.opcheck(ops.at_once_op.overload, (xs[:2], estimator, 1, True, False, True, True))
+    values, states, *_ = ops.at_once_op(xs, estimator, 0, True, True, False, False)
+    pairs = [[pyrepr.reference.gram.cka(x.double(), y.double(), estimator=estimator) for y in xs[:2]] for x in xs[:2]]
+    torch.testing.assert_close(values[:2, :2].double(), torch.tensor(pairs).double(), rtol=1e-5, atol=1e-6)
+    assert states.tolist() == [0, 0, ops.ALIKE] and values[2].isnan().all() and values[:, 2].isnan().all()
+    hsic, *_ = ops.at_once_op(xs[:2], estimator, 1, False, False, False, False)
+    truth = pyrepr.reference.gram.hsic(xs[0].double(), xs[1].double(), estimator=estimator)
+    torch.testing.assert_close(hsic[0, 1].double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["tiny", "huge", "outlier"])
+def test_layers_whose_digits_are_lost_are_not_taken_at_once(change):
+    first = torch.zeros(1, dtype=torch.long)
+    x, y = layers()
+
+    def make(x):
+        return x.index_fill(0, first, 1e5) if change == "outlier" else x * (1e-8 if change == "tiny" else 1e8)
+
+    for xs in ([x, make(y)], [make(x), y]):
+        _, states, *_ = ops.at_once_op(xs, "unbiased", 1, True, True, False, False)
+        assert states.tolist() == [ops.LOST * (each is not x and each is not y) for each in xs]
+        assert ops.hsic_at_once(xs, "unbiased", 1, True) is None
+    for strange in (float("nan"), float("inf")):  # no digits to look for
+        strangers = [x, y.index_fill(0, first, strange)]
+        values, states, *_ = ops.at_once_op(strangers, "unbiased", 1, True, True, False, False)
+        assert states.tolist() == [0, 0] and values[0, 1].isnan()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -122,14 +155,6 @@ def test_null_pointers_are_refused_by_the_native_code():
         _C.Gram([(0, 4, 2, 2, 1)], 0, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
     with pytest.raises(ValueError, match="dtype code 9 is unknown"):
         _C.Gram([(64, 4, 2, 2, 1)], 9, 0, 4, 0, [[1.0], [0.0], [0.0]], 1, True, 1)
-
-
-@pytest.mark.gpu
-def test_cuda_kernel():
-    x, y = torch.randn(300, 40, device="cuda"), torch.randn(300, 70, device="cuda")
-    with pyrepr.use_backend("cuda"):
-        value = pyrepr.cka(x, y)
-    torch.testing.assert_close(value.cpu(), pyrepr.cka(x.cpu(), y.cpu()), rtol=1e-5, atol=1e-6)
 
 
 class Watcher(TorchDispatchMode):

@@ -6,11 +6,18 @@ import math
 
 import pytest
 import torch
-from levels import other_levels, run_at
 from torch import Tensor
 
 import pyrepr
-from pyrepr.ops.pairs import keeps_logits, logsumexp_backward_op, logsumexp_op, softmax_weights, topk_op
+from pyrepr.ops.pairs import (
+    fuses_rows,
+    keeps_logits,
+    logsumexp_backward_op,
+    logsumexp_op,
+    row_loss_op,
+    softmax_weights,
+    topk_op,
+)
 from pyrepr.reference import pairs as reference
 
 METRICS = reference.METRICS
@@ -177,7 +184,7 @@ def test_databases_larger_than_a_chunk():
     assert torch.equal(values, expected.values.float())
 
 
-@pytest.mark.parametrize("op", ["topk", "logsumexp"])
+@pytest.mark.parametrize("op", ["topk", "logsumexp", "row loss"])
 def test_the_number_of_threads_changes_no_bit(op):
     x, y = torch.randn(500, 70), torch.randn(900, 70)
     labels = torch.randperm(900)[:500]
@@ -185,6 +192,8 @@ def test_the_number_of_threads_changes_no_bit(op):
     def run():
         if op == "topk":
             return topk(x, y, 10)
+        if op == "row loss":
+            return row_loss_op(x, y, torch.tensor(9.0), labels, True, [20, 70], [0.3, 0.1])
         found = losses(x, y, 2.0, labels, True, [20, 70])
         return (*found, *gradients(x, y, 2.0, labels, True, [20, 70], found, *halves(found)))
 
@@ -279,6 +288,84 @@ def test_log_sum_exp_of_all_sizes(n, m, d):
     want = gradients(x.double(), y.double(), scale, None, False, [d], expected, *halves(expected))
     for a, b in zip(got, want, strict=True):
         close("gradient", a, b, 6e-6)
+
+
+ROW_LOSSES = {
+    "dot": dict(scale=0.3, normalize=False, prefixes=[64]),
+    "cosine": dict(scale=20.0, normalize=True, prefixes=[64]),
+    "converged": dict(scale=300.0, normalize=True, prefixes=[64], near=True),
+    "sharp": dict(scale=50.0, normalize=False, prefixes=[64]),
+    "prefixes": dict(scale=20.0, normalize=True, prefixes=[7, 16, 33, 64]),
+    "prefixes of a dot": dict(scale=0.2, normalize=False, prefixes=[7, 16, 33]),
+}
+
+
+def row_loss(x, y, scale, labels, normalize, prefixes):
+    """The op's loss and gradients, and the truth by autograd of the formula."""
+    weights = [0.7 / (1 + i) / len(x) for i in range(len(prefixes))]
+    found = row_loss_op(x, y, torch.tensor(scale), labels, normalize, prefixes, weights)
+    leaves = [t.double().requires_grad_() for t in (x, y, torch.tensor(scale))]
+    loss = reference.row_loss(*leaves, labels, normalize, prefixes, weights)
+    return found, (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", ROW_LOSSES)
+def test_a_loss_over_rows_and_its_gradient_at_once(case, dtype):
+    options = dict(ROW_LOSSES[case])
+    x, y = torch.randn(700, 64).to(dtype), torch.randn(900, 64).to(dtype)
+    x[5] = y[3] = 0
+    if options.pop("near", False):
+        y[:700] = x + 0.01 * y[:700]
+    labels = torch.arange(700)
+    labels[::9] = 4  # rows share a positive
+    found, expected = row_loss(x, y, options["scale"], labels, options["normalize"], options["prefixes"])
+    # Worst seen 8e-7; 7e-5 where logits are in the thousands, which are floats.
+    tolerance = 2e-4 if case == "sharp" else 2e-6
+    for name, got, want in zip(("loss", "dx", "dy", "dscale"), found, expected, strict=True):
+        assert got.dtype == torch.float32
+        close(name, got, want, tolerance)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(1, 1, 5), (1, 9, 5), (33, 70, 1), (30, 3000, 16), (3000, 30, 16), (700, 400, 300)]
+)
+def test_a_loss_over_rows_of_all_sizes(n, m, d):
+    found, expected = row_loss(torch.randn(n, d), torch.randn(m, d), d**-0.5, torch.randint(0, m, (n,)), False, [d])
+    for got, want in zip(found, expected, strict=True):
+        close("loss over rows", got, want, 2e-6)
+
+
+@pytest.mark.parametrize("directions", [("rows",), ("rows", "columns")])
+def test_positives_are_added_last(directions):
+    """They are most of a gradient; so the many other terms keep their digits, which they lose in plain PyTorch."""
+
+    def plain(x, y):
+        s, at = 20 * x @ y.T, torch.arange(len(x))
+        both = [torch.nn.functional.cross_entropy(logits, at) for logits in (s, s.T)]
+        return sum(both[: len(directions)]) / len(directions)
+
+    rows = [unit(torch.randn(1024, 128)) for _ in "xy"]
+    leaves, true = ([t.to(dtype).requires_grad_() for t in rows] for dtype in (torch.float32, torch.float64))
+    ours = torch.autograd.grad(pyrepr.functional.info_nce(*leaves, 20.0, directions=directions), leaves)
+    theirs, truth = (torch.autograd.grad(plain(*t), t) for t in (leaves, true))
+    for a, b, exact in zip(ours, theirs, truth, strict=True):
+        assert (a - exact).abs().max() <= 0.85 * (b - exact).abs().max()
+
+
+def test_a_loss_over_rows_alone_computes_its_logits_once(monkeypatch):
+    called = []
+    for op in ("row_loss_op", "logsumexp_op"):
+        original = getattr(pyrepr.functional.pairs.ops, op)
+        monkeypatch.setattr(pyrepr.functional.pairs.ops, op, lambda *a, op=op, f=original: called.append(op) or f(*a))
+    x, y = torch.randn(40, 8, requires_grad=True), torch.randn(40, 8)
+    pyrepr.functional.info_nce(x, y, directions="rows").backward()
+    pyrepr.functional.info_nce(x.detach(), y, directions="rows")  # nobody differentiates it
+    pyrepr.functional.info_nce(x, y)
+    assert called == ["row_loss_op", "logsumexp_op", "logsumexp_op"]
+    assert not fuses_rows(x.bfloat16(), y, 1) and not fuses_rows(x, y.expand(2000, -1, -1).flatten(0, 1), 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -396,10 +483,7 @@ def test_opcheck(labels, keep):
     weights = softmax_weights(labels, r, c, row_gaps, column_gaps, *grads)
     torch.library.opcheck(logsumexp_backward_op.overload, (*arguments, r, c, kept, *weights))
     torch.library.opcheck(topk_op.overload, (x, y, 3, "ip", False, False, 0, None, None, None))
+    if labels is not None:
+        torch.library.opcheck(row_loss_op.overload, (*arguments[:3], labels, True, [4, 8], [0.5, 1.0]))
     found = topk_op(x, y, 3, "sqeuclidean", True, True, 0, None, None, None)
     torch.library.opcheck(topk_op.overload, (x, y, 3, "sqeuclidean", True, True, 9, *found))
-
-
-@pytest.mark.parametrize("level", other_levels())
-def test_every_instruction_set(level):
-    run_at(level, "test_pairs_ops.py")

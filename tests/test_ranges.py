@@ -273,6 +273,17 @@ def test_very_wide_layers(n):
 
 
 @pytest.mark.levels
+@pytest.mark.parametrize("large", [100.0, 300.0, 1000.0])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_an_element_that_moves_the_mean_away_from_the_other_rows(kernel, large):
+    for element in range(0, 102, 17):
+        x, y = torch.randn(6, 17), torch.randn(6, 17)
+        y.view(-1)[element] = large
+        wide = pyrepr.cka(x.double(), y.double(), kernel=kernel)
+        assert abs(pyrepr.cka(x, y, kernel=kernel) - wide) < 1e-4  # 7e-5 seen in 60 of them, 2.5e-4 without care
+
+
+@pytest.mark.levels
 def test_an_element_that_dwarfs_all_others():
     x, y = torch.randn(8, 9), torch.randn(8, 24)
     y[3, 4] = -1e5

@@ -115,28 +115,60 @@ def test_shares_of_the_pass_that_makes_the_values(dtype, estimator, grouped, mon
     exact = left_out([x.double() for x in xs], Kernel(), estimator, torch.arange(n) if groups is None else groups)
     options = {"estimator": estimator, "groups": groups, "return_stderr": True}
     values, errors = pyrepr.cka_matrix(xs, **options)
-    assert torch.equal(values, pyrepr.cka_matrix(xs, estimator=estimator))
+    # The values alone are added up in another order.
+    close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(values, pyrepr.cka_matrix(xs, estimator=estimator), **close)
     rtol = 1e-8 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(errors.double(), exact, rtol=rtol, atol=1e-6 if dtype == torch.float32 else 1e-12)
     across = pyrepr.cka_matrix(xs[:1], xs[1:], **options)
-    assert torch.equal(across[0], pyrepr.cka_matrix(xs[:1], xs[1:], estimator=estimator))
+    torch.testing.assert_close(across[0], pyrepr.cka_matrix(xs[:1], xs[1:], estimator=estimator), **close)
     torch.testing.assert_close(across[1], errors[:1, 1:], rtol=1e-5, atol=1e-7)
 
 
-def test_shares_have_the_same_bits_for_any_number_of_threads():
+@pytest.mark.parametrize("by_features", [False, True])
+def test_shares_have_the_same_bits_for_any_number_of_threads(by_features):
     from pyrepr.ops.gram import constants_of, gram_row_stats, gram_stats
 
     xs = [torch.randn(330, d, generator=torch.Generator().manual_seed(d)) for d in (40, 90, 33)]
     constants, before, found = constants_of(torch.ones(3, dtype=torch.float64), "linear"), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        stats, p = gram_row_stats(xs)
-        plain = gram_stats(xs, None, constants, "linear", by_features=False)
+        stats, shares = gram_row_stats(xs, by_features)
+        plain = gram_stats(xs, None, constants, "linear", by_features=by_features)
         assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
-        found.append(p)
+        found.append(shares)
     torch.set_num_threads(before)
-    assert torch.equal(*found)
-    torch.testing.assert_close(p.sum(1), stats.s[tuple(torch.triu_indices(3, 3))], rtol=1e-6, atol=0)
+    one, two = found
+    assert torch.equal(one.p, two.p) and torch.equal(one.moved, two.moved)
+    assert all(torch.equal(block, two.cross[pair]) for pair, block in one.cross.items())
+    torch.testing.assert_close(one.p.sum(1), stats.s[tuple(torch.triu_indices(3, 3))], rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_shares_of_wide_and_narrow_layers_are_those_of_their_definition(by_features, dtype):
+    from pyrepr.ops.gram import gram_row_stats
+
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(d, 430, generator=generator).to(dtype).T for d in (3, 700, 401)]  # of every kind of tile
+    xs[1] = xs[1].contiguous() + 5
+    centred = [x.double() - x.double().mean(0) for x in xs]
+    kernels = [x @ x.T for x in centred]
+    q = torch.stack([k.diagonal() for k in kernels])
+    _, shares = gram_row_stats(xs, by_features)
+    for i, (a, b) in enumerate(torch.triu_indices(3, 3).T.tolist()):
+        off = (kernels[a] * kernels[b]).fill_diagonal_(0)
+        error = (shares.p[i] - off.sum(1)).abs().max() / off.sum(1).abs().max()
+        assert error < (1e-13 if dtype == torch.float64 else 3e-6)  # bfloat16: as of the values
+        torch.testing.assert_close(shares.moved[a, b], kernels[a] @ q[b], rtol=1e-5, atol=1e-5 * float(q[b].sum()))
+    _, half = gram_row_stats(xs, True, 2)
+    assert torch.equal(half.p[0], _shares(xs)[0]) and not bool(half.p[1].any())  # of the second side only with itself
+
+
+def _shares(xs):
+    from pyrepr.ops.gram import gram_row_stats
+
+    return gram_row_stats(xs, True)[1].p
 
 
 def test_blocks_of_rows_hold_whole_groups(monkeypatch):
@@ -183,3 +215,10 @@ def test_bad_groups(groups, n, message):
     xs = layers(n)
     with pytest.raises(ValueError, match=message):
         pyrepr.cka_matrix(xs, return_stderr=True, groups=groups)
+
+
+def test_groups_without_a_standard_error_are_refused():
+    x, groups = torch.randn(9, 3), torch.arange(9)
+    for call in (lambda: pyrepr.cka(x, x, groups=groups), lambda: pyrepr.cka_matrix([x], groups=groups)):
+        with pytest.raises(ValueError, match=r"groups must come with return_stderr=True, .* got groups without it"):
+            call()

@@ -46,11 +46,12 @@ struct GramArguments {
 };
 
 inline cpu::GramStats stats_from(const GramArguments& g, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift,
-                                 uintptr_t norms, uintptr_t dots, uintptr_t p = 0) {
+                                 uintptr_t norms, uintptr_t dots, uintptr_t p = 0, uintptr_t moved = 0,
+                                 uintptr_t cross = 0) {
   const bool empty = g.problem.n == 0;
   return {pointer<double>(s, "s"),         pointer<double>(r, "r", empty),         pointer<double>(d, "d", empty),
           pointer<double>(shift, "shift"), pointer<double>(norms, "norms", empty), pointer<void>(dots, "dots", true),
-          pointer<double>(p, "p", true)};
+          pointer<double>(p, "p", true),   pointer<double>(moved, "moved", !p),    pointer<void>(cross, "cross", true)};
 }
 
 }  // namespace pyrepr

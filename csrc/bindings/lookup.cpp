@@ -54,7 +54,7 @@ cpu::LookupHash hash_from(const MatrixTuple& x, int dtype, int64_t bits, int wei
 }
 
 cpu::LookupRoute route_from(int route) {
-  if (route < 0 || route > 3) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
+  if (route < 0 || route > 4) throw std::invalid_argument("route code " + std::to_string(route) + " is unknown");
   return static_cast<cpu::LookupRoute>(route);
 }
 

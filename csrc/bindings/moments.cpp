@@ -5,8 +5,8 @@ namespace pyrepr {
 namespace {
 
 void stats_by_features(GramArguments& g, int64_t split, uintptr_t s, uintptr_t r, uintptr_t d, uintptr_t shift,
-                       uintptr_t norms) {
-  const cpu::GramStats out = stats_from(g, s, r, d, shift, norms, 0);
+                       uintptr_t norms, uintptr_t p, uintptr_t moved, uintptr_t cross) {
+  const cpu::GramStats out = stats_from(g, s, r, d, shift, norms, 0, p, moved, cross);
   py::gil_scoped_release release;
   check(current_level().moments().stats(g.problem, split, out));
 }

@@ -37,7 +37,7 @@ void pairs_topk(const MatrixTuple& x, const MatrixTuple& y, int dtype, int64_t k
   if (rows.rows) check(current_level().pairs().topk(problem));
 }
 
-// What both functions on log-sum-exps take, with its lifetime.
+// What all functions on logits take, with its lifetime.
 struct PairsArguments {
   std::vector<int64_t> prefixes;
   cpu::PairsProblem problem;
@@ -93,6 +93,18 @@ void pairs_logsumexp_backward(PairsArguments& a, uintptr_t r, uintptr_t c, uintp
   check(current_level().pairs().logsumexp_backward(a.problem, out));
 }
 
+void pairs_row_loss(PairsArguments& a, const std::vector<double>& weights, uintptr_t loss, uintptr_t dx, uintptr_t dy,
+                    uintptr_t dscale) {
+  const cpu::PairsProblem& p = a.problem;
+  if (!p.labels) throw std::invalid_argument("a loss over rows needs labels");
+  if (static_cast<int64_t>(weights.size()) != p.prefix_count) throw std::invalid_argument("weights: one a prefix");
+  const cpu::RowLossResult out{weights.data(), pointer<float>(loss, "loss"),
+                               pointer<float>(dx, "dx", p.x.rows * p.x.cols == 0),
+                               pointer<float>(dy, "dy", p.y.rows * p.x.cols == 0), pointer<float>(dscale, "dscale")};
+  py::gil_scoped_release release;
+  check(current_level().pairs().row_loss(p, out));
+}
+
 }  // namespace
 
 void bind_pairs(py::module_& m) {
@@ -100,7 +112,8 @@ void bind_pairs(py::module_& m) {
   py::class_<PairsArguments>(m, "Pairs")
       .def(py::init<const MatrixTuple&, const MatrixTuple&, int, uintptr_t, std::vector<int64_t>, double, bool, int>())
       .def("logsumexp", &pairs_logsumexp)
-      .def("backward", &pairs_logsumexp_backward);
+      .def("backward", &pairs_logsumexp_backward)
+      .def("row_loss", &pairs_row_loss);
 }
 
 }  // namespace pyrepr

@@ -4,6 +4,7 @@
 // exactly as the kernel wants it; Python then goes the long way, which converts, or says what is wrong.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 
 #include "bindings/common.h"
@@ -47,6 +48,33 @@ struct Tensor {
     return true;
   }
 };
+
+// A number of bf16 or fp16 in float; fp16 as load_as does it (cpu/simd.h).
+inline float widened(uint16_t half, DType dtype) {
+  const auto number = [](uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  const uint32_t wide = half;
+  if (dtype == DType::bf16) return number(wide << 16);
+  const float magnitude = (wide & 0x7c00u) == 0x7c00u ? number(0x7f800000u | (wide & 0x3ffu) << 13)
+                                                      : number((wide & 0x7fffu) << 13) * 0x1p112f;
+  return wide & 0x8000u ? -magnitude : magnitude;
+}
+
+// Elements in float32, where they are or copied; null for other dtypes and layouts.
+inline const float* widened(const Tensor& x, std::vector<float>& copy) {
+  if (!x.dense()) return nullptr;
+  if (x.is(DType::f32)) return static_cast<const float*>(x.data);
+  if (!x.is(DType::bf16) && !x.is(DType::f16)) return nullptr;
+  copy.resize(static_cast<size_t>(x.elements()));
+  for (size_t i = 0; i < copy.size(); i++)
+    copy[i] = widened(static_cast<const uint16_t*>(x.data)[i], static_cast<DType>(x.code()));
+  return copy.data();
+}
+
+inline bool is_narrow(const Tensor& x) { return x.is(DType::f32) || x.is(DType::bf16) || x.is(DType::f16); }
 
 // The addresses [from, to) that a tensor with elements reaches.
 struct Reach {

@@ -5,6 +5,7 @@
 #include "cpu/gram.h"
 
 #include "cpu/pairs.h"
+#include "cpu/shares.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
 #include "cpu/gram_pairs.h"
 #endif
@@ -57,21 +58,52 @@ void row_and_column_sums(const Tile<T>& tile, double* row_sums, double* col_sums
   }
 }
 
-// The same sums of the products of two layers' tiles, x and y, of which `tile` is one.
+// Adds the same sums of the products of two layers' tiles: of a block of them, of `rows` rows and `vectors` vectors.
+constexpr int64_t kBlockRows = 32, kBlockVectors = 16;
 template <class T>
-void row_and_column_products(const Tile<T>& tile, const T* x, const T* y, double* row_sums, double* col_sums) {
+void row_and_column_products(const T* x, const T* y, int64_t ldc, int64_t rows, int64_t vectors, double* row_sums,
+                             double* col_sums) {
+  constexpr int W = Lanes<T>::W, strip = 4;  // vectors whose columns' sums stay in registers
+  Vec<T> row[kBlockRows] = {};
+  for (int64_t j = 0; j < vectors; j += strip) {
+    const auto width = static_cast<int>(smaller<int64_t>(strip, vectors - j));
+    Vec<T> sum[strip] = {};
+    for (int64_t i = 0; i < rows; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < strip; v++) {
+        if (v >= width) break;
+        const Vec<T> left = load<T>(x + i * ldc + (j + v) * W), right = load<T>(y + i * ldc + (j + v) * W);
+        sum[v] += left * right;
+        row[i] += left * right;
+      }
+    for (int v = 0; v < width; v++)
+      for (int w = 0; w < W; w++) col_sums[(j + v) * W + w] += static_cast<double>(sum[v][w]);
+  }
+  for (int64_t i = 0; i < rows; i += W) {
+    Vec<T> lanes[W];
+    for (int w = 0; w < W; w++) lanes[w] = row[i + w];
+    transpose_registers<T>(lanes);
+    for (int w = 1; w < W; w++) lanes[0] += lanes[w];
+    for (int w = 0; w < W && i + w < rows; w++) row_sums[i + w] += static_cast<double>(lanes[0][w]);
+  }
+}
+
+// The sums of all pairs of layers, whose tiles are `size` elements apart: row sums [rows] and column sums [ldc] of one
+// pair after the other, `lines` apart. Blocks of all layers stay in L2.
+template <class T>
+void products_of_pairs(const T* tiles, int64_t layers, int64_t size, const Tile<T>& tile, int64_t shape_rows,
+                       int64_t lines, double* sums) {
   constexpr int W = Lanes<T>::W;
-  const int64_t ldc = tile.ldc;
-  for (int64_t i = 0; i < tile.at.rows; i++) {
-    Vec<T> sum{};
-    for (int64_t j = 0; j < ldc; j += W) sum += load<T>(x + i * ldc + j) * load<T>(y + i * ldc + j);
-    row_sums[i] = lane_sum<T>(sum);
-  }
-  for (int64_t j = 0; j < ldc; j += W) {
-    Vec<T> sum{};
-    for (int64_t i = 0; i < tile.at.rows; i++) sum += load<T>(x + i * ldc + j) * load<T>(y + i * ldc + j);
-    for (int w = 0; w < W; w++) col_sums[j + w] = static_cast<double>(sum[w]);
-  }
+  zero(sums, layers * (layers + 1) / 2 * lines);
+  for (int64_t i = 0; i < tile.at.rows; i += kBlockRows)
+    for (int64_t j = 0; j < tile.ldc; j += kBlockVectors * W) {
+      double* of = sums;
+      for (int64_t a = 0; a < layers; a++)
+        for (int64_t b = a; b < layers; b++, of += lines)
+          row_and_column_products(tiles + a * size + i * tile.ldc + j, tiles + b * size + i * tile.ldc + j, tile.ldc,
+                                  smaller(kBlockRows, tile.at.rows - i), smaller(kBlockVectors, (tile.ldc - j) / W),
+                                  of + i, of + shape_rows + j);
+    }
 }
 
 // What follows depends on how elements are computed with and not on how they are stored, and is made once for all
@@ -121,13 +153,6 @@ double squared_distance(T dot, double q_i, double q_j) {
   return d < 0 ? 0 : d;
 }
 template <class T>
-uint64_t bits(double x) {
-  const T value = static_cast<T>(x);
-  uint64_t u = 0;
-  std::memcpy(&u, &value, sizeof value);
-  return u;
-}
-template <class T>
 double from_bits(uint64_t u) {
   T value;
   std::memcpy(&value, &u, sizeof value);
@@ -135,17 +160,27 @@ double from_bits(uint64_t u) {
 }
 
 // bins [2, kBins]: how many of the squared distances above the diagonal that begin with `prefix` go on with each 16
-// bits.
+// bits; of two that are the same, only the first are counted.
 template <class T>
 __attribute__((noinline)) void count_distances(const Tile<T>& tile, const double* q, int shift, const uint64_t* prefix,
                                                int64_t* bins) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   const Span& at = tile.at;
-  for (int64_t i = 0; i < at.rows; i++)
-    for (int64_t j = larger<int64_t>(0, at.r0 + i + 1 - at.c0); j < at.cols; j++) {
-      const uint64_t key = bits<T>(squared_distance(tile.row(i)[j], q[at.r0 + i], q[at.c0 + j]));
-      for (int which = 0; which < 2; which++)
-        if ((key >> shift >> 16) == prefix[which]) bins[which * kBins + (key >> shift & 0xffff)]++;
+  const uint64_t first = prefix[0], second = prefix[1];
+  T distances[kTileCols];
+  for (int64_t i = 0; i < at.rows; i++) {
+    const int64_t j0 = larger<int64_t>(0, at.r0 + i + 1 - at.c0);
+    const T* const row = tile.row(i);
+    for (int64_t j = j0; j < at.cols; j++)
+      distances[j] = static_cast<T>(squared_distance(row[j], q[at.r0 + i], q[at.c0 + j]));
+    for (int64_t j = j0; j < at.cols; j++) {
+      Bits bits;
+      std::memcpy(&bits, distances + j, sizeof bits);
+      const uint64_t key = uint64_t(bits) >> shift;
+      if (key >> 16 == first) bins[key & 0xffff]++;
+      if (first != second && key >> 16 == second) bins[kBins + (key & 0xffff)]++;
     }
+  }
 }
 
 template <class S>
@@ -162,8 +197,8 @@ class Gram {
     prepared.norms(out.norms);
     std::memcpy(out.d, out.norms, static_cast<size_t>(p.count * p.n) * sizeof(double));
     for (int64_t l = 0; l < p.count; l++)
-      out.shift[l] = linear ? linear_shift(p, l, out.d + l * p.n)
-                            : mean_of_pairs(p, prepared.samples(l), l, out.d + l * p.n);
+      out.shift[l] =
+          linear ? linear_shift(p, l, out.d + l * p.n) : mean_of_pairs(p, prepared.samples(l), l, out.d + l * p.n);
 
     Walk walk{TileShape(p.n, p.n, MR, NR, p.count, sizeof(T))};
     walk.deepest = deepest(p);
@@ -198,10 +233,7 @@ class Gram {
       if (l < p.count - 1) return;
       const T* const tiles = tile.data - l * size;
       inner_products(tiles, p.count, size, tile.at.rows * shape.cols, inner);
-      double* sums = inner + products_at;
-      for (int64_t a = 0; pairs && a < p.count; a++)
-        for (int64_t b = a; b < p.count; b++, sums += lines)
-          row_and_column_products(tile, tiles + a * size, tiles + b * size, sums, sums + shape.rows);
+      if (pairs) products_of_pairs(tiles, p.count, size, tile, shape.rows, lines, inner + products_at);
     };
     const auto commit = [&](const Span& at, int64_t, int64_t slot) {
       const double* const inner = results.as<double>() + slot * slot_size;
@@ -228,7 +260,7 @@ class Gram {
 #endif
     const Status status = for_each_tile<T>(walk, p.threads, product, epilogue, commit);
     finish<T>(p, out);
-    return status;
+    return status == Status::ok && out.moved ? move_rows(p, prepared, out.norms, out.moved) : status;
   }
 
   static Status matrix(const GramProblem& p, bool centre, void* out_) {
@@ -282,11 +314,13 @@ class Gram {
               count_distances(tile, q, shift, prefix, histograms.as<int64_t>() + thread_number() * 2 * kBins);
             });
         if (status != Status::ok) return status;
+        const bool same = prefix[0] == prefix[1];
         for (int which = 0; which < 2; which++) {
           int64_t bin = 0;
           for (;; bin++) {
             int64_t here = 0;
-            for (int t = 0; t < p.threads; t++) here += histograms.as<int64_t>()[(2 * t + which) * kBins + bin];
+            for (int t = 0; t < p.threads; t++)
+              here += histograms.as<int64_t>()[(2 * t + (same ? 0 : which)) * kBins + bin];
             if (rank[which] < here || bin == kBins - 1) break;
             rank[which] -= here;
           }
@@ -337,8 +371,7 @@ class Gram {
   static double mean_of_pairs(const GramProblem& p, const Source<S>& x, int64_t l, const double* q) {
     T dots[kMeanPairs];
     for (int64_t t = 0; t < mean_pairs(p); t++)
-      dots[t] = static_cast<T>(
-          Prepared<S>::row_product(x, pair_first(p, t), pair_second(p, t), p.layers[l].cols));
+      dots[t] = static_cast<T>(Prepared<S>::row_product(x, pair_first(p, t), pair_second(p, t), p.layers[l].cols));
     return mean_kernel(p, l, dots, q);
   }
 };

@@ -36,13 +36,15 @@ struct GramProblem {
 };
 
 struct GramStats {
-  double* s;      // [M, M]
-  double* r;      // [M, n]
-  double* d;      // [M, n]
-  double* shift;  // [M]
-  double* norms;  // [M, n] squared norms of the (centred) rows
-  void* dots;     // [M, n, n] inner products of the centred rows, in the accumulation type; null: not kept
+  double* s;            // [M, M]
+  double* r;            // [M, n]
+  double* d;            // [M, n]
+  double* shift;        // [M]
+  double* norms;        // [M, n] squared norms of the (centred) rows
+  void* dots;           // [M, n, n] inner products of the centred rows, in the accumulation type; null: not kept
   double* p = nullptr;  // [M (M + 1) / 2, n] for a <= b the sums over j != i of k_a(i, j) k_b(i, j); null: not wanted
+  double* moved = nullptr;  // [M, M, n] of b and a the sums over j of k_b(i, j) |x_aj|^2, for a linear kernel
+  void* cross = nullptr;    // by way of features: the products of shares.h's Crosses; with p, not null
 };
 
 struct GramFunctions {

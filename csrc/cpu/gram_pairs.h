@@ -1,5 +1,5 @@
-// Inner products of bfloat16 rows by products of pairs (dots.h), twice as fast as those of floats. They take the elements
-// as they are stored, so the rows are centred afterwards,
+// Inner products of bfloat16 rows by products of pairs (dots.h), twice as fast as those of floats. They take the
+// elements as they are stored, so the rows are centred afterwards,
 //
 //   <x_i - m, x_j - m> = <x_i, x_j> - (<x_i, m> - <m, m> / 2) - (<x_j, m> - <m, m> / 2)
 //
@@ -89,7 +89,9 @@ class LayerPairs {
  public:
   // norms [M, n]: of the rows that `prepared` has, centred if it centres.
   LayerPairs(const GramProblem& p, const Prepared<StoreBf16>& prepared, const double* norms)
-      : p_(p), memory_(2 * p.count * p.n * int64_t(sizeof(float))), products_(p.count * int64_t(sizeof(RowPairs)) + 64) {
+      : p_(p),
+        memory_(2 * p.count * p.n * int64_t(sizeof(float))),
+        products_(p.count * int64_t(sizeof(RowPairs)) + 64) {
     if (!ok()) return;
     for (int64_t l = 0; l < p.count; l++) prepare(l, prepared.samples(l), norms + l * p.n);
   }
@@ -97,13 +99,14 @@ class LayerPairs {
   const RowPairs& of(int64_t l) const { return products_.as<RowPairs>()[l]; }
 
  private:
-  static constexpr double kMost = 8;      // |m|^2 over the mean squared distance to it
+  static constexpr double kMost = 8;       // |m|^2 over the mean squared distance to it
   static constexpr int64_t kFewest = 128;  // rows, fewer of which are no work, and have little to average errors over
   static constexpr double kFaint = 1e-30, kLoud = 1e30;  // of a mean square, so that nothing is denormal or infinite
 
   void prepare(int64_t l, const Source<StoreBf16>& x, const double* q) {
     const int64_t n = p_.n, d = p_.layers[l].cols;
-    RowPairs& product = *new (products_.as<RowPairs>() + l) RowPairs{{x, x, n, n, d, true}, false, nullptr, nullptr, n, n};
+    RowPairs& product =
+        *new (products_.as<RowPairs>() + l) RowPairs{{x, x, n, n, d, true}, false, nullptr, nullptr, n, n};
     double squares = 0, of_mean = 0;
     for (int64_t i = 0; i < n; i++) squares += q[i];
     for (int64_t k = 0; x.mean_high && k < d; k++) {

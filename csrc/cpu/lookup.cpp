@@ -14,6 +14,7 @@
 #include "cpu/lookup_hash.h"
 #include "cpu/lookup_low_rank.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
+#include "cpu/lookup_byte_rows.h"
 #include "cpu/lookup_registers.h"
 #endif
 #include "cpu/lookup_rows.h"
@@ -28,17 +29,34 @@ namespace {
 
 constexpr int64_t kTokens = 8192;  // tokens hashed at a time
 
+// How many threads a forward is worth: by the bytes it reads of tables, and a third of one for a multiply-add of the
+// low-rank part. Measured on Zen 4, 384 x 1536, 8-bit tables: 93 us for 8 tokens of 0.9 MB, 127 us of 1.5 MB.
+int threads_for(const LookupTables& a, int64_t tokens, int64_t item, int64_t multiply_adds = 0) {
+  return tokens * (a.K * a.h * item + multiply_adds / 3) < kParallelBytes ? 1 : a.threads;
+}
+
 #if defined(PYREPR_LEVEL_avx512_bf16)  // products of bytes are all that it adds
 
-// Many tokens, tables of 8-bit integers: products of bytes. Tokens whose weights do not fit gather their rows.
+// How tables of 8-bit integers are summed by products of bytes, if at all.
+LookupRoute in_bytes(const LookupTables& a, int64_t tokens, LookupRoute route) {
+  if (!ByteWeights::fits(a) || route == LookupRoute::rows) return LookupRoute::rows;
+  if (route == LookupRoute::bytes) return route;
+  if (Registers::pays(a, tokens, route)) return LookupRoute::registers;
+  if (Stream<StoreI8>::pays(a, tokens, route) && Stream<StoreI8>::in_fours(a)) return LookupRoute::stream;
+  return GatheredBytes::pays(a, tokens) ? LookupRoute::bytes : LookupRoute::rows;
+}
+
+// Tokens whose weights two bytes cannot hold gather their rows as floats.
 Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const float* bias,
-                       LookupRoute route, float* out) {
+                       LookupRoute way, float* out) {
   const int64_t tokens = p.x.rows, capacity = smaller(tokens, kTokens);
-  const bool in_registers = Registers::pays(a, capacity, route);
-  const int64_t most = in_registers ? Registers::bytes(a, capacity) : Stream<StoreI8>::bytes(a, capacity);
-  const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), most), 64);
+  const int threads = threads_for(a, tokens, 1, low.rank * (2 * p.x.cols + a.h));
+  int64_t bytes = Inputs<float>::bytes(p, low);
+  if (way == LookupRoute::registers) bytes = larger(bytes, Registers::bytes(capacity));
+  if (way == LookupRoute::stream) bytes = larger(bytes, Stream<StoreI8>::bytes(a, capacity));
+  bytes = round_up(bytes, 64);
   Plan<float> plan(a, capacity);
-  const Memory memory(bytes * a.threads);
+  const Memory memory(bytes * threads);
   const ByteWeights weights(a, plan, capacity);
   const Inputs<float> inputs(p, low, capacity, a.h);
   if (!plan.ok() || !memory.ok() || !weights.ok() || !inputs.ok()) return Status::out_of_memory;
@@ -47,18 +65,21 @@ Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const LookupL
     float* const to = out + t0 * a.h;
     const Rows<StoreI8> rows(a, plan, bias, to);
     const Registers registers(a, weights, bias, to, plan.tokens());
+    const GatheredBytes gathered(a, plan, weights, bias, to);
     const ByteRows byte_rows(plan, weights, a.n);
-    Stream<StoreI8> stream(a, plan, bias, to, a.threads);
+    Stream<StoreI8> stream(a, plan, bias, to, threads);
     stream.take_bytes(&byte_rows);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
       void* const buffer = memory.as<char>(bytes * thread_number());
       inputs.hash(plan, t0, buffer);
       weights.share();
-      if (in_registers)
+      if (way == LookupRoute::registers)
         registers.share(buffer);
-      else
+      else if (way == LookupRoute::stream)
         stream.share(buffer);
+      else
+        gathered.share(threads);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < plan.tokens(); t++)
         if (!weights.fits(t)) rows.token(t);
@@ -70,11 +91,9 @@ Status linear_in_bytes(const LookupTables& a, const LookupHash& p, const LookupL
 
 Status linear(const LookupTables& a, const LookupHash& p, const LookupLowRank& low, const void* bias, LookupRoute route,
               void* out) {
-  const int64_t tokens = smaller(p.x.rows, kTokens);
-  const bool stream = Stream<StoreI8>::pays(a, tokens, route) && Stream<StoreI8>::in_fours(a);
-  if (ByteWeights::fits(a) && (stream || Registers::pays(a, tokens, route)))
-    return linear_in_bytes(a, p, low, static_cast<const float*>(bias), route, static_cast<float*>(out));
-  return avx512::lookup_functions().linear(a, p, low, bias, route, out);
+  const LookupRoute way = in_bytes(a, smaller(p.x.rows, kTokens), route);
+  if (way == LookupRoute::rows) return avx512::lookup_functions().linear(a, p, low, bias, route, out);
+  return linear_in_bytes(a, p, low, static_cast<const float*>(bias), way, static_cast<float*>(out));
 }
 
 }  // namespace
@@ -91,12 +110,6 @@ LookupFunctions lookup_functions() {
 template <class F>
 Status by_type(TableType type, F f) {
   return type == TableType::i8 ? f(StoreI8{}) : by_dtype(static_cast<DType>(type), f);
-}
-
-// How many threads a forward is worth: by the bytes it reads of tables, and a third of one for a multiply-add of the
-// low-rank part. Measured on Zen 4, 384 x 1536, 8-bit tables: 93 us for 8 tokens of 0.9 MB, 127 us of 1.5 MB.
-int threads_for(const LookupTables& a, int64_t tokens, int64_t item, int64_t multiply_adds = 0) {
-  return tokens * (a.K * a.h * item + multiply_adds / 3) < kParallelBytes ? 1 : a.threads;
 }
 
 // Blocks of tokens, each by one team: fill(plan, t0, buffer) writes the codes and weights of a thread's share of the

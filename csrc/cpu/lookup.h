@@ -26,8 +26,9 @@ enum class Weighting : int { probability = 0, scaled = 1, l1 = 2, none = 3 };
 enum class Hash : int { one_bit = 1, two_bit = 2 };
 
 // Which forward kernel: by size; tokens outside, rows gathered; tables outside, each read once; tables of few 8-bit
-// rows looked up in registers (by avx512_bf16 only). One that cannot run is replaced by another.
-enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2, registers = 3 };
+// rows looked up in registers, or rows of 8-bit integers gathered as bytes (both by avx512_bf16 only). One that cannot
+// run is replaced by another.
+enum class LookupRoute : int { by_size = 0, rows = 1, stream = 2, registers = 3, bytes = 4 };
 
 // Columns of a tile: what packed tables are cut into, and what a thread of the streaming kernel works on. `TILE` in
 // pyrepr/reference/lookup.py holds the same number.

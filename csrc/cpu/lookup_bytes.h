@@ -29,7 +29,8 @@ class ByteWeights {
   bool ok() const { return memory_.ok(); }
   int64_t groups() const { return groups_; }
   int64_t blocks() const { return ceil_div(plan_.tokens(), kTokens); }
-  bool fits(int64_t t) const { return block(t / kTokens).scales[t % kTokens] >= 0; }
+  float scale(int64_t t) const { return block(t / kTokens).scales[t % kTokens]; }
+  bool fits(int64_t t) const { return scale(t) >= 0; }
   Block block(int64_t b) const {
     char* const at = memory_.as<char>(b * block_bytes());
     auto* const bytes = reinterpret_cast<uint8_t*>(at + 64);
@@ -91,8 +92,44 @@ class ByteWeights {
   const Memory memory_;
 };
 
-// What the streaming kernel adds with, four tables at a time. Rows are interleaved so that the four values of a column
-// stand together, for the product of bytes that sums them.
+// Sums of a tile of 64 columns over some tables, four at a time: products with the high and the low bytes. Rows are
+// interleaved so that the four values of a column stand together, which moves the columns: in quarter q of vector v
+// stand columns 16 q + 4 v ...
+struct ByteSums {
+  __m512i high[4] = {}, low[4] = {};
+
+  void add(__m512i a, __m512i b, __m512i c, __m512i d, const uint8_t* w_high, const uint8_t* w_low) {
+    const __m512i ab = _mm512_unpacklo_epi8(a, b), ba = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd = _mm512_unpacklo_epi8(c, d), dc = _mm512_unpackhi_epi8(c, d);
+    const __m512i values[4] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd),
+                               _mm512_unpacklo_epi16(ba, dc), _mm512_unpackhi_epi16(ba, dc)};
+    int32_t words[2];
+    std::memcpy(words, w_high, 4);
+    std::memcpy(words + 1, w_low, 4);
+    const __m512i wh = _mm512_set1_epi32(words[0]), wl = _mm512_set1_epi32(words[1]);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      high[v] = _mm512_dpbusd_epi32(high[v], wh, values[v]);
+      low[v] = _mm512_dpbusd_epi32(low[v], wl, values[v]);
+    }
+  }
+  // Vector v in units of the token's scale.
+  __m512 sum(int v) const {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[v]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low[v]));
+  }
+  // out [64] = start [64] + scale times the vectors' columns, put in order.
+  static void restore(__m512 v0, __m512 v1, __m512 v2, __m512 v3, float scale, const float* start, float* out) {
+    const __m512 a = _mm512_shuffle_f32x4(v0, v1, 0x44), b = _mm512_shuffle_f32x4(v2, v3, 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(v0, v1, 0xee), d = _mm512_shuffle_f32x4(v2, v3, 0xee);
+    const __m512 whole[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+                             _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++)
+      _mm512_storeu_ps(out + q * 16, _mm512_fmadd_ps(_mm512_set1_ps(scale), whole[q], _mm512_loadu_ps(start + q * 16)));
+  }
+};
+
+// What the streaming kernel adds with, four tables at a time.
 class ByteRows {
  public:
   static constexpr int64_t C = kLookupTile;
@@ -109,70 +146,34 @@ class ByteRows {
       const uint8_t *high = block.high + at, *low = block.low + at;
       const int32_t* codes = plan_.codes(k / kGroup, t) + k % kGroup;
       const int8_t* tile = rows;
-      Sums s;
+      ByteSums s;
+      const auto row = [](const int8_t* p) { return _mm512_loadu_si512(p); };
       int64_t left = count;
       for (; left >= 8; left -= 8, codes += next, tile += 8 * table, high += 128, low += 128) {
-        s.add(tile + codes[0] * C, tile + table + codes[1] * C, tile + 2 * table + codes[2] * C,
-              tile + 3 * table + codes[3] * C, high, low);
-        s.add(tile + 4 * table + codes[4] * C, tile + 5 * table + codes[5] * C, tile + 6 * table + codes[6] * C,
-              tile + 7 * table + codes[7] * C, high + 64, low + 64);
+        s.add(row(tile + codes[0] * C), row(tile + table + codes[1] * C), row(tile + 2 * table + codes[2] * C),
+              row(tile + 3 * table + codes[3] * C), high, low);
+        s.add(row(tile + 4 * table + codes[4] * C), row(tile + 5 * table + codes[5] * C),
+              row(tile + 6 * table + codes[6] * C), row(tile + 7 * table + codes[7] * C), high + 64, low + 64);
       }
       for (; left > 0; left -= 4, codes += 4, tile += 4 * table, high += 64, low += 64) {
         const int8_t* const first = tile + codes[0] * C;  // a table that is missing has weight 0: any row will do
-        s.add(first, left > 1 ? tile + table + codes[1] * C : first, left > 2 ? tile + 2 * table + codes[2] * C : first,
-              left > 3 ? tile + 3 * table + codes[3] * C : first, high, low);
+        s.add(row(first), row(left > 1 ? tile + table + codes[1] * C : first),
+              row(left > 2 ? tile + 2 * table + codes[2] * C : first),
+              row(left > 3 ? tile + 3 * table + codes[3] * C : first), high, low);
       }
-      s.add_to(sums);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++)
+        _mm512_storeu_ps(sums + v * 16, _mm512_add_ps(_mm512_loadu_ps(sums + v * 16), s.sum(v)));
     }
   }
 
-  // out [C] = bias + the token's scale times the sums, whose columns the interleaving has moved: in quarter q of vector
-  // v stand columns 16 q + 4 v ...
+  // out [C] = bias + the token's scale times the sums.
   void restore(int64_t t, const float* sums, const float* bias, float* out) const {
-    const __m512 scale = _mm512_set1_ps(weights_.block(t / ByteWeights::kTokens).scales[t % ByteWeights::kTokens]);
-    const __m512 v0 = _mm512_loadu_ps(sums), v1 = _mm512_loadu_ps(sums + 16), v2 = _mm512_loadu_ps(sums + 32),
-                 v3 = _mm512_loadu_ps(sums + 48);
-    const __m512 a = _mm512_shuffle_f32x4(v0, v1, 0x44), b = _mm512_shuffle_f32x4(v2, v3, 0x44);
-    const __m512 c = _mm512_shuffle_f32x4(v0, v1, 0xee), d = _mm512_shuffle_f32x4(v2, v3, 0xee);
-    const __m512 whole[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
-                             _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)};
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; q++)
-      _mm512_storeu_ps(out + q * 16, _mm512_fmadd_ps(scale, whole[q], _mm512_loadu_ps(bias + q * 16)));
+    ByteSums::restore(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums + 32),
+                      _mm512_loadu_ps(sums + 48), weights_.scale(t), bias, out);
   }
 
  private:
-  struct Sums {
-    __m512i high[4] = {}, low[4] = {};
-
-    void add(const int8_t* row0, const int8_t* row1, const int8_t* row2, const int8_t* row3, const uint8_t* w_high,
-             const uint8_t* w_low) {
-      const __m512i a = _mm512_loadu_si512(row0), b = _mm512_loadu_si512(row1), c = _mm512_loadu_si512(row2),
-                    d = _mm512_loadu_si512(row3);
-      const __m512i ab = _mm512_unpacklo_epi8(a, b), ba = _mm512_unpackhi_epi8(a, b);
-      const __m512i cd = _mm512_unpacklo_epi8(c, d), dc = _mm512_unpackhi_epi8(c, d);
-      const __m512i values[4] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd),
-                                 _mm512_unpacklo_epi16(ba, dc), _mm512_unpackhi_epi16(ba, dc)};
-      int32_t words[2];
-      std::memcpy(words, w_high, 4);
-      std::memcpy(words + 1, w_low, 4);
-      const __m512i wh = _mm512_set1_epi32(words[0]), wl = _mm512_set1_epi32(words[1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) {
-        high[v] = _mm512_dpbusd_epi32(high[v], wh, values[v]);
-        low[v] = _mm512_dpbusd_epi32(low[v], wl, values[v]);
-      }
-    }
-    void add_to(float* sums) const {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) {
-        const __m512 sum =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[v]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low[v]));
-        _mm512_storeu_ps(sums + v * 16, _mm512_add_ps(_mm512_loadu_ps(sums + v * 16), sum));
-      }
-    }
-  };
-
   const Plan<float>& plan_;
   const ByteWeights& weights_;
   const int64_t n_;

@@ -66,8 +66,8 @@ __attribute__((always_inline)) inline void transpose_eights(Vec<T> (&v)[8]) {
   }
 }
 
-// One row of x at a time, W chunks at a time. What is read is of any storage type with sums of type T; the rest, most of
-// the code, is made once for all of them, and never inlined.
+// One row of x at a time, W chunks at a time. What is read is of any storage type with sums of type T; the rest, most
+// of the code, is made once for all of them, and never inlined.
 template <class T>
 class Chunks {
  public:

@@ -137,8 +137,15 @@ class Rows {
   static bool in_slabs(int64_t tokens) { return sizeof(M) <= 2 && tokens >= 8; }
 
   void columns(int64_t t0, int64_t t1, int64_t c0, int64_t c1) const {
-    for (int64_t t = t0; t < t1; t++)
-      for (int64_t j = c0; j < c1; j++) out_[t * a_.h + j] = bias_ ? bias_[j] : T(0);
+    const auto bytes = static_cast<size_t>(c1 - c0) * sizeof(T);
+    for (int64_t t = t0; t < t1; t++) {
+      T* const row = out_ + t * a_.h + c0;
+      // Not `bias_ ? bias_[j] : 0`: as a masked load of address 0 that takes AMD's processors 300 cycles.
+      if (bias_)
+        std::memcpy(row, bias_ + c0, bytes);
+      else
+        std::memset(row, 0, bytes);
+    }
     if (!a_.packed && in_slabs(t1 - t0))
       gather_slabs(t0, t1, c0, c1 - c0);
     else if (!a_.packed)

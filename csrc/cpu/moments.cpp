@@ -3,6 +3,7 @@
 #include "cpu/moments.h"
 
 #include "cpu/pairs.h"
+#include "cpu/shares.h"
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -30,10 +31,14 @@ class Moments {
         pair_count++;
         out.s[a * p.count + b] = 0;
       }
+    const Crosses<T> crosses(p, pairs, pair_count, out.cross);
+    if (!crosses.ok()) return Status::out_of_memory;
+    crosses.clear();
     const Status status = for_each_tile<T>(
         walk(p, pair_count, slots), p.threads,
         [&](int64_t pair, int64_t) { return product(p, prepared, pairs + 2 * pair); },
         [&](const Tile<T>& tile, int64_t pair, int64_t, int64_t slot) {
+          crosses.keep(tile, pair);
           values.as<double>()[slot] = sum_of_squares(tile, pairs[2 * pair] == pairs[2 * pair + 1]);
         },
         [&](const Span&, int64_t pair, int64_t slot) {
@@ -47,7 +52,10 @@ class Moments {
       }
     for (int64_t l = 0; l < p.count; l++) out.shift[l] = 0;
     for (int64_t i = 0; i < p.count * p.n; i++) out.r[i] = -out.d[i];  // centred rows add up to zero
-    return status;
+    if (status != Status::ok || !out.p) return status;
+    const Status moved = move_rows(p, prepared, out.norms, out.moved);
+    if (moved != Status::ok) return moved;
+    return share_by_features(p, prepared, pairs, pair_count, crosses, out.norms, out.p);
   }
 
   static Status moments(const GramProblem& p, const int64_t* pairs, int64_t pair_count, double* const* blocks) {

@@ -1,6 +1,7 @@
 // Family `pairs` on the CPU, compiled once per instruction set (PYREPR_LEVEL).
 #include "cpu/pairs_functions.h"
 #include "cpu/pairs_gradient.h"
+#include "cpu/pairs_stripes.h"
 #include "cpu/pairs_topk.h"
 
 namespace pyrepr::cpu::avx512 {
@@ -35,6 +36,7 @@ Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) 
   if (p.dtype != DType::bf16) return avx512::pairs_functions().logsumexp_backward(p, out);
   return within_memory([&] { LogSumExpGradient<Bf16Words>::run(p, out); });
 }
+Status row_loss(const PairsProblem& p, const RowLossResult& out) { return avx512::pairs_functions().row_loss(p, out); }
 
 #else
 
@@ -45,11 +47,14 @@ Status logsumexp(const PairsProblem& p, const LogSumExpResult& out) {
 Status logsumexp_backward(const PairsProblem& p, const LogSumExpGradients& out) {
   return within_memory([&] { LogSumExpGradient<FloatWords>::run(p, out); });
 }
+Status row_loss(const PairsProblem& p, const RowLossResult& out) {
+  return within_memory([&] { RowLoss::run(p, out); });
+}
 
 #endif
 
 }  // namespace
 
-PairsFunctions pairs_functions() { return {topk, logsumexp, logsumexp_backward}; }
+PairsFunctions pairs_functions() { return {topk, logsumexp, logsumexp_backward, row_loss}; }
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

@@ -210,9 +210,7 @@ struct Polynomial {
   double gamma, coef0;
   int degree;
   static double norm(double q) { return q; }
-  Vec<T> operator()(Vec<T> dot, T, Vec<T>) const {
-    return power(dot * static_cast<T>(gamma), static_cast<T>(coef0));
-  }
+  Vec<T> operator()(Vec<T> dot, T, Vec<T>) const { return power(dot * static_cast<T>(gamma), static_cast<T>(coef0)); }
   double diagonal(double q) const { return power(q * gamma, coef0); }
 
   // (z + c)^degree, or with `lifted` its difference from c^degree, e, by (z + c)^m - c^m = (z + c) e + z c^(m-1).
@@ -405,8 +403,8 @@ struct Product {
     const int64_t size = round_up(at.rows, Block<T>::MR) * ldc;
     zero(tile, size);  // what lies below the diagonal stays untouched
     for (int64_t k0 = 0; k0 < depth; k0 += kStretch) {
-      tile_product(from_column(a, k0), at.r0, at.rows, from_column(b, k0), at.c0, at.cols, smaller(kStretch, depth - k0),
-                   upper, buffers, tile, ldc);
+      tile_product(from_column(a, k0), at.r0, at.rows, from_column(b, k0), at.c0, at.cols,
+                   smaller(kStretch, depth - k0), upper, buffers, tile, ldc);
       add_stretch(tile, size, k0 == 0, sum);
     }
     for (int64_t i = 0; i < size; i++) tile[i] = static_cast<T>(sum[i]);

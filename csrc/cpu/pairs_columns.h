@@ -31,7 +31,8 @@ const typename S::Memory* row_at(const View& x, int64_t r) {
 
 // Sums over the elements of two rows in double: term(x, y) of 16 lanes, whatever the vectors' width.
 template <class S, class Term>
-__attribute__((noinline)) double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d, Term term) {
+__attribute__((noinline)) double sum_in_lanes(const typename S::Memory* x, const typename S::Memory* y, int64_t d,
+                                              Term term) {
   using Wide = Lanes<float>::Wide;
   constexpr int W = Lanes<float>::W, parts = 16 / W;
   Wide sum[parts] = {};

@@ -56,10 +56,20 @@ struct LogSumExpGradients {
   float* scale;
 };
 
+// InfoNCE over rows and its gradient at once: the loss is the sum of weights[q] gap_qi.
+struct RowLossResult {
+  const double* weights;  // [P]
+  float* loss;
+  float* x;  // [n, d], float32 whatever the problem's dtype is
+  float* y;  // [m, d]
+  float* scale;
+};
+
 struct PairsFunctions {
   Status (*topk)(const TopkProblem&);
   Status (*logsumexp)(const PairsProblem&, const LogSumExpResult&);
   Status (*logsumexp_backward)(const PairsProblem&, const LogSumExpGradients&);
+  Status (*row_loss)(const PairsProblem&, const RowLossResult&);  // with labels
 };
 
 }  // namespace pyrepr::cpu

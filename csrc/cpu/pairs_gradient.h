@@ -5,7 +5,7 @@
 // at a time and its contributions in a fixed order, whatever the number of threads.
 #pragma once
 
-#include "cpu/pairs_logsumexp.h"
+#include "cpu/pairs_sums.h"
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -19,7 +19,8 @@ class LogSumExpGradient {
     if (!g.kept) y.emplace(p.y, p.dtype, segments, p.threads);
     const LogSumExpGradient all(p, g, segments, y);
     with_scratch<Scratch>(p.threads, [&](const Scratch& own) { all.rounds(own); }, segments, all.grid_, p.prefix_count);
-    all.finish();
+    if (p.labels && g.positive_weights) all.sums_.add_positives(g.positive_weights);
+    all.sums_.finish(g.x, g.y, g.scale);
   }
 
  private:
@@ -70,7 +71,7 @@ class LogSumExpGradient {
       if (g_.kept)
         most = read_kept(logits, q);
       else
-        most = to_logits(logits, logits, factors_.row.data() + q * n, factors_.column.data() + q * m,
+        most = to_logits(logits, logits, sums_.factors.row.data() + q * n, sums_.factors.column.data() + q * m,
                          static_cast<float>(p_.scale), 0);
       differentiate(logits, q, most, scratch.columns.data());
       add_coefficients(logits, q, sum, q + 1 == P);
@@ -135,15 +136,14 @@ class LogSumExpGradient {
       double sum = lane_sum<float>(row);
       if (here) {
         const float own = g_.positive_weights[q * n + t.r0 + i];
-        s[at] = own;
         sum += double(own) * positive;
         column_sums[at] += own * positive;
       }
-      row_sums_[q * n + t.r0 + i] += sum;
+      sums_.row_sums[q * n + t.r0 + i] += sum;
     }
-    for (int64_t j = 0; p_.normalize && j < t.cols; j++) column_sums_[q * m + t.c0 + j] += column_sums[j];
+    for (int64_t j = 0; p_.normalize && j < t.cols; j++) sums_.column_sums[q * m + t.c0 + j] += column_sums[j];
   }
-  // s [cols] -> dS; returns dS s. A positive, taken out as -inf, has neither.
+  // s [cols] -> dS; returns dS s. A positive, taken out as -inf, has neither: its part is added last.
   static Vec<float> product(Vec<float> d, Vec<float> s) { return s > kNone ? d * s : Vec<float>{}; }
   __attribute__((noinline)) static Vec<float> mild_row(float* s, int64_t cols, float weight_i, const float* weight,
                                                        float* column_sums) {
@@ -176,9 +176,9 @@ class LogSumExpGradient {
 
   // sum [rows, cols] = or += dS times what stands before the inner products of prefix q; zero behind the last column.
   void add_coefficients(const Tile& ds, int64_t q, const Tile& sum, bool fresh) const {
-    const float* const column = factors_.column.data() + q * p_.y.rows + ds.c0;
+    const float* const column = sums_.factors.column.data() + q * p_.y.rows + ds.c0;
     for (int64_t i = 0; i < ds.rows; i++) {
-      const float row = static_cast<float>(p_.scale) * factors_.row[q * p_.x.rows + ds.r0 + i];
+      const float row = static_cast<float>(p_.scale) * sums_.factors.row[q * p_.x.rows + ds.r0 + i];
       for (int64_t j = 0; j < round_up(ds.cols, 16); j += W) {
         const Vec<float> c = load<float>(ds.row(i) + j) * row * load_some<StoreF32>(column + j, ds.cols - j);
         const Vec<float> kept = ds.cols - j >= W ? c : some(c, ds.cols - j);
@@ -207,31 +207,12 @@ class LogSumExpGradient {
       Word* const samples = scratch.panel.data();
       pack_samples<Words>(p_.y, p_.dtype, d.c0, d.cols, f, count, samples);
       for (int64_t i = 0; i < d.rows; i += MR)
-        add_block<false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, samples, dx_.at, d.r0 + i,
-                         smaller<int64_t>(MR, d.rows - i), f, count);
+        sums_.template add_block<Words, false>(ceil_div(d.cols, Words::step), along_columns + i * kPanelStride, samples,
+                                               sums_.x, d.r0 + i, smaller<int64_t>(MR, d.rows - i), f, count);
       pack_samples<Words>(p_.x, p_.dtype, d.r0, d.rows, f, count, samples);
       for (int64_t j = 0; j < d.cols; j += MR)
-        add_block<true>(ceil_div(d.rows, Words::step), along_rows + j, samples, dy_.at, d.c0 + j,
-                        smaller<int64_t>(MR, d.cols - j), f, count);
-    }
-  }
-  // to [rows, features] += A B, of which only what exists is written.
-  template <bool transposed>
-  void add_block(int64_t depth, const Word* a, const Word* b, float* to, int64_t r0, int64_t rows, int64_t f,
-                 int64_t count) const {
-    alignas(64) float block[MR * NR];
-    const int64_t d = p_.x.cols;
-    for (int64_t i = 0; i < rows; i++) __builtin_prefetch(to + (r0 + i) * d + f, 1);
-    Words::template multiply<transposed>(depth, a, b, block, NR, false);
-    for (int64_t i = 0; i < rows; i++) {
-      float* const out = to + (r0 + i) * d + f;
-      if (count == NR) {
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < NR; k += W)
-          store<float>(out + k, load<float>(out + k) + load<float>(block + i * NR + k));
-      } else {
-        for (int64_t k = 0; k < count; k++) out[k] += block[i * NR + k];
-      }
+        sums_.template add_block<Words, true>(ceil_div(d.rows, Words::step), along_rows + j, samples, sums_.y, d.c0 + j,
+                                              smaller<int64_t>(MR, d.cols - j), f, count);
     }
   }
 #if defined(PYREPR_LEVEL_avx512_bf16)
@@ -254,49 +235,6 @@ class LogSumExpGradient {
   static void to_pairs(const Tile&, Word*, Word*) {}
 #endif
 
-  // A normalised row's gradient is orthogonal to it: the part along it is taken away, prefix by prefix.
-  void finish() const {
-    double scale = 0;
-    for (int64_t i = 0; i < p_.prefix_count * p_.x.rows; i++) scale += row_sums_[i];
-    *g_.scale = static_cast<float>(scale / p_.scale);
-    write(p_.x, factors_.row, row_sums_, dx_.at, g_.x);
-    write(p_.y, factors_.column, column_sums_, dy_.at, g_.y);
-  }
-  void write(const View& x, const Array<float>& inverse, const Array<double>& along, float* grad, void* out_) const {
-    const int64_t d = x.cols;
-    by_storage(p_.dtype, [&](auto s) {
-      using S = decltype(s);
-#pragma omp parallel for schedule(static) num_threads(p_.threads)
-      for (int64_t r = 0; r < x.rows; r++) {
-        float* const row = grad + r * d;
-        const auto* const own = row_at<S>(x, r);
-        for (int64_t q = 0; p_.normalize && q < p_.prefix_count; q++) {
-          const double length = inverse[q * x.rows + r];
-          const float factor = static_cast<float>(along[q * x.rows + r] * length * length);
-          for (int64_t k = 0; k < p_.prefixes[q]; k += W) {
-            const int64_t count = p_.prefixes[q] - k;
-            store_some<StoreF32>(row + k, count,
-                                 load_some<StoreF32>(row + k, count) - factor * load_some<S>(own + k, count));
-          }
-        }
-        if (static_cast<void*>(grad) == out_) continue;  // the sums stand where they belong
-        auto* const to = static_cast<typename S::Memory*>(out_) + r * d;
-        for (int64_t k = 0; k < d; k += W) store_some<S>(to + k, d - k, load_some<StoreF32>(row + k, d - k));
-      }
-    });
-  }
-
-  // Zeros to add a gradient up in: what the caller gave if that is float.
-  struct Sums {
-    Array<float> own;
-    float* at;
-    Sums(int64_t size, DType dtype, void* out)
-        : own(dtype == DType::f32 ? 0 : size, kUnset),
-          at(dtype == DType::f32 ? static_cast<float*>(out) : own.data()) {
-      zero(at, size);
-    }
-  };
-
   LogSumExpGradient(const PairsProblem& p, const LogSumExpGradients& g, const Segments<Words>& segments,
                     const std::optional<ByFeature<Words>>& y)
       : p_(p),
@@ -304,20 +242,14 @@ class LogSumExpGradient {
         segments_(segments),
         y_(y),
         grid_(p.x.rows, p.y.rows, Words::step * MR, Words::step * NR),
-        factors_(p),
-        dx_(p.x.rows * p.x.cols, p.dtype, g.x),
-        dy_(p.y.rows * p.x.cols, p.dtype, g.y),
-        row_sums_(p.prefix_count * p.x.rows),
-        column_sums_(p.prefix_count * p.y.rows) {}
+        sums_(p, p.dtype, g.x, g.y) {}
 
   const PairsProblem& p_;
   const LogSumExpGradients& g_;
   const Segments<Words>& segments_;
   const std::optional<ByFeature<Words>>& y_;  // of what is computed again
   const Grid grid_;
-  const Factors factors_;
-  const Sums dx_, dy_;                          // [n, d], [m, d]
-  const Array<double> row_sums_, column_sums_;  // [P, n], [P, m] of dS s
+  const GradientSums sums_;
 };
 
 }  // namespace

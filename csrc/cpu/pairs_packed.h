@@ -67,7 +67,8 @@ void read_words(const View& x, DType dtype, int64_t r, int64_t first, int64_t co
     constexpr int W = Lanes<float>::W;
     by_storage(dtype, [&](auto s) {
       const auto* const p = row_at<decltype(s)>(x, r) + first;
-      for (int64_t k = 0; k < round_up(count, 16); k += W) store<float>(out + k, load_some<decltype(s)>(p + k, count - k));
+      for (int64_t k = 0; k < round_up(count, 16); k += W)
+        store<float>(out + k, load_some<decltype(s)>(p + k, count - k));
     });
   } else {
     zero(out, round_up(ceil_div(count, 2), 16));

@@ -337,6 +337,36 @@ inline void zip_four(Vec<T> (&v)[4]) {
   zip<T>(v[0], v[1], lanes);
   zip<T>(v[2], v[3], lanes);
 }
+// For three: v[j] holds lanes j, j + 3, j + 6 ... of memory.
+template <class T, int J, int... L>
+inline Vec<T> every_third(const Vec<T> (&v)[3], std::integer_sequence<int, L...>) {
+  constexpr int W = Lanes<T>::W;
+  const Vec<T> first = PYREPR_SHUFFLE(T, v[0], v[1], (3 * L + J < 2 * W ? 3 * L + J : 0)...);
+  return PYREPR_SHUFFLE(T, first, v[2], (3 * L + J < 2 * W ? L : 3 * L + J - W)...);
+}
+template <class T>
+inline void unzip_three(Vec<T> (&v)[3]) {
+  constexpr std::make_integer_sequence<int, Lanes<T>::W> lanes{};
+  const Vec<T> a = every_third<T, 0>(v, lanes), b = every_third<T, 1>(v, lanes), c = every_third<T, 2>(v, lanes);
+  v[0] = a;
+  v[1] = b;
+  v[2] = c;
+}
+template <class T, int M, int... L>
+inline Vec<T> third_of(const Vec<T> (&v)[3], std::integer_sequence<int, L...>) {
+  constexpr int W = Lanes<T>::W;
+  const Vec<T> first =
+      PYREPR_SHUFFLE(T, v[0], v[1], ((M * W + L) % 3 < 2 ? (M * W + L) % 3 * W + (M * W + L) / 3 : 0)...);
+  return PYREPR_SHUFFLE(T, first, v[2], ((M * W + L) % 3 < 2 ? L : W + (M * W + L) / 3)...);
+}
+template <class T>
+inline void zip_three(Vec<T> (&v)[3]) {
+  constexpr std::make_integer_sequence<int, Lanes<T>::W> lanes{};
+  const Vec<T> a = third_of<T, 0>(v, lanes), b = third_of<T, 1>(v, lanes), c = third_of<T, 2>(v, lanes);
+  v[0] = a;
+  v[1] = b;
+  v[2] = c;
+}
 #undef PYREPR_SHUFFLE
 
 }  // namespace

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrepr._checks import INTEGERS, check_device, check_is_tensor, check_shape, check_tensor, name_of, shape_of, shown
 from pyrepr._reporting import progress_bar
 from pyrepr.ops import pairs as ops
-from pyrepr.ops._leaf import derives
+from pyrepr.ops._leaf import at_hand, derives
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.pairs import METRICS, unit_rows
 
@@ -23,6 +23,9 @@ __all__ = ["info_nce", "pairwise_logsumexp", "pairwise_topk"]
 
 KERNELS = ("dot", "cosine")
 DIRECTIONS = ("rows", "columns")
+
+# Largest elements of rows between which products of two rows, and their sums, neither overflow nor vanish.
+RANGE = {torch.float32: (1e-12, 1e12), torch.float64: (1e-120, 1e120)}
 
 # A database that is not a tensor is read in blocks of this many bytes: large enough that packing x again for every
 # block costs nothing, small beside any model.
@@ -50,19 +53,19 @@ def _check_pair(x: object, y: object) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _check_scale(scale: object, x: Tensor) -> Tensor:
+def check_scale(scale: object, x: Tensor, name: str = "scale") -> Tensor:
     """scale as a scalar tensor of the compute dtype on the device of x, positive and finite where that can be seen."""
     dtype = compute_dtype(x.dtype)
     if isinstance(scale, bool) or not isinstance(scale, (int, float, Tensor)):
-        raise TypeError(f"scale must be a number or a scalar tensor, got {type(scale).__name__}")
+        raise TypeError(f"{name} must be a number or a scalar tensor, got {type(scale).__name__}")
     if not isinstance(scale, Tensor):
         if not 0 < scale <= sys.float_info.max:
-            raise ValueError(f"scale must be positive and finite, got {shown(scale)}")
+            raise ValueError(f"{name} must be positive and finite, got {shown(scale)}")
         return torch.full((), float(scale), dtype=dtype, device=x.device)
     if scale.numel() != 1 or not scale.is_floating_point():
-        raise ValueError(f"scale must be one floating-point number, got {shape_of(scale)} {name_of(scale.dtype)}")
-    check_device("scale", scale, "x", x)
-    _check_values(scale, "scale", "positive and finite", lambda s: bool((s > 0) & s.isfinite()))
+        raise ValueError(f"{name} must be one floating-point number, got {shape_of(scale)} {name_of(scale.dtype)}")
+    check_device(name, scale, "x", x)
+    _check_values(scale, name, "positive and finite", lambda s: bool((s > 0) & s.isfinite()))
     return scale.reshape(()).to(dtype)
 
 
@@ -149,7 +152,9 @@ def pairwise_logsumexp(
     x, y = _check_pair(x, y)
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be 'dot' or 'cosine', got {shown(kernel)}")
-    factor = _check_scale(scale, x)
+    factor = check_scale(scale, x)
+    if kernel == "cosine":
+        x, y = _in_range(x), _in_range(y)
     keep = derives(x, y, factor) and ops.keeps_logits(x.shape[0], y.shape[0], x.shape[1])
     r, *_ = ops.logsumexp_op(x, y, factor, None, kernel == "cosine", [x.shape[1]], True, False, keep)
     return r[0]
@@ -193,7 +198,10 @@ def info_nce(
     Returns:
         Scalar, float64 for float64 inputs, else float32; so are the logits of 16-bit inputs. Differentiable in x, y and
         scale, same bits for any number of threads. Logits are kept for the backward only where they take no more
-        memory than x and y. Second derivatives run on the reference, with n × m memory.
+        memory than x and y; else they are computed again, but on a CPU in ``"rows"`` alone, whose gradient is made
+        along with the loss wherever gradients are on (three quarters of the work; held in float32), unless x is
+        bfloat16 or there are more than 50 000 logits a row. Second derivatives run on the reference, with
+        n × m memory.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came; also for n = 0.
@@ -222,17 +230,45 @@ def info_nce(
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be a bool, got {shown(normalize)}")
     widths, factors = _check_prefixes(prefixes, weights, d)
-    factor = _check_scale(scale, x)
+    factor = check_scale(scale, x)
     at = _check_labels(labels, n, y.shape[0], x)
-    keep = derives(x, y, factor) and ops.keeps_logits(n, y.shape[0], d, len(widths))
+    if normalize:
+        x, y = _in_range(x), _in_range(y)
+    follows = derives(x, y, factor)
+    keep = follows and ops.keeps_logits(n, y.shape[0], d, len(widths))
     rows, columns = "rows" in chosen, "columns" in chosen
-    _, _, row_gaps, column_gaps, _ = ops.logsumexp_op(x, y, factor, at, normalize, widths, rows, columns, keep)
-    gaps = [g.mean(1) for g, wanted in ((row_gaps, rows), (column_gaps, columns)) if wanted]
-    losses = torch.stack(gaps).mean(0)  # [P]
+    if follows and not keep and not columns and ops.fuses_rows(x, y, len(widths)):
+        loss = ops.row_loss_op(x, y, factor, at, normalize, widths, [each / n for each in factors])[0]
+    else:
+        _, _, row_gaps, column_gaps, _ = ops.logsumexp_op(x, y, factor, at, normalize, widths, rows, columns, keep)
+        gaps = [g.mean(1) for g, wanted in ((row_gaps, rows), (column_gaps, columns)) if wanted]
+        loss = _weighted(torch.stack(gaps).mean(0), factors)
     if label_smoothing:
-        losses = losses + label_smoothing * _excess(x, y, factor, at, normalize, widths, rows, columns)
+        excess = _excess(x, y, factor, at, normalize, widths, rows, columns)
+        loss = loss + _weighted(excess, [label_smoothing * each for each in factors])
+    return loss
+
+
+def _weighted(losses: Tensor, weights: list[float]) -> Tensor:
+    """The weighted sum of what the prefixes have, [P]."""
     # Not w * losses[p]: of a number and a scalar tensor, PyTorch makes a float64 tangent.
-    return (losses * torch.tensor(factors, dtype=losses.dtype, device=losses.device)).sum()
+    return (losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)).sum()
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Rows whose cosines are those of x [n, d], and whose products stay in range: those that are huge or tiny are
+    multiplied by a power of two."""
+    if not at_hand(x) or not x.numel() or x.dtype == torch.float16:
+        return x
+    size = torch.linalg.vector_norm(x.detach(), math.inf, 1, keepdim=True).to(compute_dtype(x.dtype))
+    least, most = RANGE[size.dtype]
+    wrong = size.isfinite() & (size > 0) & ((size < least) | (size > most))
+    if not bool(wrong.any()):
+        return x
+    exponents = torch.where(wrong, -size.frexp().exponent, 0).clamp(-1000, 1000)
+    half = exponents // 2  # 2^128 is no float32
+    one = torch.ones_like(size)
+    return x * one.ldexp(half).to(x.dtype) * one.ldexp(exponents - half).to(x.dtype)
 
 
 def _excess(

@@ -118,6 +118,13 @@ def _forward_mode_of(function: Callable, primals: Sequence[Tensor], tangents: Se
         return push(tuple(tangents))[0]
 
 
+def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Keeps tensors for a Function's backward and jvp; gradients and tangents that are zero come as ``None``."""
+    ctx.set_materialize_grads(False)  # in forward mode, tangents of zeros would be pushed too
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
 def _saved(ctx: Any) -> tuple:
     """The tensors that a Function saved; a pullback may be called when its transform is over."""
     return unwrap_dead_wrappers(ctx.saved_tensors)
@@ -234,9 +241,7 @@ def _operation(derived: Derived) -> type[Function]:
                 ctx.sizes = [(x.shape, x.dtype) for x in output]
                 ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i not in rule.outputs))
                 saved += [output[i] for i in rule.kept]
-            ctx.set_materialize_grads(False)  # in forward mode, tangents of zeros would be pushed too
-            ctx.save_for_backward(*saved)
-            ctx.save_for_forward(*saved)
+            _save(ctx, saved)
 
         @staticmethod
         @_by_new_vmap
@@ -293,9 +298,7 @@ def _gradient(derived: Derived) -> type[Function]:
         def setup_context(ctx, inputs, output):
             ctx.constants, ctx.wanted, *tensors = inputs
             ctx.sparse = [x.layout is not torch.strided for x in output]
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
+            _save(ctx, tensors)
 
         @staticmethod
         @_by_new_vmap

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyrepr.ops._differentiable import _by_new_vmap, _forward_mode_of, _placed, _saved, looped
+from pyrepr.ops._differentiable import _by_new_vmap, _forward_mode_of, _placed, _save, _saved, looped
 from pyrepr.ops._leaf import _batched, _is_compiling, _unwrapped, _wrapped
 
 
@@ -63,9 +63,7 @@ class _Looped(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.function, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        _save(ctx, tensors)
 
     @staticmethod
     @_by_new_vmap

@@ -65,7 +65,7 @@ class Slopes:
             return self._decay(_distance(p, rows, columns).sqrt_().mul_(-1 / self.scale))
         if self.kernel == "polynomial":
             return self._power(p)
-        return p * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+        return (p * _inverse_norm(rows)[:, None]).mul_(_inverse_norm(columns))
 
     def _decay(self, exponent: Tensor) -> Tensor:
         if self.base is None:
@@ -92,11 +92,12 @@ class Slopes:
         if self.kernel == "polynomial":
             return pull * (self.degree * self.scale) * (self.scale * p + self.offset) ** (self.degree - 1)
         if self.kernel == "cosine":
-            return pull * _inverse_norm(rows)[:, None] * _inverse_norm(columns)
+            return (pull * _inverse_norm(rows)[:, None]).mul_(_inverse_norm(columns))
         if self.kernel == "rbf":
-            return pull * self._whole(k) / self.scale**2
+            return (pull * self._whole(k)).div_(self.scale**2)
         distance = _distance(p, rows, columns).sqrt_()
-        return torch.where(distance == 0, 0, pull * self._whole(k) / (self.scale * distance))
+        alike = distance == 0
+        return (pull * self._whole(k)).div_(distance.mul_(self.scale)).masked_fill_(alike, 0)
 
     def _whole(self, k: Tensor) -> Tensor:
         """k with its base, if it decays."""
@@ -147,7 +148,7 @@ class Near(NamedTuple):
 
 
 def _distance(p: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return (rows[:, None] + columns - 2 * p).clamp_min_(0)
+    return (rows[:, None] + columns).sub_(p, alpha=2).clamp_min_(0)
 
 
 def _inverse_norm(q: Tensor) -> Tensor:
@@ -165,8 +166,9 @@ def stats_backward(products: Products, args: tuple, kept: tuple, grads: tuple, w
         xs = [x[rows] for x in xs]
         norms, grad_r, grad_d = norms[:, rows], grad_r[:, rows], grad_d[:, rows]
     if by_features:
-        pairs = layer_pairs(len(xs), split)
-        found = _features_backward(products, xs, norms, pairs, wanted, grad_s, grad_d - grad_r)
+        blocks = blocks_of(dots, xs, split) if keep_dots else {}
+        pairs = [(a, b) for a, b in layer_pairs(len(xs), split) if wanted[a] or wanted[b]]
+        found = _features_backward(products, xs, norms, pairs, blocks, wanted, grad_s, grad_d - grad_r)
     else:
         slopes = [
             Slopes(kernel, scale, degree, offset, base if kernel == "polynomial" or not centre else None)
@@ -234,7 +236,15 @@ def _mean_row(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.expand(-1, 2).mean(0, dtype=dtype)[:1] if x.shape[1] == 1 else x.mean(0, dtype=dtype)
 
 
-def _features_backward(products, xs, q, pairs, wanted, grad_s, grad_q):
+def blocks_of(flat: Tensor, xs: Sequence[Tensor], split: int) -> dict[tuple[int, int], Tensor]:
+    """X_aᵀX_b of every pair, one after the other in `flat`; of X_aᵀX_a the upper half with half of its diagonal."""
+    pairs = layer_pairs(len(xs), split)
+    shapes = [(xs[a].shape[1], xs[b].shape[1]) for a, b in pairs]
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return {pair: part.view(shape) for pair, part, shape in zip(pairs, parts, shapes, strict=True)}
+
+
+def _features_backward(products, xs, q, pairs, blocks, wanted, grad_s, grad_q):
     """Linear kernel: S_ab = ‖X_aᵀX_b‖² − q_a·q_b gives dX_a = Σ_b 2 (g_ab + g_ba) [X_b (X_bᵀX_a) − diag(q_b) X_a].
 
     Everything here has the size of the inputs (n > D on this route).
@@ -245,7 +255,10 @@ def _features_backward(products, xs, q, pairs, wanted, grad_s, grad_q):
     diagonal = 2 * grad_q
     grads: list[Tensor | None] = [None] * len(xs)
     for a, b in pairs:
-        product = products.apply(centred[b].T, xs[a], True)  # [d_b, d_a]
+        if (block := blocks.get((a, b))) is None:
+            product = products.apply(centred[b].T, xs[a], True)  # [d_b, d_a]
+        else:
+            product = block + block.T if a == b else block.T
         for left, right, cross in ((a, b, product), (b, a, product.T))[: 1 if a == b else 2]:
             if wanted[left]:
                 weight = 2 * symmetric[left, right]
@@ -311,7 +324,7 @@ class _TilesBackward:
         if self.kernel != "linear" or self.shifted:
             pull -= (symmetric * self.shift).sum()
         if self.kernel != "linear":
-            pull += grad_r[rows, None] + grad_r
+            pull.add_(grad_r[rows, None]).add_(grad_r)
         pull.diagonal(rows.start).zero_()
         return pull
 

@@ -27,8 +27,9 @@ from pyrepr.reference.lookup import HASHES, WEIGHTINGS, sizes, unpack, without_l
 TABLE_CODES = {**DTYPE_CODES, torch.int8: 4}
 
 # Which forward kernel runs: by size; token by token (few tokens); each table once (many tokens); in registers (int8
-# tables of at most 16 rows, where the instruction set has byte permutations). One that cannot run gives way to another.
-ROUTES = {"auto": 0, "rows": 1, "stream": 2, "registers": 3}
+# tables of at most 16 rows) or token by token as bytes (int8 tables), both where the instruction set has products of
+# bytes. One that cannot run gives way to another.
+ROUTES = {"auto": 0, "rows": 1, "stream": 2, "registers": 3, "bytes": 4}
 
 WEIGHTING_CODES = {name: code for code, name in enumerate(WEIGHTINGS)}
 

@@ -138,6 +138,46 @@ logsumexp_backward_op = leaf_op(
 )
 
 
+def fuses_rows(x: Tensor, y: Tensor, prefixes: int) -> bool:
+    """Whether a loss over rows alone should make its gradient along with itself: 6 n m d operations instead of 8. On a
+    CPU, where a stripe of rows fits into 32 MiB; not in bfloat16, whose products have kernels of their own."""
+    return x.device.type == "cpu" and x.dtype != torch.bfloat16 and prefixes * y.shape[0] <= 50_000
+
+
+def _row_loss_fake(x, y, scale, labels, normalize, prefixes, weights):
+    dtype = compute_dtype(x.dtype)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in ((), x.shape, y.shape, ()))
+
+
+def _row_loss_cpu(x, y, scale, labels, normalize, prefixes, weights):
+    if x.dtype == torch.float64 or x.numel() == 0 or y.numel() == 0:
+        return on_one_thread(reference.pairs_row_loss)(x, y, scale, labels, normalize, prefixes, weights)
+    out = _row_loss_fake(x, y, scale, labels, normalize, prefixes, weights)
+    problem, _alive = _problem(x, y, scale, labels, normalize, prefixes)
+    problem.row_loss(weights, *(t.data_ptr() for t in out))
+    return out
+
+
+def _row_loss_backward(args, kept, grads, wanted):
+    x, y, *_ = args
+    dx, dy, dscale = (grads[0] * t if want else None for t, want in zip(kept, wanted, strict=False))
+    return None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), dscale, None
+
+
+row_loss_op = leaf_op(
+    "pairs_row_loss(Tensor x, Tensor y, Tensor scale, Tensor labels, bool normalize, int[] prefixes, float[] weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_row_loss_fake,
+    derivative=Derivative(
+        reference=lambda args, kept: (reference.row_loss(*args),),
+        backward=_row_loss_backward,
+        kept=(1, 2, 3),
+    ),
+    reference=reference.pairs_row_loss,
+    cpu=_row_loss_cpu,
+)
+
+
 def softmax_weights(
     labels: Tensor | None,  # [n]
     r: Tensor,  # [P, n] or [P, 0]

@@ -113,7 +113,7 @@ def gram_stats(
     split: int,
     keep_dots: bool,
 ) -> tuple[Tensor, ...]:
-    """S [M, M], R, D [M, n], shift [M] and norms [M, n] in float64, inner products [M, n, n] or [0]; see `ops.gram`."""
+    """S [M, M], R, D [M, n], shift [M] and norms [M, n] in float64, products [M, n, n], flat or [0]; see `ops.gram`."""
     inputs = _counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, centre and kernel in SHIFT_INVARIANT)
     k = _kernels(inputs, constants, kernel, degree, centre)
     n, shift = k.shape[1], torch.zeros_like(constants[0])
@@ -121,14 +121,19 @@ def gram_stats(
         shift = (k.sum(2) - k.diagonal(dim1=1, dim2=2)).sum(1) / (n * (n - 1))
     s, r, d = _by_pairs(k, kernel == "linear", shift)
     norms = torch.stack([x.double().square().sum(1) for x in inputs])
-    dots = torch.stack([x @ x.T for x in inputs]) if keep_dots else inputs[0].new_empty(0)
+    dots = inputs[0].new_empty(0)
+    if keep_dots:
+        dots = _crosses(inputs, split) if by_features else torch.stack([x @ x.T for x in inputs])
     r, d, norms = _over_rows(mask, r, d, norms)
     return s, r, d, shift, norms, dots
 
 
-def gram_row_stats(xs: list[Tensor]) -> tuple[Tensor, ...]:
-    """The first five of :func:`gram_stats` for a linear kernel, and P [M (M + 1)/2, n] float64; see `ops.gram`."""
+def gram_row_stats(xs: list[Tensor], by_features: bool, split: int) -> tuple[Tensor, ...]:
+    """The first five of :func:`gram_stats` for a linear kernel, P [M (M + 1)/2, n] and the moved rows [M, M, n] in
+    float64, and the products of features; see `ops.gram`."""
     inputs = [_centred(x.to(compute_dtype(x.dtype))) for x in xs]
+    if by_features:
+        return _row_stats_by_features(inputs, split)
     k = torch.stack([x @ x.T for x in inputs]).double()
     d = k.diagonal(dim1=1, dim2=2).clone()
     k.diagonal(dim1=1, dim2=2).zero_()
@@ -136,7 +141,38 @@ def gram_row_stats(xs: list[Tensor]) -> tuple[Tensor, ...]:
     p = torch.stack([(k[i] * k[j]).sum(1) for i, j in zip(a.tolist(), b.tolist(), strict=True)])
     s = d.new_zeros(len(xs), len(xs))
     s[a, b] = s[b, a] = p.sum(1)
-    return s, -d, d, d.new_zeros(len(xs)), d.clone(), p
+    return s, -d, d, d.new_zeros(len(xs)), d.clone(), p, _moved(inputs, d), inputs[0].new_empty(0)
+
+
+def _moved(xs: list[Tensor], d: Tensor) -> Tensor:
+    return torch.stack([(x.double() @ (d @ x.double()).T).T for x in xs])
+
+
+def _row_stats_by_features(xs: list[Tensor], split: int) -> tuple[Tensor, ...]:
+    s, r, d = _by_features(xs, split)
+    p = []
+    for a, x in enumerate(xs):
+        for b, y in enumerate(xs[a:], a):
+            counts = a == b or not split or a < split <= b
+            p.append(((x @ (x.T @ y)) * y).sum(1).double() - d[a] * d[b] if counts else torch.zeros_like(d[0]))
+    s, r, d = s.double(), r.double(), d.double()
+    return s, r, d, d.new_zeros(len(xs)), d.clone(), torch.stack(p), _moved(xs, d), _crosses(xs, split)
+
+
+def _crosses(xs: list[Tensor], split: int) -> Tensor:
+    """X_aᵀX_b of every pair, flat; of X_aᵀX_a the upper half, half its diagonal."""
+    cross = []
+    for a, x in enumerate(xs):
+        for b, y in enumerate(xs[a:], a):
+            if a == b or not split or a < split <= b:
+                block = x.T @ y
+                cross.append((block.triu() - block.diagonal().diag() / 2 if a == b else block).flatten())
+    return torch.cat(cross)
+
+
+def products_of_features(xs: list[Tensor], mask: Tensor | None, split: int) -> Tensor:
+    """The products of :func:`gram_stats` by way of features, for a kernel that does not keep them."""
+    return _crosses(_counted([x.to(compute_dtype(x.dtype)) for x in xs], mask, True), split)
 
 
 def statistics(
@@ -218,6 +254,78 @@ def _over_rows(mask: Tensor | None, *each: Tensor) -> tuple[Tensor, ...]:
         return each
     rows = mask.nonzero()[:, 0]
     return tuple(a.new_zeros(len(a), len(mask)).index_copy(1, rows, a) for a in each)
+
+
+def gram_hsic(
+    xs: list[Tensor], estimator: str, split: int, normalised: bool, by_features: bool, keep: bool, keep_dots: bool
+) -> tuple[Tensor, ...]:
+    """HSIC or CKA of all pairs under a linear kernel, [M, M], and which layers are all alike, [M]; on request S [M, M],
+    squared norms [M, n] and the products of :func:`gram_stats`. See `ops.gram`."""
+    constants = torch.ones(3, len(xs), dtype=torch.float64, device=xs[0].device)
+    dtype, none = compute_dtype(xs[0].dtype), constants.new_zeros(len(xs))
+    s, r, d = statistics(xs, None, constants, "linear", 1, True, by_features, split, none)
+    table, size = hsic_terms(s, r, d, d.shape[1], estimator)
+    alike = table.diagonal() <= 8 * torch.finfo(dtype).eps * size
+    dots = xs[0].new_empty(0, dtype=dtype)
+    if keep_dots:
+        dots = gram_stats(xs, None, constants, "linear", 1, True, by_features, split, True)[5]
+    kept = (s, d) if keep else (none[:0], none[:0])
+    return (_normalised(table, alike) if normalised else table).to(dtype), alike.int(), *kept, dots
+
+
+def _normalised(table: Tensor, alike: Tensor) -> Tensor:
+    """CKA of HSIC, both [M, M]; NaN for layers that are all alike."""
+    root = torch.where(alike, torch.nan, table.diagonal()).sqrt()
+    return table / torch.outer(root, root)
+
+
+def gram_hsic_slopes(
+    s: Tensor, norms: Tensor, grad: Tensor, estimator: str, split: int, normalised: bool
+) -> tuple[Tensor, Tensor]:
+    """What :func:`gram_hsic`'s values, of the pairs of `split`, pass on to S [M, M] and to the squared norms [M, n]."""
+    side = torch.arange(len(s), device=s.device) < split
+    counts = (side[:, None] != side) | torch.eye(len(s), dtype=torch.bool, device=s.device) | (split == 0)
+
+    def values(s: Tensor, norms: Tensor) -> Tensor:
+        table, _ = hsic_terms(torch.where(counts, s, 0), -norms, norms, norms.shape[1], estimator)
+        return _normalised(table, table.diagonal() <= 0) if normalised else table
+
+    _, pull = torch.func.vjp(values, s, norms)
+    return pull(torch.where(counts, grad, 0))
+
+
+def hsic_terms(s: Tensor, r: Tensor, d: Tensor, n: Tensor | int, estimator: str) -> tuple[Tensor, Tensor]:
+    """HSIC of every layer with every layer, [M, M], and the sum of the magnitudes of its terms for each layer, [M].
+
+    S [M, M], R and D [M, n] are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
+    biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
+    unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
+    """
+    if estimator == "biased":
+        r = r + d
+        whole, share = s + _row_products(d, d), (n - 1) ** 2
+        totals, products = 1 / n**2, 2 / n
+    else:
+        whole, share = s, n * (n - 3)
+        totals, products = 1 / ((n - 1) * (n - 2)), 2 / (n - 2)
+    sums = _row_sums(r)
+    squares, alike = torch.outer(sums, sums) * totals, _row_products(r, r) * products
+    size = (whole + squares + alike).detach().diagonal() / share
+    return (whole + squares - alike) / share, size
+
+
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ with the same bits for any number of threads, which a matrix product of so long rows has not. [M, n]."""
+    if len(x) == 2:  # few operations, which is what counts for two small layers
+        return (x[:, None] * y).sum(2)
+    return torch.stack([_row_sums(x * each) for each in y], 1)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """[M, n] -> [M], with the same bits for any number of threads."""
+    if len(x) == 1:  # a sum to one number is cut among threads
+        return x.expand(2, -1).sum(1)[:1]
+    return x.sum(1)
 
 
 def gram_matrix(

@@ -27,7 +27,16 @@ METRICS = ("ip", "cosine", "sqeuclidean")
 def unit_rows(x: Tensor) -> Tensor:
     """Rows divided by their norms; a row of zeros stays zero, and has a derivative of zero. x: [n, d]."""
     zero = (x == 0).all(1, keepdim=True)
-    return torch.where(zero, x.detach(), x) / torch.where(zero, 1, torch.where(zero, 1, x).norm(dim=1, keepdim=True))
+    x = torch.where(zero, x.detach(), x) / _largest(x)  # whose squares are in range
+    return x / torch.where(zero, 1, torch.where(zero, 1, x).norm(dim=1, keepdim=True))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest size in each row, 1 in a row of zeros; a constant. x: [n, d] -> [n, 1]."""
+    if not x.shape[1]:
+        return x.new_ones(len(x), 1)
+    size = x.detach().abs().amax(1, keepdim=True)
+    return torch.where(size == 0, 1, size)
 
 
 def logits(x: Tensor, y: Tensor, scale: Tensor | float, normalize: bool, prefixes: list[int]) -> Tensor:
@@ -111,11 +120,46 @@ def pairs_logsumexp_backward(
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
+def row_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    normalize: bool,
+    prefixes: list[int],
+    weights: list[float],
+) -> Tensor:
+    """Σ_p weights_p Σ_i gap_pi of the rows: InfoNCE in one direction, differentiable."""
+    gaps = pairs_logsumexp(x, y, scale, labels, normalize, prefixes, True, False, False)[2]
+    return (gaps * gaps.new_tensor(weights)[:, None]).sum()
+
+
+def pairs_row_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    normalize: bool,
+    prefixes: list[int],
+    weights: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`row_loss` and its gradients in x, y and scale, in the dtype that is computed in."""
+    dtype = compute_dtype(x.dtype)
+    a, b, factor = (t.to(dtype) for t in (x, y, scale))
+    r, c, gaps, _, kept = pairs_logsumexp(a, b, factor, labels, normalize, prefixes, True, False, False)
+    share = gaps.new_tensor(weights)[:, None].expand_as(gaps)
+    gradients = pairs_logsumexp_backward(
+        a, b, factor, labels, normalize, prefixes, r, c, kept, share, c, share * (-gaps).expm1()
+    )
+    return ((gaps * share).sum(), *gradients)
+
+
 def _unit_rows_backward(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     """The gradient of :func:`unit_rows`."""
-    norm = x.norm(dim=1, keepdim=True)
+    size = _largest(x)
+    norm = (x / size).norm(dim=1, keepdim=True)
     along = (unit * grad).sum(1, keepdim=True)
-    return torch.where(norm == 0, 0, (grad - unit * along) / torch.where(norm == 0, 1, norm))
+    return torch.where(norm == 0, 0, (grad - unit * along) / torch.where(norm == 0, 1, norm) / size)
 
 
 def scores(x: Tensor, y: Tensor, metric: str) -> Tensor:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from pyrepr._checks import check_layer, check_layers, check_shape, shown
 
-__all__ = ["ESTIMATORS", "check_count", "check_estimator", "check_layer", "check_layers", "check_mask"]
+__all__ = [
+    "ESTIMATORS",
+    "check_count",
+    "check_estimator",
+    "check_groups_alone",
+    "check_layer",
+    "check_layers",
+    "check_mask",
+]
 
 ESTIMATORS = ("unbiased", "biased")
 
@@ -15,6 +23,11 @@ ESTIMATORS = ("unbiased", "biased")
 def check_estimator(estimator: str) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be 'unbiased' or 'biased', got {shown(estimator)}")
+
+
+def check_groups_alone(groups: object, return_stderr: bool) -> None:
+    if groups is not None and not return_stderr:
+        raise ValueError("groups must come with return_stderr=True, which alone reads them, got groups without it")
 
 
 def check_mask(mask: object, n: int, device: torch.device) -> Tensor:

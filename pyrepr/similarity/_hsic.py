@@ -12,11 +12,12 @@ from torch import Tensor
 from pyrepr.ops._entries import by_entries
 from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import Statistics, constants_of, gram_stats
+from pyrepr.ops.gram import LOSS, Statistics, constants_of, gram_stats, hsic_at_once
 from pyrepr.reference._dtypes import compute_dtype
+from pyrepr.reference.gram import hsic_terms
 from pyrepr.similarity._checks import check_count
 from pyrepr.similarity._ranges import careful, suspect, twins
-from pyrepr.similarity._rescaled import LOSS, at_hand
+from pyrepr.similarity._rescaled import at_hand
 from pyrepr.similarity._whole import whole_op
 from pyrepr.similarity.kernels import Kernel
 
@@ -43,35 +44,6 @@ def _valid_count(xs: Sequence[Tensor], mask: Tensor | None, estimator: str) -> T
     if readable(count):
         check_count(int(count), estimator, "mask")
     return count.double()
-
-
-def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ with the same bits for any number of threads, which a matrix product of so long rows has not. [M, n]."""
-    once = len(x) == 1  # a sum to one number is cut among threads
-    x = x.expand(2, -1) if once else x
-    found = torch.stack([(x * each).sum(1) for each in y], 1)
-    return found[:1] if once else found
-
-
-def _terms(found: Statistics, n: Tensor | int, estimator: str) -> tuple[Tensor, Tensor]:
-    """HSIC of every layer with every layer, [M, M], and the sum of the magnitudes of its terms for each layer, [M].
-
-    S, R and D are sums over i ≠ j and the diagonal (see `ops.gram`). With r = R + D, the full row sums:
-    biased  [S + D·D − (2/n) r·r + Σr Σr / n²] / (n−1)²  (Gretton et al. 2005)
-    unbiased  [S + ΣR ΣR / ((n−1)(n−2)) − 2/(n−2) R·R] / (n(n−3))  (Song et al. 2012, eq. 5)
-    """
-    s, r, d = found.s, found.r, found.d
-    if estimator == "biased":
-        r = r + d
-        whole, share = s + _row_products(d, d), (n - 1) ** 2
-        totals, products = 1 / n**2, 2 / n
-    else:
-        whole, share = s, n * (n - 3)
-        totals, products = 1 / ((n - 1) * (n - 2)), 2 / (n - 2)
-    sums = _row_products(r, torch.ones_like(r[:1]))[:, 0]
-    squares, alike = torch.outer(sums, sums) * totals, _row_products(r, r) * products
-    size = (whole + squares + alike).detach().diagonal() / share
-    return (whole + squares - alike) / share, size
 
 
 class Table(NamedTuple):
@@ -125,7 +97,7 @@ def _table(
     dtype, biased = compute_dtype(xs[0].dtype), estimator == "biased"
     if found is None:
         found = gram_stats(xs, mask, constants_of(scale, spec.name, spec.coef0), spec.name, spec.degree, split)
-    (hsic, size), unit = _terms(found, n, estimator), torch.zeros_like(found.shift)
+    (hsic, size), unit = hsic_terms(found.s, found.r, found.d, n, estimator), torch.zeros_like(found.shift)
     if at_hand(found.s) and (
         suspect(spec, scale, found, hsic.diagonal(), size, dtype, biased)
         or (spec.name == "laplacian" and dtype == torch.float32 and _any_twins(xs, mask, found.norms))
@@ -136,10 +108,12 @@ def _table(
         gram, features = route_costs(xs[0].shape[0], [x.shape[1] for x in xs], split)
         for by_features in (True, False) if features < gram and spec.name in ("linear", "cosine") else (False,):
             found, unit = careful(xs, mask, spec, scale, biased, split, by_features)
-            hsic, size = _terms(found, found.d.shape[1], estimator)
+            hsic, size = hsic_terms(found.s, found.r, found.d, found.d.shape[1], estimator)
             if bool((size <= most * hsic.diagonal()).all()):
                 break
     eps = torch.finfo(dtype).eps
+    if spec.name == "linear":
+        return hsic, 8 * eps * size, unit
     # Kernels that are not shift-invariant leave rounding errors of their mean value behind, and differences theirs.
     # Rows divided by their norms come with those of a value of 1.
     value = torch.ones_like(found.shift) if spec.name == "cosine" else found.shift
@@ -191,12 +165,32 @@ def normalise(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def warn_if_degenerate(own: Tensor, floor: Tensor, names: Sequence[str]) -> Tensor:
     """Self-HSIC that is no more than rounding becomes NaN, with a warning that names the layer."""
     degenerate = own <= floor
-    if own.device.type == "cpu" and readable(degenerate) and degenerate.any():
+    _warn(degenerate, names)
+    return torch.where(degenerate, torch.nan, own)
+
+
+def values_at_once(
+    xs: Sequence[Tensor], spec: Kernel, estimator: str, split: int, names: Sequence[str] | None
+) -> Tensor | None:
+    """CKA of named layers, or HSIC, [M, M], where one call goes from layers to values (`ops.gram.hsic_at_once`)."""
+    if spec.name != "linear":
+        return None
+    check_count(xs[0].shape[0], estimator)
+    found = hsic_at_once(xs, estimator, split, names is not None)
+    if found is None:
+        return None
+    values, alike = found
+    if names is not None and alike is not None:
+        _warn(alike, names)
+    return values
+
+
+def _warn(degenerate: Tensor, names: Sequence[str]) -> None:
+    if degenerate.device.type == "cpu" and readable(degenerate) and degenerate.any():
         which = ", ".join(name for name, bad in zip(names, degenerate.tolist(), strict=True) if bad)
         warnings.warn(
             f"{which}: all samples have the same features, or what sets them apart is no more than rounding errors, so "
             "CKA is undefined; returning NaN",
             DegenerateInputWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    return torch.where(degenerate, torch.nan, own)

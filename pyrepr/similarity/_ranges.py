@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import Statistics, constants_of, gram_stats, matrix_op
+from pyrepr.ops.gram import LINEAR_NORMS, LOSS, Statistics, constants_of, gram_stats, matrix_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT, unit_rows
-from pyrepr.similarity._rescaled import LOSS, NORMS, at_hand, near_one, within
+from pyrepr.similarity._rescaled import NORMS, at_hand, near_one, within
 from pyrepr.similarity.kernels import Kernel
 
-# Squared norms between which products of two inner products, and their derivatives, are safe.
-LINEAR_NORMS = {torch.float32: (1e-10, 1e12), torch.float64: (1e-70, 1e70)}
 # Mean squares of a kernel's entries, of which products are made.
 ENTRIES = {torch.float32: (1e-20, 1e20), torch.float64: (1e-150, 1e150)}
 CLOSE = 20  # exponents beyond which a kernel of all pairs counts as vanishing
@@ -44,12 +42,18 @@ def suspect(
         own: [M] self-HSIC as the sum of terms that add up to `size` [M] without their signs.
         dtype: in which products were made.
     """
-    n = found.d.shape[1]
+    n, first = found.d.shape[1], [own, size, found.norms.amax(1), scale]
+    if spec.name == "linear":
+        return any(_suspect_products(dtype, *row) for row in _rows(first))
     with torch.no_grad():
         entries = found.s.diagonal() + (found.d.square().sum(1) if biased else 0)
-        numbers = [own, size, entries / n**2, found.shift.abs(), found.norms.amax(1), found.norms.median(1).values]
-        rows = torch.stack([*numbers, scale], 1).tolist()
-    return any(_suspect(spec.name, dtype, *row) for row in rows)
+        numbers = [*first, entries / n**2, found.shift.abs(), found.norms.median(1).values]
+        return any(_suspect(spec.name, dtype, *row) for row in _rows(numbers))
+
+
+def _rows(columns: Sequence[Tensor]) -> Iterator[tuple[float, ...]]:
+    """What vectors hold of layer after layer; cheaper one by one than stacked."""
+    return zip(*(column.tolist() for column in columns), strict=True)
 
 
 def twins(x: Tensor, norms: Tensor) -> bool:
@@ -78,26 +82,37 @@ def twins(x: Tensor, norms: Tensor) -> bool:
     return False
 
 
+def _suspect_products(dtype: torch.dtype, own: float, size: float, largest: float, scale: float) -> bool:
+    """A layer under a linear kernel; see :func:`suspect`. `largest` squared norm of its rows."""
+    if _nothing(largest, scale):
+        return False
+    lost = not size * torch.finfo(dtype).eps <= LOSS[dtype] * own
+    return lost or not within(largest, LINEAR_NORMS[dtype])
+
+
+def _nothing(largest: float, scale: float) -> bool:
+    """Whether there is nothing to be found, or no number."""
+    return largest == 0 or not math.isfinite(largest) or math.isnan(scale) or scale == 0
+
+
 def _suspect(
     kernel: str,
     dtype: torch.dtype,
     own: float,
     size: float,
+    largest: float,
+    scale: float,
     entry: float,
     shift: float,
-    largest: float,
     typical: float,
-    scale: float,
 ) -> bool:
-    """One layer; see :func:`suspect`. `largest` and `typical` squared norms of its rows, mean square of an `entry`."""
-    if largest == 0 or not math.isfinite(largest) or math.isnan(scale) or scale == 0:
-        return False  # nothing to be found, or no number
+    """A layer under another kernel. `typical` squared norm of its rows, mean square of an `entry`."""
+    if _nothing(largest, scale):
+        return False
     eps, loss = torch.finfo(dtype).eps, LOSS[dtype]
     if not size * eps <= loss * own:
         return True
-    if kernel == "linear":
-        return not within(largest, LINEAR_NORMS[dtype])
-    if kernel in ("rbf", "laplacian") and eps * typical > 10 * loss * scale**2:
+    if kernel in ("rbf", "laplacian") and eps * typical > loss * scale**2:
         return True  # squared distances are differences of norms
     safe = within(largest, NORMS[dtype]) and within(entry, ENTRIES[dtype])
     return not safe or own < (eps / (10 * loss) * shift) ** 2
@@ -241,4 +256,4 @@ def _strange(both: Sequence[Tensor], spec: Kernel, scale: float) -> bool:
         whole = torch.cat(both).detach()
         if twins(whole, (whole - mean).square().sum(1)):
             return True
-    return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > 10 * LOSS[dtype] * scale**2
+    return spec.name in SHIFT_INVARIANT and torch.finfo(dtype).eps * typical > LOSS[dtype] * scale**2

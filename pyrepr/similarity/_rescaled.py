@@ -10,14 +10,12 @@ from torch import Tensor
 
 from pyrepr.backend import triton_interprets
 from pyrepr.ops._leaf import readable
-from pyrepr.ops.gram import median_op
+from pyrepr.ops.gram import LOSS, median_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.stats._robust import dominated, robust_centre
 
 # Squared norms between which inner products, and kernels of them, are safe.
 NORMS = {torch.float32: (1e-24, 1e30), torch.float64: (1e-200, 1e200)}
-# What may be lost, relative to a result: 84 units of rounding.
-LOSS = {torch.float32: 1e-5, torch.float64: 2e-14}
 
 
 def at_hand(x: Tensor) -> bool:

@@ -8,10 +8,10 @@ and L with row sums r and s, and a group g of rows that is left out, with κ_j =
     Σ_j r_j               falls by Σ_{j∈g} r_j + Σ_{j∉g} κ_j
 
 K and L have a zero diagonal for the unbiased estimator. Along rows ("gram") P comes from blocks of kernel matrices,
-n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel also along features, where P_i =
-x_iᵀ (XᵀY) y_i: 2 n d_a d_b for every pair; along rows P of a linear kernel comes with the values,
-from the same tiles. Where a row dwarfs the others, all values are computed one by one. The standard error is
-√((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
+n² (D + M²) multiply-adds for M layers of D features in all; with a linear kernel it comes with the values, from the
+same tiles. Along features P_i = x_iᵀ (XᵀY) y_i, and XᵀY is that of the values: n d_a d_b more for a pair, half of that
+for a layer with itself, which is what the values cost. Where a row dwarfs the others, all values are computed one by
+one. The standard error is √((G−1)/G Σ_g (CKA₋g − mean)²) for G groups.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrepr.ops.gram import matrix_op
+from pyrepr.ops.gram import LINEAR_NORMS, Shares, Statistics, gram_row_stats, matrix_op
 from pyrepr.similarity._hsic import normalise, scaled_hsic
-from pyrepr.similarity._ranges import LINEAR_NORMS
 from pyrepr.similarity._rescaled import within
 from pyrepr.similarity.kernels import Kernel
 from pyrepr.stats._robust import dominated
 
 Pair = tuple[int, int]
+Found = tuple[Statistics | None, Shares | None]
 ROWS = 2048  # of a product that is summed at once: what it fills stays in the cache
 BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
 
@@ -38,7 +38,7 @@ BLOCK_BYTES = 1 << 26  # of kernel rows of all layers at a time
 class _Layer:
     """What one layer contributes, whatever the other. Rows are sorted by group."""
 
-    x: Tensor  # [n, d] centred where the kernel allows
+    x: Tensor | None  # [n, d] centred where the kernel allows; None where shares of single samples stand for it
     r: Tensor  # [n] row sums
     diagonal: Tensor  # [n]
     inside: Tensor  # [n], Σ_{i∈g(j), i≠j} K_ij
@@ -102,6 +102,12 @@ def check_groups(groups: object, n: int, estimator: str) -> Tensor | None:
     return groups
 
 
+def row_stats(xs: list[Tensor], by_features: bool, split: int) -> Found:
+    """The statistics of a linear kernel, and the shares of single samples in them."""
+    found, shares = gram_row_stats(xs, by_features, split)
+    return found, shares if not bool(found.shift.any()) else None  # very wide layers: a shift is in the shares
+
+
 @torch.no_grad()
 def cka_stderr(
     xs: list[Tensor],
@@ -110,41 +116,59 @@ def cka_stderr(
     groups: Tensor | None,
     split: int,
     features: bool,
-    shares: Tensor | None = None,
+    found: Found = (None, None),
 ) -> Tensor:
-    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route. `shares`: P of a
-    linear kernel as :func:`pyrepr.ops.gram.gram_row_stats` gives it, from the pass that made the values."""
+    """[La, Lb] float64; without `split` [L, L]. Layers are checked, `features` says along which route. `found`: of a
+    linear kernel, from the pass that made the values."""
     n = xs[0].shape[0]
     parts, order = _Groups.of(groups, n, xs[0].device)
     g = len(parts.sizes)
-    spread, lengths = zip(*(_norms(x) for x in xs), strict=True)
-    if dominated(torch.stack(spread)):
+    stats, shares = found
+    spread = torch.stack([_norms(x) for x in xs]) if stats is None else stats.norms
+    if dominated(spread):
         out = _word_for_word(xs, spec, estimator, [order[parts.index != i] for i in range(g)], split)
         return out[:split, split:] if split else out
-    if not all(within(float(q.amax()), LINEAR_NORMS[torch.float32]) for q in (*spread, *lengths)):
-        xs, shares = [x.double() for x in xs], None  # shares of float32 tiles would have lost their digits
-    scales = spec.scales(xs).tolist()
-    layers = [_prepare(x[order], spec, scale, parts, estimator) for x, scale in zip(xs, scales, strict=True)]
+    largest = [*spread.amax(1).tolist(), *(q for x in xs for q in _lengths(x))]
+    if not all(within(q, LINEAR_NORMS[torch.float32]) for q in largest):  # what float32 tiles hold has lost its digits
+        xs = [x.double() for x in xs]
+        if shares is not None:
+            stats, shares = row_stats(xs, features, split)
+    if shares is None:
+        scales = spec.scales(xs).tolist()
+        layers = [_prepare(x[order], spec, scale, parts, estimator) for x, scale in zip(xs, scales, strict=True)]
+    else:
+        layers = [_of_norms(x, q[order], order, parts, estimator) for x, q in zip(xs, stats.norms, strict=True)]
     left = range(split or len(xs))
     right = range(split, len(xs)) if split else range(len(xs))
     pairs = [(a, b) for a in left for b in right if split or a <= b]
     every = [*pairs, *((a, a) for a in range(len(xs)) if split)]
-    if features or shares is not None:
-        rest = dict(_linear(layers, every, parts, estimator, None if shares is None else shares[:, order]))
+    if shares is not None:
+        rest = dict(_of_shares(layers, every, parts, estimator, shares, order))
+    elif features:
+        rest = dict(_linear(layers, every, parts, estimator))
     else:
         rest = dict(_along_rows(layers, every, spec, scales, parts, estimator))
     out = torch.full((len(xs), len(xs)), torch.nan, dtype=torch.float64, device=xs[0].device)
-    roots = [rest[a, a].sqrt() for a in range(len(xs))]
-    for a, b in pairs:
-        value = rest[a, b] / (roots[a] * roots[b])
-        out[a, b] = out[b, a] = (g - 1) / g**0.5 * value.std(correction=1 if g > 1 else 0)
+    roots = torch.stack([rest[a, a] for a in range(len(xs))]).sqrt()
+    one, two = torch.tensor(pairs, device=out.device).T
+    values = torch.stack([rest[pair] for pair in pairs]).div_(roots[one]).div_(roots[two])
+    out[one, two] = out[two, one] = (g - 1) / g**0.5 * values.std(1, correction=1 if g > 1 else 0)
     return out[:split, split:] if split else out
 
 
-def _norms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of the rows around their mean, and around 0, [n] float64 each."""
+def _norms(x: Tensor) -> Tensor:
+    """Squared norms of the rows around their mean, [n] float64."""
     x = x.double()
-    return (x - x.mean(0)).square().sum(1), x.square().sum(1)
+    return (x - x.mean(0)).square().sum(1)
+
+
+def _lengths(x: Tensor) -> tuple[float, float]:
+    """Between what the largest squared norm of a row around 0 is."""
+    if not x.numel():
+        return 0.0, 0.0
+    low, high = x.aminmax()
+    largest = max(-float(low), float(high)) ** 2
+    return largest, largest * x.shape[1]
 
 
 def _word_for_word(xs: list[Tensor], spec: Kernel, estimator: str, kept: list[Tensor], split: int) -> Tensor:
@@ -165,23 +189,34 @@ def _prepare(x: Tensor, spec: Kernel, scale: float, parts: _Groups, estimator: s
     if spec.name in ("linear", "rbf", "laplacian"):
         x = x - x[:1]
         x = x - x.mean(0)
-    n = x.shape[0]
     if spec.name == "linear":
         diagonal = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
-        r = -diagonal if estimator == "unbiased" else torch.zeros_like(diagonal)
-    else:
-        rows = [_kernel(x[i : i + 256], x, spec, scale) for i in range(0, n, 256)]
-        computed = torch.cat([block.diagonal(256 * i) for i, block in enumerate(rows)]).double()
-        diagonal = torch.ones_like(computed) if spec.name in ("rbf", "laplacian") else computed
-        r = torch.cat([block.sum(1, dtype=torch.float64) for block in rows]) - computed
-        r = r if estimator == "unbiased" else r + diagonal
-    if spec.name == "linear":
-        blocks = _inside(x, parts).double()
-    else:
-        chunks = zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
-        blocks = torch.cat([_pairs(x[i], x[j], spec, scale) for i, j in chunks]).double()
-    inside = torch.zeros(n, dtype=torch.float64, device=x.device).index_add_(0, parts.right, blocks)
-    return _Layer(x, r, diagonal, inside, blocks)
+        return _linear_layer(x, diagonal, parts, estimator)
+    rows = [_kernel(x[i : i + 256], x, spec, scale) for i in range(0, x.shape[0], 256)]
+    computed = torch.cat([block.diagonal(256 * i) for i, block in enumerate(rows)]).double()
+    diagonal = torch.ones_like(computed) if spec.name in ("rbf", "laplacian") else computed
+    r = torch.cat([block.sum(1, dtype=torch.float64) for block in rows]) - computed
+    r = r if estimator == "unbiased" else r + diagonal
+    chunks = zip(parts.left.split(1 << 15), parts.right.split(1 << 15), strict=True)
+    blocks = torch.cat([_pairs(x[i], x[j], spec, scale) for i, j in chunks]).double()
+    return _Layer(x, r, diagonal, torch.zeros_like(r).index_add_(0, parts.right, blocks), blocks)
+
+
+def _linear_layer(x: Tensor | None, diagonal: Tensor, parts: _Groups, estimator: str) -> _Layer:
+    r = -diagonal if estimator == "unbiased" else torch.zeros_like(diagonal)  # centred rows add up to zero
+    if x is None or parts.single:
+        return _Layer(x, r, diagonal, torch.zeros_like(r), r[:0])
+    blocks = _inside(x, parts).double()
+    return _Layer(x, r, diagonal, torch.zeros_like(r).index_add_(0, parts.right, blocks), blocks)
+
+
+def _of_norms(x: Tensor, q: Tensor, order: Tensor, parts: _Groups, estimator: str) -> _Layer:
+    """A linear kernel's, of which squared norms are known; rows only where groups ask for them."""
+    if parts.single:
+        return _linear_layer(None, q, parts, estimator)
+    x = x[order].to(torch.promote_types(x.dtype, torch.float32))
+    x = x - x[:1]
+    return _linear_layer(x - x.mean(0), q, parts, estimator)
 
 
 def _inside(x: Tensor, parts: _Groups) -> Tensor:
@@ -248,17 +283,60 @@ def _hsic(
 
 
 def _hsic_of_singles(r: Tensor, s: Tensor, p: Tensor, one_r: Tensor, two_r: Tensor) -> Tensor:
-    n = len(r) - 1
-    total = p.sum() - 2 * p
-    squares = (r.sum() - 2 * r) * (s.sum() - 2 * s)
-    products = r @ s - r * s - one_r - two_r + p
+    """[..., n] of each, what :func:`_hsic` takes."""
+    n = r.shape[-1] - 1
+    total = p.sum(-1, keepdim=True) - 2 * p
+    squares = (r.sum(-1, keepdim=True) - 2 * r) * (s.sum(-1, keepdim=True) - 2 * s)
+    both = r * s
+    products = both.sum(-1, keepdim=True) - both - one_r - two_r + p
     return (total + squares / ((n - 1) * (n - 2)) - 2 / (n - 2) * products) / (n * (n - 3))
 
 
-def _linear(
-    layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str, shares: Tensor | None
+def _of_shares(
+    layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str, shares: Shares, order: Tensor
 ) -> Iterator[tuple[Pair, Tensor]]:
-    """Linear kernels: (pair, HSIC without each group). Without `shares` along features."""
+    """Linear kernels: (pair, HSIC without each group), from what single samples contribute."""
+    count = len(layers)
+    if parts.single and estimator == "unbiased":  # all pairs at once, the same without what is zero
+        one, two = torch.tensor(pairs, device=order.device).T
+        low, high = torch.minimum(one, two), torch.maximum(one, two)
+        q = torch.stack([layer.diagonal for layer in layers])
+        p, squares = shares.p[low * count - low * (low - 1) // 2 + high - low], q[one] * q[two]
+        found = _hsic_of_singles(
+            -q[one], -q[two], p, squares - shares.moved[one, two], squares - shares.moved[two, one]
+        )
+        yield from zip(pairs, found, strict=True)
+        return
+    kept = [layer.inside + layer.diagonal for layer in layers]
+    own = {} if parts.single else _squares_of_groups(layers, pairs, parts, shares)
+
+    def outside(a: int, b: int) -> Tensor:  # Σ_{j∉g} κ_j(a) r_j(b)
+        if estimator == "biased":
+            return torch.zeros_like(kept[a][: len(parts.sizes)])  # there r = 0
+        return parts.sum(kept[a] * layers[b].diagonal - shares.moved[a, b][order])
+
+    for a, b in pairs:
+        one, two, low, high = layers[a], layers[b], min(a, b), max(a, b)
+        bare = shares.p[low * count - low * (low - 1) // 2 + high - low][order]
+        both = bare if parts.single else own[a, b] - parts.sum(kept[a] * kept[b])
+        p = bare if estimator == "unbiased" else bare + one.diagonal * two.diagonal
+        yield (a, b), _hsic(one, two, p, both, outside(a, b), outside(b, a), parts, estimator)
+
+
+def _squares_of_groups(layers: list[_Layer], pairs: list[Pair], parts: _Groups, shares: Shares) -> dict[Pair, Tensor]:
+    """Σ_j κ_j λ_j of every group, [G] float64."""
+    summed = [parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
+    if not shares.cross:
+        found = _products_of_groups(layers, summed, len(layers[0].r))
+        return {(a, b): found[a, b] for a, b in pairs}
+    return {
+        (a, b): (1 + (a == b)) * ((summed[a] @ shares.cross[a, b].to(summed[a])) * summed[b]).sum(1).double()
+        for a, b in pairs
+    }
+
+
+def _linear(layers: list[_Layer], pairs: list[Pair], parts: _Groups, estimator: str) -> Iterator[tuple[Pair, Tensor]]:
+    """Linear kernels: (pair, HSIC without each group), along features."""
     sums = torch.stack([layer.r for layer in layers])  # [M, n]
     kept = [layer.inside + layer.diagonal for layer in layers]
     summed = [layer.x if parts.single else parts.sum(layer.x.T).T for layer in layers]  # [G, d], Σ_{i∈g} x_i
@@ -266,24 +344,16 @@ def _linear(
         (sums.to(layer.x) @ layer.x @ y.T).double() - parts.sum(k * sums)
         for layer, y, k in zip(layers, summed, kept, strict=True)
     ]
-    grouped = None if shares is None or parts.single else _products_of_groups(layers, summed, sums.shape[1])
     for a, b in pairs:
         one, two = layers[a], layers[b]
         own = one.diagonal * two.diagonal
-        if shares is None:
-            cross = one.x.T @ two.x  # [d_a, d_b]
-            rows = zip(one.x.split(ROWS), two.x.split(ROWS), strict=True)
-            p = torch.cat([(x @ cross).mul_(y).sum(1) for x, y in rows]).double()
-            bare = p - own
-        else:
-            low, high = min(a, b), max(a, b)
-            bare = shares[low * len(layers) - low * (low - 1) // 2 + high - low]
-            p = bare + own
-        both = bare
+        cross = one.x.T @ two.x  # [d_a, d_b]
+        rows = zip(one.x.split(ROWS), two.x.split(ROWS), strict=True)
+        p = torch.cat([(x @ cross).mul_(y).sum(1) for x, y in rows]).double()
+        both = p - own
         if not parts.single:
-            whole = ((summed[a] @ cross) * summed[b]).sum(1).double() if grouped is None else grouped[a, b]
-            both = whole - parts.sum(kept[a] * kept[b])
-        p = bare if estimator == "unbiased" else p
+            both = ((summed[a] @ cross) * summed[b]).sum(1).double() - parts.sum(kept[a] * kept[b])
+        p = p - own if estimator == "unbiased" else p
         yield (a, b), _hsic(one, two, p, both, outside[a][b], outside[b][a], parts, estimator)
 
 

@@ -162,8 +162,7 @@ class CCA(Measure):
     def prepare(self, x: Tensor) -> _Whitened:
         rows, back = _rotated(x)
         wide = rows.double()
-        vectors, values = of.basis(wide.T @ wide, self._keep, of.rounding(*rows.shape))
-        loadings = (vectors * values.sqrt()).T
+        vectors, values, loadings = of.basis(wide.T @ wide, self._keep, of.rounding(*rows.shape))
         if back is not None:
             loadings = loadings @ back.double().T
         of.check_samples(rows.shape[0], len(values), len(values), self.describe())
@@ -181,9 +180,9 @@ class CCA(Measure):
         state, blocks, rows, columns = _blocks(moments)
         whitened = {}
         for a in {*rows, *columns}:
-            vectors, values = of.basis(blocks[a, a], self._keep, of.rounding(state.n, state.widths[a]))
+            vectors, values, loadings = of.basis(blocks[a, a], self._keep, of.rounding(state.n, state.widths[a]))
             of.check_samples(state.n, len(values), len(values), self.describe())
-            whitened[a] = _Whitened(vectors / values.sqrt(), (vectors * values.sqrt()).T)
+            whitened[a] = _Whitened(vectors / values.sqrt(), loadings)
 
         def value(a: int, b: int) -> Tensor:
             block = blocks[a, b] if a <= b else blocks[b, a].T

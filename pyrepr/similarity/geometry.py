@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
 import torch
@@ -349,8 +349,10 @@ class RelativeCosine(Measure):
 
     def __post_init__(self) -> None:
         given = self.anchors
-        if isinstance(given, (list, Tensor)):
-            object.__setattr__(self, "anchors", tuple(int(i) for i in given))
+        plain = given.tolist() if isinstance(given, Tensor) else given
+        if isinstance(plain, list):  # of numbers of numpy, too
+            plain = tuple(int(i) if isinstance(i, SupportsIndex) else i for i in plain)
+        object.__setattr__(self, "anchors", plain)
         numbers = (self.anchors,) if isinstance(self.anchors, int) else self.anchors
         least = 1 if isinstance(self.anchors, int) else 0
         if not isinstance(numbers, tuple) or not numbers or any(not isinstance(i, int) or i < least for i in numbers):

@@ -15,20 +15,21 @@ from pyrepr._checks import layer_list
 from pyrepr.ops._entries import by_entries
 from pyrepr.ops._gram_gradient import route_costs
 from pyrepr.ops._leaf import at_hand, derives, readable
-from pyrepr.ops.gram import Statistics, gram_row_stats, matrix_op
+from pyrepr.ops.gram import matrix_op
 from pyrepr.reference._dtypes import compute_dtype
 from pyrepr.reference.gram import SHIFT_INVARIANT
-from pyrepr.similarity._checks import check_estimator, check_layer, check_layers, check_mask
+from pyrepr.similarity._checks import check_estimator, check_groups_alone, check_layer, check_layers, check_mask
 from pyrepr.similarity._hsic import (
     DegenerateInputWarning,
     hsic_table,
     normalise,
     out_dtype,
     scaled_hsic,
+    values_at_once,
     warn_if_degenerate,
 )
 from pyrepr.similarity._ranges import careful_matrix
-from pyrepr.similarity._stderr import check_groups, cka_stderr
+from pyrepr.similarity._stderr import Found, check_groups, cka_stderr, row_stats
 from pyrepr.similarity._whole import whole_op
 from pyrepr.similarity.kernels import Kernel, as_kernel
 
@@ -156,6 +157,8 @@ def hsic(
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
     xs = check_layers(["x", "y"], [x, y])
+    if (whole := values_at_once(xs, spec, estimator, 1, None)) is not None:
+        return whole[0, 1]
     table, _ = hsic_table(xs, spec, estimator, split=1)
     return table[0, 1].to(out_dtype(xs))
 
@@ -211,11 +214,14 @@ def cka(
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
+    check_groups_alone(groups, return_stderr)
     xs = check_layers(["x", "y"], [x, y])
     if mask is not None:
         check_mask(mask, xs[0].shape[0], xs[0].device)
-    found, shares = _shared_pass(xs, spec, 1) if return_stderr and mask is None else (None, None)
-    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1, found=found)
+    elif not return_stderr and (whole := values_at_once(xs, spec, estimator, 1, ["x", "y"])) is not None:
+        return whole[0, 1]
+    once = _shared_pass(xs, spec, 1) if return_stderr and mask is None else (None, None)
+    table, floor, _ = scaled_hsic(xs, spec, estimator, mask, split=1, found=once[0])
     own = warn_if_degenerate(table.diagonal(), floor, ["x", "y"])
     value = normalise(table[:1, 1:], own[:1], own[1:])[0, 0].to(out_dtype(xs))
     if not return_stderr:
@@ -223,7 +229,7 @@ def cka(
     if mask is not None:
         xs = [x[mask] for x in xs]
         groups = groups[mask] if isinstance(groups, Tensor) and groups.shape == mask.shape else groups
-    return value, _stderr(xs, spec, estimator, groups, 1, shares)[0, 0].to(value)
+    return value, _stderr(xs, spec, estimator, groups, 1, once)[0, 0].to(value)
 
 
 def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None = None) -> str:
@@ -231,6 +237,7 @@ def choose_route(n: int, widths: Sequence[int], widths_y: Sequence[int] | None =
 
     Both are exact. The rule is the smaller number of multiply-adds, n²(D + M²/2)/2 against n·(½Σd_l² + Σ d_a d_b over
     the pairs asked for), with M layers of D features in all; roughly: features when n > D.
+    Where a GPU kernel goes from layers to values by itself, it counts its tiles and launches instead.
 
     Example:
         >>> pyrepr.similarity.choose_route(100, [768, 768]), pyrepr.similarity.choose_route(50_000, [64, 64])
@@ -262,9 +269,10 @@ def cka_matrix(
         kernel, bandwidth, sigma, estimator: as in :func:`cka`; σ = bandwidth × median is chosen for each layer.
         return_stderr: also give the standard error of every value: the exact jackknife over samples, σ held, from the
             values without each of them (``_stderr.py`` has the formulas). Default: no. With the unbiased estimator 0
-            means independence, so value / standard error says how far from it a pair is.
+            means independence, so value / standard error says how far from it a pair is. The values are added up in
+            another order then: their last bits may differ.
         groups: [n] integers: what is left out at a time where rows are not independent, such as the tokens of one
-            text. ``None`` (default): single rows. Not differentiable.
+            text. ``None`` (default): single rows. Not differentiable. Only with `return_stderr`.
 
     Returns:
         [Lx, Ly], float64 for float64 inputs, else float32; with `return_stderr` (values, standard errors), both of that
@@ -281,6 +289,7 @@ def cka_matrix(
     """
     spec = as_kernel(kernel, bandwidth, sigma)
     check_estimator(estimator)
+    check_groups_alone(groups, return_stderr)
     names, layers = layer_list("xs", xs)
     split = 0
     if ys is not None:
@@ -288,16 +297,18 @@ def cka_matrix(
         more_names, more = layer_list("ys", ys)
         names, layers = names + more_names, layers + more
     layers = check_layers(names, layers)
-    if spec.name == "linear" and not torch.compiler.is_compiling():
+    if spec.name == "linear" and not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
         n, widths = layers[0].shape[0], [x.shape[1] for x in layers]
         route = choose_route(n, widths[: split or None], widths[split:] if split else None)
         log.debug("cka_matrix: %d layers, n = %d, D = %d: %s route", len(layers), n, sum(widths), route)
-    found, shares = _shared_pass(layers, spec, split) if return_stderr else (None, None)
-    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split, found=found)
+    if not return_stderr and (whole := values_at_once(layers, spec, estimator, split, names)) is not None:
+        return whole[:split, split:] if split else whole
+    once = _shared_pass(layers, spec, split) if return_stderr else (None, None)
+    table, floor, _ = scaled_hsic(layers, spec, estimator, split=split, found=once[0])
     own = warn_if_degenerate(table.diagonal(), floor, names)
     values = normalise(table[:split, split:], own[:split], own[split:]) if split else normalise(table, own, own)
     values = values.to(out_dtype(layers))
-    return (values, _stderr(layers, spec, estimator, groups, split, shares).to(values)) if return_stderr else values
+    return (values, _stderr(layers, spec, estimator, groups, split, once).to(values)) if return_stderr else values
 
 
 def _by_features(layers: list[Tensor], spec: Kernel, split: int) -> bool:
@@ -306,20 +317,15 @@ def _by_features(layers: list[Tensor], spec: Kernel, split: int) -> bool:
     return spec.name == "linear" and route == "features"
 
 
-def _shared_pass(layers: list[Tensor], spec: Kernel, split: int) -> tuple[Statistics | None, Tensor | None]:
+def _shared_pass(layers: list[Tensor], spec: Kernel, split: int) -> Found:
     """Where one pass gives both: the statistics of the values, and each sample's share in them for the jackknife."""
     plain = spec.name == "linear" and layers[0].shape[0] > 0 and at_hand(layers[0]) and not derives(*layers)
-    if not plain or _by_features(layers, spec, split):
-        return None, None
-    found, shares = gram_row_stats(layers)
-    return found, shares if not bool(found.shift.any()) else None  # very wide layers: a shift is in the shares
+    return row_stats(layers, _by_features(layers, spec, split), split) if plain else (None, None)
 
 
-def _stderr(
-    layers: list[Tensor], spec: Kernel, estimator: str, groups: object, split: int, shares: Tensor | None
-) -> Tensor:
+def _stderr(layers: list[Tensor], spec: Kernel, estimator: str, groups: object, split: int, found: Found) -> Tensor:
     groups, features = check_groups(groups, layers[0].shape[0], estimator), _by_features(layers, spec, split)
-    return cka_stderr([x.detach() for x in layers], spec, estimator, groups, split, features, shares)
+    return cka_stderr([x.detach() for x in layers], spec, estimator, groups, split, features, found)
 
 
 __all__ = ["SHIFT_INVARIANT", "DegenerateInputWarning", "choose_route", "cka", "cka_matrix", "gram", "hsic"]

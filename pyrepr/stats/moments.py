@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pyrepr._checks import INTEGERS, check_agreed, check_device, check_layer, check_tensor, shape_of, shown
+from pyrepr.backend import triton_interprets
+from pyrepr.ops._leaf import at_hand
 from pyrepr.ops.moments import products_of
 from pyrepr.stats import _covariances as of
 from pyrepr.stats._blocks import Blocks
@@ -23,8 +25,9 @@ class Moments:
     """First and second moments of features x, and of x with labels, targets or another representation y.
 
     Fed batch by batch, in one pass over data of any length; what a fold holds can be taken away again, so that k-fold
-    training moments are total minus fold. Sums are float64 around a provisional mean (of each class, with `classes`):
-    exact at means a million times the deviation, and for classes a hundred thousand times tighter than their distances.
+    training moments are total minus fold. Sums, and on the CPU products too, are float64 around a provisional mean (of
+    each class, with `classes`): exact at means a million times the deviation, and for classes a hundred thousand times
+    tighter than their distances.
     Memory is 8·d·(d + q) bytes and the last batches, independent of the number of samples. An update computes
     everything, then commits; an exception leaves the moments as they were.
 
@@ -74,7 +77,7 @@ class Moments:
             known, split = self._layers.widths, int(y is not None)
             if known and [a.shape[1] for a in pair] != known:
                 raise ValueError(f"x and y must have the widths of the first update, {known}, got {_widths(pair)}")
-            widest = pair[0].dtype if len(pair) == 1 else torch.promote_types(pair[0].dtype, pair[1].dtype)
+            widest = widened(x).dtype if y is None else torch.promote_types(widened(x).dtype, pair[1].dtype)
             self._layers.add([a.to(widest) for a in pair], split)
             return self
         labels = check_labels("y", y, x.shape[0], self.classes).to(x.device)
@@ -84,7 +87,7 @@ class Moments:
             )
         if len(x):
             sums = self._labelled or ClassSums.zeros(self.classes, x.shape[1], x.device)
-            self._labelled = sums.plus_batch(x, labels)
+            self._labelled = sums.plus_batch(widened(x), labels)
         return self
 
     @torch.no_grad()
@@ -238,17 +241,19 @@ class Moments:
         """Ridge regression of y on x for every λ: scikit-learn's ``Ridge``, X and Y centred, intercept not penalised.
 
         Args:
-            alphas: λ ≥ 0, not divided by n; 0 is least squares (of least norm where the covariance is singular).
+            alphas: λ ≥ 0, not divided by n; 0 is least squares, of least norm where the covariance is singular: where
+                it is 2e-16·d times its largest eigenvalue or less. The units of the features cost no digits.
 
         Returns:
             coef [A, q, d] and intercept [A, q], float64; without the leading axis for a single number. Labels count
             as one-hot targets: half of what ``RidgeClassifier`` gives, whose targets are ±1.
 
         Raises:
-            ValueError: for a negative λ, or if there was no y.
+            ValueError: for a negative λ; if there was no y; if whole rows of x are so much longer than the others (1e8
+                times) that the sums have lost those, and λ is not large enough for that not to matter.
         """
         values = check_alphas(alphas)
-        found = of.ridge_of(self._both(), values)
+        found = of.ridge_of(self._both()._replace(uneven=self._uneven()), values)
         single = isinstance(alphas, (int, float)) or (isinstance(alphas, Tensor) and alphas.dim() == 0)
         return Ridge(found.coef[0], found.intercept[0]) if single else found
 
@@ -300,10 +305,10 @@ class Moments:
 
     def pwcca(self) -> Tensor:
         """Projection-weighted CCA (Morcos et al. 2018): weights from x, the first argument; not symmetric."""
-        cross, vectors, values = self._whitened(None)
+        cross, loadings = self._whitened(None)
         left, correlations, _ = torch.linalg.svd(cross, full_matrices=False)
         # Canonical variable h_i = X V λ^{-1/2} l_i; its weight Σ_j |⟨h_i, x_j⟩| over the features of x.
-        weights = (left.T @ (values.sqrt()[:, None] * vectors.T)).abs().sum(1)
+        weights = (left.T @ loadings).abs().sum(1)
         return (weights * correlations).sum() / weights.sum()
 
     def procrustes(self, kind: str = "shape") -> Tensor:
@@ -314,7 +319,7 @@ class Moments:
                 1 − 2/π · arccos of it, whose complement is a metric (Williams et al. 2021).
         """
         check_kind(kind)
-        _, _, sxx, _, sxy, syy = self._both()
+        _, _, sxx, _, sxy, syy, _ = self._both()
         return of.procrustes_of(of.nuclear_norm(sxy), sxx.trace().sqrt(), syy.trace().sqrt(), kind)
 
     def cka(self, estimator: str = "unbiased") -> Tensor:
@@ -322,7 +327,7 @@ class Moments:
         if estimator not in ("unbiased", "biased"):
             raise ValueError(f"estimator must be 'unbiased' or 'biased', got {shown(estimator)}")
         if estimator == "biased":
-            _, _, sxx, _, sxy, syy = self._both()
+            _, _, sxx, _, sxy, syy, _ = self._both()
             return sxy.square().sum() / (sxx.norm() * syy.norm())
         if self.classes is not None:
             raise ValueError("estimator must be 'biased' with classes: labels keep no moments of fourth order")
@@ -364,12 +369,19 @@ class Moments:
             raise ValueError("this needs a y in every update, got none")
         return of.Scatter(n, mean_x, sxx, mean_y, sxy, syy)
 
-    def _whitened(self, keep: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Λ_x^{-1/2} V_xᵀ S_xy V_y Λ_y^{-1/2}, whose singular values are the canonical correlations; V_x and Λ_x."""
-        n, _, sxx, _, sxy, syy = self._both()
-        (vx, lx), (vy, ly) = (of.basis(s, keep, of.rounding(n, len(s))) for s in (sxx, syy))
-        of.check_samples(n, len(lx), len(ly), "CCA")
-        return (vx.T @ sxy @ vy) / torch.outer(lx.sqrt(), ly.sqrt()), vx, lx
+    def _uneven(self) -> bool:
+        """Whether a tenth of the rows of x, or two, make up almost all of their covariance; not known of classes."""
+        if self.classes is not None:
+            return False
+        state = self._layers.centred()
+        return bool(state.norm_sums[0].square() < max(2, state.n / 10) * state.norm_products[0, 0])
+
+    def _whitened(self, keep: float | None) -> tuple[Tensor, Tensor]:
+        """Λ_x^{-1/2} V_xᵀ S_xy V_y Λ_y^{-1/2}, whose singular values are the canonical correlations; loadings of x."""
+        n, _, sxx, _, sxy, syy, _ = self._both()
+        x, y = (of.basis(s, keep, of.rounding(n, len(s))) for s in (sxx, syy))
+        of.check_samples(n, len(x.values), len(y.values), "CCA")
+        return (x.vectors.T @ sxy @ y.vectors) / torch.outer(x.values.sqrt(), y.values.sqrt()), x.loadings
 
 
 def check_kind(kind: str) -> None:
@@ -406,6 +418,11 @@ def check_targets(y: object, x: Tensor) -> Tensor:
         raise ValueError(f"y must have shape [n, q] or [n] with n = {x.shape[0]} samples, got {shape_of(y)}")
     check_device("y", y, "x", x)
     return check_finite("y", y[:, None] if y.dim() == 1 else y)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x as its products are made: in float64, but for GPUs and the kernels that they run."""
+    return x.double() if at_hand(x) and not triton_interprets() else x
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:

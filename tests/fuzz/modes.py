@@ -114,7 +114,7 @@ def inner(direction: list[np.ndarray], gradients: Any) -> tuple[float, float]:
     for v, g in zip(direction, gradients, strict=True):
         if g is None:
             continue
-        product = g.detach().double().numpy() * v
+        product = g.detach().double().numpy(force=True) * v  # also of a lazy zero
         least = torch.finfo(g.dtype).smallest_normal * EPS[g.dtype] * 2 * float(np.abs(v).sum())
         total, rounding = (
             total + float(product.sum()),

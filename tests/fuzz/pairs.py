@@ -222,10 +222,16 @@ def draw_logsumexp(draw: Draw) -> Case:
 
     case.check = check
     if smooth:
-        case.differential = Differential(call.removeprefix("out = "), draw.choice((("x", "y"), ("x",))), truth)
-        if case.differential.variables == ("x",):
-            other = _line(lines[1])
-            case.differential = Differential(call.removeprefix("out = "), ("x",), lambda x: truth(x, other))
+        run, fixed = call.removeprefix("out = "), _line(lines[1])
+
+        def size(x: np.ndarray, y: np.ndarray = fixed) -> float:
+            """Of a second derivative's terms, a variance of logits: rows of y that are alike leave nothing of it."""
+            longest = 1 if kernel == "cosine" else np.prod([np.linalg.norm(rows, axis=1).max() for rows in (x, y)])
+            return len(x) * float(scale * longest) ** 2
+
+        variables = draw.choice((("x", "y"), ("x",)))
+        of = truth if len(variables) == 2 else lambda x: truth(x, fixed)
+        case.differential = Differential(run, variables, of, size=size)
     if draw.chance(0.1):
         case.expect, case.differential = "error", None
         lines.append(draw.wrong(draw.choice(("x", "y"))))

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 BOARD_BYTES = 1 << 16
 HANG = 120  # seconds without a new case: the slowest cases take a few
 # Families whose work is in no kernel run at the best level only.
-KERNELS = ("measures", "streams", "delta_rule", "causal_conv1d", "lookup", "pairs", "stats")
+KERNELS = ("measures", "streams", "delta_rule", "erase", "causal_conv1d", "lookup", "pairs", "stats")
 OTHERS = ("layers", "models", "command")
 CASES = [(family, level) for family in KERNELS for level in _C.simd_levels()] + [(f, _C.simd_level()) for f in OTHERS]
 
@@ -53,6 +53,7 @@ def test_family(family, level, tmp_path, request, record_property):
     board, report = tmp_path / "board", tmp_path / "report.json"
     board.write_bytes(bytes(BOARD_BYTES))
     command = [sys.executable, str(WORKER), family, str(seed), str(seconds), str(board)]
+    command += ["--cases", str(request.config.getoption("--fuzz-cases"))]
     with report.open("wb") as out, (tmp_path / "stderr").open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, "PYREPR_SIMD": level})
         ended = watched(process, board)

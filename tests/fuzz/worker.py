@@ -36,6 +36,7 @@ FAMILIES = (
     "measures",
     "streams",
     "delta_rule",
+    "erase",
     "causal_conv1d",
     "lookup",
     "pairs",
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("board", type=Path)
     parser.add_argument("--case", type=int, help="only this one, with its script")
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=0, help="how many at most (default: no limit but the seconds)")
     parser.add_argument("--most", type=int, default=MOST_FAILURES, help="kinds of failures after which to stop")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -273,7 +275,8 @@ def main() -> None:
     if args.case is not None:
         worker.run(args.case)
     else:
-        while time.monotonic() < end and len(worker.failures) < args.most:
+        last = args.start + args.cases if args.cases else sys.maxsize
+        while number < last and time.monotonic() < end and len(worker.failures) < args.most:
             worker.run(number)
             number += 1
     print(json.dumps(worker.report()))

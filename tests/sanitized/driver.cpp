@@ -10,7 +10,8 @@ struct Family {
   const char* name;
   void (*run)(const pyrepr::cpu::Level&, Random&);
 };
-constexpr Family kFamilies[] = {{"gram", gram}, {"delta_rule", delta_rule}, {"lookup", lookup}, {"causal_conv1d", causal_conv1d}, {"pairs", pairs}};
+constexpr Family kFamilies[] = {
+    {"gram", gram}, {"delta_rule", delta_rule}, {"lookup", lookup}, {"causal_conv1d", causal_conv1d}, {"pairs", pairs}};
 
 void plant(const char* kind) {
   Random random(1);

@@ -72,11 +72,14 @@ inline void store(char* to, DType dtype, double value) {
 // `count` elements in a block of their own: what lies before and after belongs to the sanitizer.
 class Buffer {
  public:
-  Buffer(Random& random, int64_t count, DType dtype) : count_(count), item_(item_size(dtype)), skip_(random.chance(30) ? item_ : 0) {
+  Buffer(Random& random, int64_t count, DType dtype)
+      : count_(count), item_(item_size(dtype)), skip_(random.chance(30) ? item_ : 0) {
     data_ = static_cast<char*>(std::malloc(static_cast<size_t>(bytes() + skip_)));
   }
   ~Buffer() { std::free(data_); }
-  Buffer(Buffer&& other) noexcept : count_(other.count_), item_(other.item_), skip_(other.skip_), data_(other.data_) { other.data_ = nullptr; }
+  Buffer(Buffer&& other) noexcept : count_(other.count_), item_(other.item_), skip_(other.skip_), data_(other.data_) {
+    other.data_ = nullptr;
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -89,7 +92,9 @@ class Buffer {
   Buffer& fill(Random& random, DType dtype, double scale, bool wild) {
     for (int64_t i = 0; i < count_; i++) {
       double value = random.uniform() * scale;
-      if (wild && random.chance(2)) value = random.pick<double>({1e30, -1e30, 1e-40, 0.0, -0.0, __builtin_inf(), -__builtin_inf(), __builtin_nan("")});
+      if (wild && random.chance(2))
+        value =
+            random.pick<double>({1e30, -1e30, 1e-40, 0.0, -0.0, __builtin_inf(), -__builtin_inf(), __builtin_nan("")});
       store(at() + i * item_, dtype, value);
     }
     return *this;
@@ -114,7 +119,8 @@ struct Matrix {
   Buffer buffer;
   View view;
 
-  static Matrix random(Random& random, int64_t rows, int64_t cols, DType dtype, bool dense_rows, double scale, bool wild) {
+  static Matrix random(Random& random, int64_t rows, int64_t cols, DType dtype, bool dense_rows, double scale,
+                       bool wild) {
     int64_t row = cols, col = 1;
     const int kind = static_cast<int>(random.below(dense_rows ? 3 : 5));
     if (kind == 1) row = cols + 3;

@@ -27,9 +27,11 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
   const int64_t bits = two_bit ? 2 * (1 + random.below(3)) : 1 + random.below(random.chance(85) ? 6 : 10);
   const int64_t K = 1 + random.below(7), n = int64_t(1) << bits, d = K * bits / (two_bit ? 2 : 1);
   const bool packed = random.chance(30);
-  const int64_t h = packed ? 64 * (1 + random.below(2)) : 1 + random.below(150), T = random.chance(30) ? 1 : 1 + random.below(random.chance(90) ? 70 : 600);
+  const int64_t h = packed ? 64 * (1 + random.below(2)) : 1 + random.below(150),
+                T = random.chance(30) ? 1 : 1 + random.below(random.chance(90) ? 70 : 600);
   LookupTables tables{nullptr, type, nullptr, K, n, h, packed, 1};
-  Buffer entries(random, type == TableType::i8 ? (K * n * h + 1) / 2 : K * n * h, type == TableType::i8 ? DType::bf16 : stored(type));
+  Buffer entries(random, type == TableType::i8 ? (K * n * h + 1) / 2 : K * n * h,
+                 type == TableType::i8 ? DType::bf16 : stored(type));
   std::vector<int8_t> bytes;
   if (type == TableType::i8) {
     for (int64_t i = 0; i < K * n * h; i++) bytes.push_back(static_cast<int8_t>(random.below(255) - 127));
@@ -47,14 +49,21 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
   Buffer centre(random, d, wide), scale(random, d, wide);
   centre.fill(random, wide, 1.0, wild);
   scale.fill(random, wide, 1.0, wild);
-  LookupHash hash{x.view, dtype, bits, static_cast<Weighting>(random.below(4)), 1.0, 1, two_bit ? Hash::two_bit : Hash::one_bit,
-                  standardised ? centre.at() : nullptr, standardised ? scale.at() : nullptr};
+  LookupHash hash{x.view,
+                  dtype,
+                  bits,
+                  static_cast<Weighting>(random.below(4)),
+                  1.0,
+                  1,
+                  two_bit ? Hash::two_bit : Hash::one_bit,
+                  standardised ? centre.at() : nullptr,
+                  standardised ? scale.at() : nullptr};
   const int64_t rank = random.chance(30) ? 1 + random.below(9) : 0;
   Buffer down(random, rank * d, wide), up(random, rank * h, wide);
   down.fill(random, wide, 1.0, wild);
   up.fill(random, wide, 1.0, wild);
   const LookupLowRank low{rank, rank ? down.at() : nullptr, rank ? up.at() : nullptr};
-  const LookupRoute route = static_cast<LookupRoute>(random.below(4));
+  const LookupRoute route = static_cast<LookupRoute>(random.below(5));
   const bool with_bias = random.chance(50);
 
   const auto outputs = [&](std::initializer_list<std::pair<int64_t, DType>> sizes) {
@@ -110,8 +119,8 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
       random, "lookup backward", [&] { return outputs({{rows * h, wide}, {want_dots ? T * K : 0, wide}}); },
       [&](int threads, std::vector<Buffer>& out) {
         plain.threads = threads;
-        return functions.backward(plain, grad.view, codes, hashed[1].at(), some_rows ? first.data() : nullptr, out[0].at(),
-                                  want_dots ? out[1].at() : nullptr);
+        return functions.backward(plain, grad.view, codes, hashed[1].at(), some_rows ? first.data() : nullptr,
+                                  out[0].at(), want_dots ? out[1].at() : nullptr);
       });
 }
 

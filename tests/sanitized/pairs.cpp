@@ -1,5 +1,4 @@
 #include "cpu/pairs_functions.h"
-
 #include "driver.h"
 
 namespace driver {
@@ -15,7 +14,8 @@ void pairs(const pyrepr::cpu::Level& level, Random& random) {
   const bool wild = random.chance(15);
   const DType dtype = random.pick({DType::f32, DType::bf16, DType::f16});
   const int64_t n = 1 + random.below(140), m = 1 + random.below(200), d = 1 + random.below(90);
-  const Matrix x = Matrix::random(random, n, d, dtype, true, 1.0, wild), y = Matrix::random(random, m, d, dtype, true, 1.0, wild);
+  const Matrix x = Matrix::random(random, n, d, dtype, true, 1.0, wild),
+               y = Matrix::random(random, m, d, dtype, true, 1.0, wild);
   TopkProblem top{};
   top.x = x.view;
   top.y = y.view;
@@ -56,11 +56,14 @@ void pairs(const pyrepr::cpu::Level& level, Random& random) {
   prefixes.shrink_to_fit();
   labels.shrink_to_fit();
   const int64_t count = static_cast<int64_t>(prefixes.size());
-  const bool rows = random.chance(80), columns = !rows || random.chance(50), labelled = random.chance(60), keep = random.chance(50);
-  PairsProblem p{x.view, y.view, dtype, prefixes.data(), count, labelled ? labels.data() : nullptr, 2.0, random.chance(50), 1};
+  const bool rows = random.chance(80), columns = !rows || random.chance(50), labelled = random.chance(60),
+             keep = random.chance(50);
+  PairsProblem p{
+      x.view, y.view, dtype, prefixes.data(), count, labelled ? labels.data() : nullptr, 2.0, random.chance(50), 1};
   const auto made = [&] {
     std::vector<Buffer> out;
-    for (int64_t size : {rows ? count * n : 0, columns ? count * m : 0, rows && labelled ? count * n : 0, columns && labelled ? count * n : 0, keep ? count * n * m : 0})
+    for (int64_t size : {rows ? count * n : 0, columns ? count * m : 0, rows && labelled ? count * n : 0,
+                         columns && labelled ? count * n : 0, keep ? count * n * m : 0})
       out.emplace_back(random, size, DType::f32);
     return out;
   };
@@ -72,7 +75,8 @@ void pairs(const pyrepr::cpu::Level& level, Random& random) {
   same_bits(random, "pairs logsumexp", made, forward);
   std::vector<Buffer> kept = made();
   if (forward(2, kept) != Status::ok) die("pairs logsumexp", "out of memory");
-  Buffer row_weights(random, count * n, DType::f32), column_weights(random, count * m, DType::f32), positive(random, count * n, DType::f32);
+  Buffer row_weights(random, count * n, DType::f32), column_weights(random, count * m, DType::f32),
+      positive(random, count * n, DType::f32);
   row_weights.fill(random, DType::f32, 1.0, false);
   column_weights.fill(random, DType::f32, 1.0, false);
   positive.fill(random, DType::f32, 1.0, false);
@@ -87,11 +91,38 @@ void pairs(const pyrepr::cpu::Level& level, Random& random) {
       },
       [&](int threads, std::vector<Buffer>& out) {
         p.threads = threads;
-        const LogSumExpGradients grads{rows ? kept[0].as<float>() : nullptr, columns ? kept[1].as<float>() : nullptr,
-                                       keep ? kept[4].as<float>() : nullptr, rows ? row_weights.as<float>() : nullptr,
-                                       columns ? column_weights.as<float>() : nullptr, labelled ? positive.as<float>() : nullptr,
-                                       out[0].at(), out[1].at(), out[2].as<float>()};
+        const LogSumExpGradients grads{rows ? kept[0].as<float>() : nullptr,
+                                       columns ? kept[1].as<float>() : nullptr,
+                                       keep ? kept[4].as<float>() : nullptr,
+                                       rows ? row_weights.as<float>() : nullptr,
+                                       columns ? column_weights.as<float>() : nullptr,
+                                       labelled ? positive.as<float>() : nullptr,
+                                       out[0].at(),
+                                       out[1].at(),
+                                       out[2].as<float>()};
         return functions.logsumexp_backward(p, grads);
+      });
+
+  // More rows than a stripe has, at times.
+  const int64_t many = 1 + random.below(900);
+  const Matrix tall = Matrix::random(random, many, d, dtype, true, 1.0, wild);
+  std::vector<int64_t> positives;
+  for (int64_t i = 0; i < many; i++) positives.push_back(random.below(m));
+  positives.shrink_to_fit();
+  const std::vector<double> weights(prefixes.size(), 0.5);
+  p.x = tall.view;
+  p.labels = positives.data();
+  same_bits(
+      random, "pairs row_loss",
+      [&] {
+        std::vector<Buffer> out;
+        for (int64_t size : {int64_t(1), many * d, m * d, int64_t(1)}) out.emplace_back(random, size, DType::f32);
+        return out;
+      },
+      [&](int threads, std::vector<Buffer>& out) {
+        p.threads = threads;
+        return functions.row_loss(p, pyrepr::cpu::RowLossResult{weights.data(), out[0].as<float>(), out[1].as<float>(),
+                                                                out[2].as<float>(), out[3].as<float>()});
       });
 }
 
