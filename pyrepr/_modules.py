@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 # Each change is made by the call that promises to take it back, so that an interrupt finds no line between the two. A
@@ -40,6 +41,12 @@ def hooked(registrations: Iterable[Callable[[], RemovableHandle]]) -> Iterator[N
         for register in registrations:
             stack.callback(register().remove)
         yield
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is nothing but its class's forward, which a fused call may stand in for."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module) and not _has_any_global_hook()
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -95,8 +95,14 @@ def ending() -> Iterator[None]:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well and is deleted when it does not,
-    or when the process is told to end."""
+    or when the process is told to end.
+
+    Raises:
+        FileNotFoundError: if the folder of `path` is none.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     with ending():
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -371,10 +372,13 @@ print((max(peaks) - before) / 2**20, exact_bytes([width] * count, 0) / 2**20, 64
 def test_the_stated_memory_is_the_real_peak():
     def run(mode: str, width: int) -> list[float]:
         argv = [sys.executable, "-c", PEAK, mode, str(width)]
-        return [float(x) for x in subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()]
+        # With glibc's own, moving threshold blocks go to its heap, whose holes count too: 246 to 298 MiB seen.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+        result = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
+        return [float(x) for x in result.stdout.split()]
 
     peak, stated, batch = run("exact", 1024)
-    assert 0.8 * stated < peak < 1.1 * stated + 4 * batch  # 249 of 256 MiB seen
+    assert 0.8 * stated < peak < 1.1 * stated + 4 * batch  # 243 of 256 MiB seen
     peak, stated, batch = run("minibatch", 16384)
     assert peak < 2 * batch and peak < stated / 100  # 32 MiB of 42 GiB seen; a batch of activations is 24
 
@@ -495,6 +499,8 @@ def test_save_and_load(result, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.npz"]
     with pytest.raises(ValueError, match=r"path must end in \.npz"):
         result.save(tmp_path / "result.bin")
+    with pytest.raises(FileNotFoundError, match=r"none/result\.npz cannot be written: there is no folder .*none$"):
+        result.save(tmp_path / "none" / "result.npz")
     (tmp_path / "other.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"written by Comparison\.save"):
         pyrepr.Comparison.load(tmp_path / "other.npz")

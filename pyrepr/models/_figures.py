@@ -12,12 +12,12 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor
 
 from pyrepr._optional import PLOT, require
-from pyrepr._reporting import fixed, replacing
+from pyrepr._reporting import fixed, printable, replacing
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN_VALUES = 400  # with more cells than this, numbers in them would be too small to read
@@ -29,15 +29,13 @@ SIDE = 7.2  # inches, of the longer side of the cells
 def labels_of(names: Sequence[str]) -> tuple[list[str], str]:
     """Names as labels that fit, and what was cut from them: the prefix most of them share, as "…"; long ones lose
     their middle."""
-    prefix = ""
-    if len(names) > 20 or max(map(len, names)) > LONGEST:
-        prefix = _shared_prefix(names)
+    prefix = shared_prefix(names) if len(names) > 20 or max(map(len, names)) > LONGEST else ""
     labels = ["…" + name.removeprefix(prefix) if prefix and name.startswith(prefix) else name for name in names]
     half = (LONGEST - 1) // 2
-    return [x if len(x) <= LONGEST else f"{x[:half]}…{x[-half:]}" for x in labels], prefix
+    return [x if len(x) <= LONGEST else f"{x[:half]}…{x[-half:]}" for x in map(printable, labels)], prefix
 
 
-def _shared_prefix(names: Sequence[str]) -> str:
+def shared_prefix(names: Sequence[str]) -> str:
     """The longest dotted prefix that at least two in three names share."""
     counts: dict[str, int] = {}
     for name in names:
@@ -55,8 +53,13 @@ def ticks_of(count: int, room: float) -> list[int]:
     return list(range(0, count, step))
 
 
-def new_axes(rows: int, columns: int, path: Path | None) -> Any:
-    """Axes of a figure of its own: pyplot's where it is in use and no file is asked for, so that notebooks show it."""
+def axes_for(ax: Any, rows: int, columns: int, path: Path | None) -> Any:
+    """The axes that are given, or those of a new figure: pyplot's where it is in use and no file is asked for, so that
+    notebooks show it."""
+    if ax is not None and not hasattr(ax, "imshow"):
+        raise TypeError(f"ax must be axes of matplotlib or a path, got {type(ax).__name__}")
+    if ax is not None:
+        return ax
     require("matplotlib", PLOT)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -126,16 +129,26 @@ def draw_table(
         image, ax=axes, label=measure, shrink=0.9, extend=extend, format=FuncFormatter(lambda v, _: fixed(v, 2))
     )
     bar.outline.set_visible(False)
-    letters = int(figure.get_figwidth() * 72 / 8 * 1.7)
-    axes.set_title(_wrapped(how, letters), fontsize=8, color="0.35")
+    _entitle(axes, title, how + (", grey: undefined" if bool(values.isnan().any()) else ""))
+
+
+def _entitle(axes: Any, title: str, how: str) -> None:
+    """A title over the figure, unless it is empty, and one over the axes, in lines that end within the figure."""
+    figure = axes.figure
+    width = figure.get_figwidth()
     if title:
-        figure.suptitle(_wrapped(title, int(letters * 8 / 11)), fontsize=11)
+        figure.suptitle(_wrapped(title, int(width * 72 / 11 * 1.7)), fontsize=11, parse_math=False)
+    figure.draw_without_rendering()  # lays out: then it is known where the axes are
+    box = axes.get_position()
+    middle = (box.x0 + box.x1) / 2
+    letters = int(2 * min(middle, 1 - middle) * width * 72 / 8 * 1.7)
+    axes.set_title(_wrapped(how, letters), fontsize=8, color="0.35", parse_math=False)
 
 
 def _wrapped(text: str, letters: int) -> str:
     """In lines of so many letters, broken at spaces or after the dots and slashes of names; in a word where it must."""
     letters, lines = max(12, letters), [""]
-    for piece in re.split(r"(?<=[\s./_:-])", text):
+    for piece in re.split(r"(?<=[\s./_:-])", printable(text)):
         if len(lines[-1]) + len(piece.rstrip()) > letters:
             lines.append("")
         cut = textwrap.wrap(piece, letters, drop_whitespace=False) or [""]
@@ -158,13 +171,13 @@ def _label(
         labels, prefix = labels_of(names)
         space = (1.3 if axis is axes.yaxis else 1.9) * size / 72  # slanted labels need more
         shown = ticks_of(len(names), max(2.0, room / space))
-        axis.set_ticks(shown, [labels[i] for i in shown], fontsize=size)
+        axis.set_ticks(shown, [labels[i] for i in shown], fontsize=size, parse_math=False)
         every = f"{len(names)} layers" if len(shown) < len(names) else ""
         cut = f"… = {prefix.rstrip('.')}" if prefix else ""
         notes = ", ".join(note for note in (every, cut) if note)
         letters = int(0.85 * room * 72 / 9)  # of the widest
         text = _wrapped(name, letters) + (f"\n{_wrapped(f'({notes})', letters)}" if notes else "")
-        axis.set_label_text(text, fontsize=9)
+        axis.set_label_text(text, fontsize=9, parse_math=False)
     for label in axes.get_xticklabels():
         label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
@@ -203,15 +216,16 @@ def draw_bars(axes: Any, names: Sequence[str], values: Sequence[float], *, label
     size = max(5.5, min(9.0, 72 * room / len(names) * 0.6))
     shown = ticks_of(len(names), max(2.0, room / (1.15 * size / 72)))
     axes.barh(range(len(names)), [0 if math.isnan(v) else v for v in values], color="#2c728e")
-    axes.set_yticks(shown, [labels[i] for i in shown], fontsize=size)
+    axes.set_yticks(shown, [labels[i] for i in shown], fontsize=size, parse_math=False)
+    for i, value in enumerate(values):
+        if math.isnan(value):
+            axes.text(0, i, " undefined", va="center", fontsize=size)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)
     if prefix:
-        axes.set_ylabel(f"(… = {prefix.rstrip('.')})", fontsize=9)
+        axes.set_ylabel(f"(… = {prefix.rstrip('.')})", fontsize=9, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    letters = int(figure.get_figwidth() * 72 / 8 * 1.7)
-    axes.set_title(_wrapped(how, letters), fontsize=8, color="0.35")
-    figure.suptitle(_wrapped(title, int(letters * 8 / 11)), fontsize=11)
+    _entitle(axes, title, how)
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -224,7 +238,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 def save_figure(axes: Any, path: Path, dpi: float) -> None:
     """Writes the figure that the axes are in; nothing is left behind if that fails."""
     side = max(axes.figure.get_size_inches())
-    if not 0 < dpi <= MOST_PIXELS / side:
-        raise ValueError(f"dpi must be positive and at most {MOST_PIXELS / side:.0f} for this figure, got {dpi:g}")
+    if not isinstance(dpi, SupportsFloat) or not 0 < dpi <= MOST_PIXELS / side:
+        raise ValueError(f"dpi must be positive and at most {MOST_PIXELS / side:.0f} for this figure, got {dpi!r}")
     with replacing(path) as temporary:
         axes.figure.savefig(temporary, dpi=dpi)

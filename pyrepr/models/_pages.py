@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrepr._reporting import fixed, replacing
+from pyrepr._reporting import fixed, printable, replacing
 
 SHOWN_VALUES = 400  # cells of a table in a notebook; with more it is a picture
 # Of the page, too.
@@ -24,12 +24,20 @@ COLOURS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962",
 def write_page(path: Path, template: str, title: str, data: dict[str, Any]) -> Path:
     """A template of this folder, with a title and data."""
     # Inside a script only "<" could end it early.
-    script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    script = json.dumps(_printable(data), allow_nan=False).replace("<", "\\u003c")
     page = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    page = page.replace("__TITLE__", html.escape(title)).replace("__DATA__", script)
+    page = page.replace("__TITLE__", html.escape(printable(title))).replace("__DATA__", script)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _printable(data: Any) -> Any:
+    if isinstance(data, str):
+        return printable(data)
+    if isinstance(data, dict):
+        return {key: _printable(value) for key, value in data.items()}
+    return [_printable(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def colour(value: float, low: float, high: float) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ class ComparisonCallback:
     ``on_train_epoch_end(trainer, module)`` with a trainer that has ``current_epoch``, ``is_global_zero`` and
     ``loggers``. Numbers go to ``logger.log_metrics``, one for every layer of the model: its largest similarity to a
     layer of the other that is beyond chance. The picture goes to ``log_image`` (Weights & Biases), or
-    ``experiment.add_figure`` (TensorBoard), where the logger has either; else it is left out, once with a warning.
+    ``experiment.add_figure`` (TensorBoard), where the logger has either and matplotlib is installed; what cannot be
+    logged is left out, with one warning.
 
     Args:
         run: what is compared, a function of the model as it is: ``lambda model: pyrepr.compare(model, teacher,
@@ -48,7 +50,7 @@ class ComparisonCallback:
             raise ValueError(f"every must be an int from 1 on, got {every!r}")
         self.run, self.every, self.name = run, every, name
         self.last: Comparison | None = None
-        self._told = False
+        self._told: set[str] = set()
 
     def __getattr__(self, attribute: str) -> Any:
         """All other hooks of a callback do nothing."""
@@ -76,18 +78,31 @@ class ComparisonCallback:
             if value > -float("inf")
         }
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=step)
+            if hasattr(logger, "log_metrics"):
+                logger.log_metrics(numbers, step=step)
+            else:
+                self._warn(f"logger {type(logger).__name__} takes no numbers; the comparison is the callback's last")
             self._picture(logger, result, step)
 
     def _picture(self, logger: Any, result: Comparison, step: int) -> None:
         experiment = getattr(logger, "experiment", None)
+        if not hasattr(logger, "log_image") and not hasattr(experiment, "add_figure"):
+            return self._warn(f"logger {type(logger).__name__} takes no pictures; numbers are logged")
+        try:
+            figure = result.plot().figure
+        except ImportError as error:
+            return self._warn(f"no pictures are logged, numbers are: {error}")
         if hasattr(logger, "log_image"):
-            logger.log_image(self.name, [result.plot().figure], step=step)
-        elif hasattr(experiment, "add_figure"):
-            experiment.add_figure(self.name, result.plot().figure, step)
-        elif not self._told:
-            self._told = True
-            warnings.warn(f"logger {type(logger).__name__} takes no pictures; numbers are logged", stacklevel=3)
+            logger.log_image(self.name, [figure], step=step)
+        else:
+            experiment.add_figure(self.name, figure, step)
+        if pyplot := sys.modules.get("matplotlib.pyplot"):  # it would keep the figure
+            pyplot.close(figure)
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            warnings.warn(sentence, stacklevel=4)
 
 
 def _nothing(*_: Any, **__: Any) -> dict:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -199,8 +199,8 @@ class Comparison:
             title: above the figure, by default the measure and the models; ``""`` for none.
 
         Raises:
-            ValueError: for another suffix, origin or measure; ImportError: without matplotlib; OSError: if the file
-                cannot be written.
+            ValueError: for another suffix, origin or measure, or a vmin from vmax on; TypeError: if ax is neither axes
+                nor a path; ImportError: without matplotlib; OSError: if the file cannot be written.
         """
         from pyrepr.models import _figures as figures
 
@@ -210,8 +210,12 @@ class Comparison:
         if origin not in ("upper", "lower"):
             raise ValueError(f"origin must be 'upper' or 'lower', got {origin!r}")
         score = self.score(measure)
+        low, high = score.low if vmin is None else vmin, score.high if vmax is None else vmax
+        numbers = isinstance(low, SupportsFloat) and isinstance(high, SupportsFloat)
+        if not numbers or not -math.inf < float(low) < float(high) < math.inf:
+            raise ValueError(f"vmin and vmax must be finite numbers, vmin the smaller one, got {low!r} and {high!r}")
         own = ax is None
-        ax = figures.new_axes(*self.values.shape, target) if own else ax
+        ax = figures.axes_for(ax, *self.values.shape, target)
         figures.draw_table(
             ax,
             score.values,
@@ -220,8 +224,8 @@ class Comparison:
             row_title=self.model_a,
             column_title=self.model_b,
             measure=score.title,
-            low=score.low if vmin is None else vmin,
-            high=score.high if vmax is None else vmax,
+            low=float(low),
+            high=float(high),
             origin=origin,
             annotate=annotate,
             unsure=score.unsure,
@@ -235,32 +239,33 @@ class Comparison:
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Writes one self-contained page: zoomable heatmap, the pair and its value under the pointer, a switch between
         measures, and what was left out."""
+        from pyrepr.models._figures import shared_prefix
         from pyrepr.models._pages import write_page
 
-        keys = list(self.scores)
-        first = self.scores[keys[0]]
-        title = title or f"{first.title}: {self.model_a} × {self.model_b}"
+        measures: list[dict[str, Any]] = [
+            {
+                "key": key,
+                "name": score.title,
+                "title": title or f"{score.title}: {self.model_a} × {self.model_b}",
+                "how": self.describe(key),
+                "low": score.low,
+                "high": score.high,
+                "values": _numbers(score.values),
+                "stderr": None if score.stderr is None else _numbers(score.stderr),
+                "unsure": None if score.unsure is None else score.unsure.tolist(),
+            }
+            for key, score in self.scores.items()
+        ]
         data = {
-            "title": title,
             "model_a": self.model_a,
             "model_b": self.model_b,
             "rows": self.layers_a,
             "columns": self.layers_b,
+            "prefixes": [shared_prefix(self.layers_a), shared_prefix(self.layers_b)],
             "skipped": list(self.skipped.items()),
-            "measures": [
-                {
-                    "name": self.scores[key].title if len(keys) == 1 else key,
-                    "how": self.describe(key),
-                    "low": self.scores[key].low,
-                    "high": self.scores[key].high,
-                    "values": _numbers(self.scores[key].values),
-                    "stderr": None if (e := self.scores[key].stderr) is None else _numbers(e),
-                    "unsure": None if (u := self.scores[key].unsure) is None else u.tolist(),
-                }
-                for key in keys
-            ],
+            "measures": measures,
         }
-        return write_page(Path(path), "heatmap.html", title, data)
+        return write_page(Path(path), "heatmap.html", measures[0]["title"], data)
 
     def _repr_html_(self) -> str:
         """For notebooks."""
@@ -455,6 +460,8 @@ def compare(
     feeds = inputs if isinstance(inputs, tuple) else (inputs, inputs)
     if len(feeds) != 2 or any(feed is not None and not callable(feed) for feed in feeds):
         raise TypeError(f"inputs must be a function of a batch or a pair of them, got {inputs!r}")
+    if names is not None and not (isinstance(names, (tuple, list)) and [type(name) for name in names] == [str, str]):
+        raise TypeError(f"names must be two strings, got {names!r}")
     options: dict[str, Any] = {"samples": samples, "pool": pool, "tokens": tokens}
     one_side = model_b is model_a and layers_b is None and feeds[0] is feeds[1]
     side_a = make_side(model_a, layers_a, "model_a", inputs=feeds[0], **options)
@@ -494,6 +501,8 @@ def compare(
 def _measures(
     measures: str | Measure | Sequence[str | Measure], mode: str, kernel: Kernel, estimator: str
 ) -> list[Measure]:
+    if not isinstance(measures, (str, Measure, type, Iterable)):
+        raise TypeError(f"measures must be names or measures, got {type(measures).__name__}")
     wanted = [measures] if isinstance(measures, (str, Measure, type)) else list(measures)
     if not wanted:
         raise ValueError("measures must name at least one measure, got none")
@@ -502,7 +511,11 @@ def _measures(
     if kernel != Kernel() or estimator != "unbiased":
         given = f"kernel={kernel.name!r}" if kernel != Kernel() else f"estimator={estimator!r}"
         raise ValueError(f"{given} is of CKA; beside measures it belongs to one of them, as in 'cka(kernel=rbf)'")
-    return [as_measure(measure) for measure in wanted]
+    found = [as_measure(measure) for measure in wanted]
+    keys = [measure.key for measure in found]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"measures must name each measure once, got {twice!r} twice")
+    return found
 
 
 def check_samples(samples: str, tokens: Tokens, pool: str | None) -> None:

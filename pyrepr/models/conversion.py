@@ -266,7 +266,7 @@ class Conversion:
         Args:
             ax: axes to draw on, or a path as `path`; ``None`` makes a figure of its own.
             path: a file to write as well: PNG, SVG or PDF by its suffix, at `dpi` dots an inch.
-            title: above the figure.
+            title: above the figure, or above `ax` where that is given.
 
         Raises:
             ValueError: for another suffix; ImportError: without matplotlib; OSError: if the file cannot be written.
@@ -276,14 +276,15 @@ class Conversion:
         if isinstance(ax, (str, os.PathLike)):
             ax, path = None, ax
         target = None if path is None else figures.check_path(path)
-        ax = figures.new_axes(max(2, len(self.layers)), 8, target) if ax is None else ax
+        own = ax is None
+        ax = figures.axes_for(ax, max(2, len(self.layers)), 8, target)
         figures.draw_bars(
             ax,
             [layer.name for layer in self.layers],
             [layer.relative_mse for layer in self.layers],
             label="relative squared error",
-            title=title or f"Lookup tables in {self.model}",
-            how=self.describe(),
+            title=(title or f"Lookup tables in {self.model}") if own else "",
+            how=self.describe() if own or title is None else title,
         )
         if target is not None:
             figures.save_figure(ax, target, dpi)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrepr._checks import check_is_tensor, shape_of, shown
-from pyrepr.functional.pairs import check_weights, info_nce
+from pyrepr.functional.pairs import check_scale, check_weights, info_nce
 from pyrepr.nn._gathering import gather_rows
 
 
@@ -78,7 +78,7 @@ class ClipLoss(nn.Module):
                 f"text_features must have a row per row of image_features, {len(image_features)}, "
                 f"got {len(text_features)}"
             )
-        loss = self._loss(image_features, text_features, logit_scale)
+        loss = self._loss(image_features, text_features, check_scale(logit_scale, image_features, "logit_scale"))
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             loss = loss + 0 * logit_bias.sum()  # a gradient of zero, not none
         return {"contrastive_loss": loss} if output_dict else loss
