@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pyrepr.benchmarks.harness import Case, Workload, module_error
 from pyrepr.benchmarks.onnx_peer import onnx_runtime
+from pyrepr.benchmarks.vllm_peer import vllm_decoding, vllm_prefill
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import pyrepr
+from pyrepr.reference import delta_decode
 from pyrepr.reference import delta_rule as reference
 
 
-def plain_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, size: int = 32) -> Tensor:
+def plain_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, size: int = 32, p: Tensor | None = None
+) -> Tensor:
     """The chunk form of the delta rule as one writes it in torch: all chunks at once, then the state through them.
 
-    q, k: [B, T, H, K], v: [B, T, H, V], g, beta: [B, T, H] -> [B, T, H, V]; T is a multiple of the chunk size.
+    q, k: [B, T, H, K], v: [B, T, H, V], g, beta: [B, T, H] -> [B, T, H, V]; T is a multiple of the chunk size. With p,
+    as k, it is Comba's: what is erased is read along p, before the decay.
     """
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, H, ...] -> [B, H, n, C, ...]
@@ -31,17 +39,20 @@ def plain_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor
     total = torch.zeros_like(beta) if g is None else chunked(g.to(beta.dtype)).cumsum(-1)
     after = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     gamma = (total[..., :, None] - total[..., None, :]).masked_fill(~after, -torch.inf).exp()
-    weighted = k * beta[..., None]
-    a = ((weighted @ k.mT) * gamma).tril(-1)
+    weighted, seen, before = k * beta[..., None], gamma, total
+    if p is not None:
+        weighted, before = chunked(p) * beta[..., None], torch.nn.functional.pad(total[..., :-1], (1, 0))
+        seen = (before[..., :, None] - total[..., None, :]).masked_fill(~after.tril(-1), -torch.inf).exp()
+    a = ((weighted @ k.mT) * seen).tril(-1)
     eye = torch.eye(size, dtype=q.dtype, device=q.device)
     inverse = torch.linalg.solve_triangular(a + eye, eye.expand_as(a), upper=False, unitriangular=True)
-    u, w = inverse @ (v * beta[..., None]), inverse @ (weighted * total.exp()[..., None])
-    p, decayed = (q @ k.mT) * gamma, q * total.exp()[..., None]
+    u, w = inverse @ (v * beta[..., None]), inverse @ (weighted * before.exp()[..., None])
+    pairs, decayed = (q @ k.mT) * gamma, q * total.exp()[..., None]
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     outputs = []
     for i in range(q.shape[2]):
         values = u[:, :, i] - w[:, :, i] @ state
-        outputs.append(decayed[:, :, i] @ state + p[:, :, i] @ values)
+        outputs.append(decayed[:, :, i] @ state + pairs[:, :, i] @ values)
         end = total[:, :, i, -1:, None]
         state = state * end.exp() + (k[:, :, i] * (end - total[:, :, i, :, None]).exp()).mT @ values
     return torch.cat(outputs, 2).transpose(1, 2).to(out_dtype)
@@ -103,6 +114,8 @@ def _forward(rule: str, T: int, H: int, K: int, dtype: torch.dtype = torch.float
     if dtype != torch.float32:
         wide = [x.float() for x in inputs]
         functions["pyrepr in float32"] = lambda *_: OURS[rule](*wide)[0]
+        if rule == "gated" and (kernels := vllm_prefill(*inputs)):
+            functions["vLLM"] = lambda *_: kernels()
     elif engine := onnx_runtime(rule, T, H, K):
         functions["ONNX Runtime"] = lambda *x: engine(*x)[0]
     functions |= _peers(rule) if T % 64 == 0 else {}
@@ -160,6 +173,49 @@ def _linear(rule: str, T: int, H: int, K: int) -> Workload:
     functions["plain torch, C=32"] = lambda *x: plain_linear_chunks(*x)
     work = _operations("kda" if rule == "GLA" else "plain", T, H, K)
     return _alike(functions, (q, k, v, g), lambda *x: reference.delta_rule(*x, None)[0], work)
+
+
+def _erase_apart(rule: str, T: int, H: int, K: int, training: bool = False) -> Workload:
+    """Comba and Gated DeltaNet-2, whose erase reads along a vector of its own. Nobody else has a kernel of them for a
+    CPU: the peers are plain torch: Comba's chunk form, pyrepr's reference, flash-linear-attention's naive functions."""
+    q, k, v, g, beta = _inputs(T, H, K, "gated" if rule == "Comba" else "kda")
+    generator = torch.Generator().manual_seed(1)
+    gates = [torch.rand(1, T, H, K, generator=generator) for _ in range(2)]
+    inputs = [q, k, v, 0.5 * k, g, beta] if rule == "Comba" else [q, k, v, g, *gates]
+    ours = pyrepr.functional.chunk_comba if rule == "Comba" else pyrepr.functional.chunk_gdn2
+    weights = torch.randn(v.shape, generator=generator)
+
+    def run(function: Callable[..., Tensor], backend: str | None, *x: Tensor) -> Any:
+        with pyrepr.use_backend(backend) if backend else contextlib.nullcontext():
+            if not training:
+                return function(*x)
+            leaves = [y.detach().requires_grad_() for y in x]
+            o = function(*leaves)
+            return o.detach(), *torch.autograd.grad(o, leaves, weights.to(o.dtype))
+
+    peers = _naive("comba.naive_chunk_comba" if rule == "Comba" else "gdn2.naive_recurrent_gdn2")
+    if rule == "Comba":
+        for size in (32, 64):
+            peers[f"plain torch, C={size}"] = lambda q, k, v, p, g, beta, C=size: plain_chunks(q, k, v, g, beta, C, p)
+    functions: dict[str, Callable[..., Any]] = {"pyrepr": functools.partial(run, lambda *x: ours(*x)[0], None)}
+    functions["plain torch, the reference"] = functools.partial(run, lambda *x: ours(*x)[0], "reference")
+    functions |= {name: functools.partial(run, peer, None) for name, peer in peers.items()}
+    work = _operations("gated" if rule == "Comba" else "kda", T, H, K)
+    return Workload(
+        {name: functools.partial(function, *inputs) for name, function in functions.items()},
+        truth=lambda: functions["plain torch, the reference"](*(x.double() for x in inputs)),
+        tolerance=1e-5,
+        flops=work + (2.0 * T * H * (8 * K * K + 11 * 32 * K / 2) if training else 0),
+    )
+
+
+def _naive(name: str) -> dict[str, Callable[..., Tensor]]:
+    """A function of flash-linear-attention in plain torch, where it can be imported; its arguments stand as ours do."""
+    rule, function = name.split(".")
+    if module_error("fla.ops", "flash-linear-attention"):
+        return {}
+    naive = getattr(importlib.import_module(f"fla.ops.{rule}.naive"), function)
+    return {"flash-linear-attention, naive": lambda *x: naive(*x)[0]}
 
 
 def plain_linear_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, size: int = 32) -> Tensor:
@@ -257,11 +313,79 @@ def _decoding(H: int, K: int) -> Workload:
     return Workload(functions, truth, tolerance=2e-6, flops=6.0 * H * K * K, bytes=8 * H * K * K)
 
 
+def _decoding_layer(H: int, HV: int, dtype: torch.dtype, K: int = 128) -> Workload:
+    """A token of a layer between its projections: convolution, gates, rule and gated norm. Every implementation has
+    states of its own, which move on; results are those of the first token."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = H * K, HV * K
+    shapes = {
+        "x": (1, 2 * keys + values),
+        "g": (1, HV),
+        "beta": (1, HV),
+        "conv_state": (1, 2 * keys + values, 3),
+        "state": (1, HV, K, K),
+        "weight": (2 * keys + values, 4),
+        "A_log": (HV,),
+        "dt_bias": (HV,),
+        "norm_weight": (K,),
+        "gate": (1, HV, K),
+    }
+    wide = ("state", "A_log", "dt_bias")
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    given = {name: x if name in wide else x.to(dtype) for name, x in given.items()}
+    x, g, beta, conv_state, state, weight, A_log, dt_bias, norm_weight, gate = given.values()
+
+    def one_call(conv_state: Tensor, state: Tensor) -> Tensor:
+        return pyrepr.functional.gated_delta_decode(
+            x, g, beta, conv_state, state, weight, A_log, dt_bias, norm_weight, gate
+        )
+
+    def normed(o: Tensor) -> Tensor:
+        return pyrepr.functional.rms_norm_gated(o.view(1, HV, K), gate, norm_weight, eps=1e-5).flatten(1)
+
+    def apart(conv_state: Tensor, state: Tensor) -> Tensor:
+        y = pyrepr.causal_conv1d_update(x, conv_state, weight, None, "silu")
+        q, k, v = (part.unflatten(-1, (-1, K)) for part in y[:, None].split([keys, keys, values], -1))
+        options = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+        o, _ = pyrepr.fused_recurrent_gated_delta_rule(
+            *(q, k, v, g[:, None]),
+            beta=beta[:, None],
+            A_log=A_log,
+            dt_bias=dt_bias,
+            initial_state=state,
+            out_state=state,
+            **options,
+        )
+        return normed(o)
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        name: functools.partial(f, conv_state.clone(), state.clone())
+        for name, f in {"pyrepr": one_call, "pyrepr, call by call": apart}.items()
+    }
+    if core := vllm_decoding(x, g, beta, conv_state, state, weight, A_log, dt_bias, keys):
+        functions["vLLM, pyrepr's norm"] = lambda: normed(core())
+    truth = delta_decode.gated_delta_decode(**{name: x.double() for name, x in given.items()})[0]
+    return Workload(
+        functions,
+        truth=lambda: truth.flatten(1),
+        result=lambda o: o.reshape(1, -1),
+        tolerance=3e-6 if dtype == torch.float32 else 2e-2,
+        flops=8.0 * values * K,
+        bytes=8 * values * K,
+        calls=20,
+    )
+
+
 def cases() -> list[Case]:
     """All cases of the family, small ones first."""
     shape = "B=1 T=2048 H=8 K=V=128"
     return [
         Case("decode, gated", "B=1 H=8 K=V=128", lambda: _decoding(8, 128), quick=True),
+        *(
+            Case(f"decoding layer{name}", f"B=1 H={H} HV={HV} K=V=128", lambda s=(H, HV, dtype): _decoding_layer(*s))
+            for name, dtype in (("", torch.float32), (", bf16", torch.bfloat16))
+            for H, HV in ((8, 8), (16, 32))
+        ),
         Case("delta rule forward", "B=1 T=512 H=8 K=V=64", lambda: _forward("plain", 512, 8, 64), quick=True),
         Case("delta rule forward", shape, lambda: _forward("plain", 2048, 8, 128), quick=True),
         Case("gated forward", shape, lambda: _forward("gated", 2048, 8, 128), quick=True),
@@ -281,5 +405,13 @@ def cases() -> list[Case]:
         Case("GLA forward", "B=1 T=512 H=4 K=V=128", lambda: _linear("GLA", 512, 4, 128)),
         Case("gated DeltaProduct forward", "B=1 T=1024 n=2 H=8 K=V=128", lambda: _product(1024, 8, 128, 2)),
         Case("Mamba-2 scan", "B=1 T=2048 H=24 P=64 N=128", lambda: _scan(2048, 24, 64, 128)),
+        Case("Comba forward", shape, lambda: _erase_apart("Comba", 2048, 8, 128)),
+        Case("Comba forward+backward", shape, lambda: _erase_apart("Comba", 2048, 8, 128, training=True)),
+        Case("Gated DeltaNet-2 forward", "B=1 T=512 H=4 K=V=128", lambda: _erase_apart("GDN-2", 512, 4, 128)),
+        Case(
+            "Gated DeltaNet-2 forward+backward",
+            "B=1 T=512 H=4 K=V=128",
+            lambda: _erase_apart("GDN-2", 512, 4, 128, training=True),
+        ),
         Case("gated forward+backward", "B=1 T=16384 H=2 K=V=128", lambda: _training("gated", 16384, 2, 128)),
     ]

@@ -8,6 +8,7 @@ only ratios of such rounds mean anything.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -18,7 +19,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,29 @@ class Workload:
 class Case:
     """A named workload that is made when it is its turn, so that only one case's inputs are in memory.
 
-    ``quick`` cases make up ``pyrepr bench --quick``.
+    ``quick`` cases make up ``pyrepr bench --quick``. ``threads`` is how many a case runs on where that is not as many
+    as PyTorch has.
     """
 
     op: str
     shape: str
     make: Callable[[], Workload]
     quick: bool = False
+    threads: int | None = None
 
     @property
     def name(self) -> str:
         return f"{self.op} {self.shape}"
+
+    @contextlib.contextmanager
+    def its_threads(self) -> Iterator[None]:
+        """Inside, PyTorch has as many threads as the case says."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass
@@ -131,12 +144,21 @@ def machine() -> dict[str, Any]:
         "pinned": pinned(),
         "simd": module.simd_level() if module else f"none ({reason})",
     }
-    if module:
-        facts["fma_peak_gflops"] = module.fma_peak(threads, 0.3) / 1e9
-        facts["micro_kernel_gflops"] = module.micro_kernel(threads, 0.3) / 1e9
-        facts["read_bandwidth_gbs"] = module.read_bandwidth(threads, 256 << 20) / 1e9
-        facts["cache_bandwidth_gbs"] = module.read_bandwidth(threads, threads * L2_BYTES) / 1e9
-    return facts
+    return {**facts, **bounds(threads)}
+
+
+@functools.cache
+def bounds(threads: int) -> dict[str, float]:
+    """What so many threads can do at most, as measured; nothing without the native module."""
+    module, _ = native()
+    if not module:
+        return {}
+    return {
+        "fma_peak_gflops": module.fma_peak(threads, 0.3) / 1e9,
+        "micro_kernel_gflops": module.micro_kernel(threads, 0.3) / 1e9,
+        "read_bandwidth_gbs": module.read_bandwidth(threads, 256 << 20) / 1e9,
+        "cache_bandwidth_gbs": module.read_bandwidth(threads, threads * L2_BYTES) / 1e9,
+    }
 
 
 # What a user may have said about where OpenMP's threads run; each is obeyed.
@@ -227,17 +249,22 @@ def _timed(function: Callable[[], Any], calls: int) -> float:
 
 def _bound(work: Workload, bandwidth: float) -> tuple[float, str]:
     """The seconds that the slowest of the machine's parts needs at least, and its name."""
-    facts = machine()
-    bounds = [
-        (work.flops, facts.get("fma_peak_gflops", 0) * 1e9, "FMA peak"),
+    most = bounds(torch.get_num_threads())
+    parts = [
+        (work.flops, most.get("fma_peak_gflops", 0) * 1e9, "FMA peak"),
         (work.bytes, bandwidth, "bandwidth"),
-        (work.cached_bytes, facts.get("cache_bandwidth_gbs", 0) * 1e9, "L2 bandwidth"),
+        (work.cached_bytes, most.get("cache_bandwidth_gbs", 0) * 1e9, "L2 bandwidth"),
     ]
-    return max(((amount / rate, name) for amount, rate, name in bounds if amount and rate), default=(0.0, ""))
+    return max(((amount / rate, name) for amount, rate, name in parts if amount and rate), default=(0.0, ""))
 
 
 def run_case(case: Case, seconds: float) -> list[Row]:
     """Checks and measures one case; `seconds` is about how long its timing may take."""
+    with case.its_threads():
+        return _run_case(case, seconds)
+
+
+def _run_case(case: Case, seconds: float) -> list[Row]:
     work = case.make()
     truth = work.truth()
     rows, errors = [], {}

@@ -105,8 +105,9 @@ def _engines() -> dict[str, str]:
 
 
 def _dynamic_int8(weight: Tensor, engine: str) -> Dense:
-    """torch.ao's layer for this weight: int8 with a scale a channel, activations rounded as they come. The engine that
-    packs the weight is the one that multiplies."""
+    """torch.ao's layer for this weight: int8 with a scale a channel, activations rounded as they come, to eight bits
+    where there is VNNI (its own forward asks for seven, as other processors need). The engine that packs the weight is
+    the one that multiplies."""
     from torch.ao.nn.quantized.dynamic import Linear
     from torch.ao.quantization import per_channel_dynamic_qconfig
 
@@ -117,7 +118,9 @@ def _dynamic_int8(weight: Tensor, engine: str) -> Dense:
         warnings.simplefilter("ignore")  # it is to move to another package
         stack.callback(setattr, torch.backends.quantized, "engine", torch.backends.quantized.engine)
         torch.backends.quantized.engine = engine
-        return Linear.from_float(linear)
+        packed = Linear.from_float(linear)._packed_params._packed_params
+    seven = not torch.cpu._is_vnni_supported()
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, seven)
 
 
 def _int4(weight: Tensor, copies: int, group: int = 32) -> list[Dense]:

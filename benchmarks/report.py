@@ -1,6 +1,6 @@
 """Markdown of benchmark runs: ``python -m pyrepr.benchmarks.report FILE.json`` for every row of one run on a CPU,
-with ``--summary`` for a line per case, as in the README, and ``--gpu benchmarks/results`` for all that was measured on
-GPUs."""
+with ``--summary`` for a line per case, as in the README, ``--page FILE.json ...`` for a section a run, and ``--gpu
+benchmarks/results`` for all that was measured on GPUs."""
 
 from __future__ import annotations
 
@@ -93,6 +93,22 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TITLES = {
+    "cpu_gram": "CKA and Gram matrices",
+    "cpu_delta_rule": "Delta rule",
+    "cpu_causal_conv1d": "Causal convolution",
+    "cpu_lookup": "Lookup layers",
+    "cpu_pairs": "Nearest neighbours and contrastive losses",
+    "cpu_probe": "Linear probes",
+}
+
+
+def page(paths: list[Path]) -> str:
+    """A section a run, in the order of TITLES."""
+    runs = {path.stem: json.loads(path.read_text()) for path in paths}
+    return "\n\n".join(f"## {title}\n\n{markdown(runs[name])}" for name, title in TITLES.items() if name in runs)
+
+
 def gpu_markdown(run: dict[str, Any]) -> str:
     """One run of ``python -m pyrepr.gpu_check``: the machine, the times, and what failed."""
     records = run["records"]
@@ -151,9 +167,7 @@ def _gpu_order(run: dict[str, Any]) -> str:
 
 def _gpu_head(run: dict[str, Any]) -> str:
     facts = run["machine"]
-    versions = ", ".join(
-        f"{k} {facts[k]}" for k in ("torch", "cuda", "triton", "flash-linear-attention") if facts.get(k)
-    )
+    versions = ", ".join(f"{k} {facts[k]}" for k in ("torch", "cuda", "triton", "fla-core") if facts.get(k))
     bounds = ", ".join(f"{r['op']} {r['value']:.0f} {r['unit']}" for r in run["records"] if "bound" in r)
     note = "" if run["finished"] else " The run did not finish."
     reason = run.get("build", {}).get("cuda_reason") or run.get("build", {}).get("reason")
@@ -282,6 +296,8 @@ def gpu_section(folder: Path) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "--gpu":
         print(gpu_section(Path(sys.argv[2])))
+    elif sys.argv[1] == "--page":
+        print(page([Path(name) for name in sys.argv[2:]]))
     else:
         with open(sys.argv[-1]) as file:
             print((summary if "--summary" in sys.argv else markdown)(json.load(file)))

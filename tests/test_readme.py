@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pyrepr.benchmarks.report import TITLES, markdown
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/probing.md"))
@@ -27,3 +29,14 @@ def test_readme_is_short_and_its_pictures_and_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert os.path.exists(ROOT / target), target
+
+
+@pytest.mark.parametrize(("folder", "page"), [("", "measured.md"), ("avx2", "measured_avx2.md")])
+def test_tables_of_measurements_are_those_of_the_committed_runs(folder, page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    runs = sorted((ROOT / "benchmarks" / "results" / folder).glob("cpu_*.json"))
+    assert runs
+    for path in runs:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert path.stem not in TITLES or f"## {TITLES[path.stem]}\n\n{markdown(run)}" in text, path
+        assert not run["machine"]["commit"].endswith("+"), f"{path} was measured with uncommitted changes"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from pyrepr.models import ComparisonCallback
 from pyrepr.models import _collecting as collecting
 from pyrepr.models._figures import _wrapped as wrapped
 from pyrepr.models._figures import labels_of, ticks_of
+from pyrepr.models._scores import Score
 from pyrepr.similarity import MutualKNN
 
 
@@ -37,6 +42,9 @@ def sides() -> list[list[torch.Tensor]]:
 
 def compare(**options) -> pyrepr.Comparison:
     return pyrepr.compare(network(0), network(1), batches(), progress=False, **options)
+
+
+SCORES = {"cka": Score(torch.empty(0), chance=0.0)}
 
 
 def made(rows: int, columns: int, prefix: str = "", **options) -> pyrepr.Comparison:
@@ -97,7 +105,15 @@ def test_standard_errors_of_tokens_leave_out_whole_texts():
     ("options", "error", "message"),
     [
         ({"measures": "mutual_nn"}, ValueError, "measure 'mutual_nn' does not exist; near matches: mutual_knn"),
+        ({"measures": 3}, TypeError, "measures must be names or measures, got int"),
+        ({"names": ("one",)}, TypeError, r"names must be two strings, got \('one',\)"),
+        ({"names": "ab"}, TypeError, "names must be two strings, got 'ab'"),
         ({"measures": ()}, ValueError, "measures must name at least one measure"),
+        (
+            {"measures": ("cka", "mutual_knn", "cka")},
+            ValueError,
+            "measures must name each measure once, got 'cka' twice",
+        ),
         ({"measures": "rsa", "mode": "minibatch"}, ValueError, "mode='minibatch' is an estimate of CKA alone"),
         ({"measures": "mutual_knn(k=400)"}, ValueError, "400"),
         ({"measures": "rsa", "checkpoint": "never.pt"}, ValueError, "checkpoint cannot hold the rows that rsa needs"),
@@ -183,6 +199,12 @@ def test_axes_are_given_or_made():
     assert not texts(result.plot(annotate=False)) and not texts(made(40, 40).plot())
     with pytest.raises(ValueError, match="origin must be 'upper' or 'lower', got 'left'"):
         result.plot(origin="left")
+    with pytest.raises(TypeError, match="ax must be axes of matplotlib or a path, got int"):
+        result.plot(3)
+    for low, high in ((1, 0), (0.5, 0.5), (float("nan"), 1), ("a", 1)):
+        with pytest.raises(ValueError, match="vmin and vmax must be finite numbers, vmin the smaller one, got"):
+            result.plot(vmin=low, vmax=high)
+    assert result.plot(vmin=torch.tensor(-0.5)).images[0].get_clim() == (-0.5, 1)
 
 
 def test_a_hundred_and_sixty_layers_have_room():
@@ -198,7 +220,8 @@ def test_a_hundred_and_sixty_layers_have_room():
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (7, 7), (3, 90), (160, 160)])
 def test_nothing_is_clipped(rows, columns):
-    result = made(rows, columns, "a_module_with_a_very_long_name_indeed.and_another_one." * 2, model_a="m" * 70)
+    prefix = "a_module_with_a_very_long_name_indeed.and_another_one." * 2
+    result = made(rows, columns, prefix, model_a="m" * 70, stderr=torch.ones(rows, columns), scores=SCORES)
     axes = result.plot()
     figure = axes.figure
     figure.canvas.draw()
@@ -207,6 +230,15 @@ def test_nothing_is_clipped(rows, columns):
     for text in everything:
         box = text.get_window_extent(renderer)
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+
+
+def test_names_are_no_formulas():
+    result = made(3, 3, r"$\frac$ \x1b ", model_a=r"$\bad$", model_b="$x$\n$y$")
+    result.values[1, 1] = torch.nan
+    axes = result.plot(title=r"$\worse$")
+    axes.figure.canvas.draw()  # would refuse formulas that are none
+    assert axes.get_xticklabels()[0].get_text() == r"$\frac$ \x1b layers.0" and r"$x$\n$y$" in axes.get_xlabel()
+    assert "grey: undefined" in axes.get_title().replace("\n", " ")
 
 
 def test_doubtful_cells_are_hatched():
@@ -262,12 +294,45 @@ def test_page_has_a_switch_and_what_was_left_out(tmp_path):
     model = Spare().double()
     with pytest.warns(UserWarning, match="1 layer left out|2 layers left out"):
         result = pyrepr.compare(model, network(1), batches(), measures=("cka", "rsa"), stderr=True, progress=False)
-    page = result.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
-    line = next(line for line in page.splitlines() if line.startswith("const data = "))
-    data = json.loads(line.removeprefix("const data = ").removesuffix(";"))
-    assert [m["name"] for m in data["measures"]] == ["cka", "rsa"]
+    data = page_data(result.to_html(tmp_path / "page.html"))
     assert data["skipped"] == [["spare", "is not called in the model's forward"]]
-    assert data["measures"][0]["unsure"] == [[False, False]]
+    for key, shown in zip(("cka", "rsa"), data["measures"], strict=True):
+        score = result.score(key)
+        assert (shown["key"], shown["title"]) == (key, f"{score.title}: Spare × Sequential")
+        assert (shown["how"], shown["low"], shown["high"]) == (result.describe(key), score.low, score.high)
+        assert shown["values"] == score.values.tolist() and shown["stderr"] == score.stderr.tolist()
+        assert shown["unsure"] == score.unsure.tolist()
+    assert data["measures"][0]["values"] != data["measures"][1]["values"]
+    titled = page_data(result.to_html(tmp_path / "page.html", title="mine"))
+    assert [shown["title"] for shown in titled["measures"]] == ["mine", "mine"]
+
+
+def page_data(path) -> dict:
+    line = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("const data = "))
+    return json.loads(line.removeprefix("const data = ").removesuffix(";"))
+
+
+def test_page_of_names_that_are_none(tmp_path):
+    names = ("</script><b>", "\x1b[31mred", "a\nb", "\u202ertl", "block.0", "block.1")
+    result = made(6, 6, model_a="\x1b[2J", skipped_a={"\x07": "is not called"})
+    result = dataclasses.replace(result, layers_b=names)
+    page = result.to_html(tmp_path / "page.html")
+    data = page_data(page)
+    assert data["columns"] == ["</script><b>", r"\x1b[31mred", r"a\nb", r"\u202ertl", "block.0", "block.1"]
+    assert data["model_a"] == r"\x1b[2J" and data["skipped"] == [[r"\x07", "is not called"]]
+    text = page.read_text(encoding="utf-8")
+    assert text.count("</script>") == 1 and "\x1b" not in text and r"<title>CKA: \x1b[2J × second</title>" in text
+    assert page_data(made(40, 3, "model.").to_html(page))["prefixes"] == ["model.layers.", "model.layers."]
+
+
+@pytest.mark.parametrize("template", ["heatmap.html", "conversion.html"])
+def test_pages_stand_alone_and_take_the_keyboard(template):
+    text = (Path(pyrepr.models.__file__).with_name(template)).read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=|@import|fetch\(|//(?!www.w3.org/2000/svg)\w", text)  # needs no other file
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert (
+        '<svg tabindex="0"' in text and "ArrowDown" in text
+    ) or 'add(add($("main thead tr"), "th"), "button"' in text
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
@@ -351,6 +416,56 @@ def test_callback_logs_to_whatever_is_attached():
         ComparisonCallback(len, every=0)
 
 
+def test_callback_never_ends_a_training(monkeypatch):
+    import matplotlib.pyplot as pyplot
+
+    def epochs(logger, count=2) -> None:
+        for epoch in range(count):
+            trainer = types.SimpleNamespace(current_epoch=epoch, global_step=epoch, loggers=[logger])
+            callback.on_train_epoch_end(trainer, network(0))
+
+    def fresh() -> ComparisonCallback:
+        return ComparisonCallback(lambda model: pyrepr.compare(model, network(1), batches(), progress=False))
+
+    callback, logger = fresh(), Logger(True)
+    before = pyplot.get_fignums()
+    epochs(logger)
+    assert len(logger.pictures) == 2 and pyplot.get_fignums() == before  # pyplot keeps none of them
+    callback = fresh()
+    with pytest.warns(UserWarning) as caught:
+        epochs(object())
+    assert [str(one.message) for one in caught] == [
+        "logger object takes no numbers; the comparison is the callback's last",
+        "logger object takes no pictures; numbers are logged",
+    ]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    callback, logger = fresh(), Logger(True)
+    with pytest.warns(UserWarning, match="no pictures are logged, numbers are: matplotlib is needed here") as caught:
+        epochs(logger)
+    assert len(caught) == 1 and len(logger.numbers) == 2 and not logger.pictures
+
+
+def test_notebooks_and_pages_need_no_matplotlib(tmp_path):
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+import torch, pyrepr
+from torch import nn
+result = pyrepr.compare({{"a": torch.randn(9, 3)}}, {{"b": torch.randn(9, 3)}}, progress=False)
+report = pyrepr.convert(nn.Sequential(nn.Linear(16, 8)), [torch.randn(99, 16)], progress=False, batch_sizes=())
+for each in (result, report):
+    assert "<table>" in each._repr_html_()
+    each.to_html({str(tmp_path / "page.html")!r})
+    try:
+        each.plot()
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    sentence = 'matplotlib is needed here and is not installed: pip install "pyrepr-kernels[plot]"'
+    assert done.stdout.splitlines() == [sentence, sentence], done.stderr
+
+
 def test_metric_of_torchmetrics():
     from pyrepr.integrations.torchmetrics import CKAMetric
 
@@ -369,10 +484,19 @@ def test_metric_of_torchmetrics():
 
 
 def test_conversions_as_frames_pictures_and_notebooks(tmp_path):
+    with pytest.raises(ValueError, match=r"dpi must be positive and at most .* for this figure, got 'a'"):
+        made(2, 2).plot(path=tmp_path / "table.png", dpi="a")
     report = pyrepr.convert(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), [torch.randn(300, 16)], progress=False)
     frame = report.to_pandas()
     assert list(frame.index) == ["0", "1"] and frame.loc["1", "out_features"] == 8 and "ms_before_64" in frame
     assert report._repr_html_().count("<tr>") == 4
     axes = report.plot(path=tmp_path / "bars.svg")
-    assert len(axes.patches) == 2 and (tmp_path / "bars.svg").exists()
+    assert len(axes.patches) == 2 and (tmp_path / "bars.svg").exists() and not axes.texts
+    undefined = dataclasses.replace(report.layers[0], name="$x", relative_mse=float("nan"))
+    report = dataclasses.replace(report, layers=(undefined, report.layers[1]))
+    figure = axes.figure
+    axes.clear()
+    figure.suptitle("mine")
+    assert texts(report.plot(axes, title="$y")) == [" undefined"]
+    assert figure.get_suptitle() == "mine" and axes.get_title() == "$y"
     assert pyrepr.Conversion.load(report.save(tmp_path / "report.json")) == report

@@ -13,11 +13,16 @@ from pyrepr.papers._row import Row
 
 from pyrepr._reporting import replacing
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+STYLE = """:root { color-scheme: light dark; --line: #ddd; --holds: #26734d; --fails: #b3283d; --soft: #666 }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --holds: #6fcf97; --fails: #ff8a98; --soft: #aaa } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .25rem .6rem; vertical-align: top }
-tr { border-bottom: 1px solid #ddd } .holds { color: #26734d } .fails { color: #b3283d } .nothing { color: #777 }
-section { margin-top: 2.5rem; border-top: 1px solid #ddd } dt { font-weight: 600 } dd { margin: 0 0 .5rem }
-img { max-width: 100% }"""
+td:nth-child(-n+2) { white-space: nowrap } tr { border-bottom: 1px solid var(--line) }
+.holds { color: var(--holds) } .fails { color: var(--fails) } .nothing { color: var(--soft) }
+section { margin-top: 2.5rem; border-top: 1px solid var(--line) }
+dt { font-weight: 600 } dd { margin: 0 0 .5rem; overflow-wrap: anywhere }
+img { max-width: 100%; background: white; border-radius: 4px }
+@media print { tr, section { break-inside: avoid } }"""
 VERSUS = (
     "Numbers are of one run on two cores. A claim that does not hold here, on small data, may well hold elsewhere. A "
     "paper that is “probably” the one meant was told by what it computes, since only its number is on record."
@@ -60,8 +65,8 @@ def write_html(path: Path, rows: Sequence[Row], numbers: set[int] | None = None)
             lines.append((number, f'<td class="nothing">nothing honest</td><td>{html.escape(why)}</td>'))
     table = "".join(f"<tr><td>{number}</td>{line}</tr>" for number, line in sorted(lines))
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Papers, put to the test</title>'
-        f"<style>{STYLE}</style><h1>Papers, put to the test</h1><p>{VERSUS}</p>"
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Papers, put to the test</title><style>{STYLE}</style><h1>Papers, put to the test</h1><p>{VERSUS}</p>"
         f"<table><tr><th></th><th>verdict</th><th></th></tr>{table}</table>{''.join(sections)}</html>\n"
     )
     with replacing(path) as temporary:
