@@ -12,10 +12,13 @@ import pyrepr
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
+MINUTES = ("test_faults", "test_gpu_check", "test_native", "test_persistence", "test_triton_interpreter")
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("fuzz", "tests/fuzz, run by -m fuzz")
     group.addoption("--fuzz-seconds", type=float, default=120, help="for all families together (default: %(default)s)")
+    group.addoption("--fuzz-cases", type=int, default=0, help="most cases of a family and level (default: no limit)")
     group.addoption("--fuzz-seed", type=int, default=0, help="what the cases are drawn from (default: %(default)s)")
 
 
@@ -27,6 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in MINUTES)  # these first: two processes then end together
     if torch.cuda.is_available():
         return
     for item in items:
@@ -36,7 +40,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     reports = [report for group in terminalreporter.stats.values() for report in group]
-    fuzzed = [found for r in reports if "calls" in (found := dict(getattr(r, "user_properties", ())))]
+    properties = [dict(getattr(report, "user_properties", ())) for report in reports]
+    fuzzed = [found for found in properties if "calls" in found]
+    faults = sum(found.get("faults", 0) for found in properties)
+    if faults:
+        terminalreporter.write_line(f"faults injected: {faults}")
     if fuzzed:
         sums = {key: sum(one[key] for one in fuzzed) for key in ("cases", "calls", "values", "refused")}
         terminalreporter.write_line(

@@ -161,14 +161,18 @@ LAYERS = [name for name in CALLS if name.startswith("layer")]
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in LAYERS])
-def test_interrupted_at_every_line(backend, name):
-    assert check_every_line(CALLS[name]) > 2
+def test_interrupted_at_every_line(backend, name, record_property):
+    stopped = check_every_line(CALLS[name])
+    assert stopped > 2
+    record_property("faults", stopped)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_interrupted_at_every_line(name):
+def test_layers_interrupted_at_every_line(name, record_property):
     with pyrepr.use_backend("cpu"):
-        assert check_every_line(CALLS[name]) > 2
+        stopped = check_every_line(CALLS[name])
+    assert stopped > 2
+    record_property("faults", stopped)
 
 
 def test_interrupted_at_every_line_of_the_short_way():
