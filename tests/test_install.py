@@ -43,7 +43,7 @@ def last_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_an_unknown_level_is_a_value_error_that_lists_the_levels(tmp_path):
     result = python(OP, cwd=tmp_path, PYREPR_SIMD="sse9")
-    expected = "ValueError: PYREPR_SIMD must be one of baseline, avx2, avx512, avx512_bf16, got 'sse9'"
+    expected = "ValueError: PYREPR_SIMD must be one of baseline, avx2, avx512, avx512_bf16, amx, got 'sse9'"
     assert last_line(result) == expected
     table = python("import pyrepr; print(pyrepr.backends())", cwd=tmp_path, PYREPR_SIMD="sse9")
     assert "cpu        unavailable  PYREPR_SIMD must be one of" in table.stdout, table.stderr
@@ -54,7 +54,7 @@ def test_an_unknown_level_is_a_value_error_that_lists_the_levels(tmp_path):
 
 def test_a_level_that_this_machine_or_build_lacks_is_a_runtime_error(tmp_path):
     """tests/native/check_kernels.cpp asks for one under emulation; here, for all that are missing."""
-    for level in {"baseline", "avx2", "avx512", "avx512_bf16"} - set(_C.simd_levels()):
+    for level in {"baseline", "avx2", "avx512", "avx512_bf16", "amx"} - set(_C.simd_levels()):
         error = last_line(python(OP, cwd=tmp_path, PYREPR_SIMD=level))
         assert error.startswith(f"RuntimeError: PYREPR_SIMD asks for {level}, which this")
         assert f"it must be one of {', '.join(_C.simd_levels())} here" in error
@@ -354,7 +354,7 @@ def test_a_level_that_the_compiler_does_not_know_is_left_out_and_the_others_stay
     rules, account = configure(sources, CXX=write_compiler(tmp_path, "-mavx512bf16"))
     assert "lookup_avx512.dir" in rules and "lookup_avx512_bf16.dir" not in rules
     assert "PYREPR_BUILT_avx512" in rules and "PYREPR_BUILT_avx512_bf16" not in rules
-    assert '"avx512_bf16"' in account
+    assert '"avx512_bf16 amx"' in account
 
 
 def test_levels_left_out_are_named(monkeypatch):

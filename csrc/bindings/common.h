@@ -67,7 +67,7 @@ inline bool huge_pages(uintptr_t address, int64_t bytes, bool now) {
 }
 
 // One function per family, each in the file of its name.
-#define PYREPR_FAMILY(family, Functions, best) void bind_##family(py::module_& m);
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) void bind_##family(py::module_& m);
 #include "families.h"
 
 }  // namespace pyrepr

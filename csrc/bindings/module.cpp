@@ -36,6 +36,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("supported") = true);
   m.def("learn_torch", &learn_torch);
-#define PYREPR_FAMILY(family, Functions, best) bind_##family(m);
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) bind_##family(m);
 #include "families.h"
 }

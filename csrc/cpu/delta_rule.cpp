@@ -2,7 +2,8 @@
 //
 // Work, at best, per token and head: forward 3 K V multiply-adds, 4 K V with a gate per key, backward with C = 32
 // 8 K V + 7 C K or so; bytes: the inputs once, the outputs once. The forward keeps columns of S in L1 and goes token by
-// token, which was measured to take half the time of the chunk form at every level; the backward goes by chunks.
+// token, which was measured to take half the time of the chunk form at every level; the backward goes by chunks, and so
+// does the forward of bfloat16 where products are of tiles (delta_rule_tiles.h).
 //
 // Where the forward's time goes, measured by leaving stages out (gated, T = 2048, K = V = 128, fp32, one thread of a
 // Zen 4): its multiply-adds 57 %, q and k of the tokens brought in 17 %, outputs stored 6 %, the state stored 4 %, v
@@ -21,6 +22,9 @@
 #include "cpu/delta_rule_recurrence.h"
 #include "cpu/delta_rule_step.h"
 #include "cpu/delta_rule_wide.h"
+#if defined(PYREPR_LEVEL_amx)
+#include "cpu/delta_rule_tiles.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -32,8 +36,27 @@ void by_erase(const DeltaRuleProblem& p, const F& f) {
   p.beta ? f(std::true_type{}) : f(std::false_type{});
 }
 
+#if defined(PYREPR_LEVEL_amx)
+constexpr int64_t kLeastTiled = 16;  // tokens from which on tiles are faster, as measured
+
+bool tiled(const Columns& at) { return at.s.length >= kLeastTiled && TiledRule<true>::fits(at.p); }
+#endif
+
+// Value columns through all tokens, the way that is fastest at this level.
+template <bool erases>
+void walk(const Columns& at, float* scratch, const DeltaRuleStates& states) {
+#if defined(PYREPR_LEVEL_amx)
+  if (tiled(at)) return TiledRule<erases>(at, scratch).run(states);
+#endif
+  Recurrence<erases>(at, scratch).run(states);
+}
+
 int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
-  return larger(step_size(p), Recurrence<true>::size(p, slice));
+  const int64_t size = larger(step_size(p), Recurrence<true>::size(p, slice));
+#if defined(PYREPR_LEVEL_amx)
+  if (TiledRule<true>::fits(p)) return larger(size, TiledRule<true>::size(p, slice));
+#endif
+  return size;
 }
 
 Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRuleStates& states) {
@@ -56,7 +79,7 @@ Status forward(const DeltaRuleProblem& p, void* o, float* final, const DeltaRule
     if (s.length <= 1 && !states.data)
       step_in_place(at, scratch);
     else
-      by_erase(p, [&](auto erases) { Recurrence<decltype(erases)::value>(at, scratch).run(states); });
+      by_erase(p, [&](auto erases) { walk<decltype(erases)::value>(at, scratch, states); });
   };
   // Token after token, a thread gets the same heads, whose states its cache holds.
   if (decoding) {

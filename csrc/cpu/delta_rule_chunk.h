@@ -95,6 +95,19 @@ inline void request_gates(Requests& requests, const DeltaRuleProblem& p, const S
                  p.width * item);
 }
 
+// 1 / |x| of a row of q or k, given its squares' sums.
+template <class S>
+inline float inverse_norm(const typename S::Memory* in, int64_t width, V squares) {
+  const float inverse = 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f);
+  if (inverse != 0) return inverse;
+  V smaller{};  // squares of more than 1e38: again, of numbers that are 2^64 times smaller
+  for (int64_t c = 0; c < width; c += W) {
+    const V x = load_some<S>(in + c, width - c) * 0x1p-64f;
+    smaller += x * x;
+  }
+  return 0x1p-64f / __builtin_sqrtf(static_cast<float>(lane_sum<float>(smaller)));
+}
+
 // One row of q or k in float times `scale`, zeros up to `padded`; normalised under `l2norm`. Returns what that
 // multiplied it with.
 template <class S>
@@ -107,15 +120,7 @@ inline float load_key(const typename S::Memory* in, int64_t width, int64_t padde
     store<float>(out + c / NR * panel_stride + c % NR, x * scale);
   }
   if (!l2norm) return 1;
-  float inverse = 1 / __builtin_sqrtf(static_cast<float>(lane_sum<float>(squares)) + 1e-6f);
-  if (inverse == 0) {  // squares of more than 1e38: again, of numbers that are 2^64 times smaller
-    V smaller{};
-    for (int64_t c = 0; c < padded; c += W) {
-      const V x = load_some<S>(in + c, larger<int64_t>(0, width - c)) * 0x1p-64f;
-      smaller += x * x;
-    }
-    inverse = 0x1p-64f / __builtin_sqrtf(static_cast<float>(lane_sum<float>(smaller)));
-  }
+  const float inverse = inverse_norm<S>(in, width, squares);
   for (int64_t c = 0; c < padded; c += W) {
     float* const at = out + c / NR * panel_stride + c % NR;
     store<float>(at, load<float>(at) * inverse);
@@ -137,24 +142,25 @@ __attribute__((noinline)) inline void load_keys(const DeltaRuleProblem& p, const
     for (int64_t c = 0; c < padded; c += W) store<float>(out.at(t, c), V{});
 }
 
-// beta and the decays of a chunk. Exponents are differences of sums in double: after a long decay the sum is large, and
-// the difference of two neighbours is not.
-struct Gates {
-  alignas(64) float beta[C];
-  alignas(64) float decay[C];        // e^{G_t}
-  alignas(64) float tail[C];         // e^{G_C - G_t}
-  alignas(64) float erase_decay[C];  // e^{G_t}, e^{G_{t-1}} where the erase reads the state before its decay
-  float decayed_beta[C];             // beta_t times that
-  double sum[C];                     // G_t
-  double erase_sum[C];               // G_t or G_{t-1}
-  float last;                        // e^{G_C}
+// beta and the decays of a chunk of N tokens. Exponents are differences of sums in double: after a long decay the sum
+// is large, and the difference of two neighbours is not.
+template <int64_t N>
+struct ChunkGates {
+  alignas(64) float beta[N];
+  alignas(64) float decay[N];        // e^{G_t}
+  alignas(64) float tail[N];         // e^{G_N - G_t}
+  alignas(64) float erase_decay[N];  // e^{G_t}, e^{G_{t-1}} where the erase reads the state before its decay
+  float decayed_beta[N];             // beta_t times that
+  double sum[N];                     // G_t
+  double erase_sum[N];               // G_t or G_{t-1}
+  float last;                        // e^{G_N}
   bool gated;
 
   void load(const DeltaRuleProblem& p, const Sequence& s, int64_t t0, int64_t rows) {
     constexpr float vanishes = -200;  // e^-200 is 0 in float, and this one can be added and subtracted
     double total = 0;
     gated = p.gate == Gate::per_head;
-    for (int64_t t = 0; t < C; t++) {
+    for (int64_t t = 0; t < N; t++) {
       beta[t] = p.beta && t < rows ? p.beta[s.row(p, t0 + t)] : 0;
       const float g = gated && t < rows ? p.g[s.row(p, t0 + t)] : 0;
       const double before = total;
@@ -162,16 +168,17 @@ struct Gates {
       sum[t] = total;
       erase_sum[t] = p.undecayed ? before : total;
     }
-    for (int64_t t = 0; t < C; t += W) {
+    for (int64_t t = 0; t < N; t += W) {
       store<float>(decay + t, gated ? exponential(difference(sum + t, 0)) : splat<float>(1));
       store<float>(tail + t, gated ? exponential(-difference(sum + t, total)) : splat<float>(1));
       store<float>(erase_decay + t,
                    p.undecayed ? exponential(difference(erase_sum + t, 0)) : pyrepr::load<float>(decay + t));
     }
-    for (int64_t t = 0; t < C; t++) decayed_beta[t] = beta[t] * erase_decay[t];
-    last = decay[C - 1];
+    for (int64_t t = 0; t < N; t++) decayed_beta[t] = beta[t] * erase_decay[t];
+    last = decay[N - 1];
   }
 };
+using Gates = ChunkGates<C>;
 
 // Lane i becomes the sum of all lanes of v[i]; v is used up.
 template <int Stride = 1>

@@ -6,17 +6,21 @@
 
 #if defined(PYREPR_BUILT_avx2)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace pyrepr::cpu {
 namespace {
 
-constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(PYREPR_BUILT_avx2)
 // The processor must have the instructions and the operating system must save the registers (XCR0).
 struct Processor {
-  bool avx2 = false, avx512 = false, bf16 = false;
+  bool avx2 = false, avx512 = false, bf16 = false, amx = false;
 
   Processor() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -29,8 +33,21 @@ struct Processor {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = ymm && fma && f16c && (b & bit_AVX2);
     avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
+    const bool tiles = (low & 0x60000) == 0x60000 && (d & (1u << 22)) && (d & (1u << 24));  // AMX_BF16, AMX_TILE
     const bool bytes = (c & bit_AVX512VNNI) && (c & bit_AVX512VBMI);
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = avx512 && bytes && (a & (1u << 5));
+    amx = bf16 && tiles && may_use_tiles();
+  }
+
+ private:
+  // Linux saves the tiles, eight kilobytes, of processes that have asked for them.
+  static bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
   }
 };
 #endif
@@ -40,7 +57,7 @@ struct Processor {
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
     std::vector<Level> found;
-#define PYREPR_FAMILY(family, Functions, best) baseline::family##_functions,
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) baseline::family##_functions,
     found.push_back({
         "baseline",
         true,
@@ -48,7 +65,7 @@ const std::vector<Level>& levels() {
     });
 #if defined(PYREPR_BUILT_avx2)
     const Processor cpu;
-#define PYREPR_FAMILY(family, Functions, best) avx2::family##_functions,
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) avx2::family##_functions,
     found.push_back({
         "avx2",
         cpu.avx2,
@@ -56,7 +73,7 @@ const std::vector<Level>& levels() {
     });
 #endif
 #if defined(PYREPR_BUILT_avx512)
-#define PYREPR_FAMILY(family, Functions, best) avx512::family##_functions,
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) avx512::family##_functions,
     found.push_back({
         "avx512",
         cpu.avx512,
@@ -65,10 +82,18 @@ const std::vector<Level>& levels() {
 #endif
 #if defined(PYREPR_BUILT_avx512_bf16)
     // 16-bit products are worth a level of their own in some families only; the rest is the code of the level below.
-#define PYREPR_FAMILY(family, Functions, best) best::family##_functions,
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) bf16::family##_functions,
     found.push_back({
         "avx512_bf16",
         cpu.bf16,
+#include "families.h"
+    });
+#endif
+#if defined(PYREPR_BUILT_amx)
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) tiles::family##_functions,
+    found.push_back({
+        "amx",
+        cpu.amx,
 #include "families.h"
     });
 #endif

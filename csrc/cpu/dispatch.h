@@ -14,25 +14,28 @@
 
 namespace pyrepr::cpu {
 
-#define PYREPR_FAMILY(family, Functions, best) \
-  namespace baseline {                         \
-  Functions family##_functions();              \
-  }                                            \
-  namespace avx2 {                             \
-  Functions family##_functions();              \
-  }                                            \
-  namespace avx512 {                           \
-  Functions family##_functions();              \
-  }                                            \
-  namespace avx512_bf16 {                      \
-  Functions family##_functions();              \
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) \
+  namespace baseline {                                \
+  Functions family##_functions();                     \
+  }                                                   \
+  namespace avx2 {                                    \
+  Functions family##_functions();                     \
+  }                                                   \
+  namespace avx512 {                                  \
+  Functions family##_functions();                     \
+  }                                                   \
+  namespace avx512_bf16 {                             \
+  Functions family##_functions();                     \
+  }                                                   \
+  namespace amx {                                     \
+  Functions family##_functions();                     \
   }
 #include "families.h"
 
 struct Level {
   const char* name;
   bool supported;  // by this machine's processor and operating system
-#define PYREPR_FAMILY(family, Functions, best) Functions (*family)();
+#define PYREPR_FAMILY(family, Functions, bf16, tiles) Functions (*family)();
 #include "families.h"
 };
 

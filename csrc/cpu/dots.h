@@ -6,6 +6,9 @@
 #include <immintrin.h>
 
 #include "cpu/gemm.h"
+#if defined(PYREPR_LEVEL_amx)
+#include "cpu/amx.h"
+#endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
@@ -28,10 +31,34 @@ struct WholePairs {
   }
 };
 
+// Stands around products of pairs of bf16.
+#if defined(PYREPR_LEVEL_amx)
+struct PairProducts : Tiles {
+  PairProducts() : Tiles(kPairRows) {}
+};
+#else
+struct PairProducts {
+  PairProducts() {}  // not trivial, as unused it would be warned of
+};
+#endif
+
 // C [14, 32] (rows of ldc) = or += A [14, count] B [count, 32], counted in pairs. With `transposed`, A is [count, 14].
 template <class Pairs, bool transposed = false>
 __attribute__((noinline)) void multiply_pairs(int64_t count, const int32_t* __restrict a, const int32_t* __restrict b,
                                               typename Pairs::Sum* __restrict c, int64_t ldc, bool add) {
+#if defined(PYREPR_LEVEL_amx)
+  if constexpr (std::is_same_v<Pairs, Bf16Pairs> && !transposed) {
+    const int64_t whole = count / kTile * kTile;
+    if (whole > 0) {
+      multiply_tiles(whole, kPairRows, a, kPanelStride, b, c, ldc, add);
+      if (whole == count) return;
+      a += whole;
+      b += whole * kPairColumns;
+      count -= whole;
+      add = true;
+    }
+  }
+#endif
   using V = typename Pairs::V;
   V sum[kPairRows][2];
 #pragma GCC unroll 16

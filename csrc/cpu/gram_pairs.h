@@ -25,6 +25,7 @@ struct RowPairs {
 
   void multiply(const Span& at, const TileBuffers<float>& buffers, float* tile, int64_t ldc, double* sum) const {
     if (!by_pairs) return floats.multiply(at, buffers, tile, ldc, sum);
+    const PairProducts products;
     const int64_t pairs = ceil_div(floats.depth, 2);
     auto* const a = reinterpret_cast<int32_t*>(buffers.a);
     auto* const b = reinterpret_cast<int32_t*>(buffers.b);

@@ -38,7 +38,7 @@ class LogSumExpGradient {
     Scratch(const Segments<Words>& segments, const Grid& grid, int64_t prefixes)
         : x(segments, grid.rows),
           tiles((prefixes + 1) * grid.rows * kPanelStride),
-          words(2 * grid.rows * kPanelStride),
+          words((grid.rows + (Words::by_columns ? grid.rows : round_up(grid.cols, MR))) * kPanelStride),
           panel(kPanelStride * NR),
           columns(kPanelStride) {}
   };
@@ -194,6 +194,7 @@ class LogSumExpGradient {
 
   // dX += D Y and dY += D^T X over the features of a segment.
   void multiply(const Tile& d, const Segment& s, const Scratch& scratch) const {
+    const typename Words::Products products;
     const Word *along_columns, *along_rows;
     if constexpr (Words::step == 1) {
       along_columns = along_rows = d.data;
@@ -211,24 +212,34 @@ class LogSumExpGradient {
                                                sums_.x, d.r0 + i, smaller<int64_t>(MR, d.rows - i), f, count);
       pack_samples<Words>(p_.x, p_.dtype, d.r0, d.rows, f, count, samples);
       for (int64_t j = 0; j < d.cols; j += MR)
-        sums_.template add_block<Words, true>(ceil_div(d.rows, Words::step), along_rows + j, samples, sums_.y, d.c0 + j,
-                                              smaller<int64_t>(MR, d.cols - j), f, count);
+        sums_.template add_block<Words, Words::by_columns>(
+            ceil_div(d.rows, Words::step), along_rows + j * (Words::by_columns ? 1 : kPanelStride), samples, sums_.y,
+            d.c0 + j, smaller<int64_t>(MR, d.cols - j), f, count);
     }
   }
 #if defined(PYREPR_LEVEL_avx512_bf16)
-  // D in bf16: pairs of neighbours in a row [rows, kPanelStride], and of neighbours in a column [rows / 2,
-  // kPanelStride].
+  // D in bf16: pairs of neighbours in a row [rows, kPanelStride], and of neighbours in a column, [rows / 2,
+  // kPanelStride] or, for tiles, [cols, kPanelStride].
   static void to_pairs(const Tile& d, int32_t* in_rows, int32_t* in_columns) {
-    for (int64_t i = 0; i < d.rows; i += 2)
+    for (int64_t i0 = 0; i0 < d.rows; i0 += 32)
       for (int64_t j = 0; j < d.cols; j += 16) {
-        const Vec<float> first = load<float>(d.row(i) + j),
-                         second = i + 1 < d.rows ? load<float>(d.row(i + 1) + j) : Vec<float>{};
-        const __m256i a = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first));
-        const __m256i b = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(in_rows + i * kPanelStride + j / 2), a);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(in_rows + (i + 1) * kPanelStride + j / 2), b);
-        const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
-        _mm512_storeu_si512(in_columns + i / 2 * kPanelStride + j, _mm512_or_si512(low, high));
+        Vec<float> pairs[16] = {};
+        const int64_t count = smaller<int64_t>(16, ceil_div(d.rows - i0, 2));
+        for (int64_t k = 0; k < count; k++) {
+          const int64_t i = i0 + 2 * k;
+          const Vec<float> first = load<float>(d.row(i) + j),
+                           second = i + 1 < d.rows ? load<float>(d.row(i + 1) + j) : Vec<float>{};
+          const __m256i a = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first));
+          const __m256i b = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(in_rows + i * kPanelStride + j / 2), a);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(in_rows + (i + 1) * kPanelStride + j / 2), b);
+          const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+          pairs[k] = reinterpret_cast<Vec<float>>(_mm512_or_si512(low, high));
+        }
+        if (!Words::by_columns) transpose_registers<float>(pairs);
+        int32_t* const to = in_columns + (Words::by_columns ? i0 / 2 * kPanelStride + j : j * kPanelStride + i0 / 2);
+        for (int64_t k = 0; k < (Words::by_columns ? count : 16); k++)
+          std::memcpy(to + k * kPanelStride, &pairs[k], sizeof pairs[k]);
       }
   }
 #else

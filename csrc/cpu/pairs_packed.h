@@ -17,8 +17,12 @@ namespace {
 
 // What a product works on: words that each hold `step` neighbours along the sum.
 struct FloatWords {
+  struct Products {
+    Products() {}
+  };
   using Word = float;
   static constexpr int64_t step = 1;
+  static constexpr bool by_columns = true;  // A may be [count, MR]
   static constexpr int MR = Block<float>::MR, NR = Block<float>::NR;
   // c [MR, NR] = or += A [MR, count] B [count, NR]; A has rows of kPanelStride, or with `transposed` columns of it.
   template <bool transposed>
@@ -28,8 +32,14 @@ struct FloatWords {
 };
 #if defined(PYREPR_LEVEL_avx512_bf16)
 struct Bf16Words {
+  using Products = PairProducts;
   using Word = int32_t;
   static constexpr int64_t step = 2;
+#if defined(PYREPR_LEVEL_amx)
+  static constexpr bool by_columns = false;  // as tiles are not
+#else
+  static constexpr bool by_columns = true;
+#endif
   static constexpr int MR = kPairRows, NR = kPairColumns;
   template <bool transposed>
   static void multiply(int64_t count, const Word* a, const Word* b, float* c, int64_t ldc, bool add) {
@@ -171,6 +181,7 @@ class RowBlock {
   // features of a segment, which starts at block `block` here.
   void multiply(int64_t rows, const ByFeature<Words>& y, int64_t c0, int64_t cols, const Segment& s, int64_t block,
                 float* tile) const {
+    const typename Words::Products products;
     for (int64_t k = 0; k < s.words; k += kDepth, block++)
       for (int64_t j = 0; j < cols; j += Words::NR)
         for (int64_t i = 0; i < rows; i += Words::MR)

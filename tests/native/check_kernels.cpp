@@ -288,7 +288,7 @@ void check_refusals() {
     }
     return '-';
   };
-  for (const char* name : {"sse9", "baseline", "avx2", "avx512", "avx512_bf16"}) {
+  for (const char* name : {"sse9", "baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
     char expected = std::strcmp(name, "sse9") ? 'l' : 'u';
     for (const Level& level : levels())
       if (level.supported && !std::strcmp(level.name, name)) expected = '-';
