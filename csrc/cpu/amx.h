@@ -48,6 +48,12 @@ inline void tile_dot() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
+// The same of bytes with signs, [16, 64] and [64, 16] in fours of rows, summed in 32 bits.
+template <int C, int A, int B>
+inline void tile_dot_bytes() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
 // Sums [16 R, 32] of products, in registers 0 to 2 R; R is 1 or 2, whose rows need not be neighbours.
 template <int R>
 struct TileSums {

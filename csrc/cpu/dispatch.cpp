@@ -33,7 +33,8 @@ struct Processor {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = ymm && fma && f16c && (b & bit_AVX2);
     avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
-    const bool tiles = (low & 0x60000) == 0x60000 && (d & (1u << 22)) && (d & (1u << 24));  // AMX_BF16, AMX_TILE
+    constexpr unsigned amx_bits = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+    const bool tiles = (low & 0x60000) == 0x60000 && (d & amx_bits) == amx_bits;
     const bool bytes = (c & bit_AVX512VNNI) && (c & bit_AVX512VBMI);
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = avx512 && bytes && (a & (1u << 5));
     amx = bf16 && tiles && may_use_tiles();

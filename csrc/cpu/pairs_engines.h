@@ -6,7 +6,7 @@
 
 #include "cpu/pairs_columns.h"
 #if defined(PYREPR_LEVEL_avx512_bf16)
-#include "cpu/dots.h"
+#include "cpu/pairs_whole.h"
 #endif
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
@@ -116,7 +116,8 @@ class WholeEngine {
   WholeEngine(const TopkProblem& p, Columns& columns)
       : p_(p),
         columns_(columns),
-        width_(round_up(p.x.cols, kGroup)),
+        width_(round_up(p.x.cols, WholeProduct::kUnit)),
+        product_(width_),
         panels_(columns.groups() * kGroup * width_ / 2, kUnset) {
     struct Scratch {
       Array<float> shifted;
@@ -136,7 +137,7 @@ class WholeEngine {
           const auto [scale, lost] = to_whole(shifted.data(), y, whole.data() + (j - g * kGroup) * width_);
           columns.describe(j, y.squares, lost, scale > 0 ? 1 / scale : 0);
         }
-        pack_pairs(reinterpret_cast<const int32_t*>(whole.data()), width_ / 2, width_ / 2, panel(g));
+        product_.pack(whole.data(), panel(g));
       }
     };
     with_scratch<Scratch>(p.threads, pack, width_);
@@ -147,29 +148,22 @@ class WholeEngine {
   class Block {
    public:
     explicit Block(const WholeEngine& engine)
-        : engine_(engine),
-          depths_(ceil_div(engine.width_ / 2, kDepth)),
-          whole_(engine.width_),
-          rows_(depths_ * kQueries * kPanelStride, kUnset) {}
+        : engine_(engine), whole_(engine.width_), rows_(engine.product_.words(kQueries), kUnset) {}
     void prepare(int64_t i, const float* shifted, const Shifted& x, double, double* lost, float* a) {
       const auto [scale, loss] = engine_.to_whole(shifted, x, whole_.data());
       *lost = loss;
       *a = scale > 0 ? scale : 1;
-      const int64_t pairs = engine_.width_ / 2;
-      for (int64_t k0 = 0; k0 < pairs; k0 += kDepth)
-        std::memcpy(row(k0 / kDepth, i), whole_.data() + 2 * k0, static_cast<size_t>(smaller(kDepth, pairs - k0)) * 4);
+      engine_.product_.keep(whole_.data(), i, rows_.data());
     }
     template <class Use>
     void search(int64_t, int64_t rows, Use use) {
       const Columns& columns = engine_.columns_;
-      const int64_t pairs = engine_.width_ / 2;
+      const WholeProduct::Scope scope;
       alignas(64) int32_t sums[kPairRows * kPairColumns];
       for (int64_t g = 0; g < columns.groups(); g++) {
         const float* const unit = columns.unit.data() + g * kGroup;
         for (int64_t i = 0; i < rows; i += kPairRows) {
-          for (int64_t k0 = 0; k0 < pairs; k0 += kDepth)
-            multiply_pairs<WholePairs>(smaller(kDepth, pairs - k0), row(k0 / kDepth, i),
-                                       engine_.panel(g) + k0 * kPairColumns, sums, kPairColumns, k0 > 0);
+          engine_.product_.multiply(rows_.data(), i, engine_.panel(g), sums);
           use(i, smaller<int64_t>(kTogether, rows - i), g, [&](int64_t r, int64_t v) {
             const __m512i sum = _mm512_load_si512(sums + r * kPairColumns + v * 16);
             return _mm512_cvtepi32_ps(sum) * load<float>(unit + v * 16);
@@ -179,12 +173,9 @@ class WholeEngine {
     }
 
    private:
-    int32_t* row(int64_t depth, int64_t i) { return rows_.data() + (depth * kQueries + i) * kPanelStride; }
-
     const WholeEngine& engine_;
-    const int64_t depths_;
     const Array<int16_t> whole_;
-    const Array<int32_t> rows_;  // [depths, kQueries, kPanelStride] pairs
+    const Array<int32_t> rows_;
   };
 
  private:
@@ -198,7 +189,7 @@ class WholeEngine {
   Scaled to_whole(const float* x, const Shifted& size, int16_t* out) const {
     // Rounding can make a vector longer by half a unit an element.
     const double most = kLength - __builtin_sqrt(static_cast<double>(width_)) / 2 - 1;
-    const double scale = smaller(most / __builtin_sqrt(size.squares), 32767.0 / size.largest);
+    const double scale = smaller(most / __builtin_sqrt(size.squares), WholeProduct::kLargest / size.largest);
     if (!(scale < 0x1p100)) {  // nothing to scale
       zero(out, width_);
       return {0, __builtin_sqrt(size.squares)};
@@ -222,7 +213,8 @@ class WholeEngine {
   const TopkProblem& p_;
   Columns& columns_;
   const int64_t width_;
-  const Array<int32_t> panels_;  // [groups][width / 2][kGroup] pairs
+  const WholeProduct product_;
+  const Array<int32_t> panels_;
 };
 #endif
 
