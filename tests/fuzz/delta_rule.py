@@ -133,6 +133,8 @@ def draw(draw: Draw) -> Case:
     if draw.chance(0.03):
         width, values, total = draw.choice((64, 128, 129, 256)), draw.choice((64, 128)), draw.size(70)
     dtype = draw.dtype()
+    if dtype == "bfloat16" and draw.chance(0.3):  # whole tiles
+        width, values, total = draw.choice((32, 64)), draw.choice((32, 64)), draw.size(129)
     wild = 0.1
     special = 0.0 if draw.chance(0.85) else 0.3
     smooth = draw.chance(0.4)

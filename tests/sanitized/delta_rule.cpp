@@ -265,6 +265,11 @@ void delta_rule(const pyrepr::cpu::Level& level, Random& random) {
   p.width = 1 + random.below(random.chance(80) ? 40 : 140);
   p.value_width = 1 + random.below(random.chance(80) ? 40 : 140);
   p.dtype = random.pick({DType::f32, DType::bf16, DType::f16});
+  if (random.chance(30)) {  // whole tiles
+    p.width = 32 * (1 + random.below(4));
+    p.value_width = 32 * (1 + random.below(3));
+    p.dtype = DType::bf16;
+  }
   const int gate = static_cast<int>(random.below(3));
   const bool per_key = gate == 2;
   p.gate = static_cast<pyrepr::Gate>(gate);
