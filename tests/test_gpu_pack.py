@@ -130,8 +130,9 @@ def test_a_compiler_that_ends_its_process_is_said(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: no cache to be filled")
 @pytest.mark.parametrize("names", [("hash-fp32",), ("hash-fp32", "no such kernel")])
-def test_a_kernel_that_does_not_compile_fails_the_packing(names, tmp_path, capfd):
-    """Its cache has the others. The Python given installs nothing, and knows these kernels alone."""
+def test_a_kernel_that_does_not_compile_fails_the_packing(names, tmp_path, monkeypatch, capfd):
+    """Its cache has the others. The Python given installs nothing, and knows these kernels alone. As in a clone, there
+    is another package of that name where it runs."""
     folder, python, script = tmp_path / "gpu", tmp_path / "python", tmp_path / "script.py"
     folder.mkdir()
     (folder / "pyrepr_kernels-0-py3-none-any.whl").touch()
@@ -145,13 +146,16 @@ cache.every_variant = lambda capability: {kernels!r}
 sys.exit(cache.main(sys.argv[3:]))
 """
     script.write_text(code)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "$(cat {script})" "$@"\n')
     python.chmod(0o755)
+    (tmp_path / "pyrepr").mkdir()
+    (tmp_path / "pyrepr" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
     failed = len(names) - 1
-    assert pack.main([str(folder), "--python", str(python), "--parts", "cache"]) == failed
+    assert pack.main(["gpu", "--python", "./python", "--parts", "cache"]) == failed
     said = capfd.readouterr()
     assert f"cache: 1 kernels, {failed} not made\n" in said.out
-    assert ("not every kernel could be compiled, as is said above; cache.tar.xz has the rest" in said.err) == failed
+    assert ("pack: cache: some kernels do not compile; cache.tar.xz has the rest" in said.err) == failed
     assert ("sm_90 lookup no such kernel: StopIteration" in said.err) == failed
     assert cache.lay(folder / "cache.tar.xz", tmp_path / "cache") == 1
 
