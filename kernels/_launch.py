@@ -43,6 +43,9 @@ from triton.compiler.compiler import make_backend
 
 from pyrepr.backend import triton_interprets
 
+# Of Triton, for rows that suit one compiler and not another.
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 ARCHITECTURES = (80, 90, 100)
 
 # Bytes of shared memory a block may have. Row 80 also serves sm_86, sm_89 and sm_120, which have the least.

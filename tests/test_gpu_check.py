@@ -155,6 +155,15 @@ def test_time_that_is_over_is_said(fake_family, monkeypatch):
     assert [r["failure"] for r in state.records] == ["not run: the section's time was over"] * 5
 
 
+def test_nothing_is_prepared_when_the_time_is_over(monkeypatch):
+    state, asked = runner.Run([], 60, dry=False), []
+    monkeypatch.setattr(state, "section", lambda *arguments, **options: asked.append(arguments[:2]))
+    state.prepare([("gram", "cka")], 0.0)
+    assert not asked
+    state.prepare([("gram", "cka")], 1.0)
+    assert asked == [("prepare", "gram")] * min(3, state.processors)
+
+
 def test_what_is_left_of_a_section_that_hangs_is_counted(fake_family, monkeypatch):
     """A worker that overstays is ended by the runner: here at once."""
     monkeypatch.setattr(runner.Run, "_worker", hanging)

@@ -114,7 +114,53 @@ def test_what_does_not_compile_is_said(tmp_path):
     assert cache.lay(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
 
 
+def ends_its_process(capability, family, name):
+    os._exit(3)
+
+
+def test_a_compiler_that_ends_its_process_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "_compile", ends_its_process)
+    monkeypatch.setattr(cache, "every_variant", lambda capability: [(capability, "gram", "one"), (90, "gram", "two")])
+    assert cache.main(["make", str(tmp_path / "cache.tar.xz")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "cache: 0 kernels, 2 not made\n"
+    assert [line[: line.index(": ")] for line in said.err.splitlines()] == ["sm_90 gram one", "sm_90 gram two"]
+    assert cache.lay(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: no cache to be filled")
+@pytest.mark.parametrize("names", [("hash-fp32",), ("hash-fp32", "no such kernel")])
+def test_a_kernel_that_does_not_compile_fails_the_packing(names, tmp_path, monkeypatch, capfd):
+    """Its cache has the others. The Python given installs nothing, and knows these kernels alone. As in a clone, there
+    is another package of that name where it runs."""
+    folder, python, script = tmp_path / "gpu", tmp_path / "python", tmp_path / "script.py"
+    folder.mkdir()
+    (folder / "pyrepr_kernels-0-py3-none-any.whl").touch()
+    kernels = [(90, "lookup", name) for name in names]
+    code = f"""
+import sys
+if sys.argv[2] == "pip":
+    sys.exit()
+from pyrepr.benchmarks.gpu import cache
+cache.every_variant = lambda capability: {kernels!r}
+sys.exit(cache.main(sys.argv[3:]))
+"""
+    script.write_text(code)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "$(cat {script})" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "pyrepr").mkdir()
+    (tmp_path / "pyrepr" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    failed = len(names) - 1
+    assert pack.main(["gpu", "--python", "./python", "--parts", "cache"]) == failed
+    said = capfd.readouterr()
+    assert f"cache: 1 kernels, {failed} not made\n" in said.out
+    assert ("pack: cache: some kernels do not compile; cache.tar.xz has the rest" in said.err) == failed
+    assert ("sm_90 lookup no such kernel: StopIteration" in said.err) == failed
+    assert cache.lay(folder / "cache.tar.xz", tmp_path / "cache") == 1
+
+
 def test_a_part_that_fails_is_one_sentence(tmp_path, capsys):
     assert pack.main([str(tmp_path / "gpu"), "--python", str(tmp_path / "no python"), "--parts", "peer"]) == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert said.startswith("pack: no peer: ") and "no python" in said
+    assert said.startswith("pack: peer: ") and "no python" in said

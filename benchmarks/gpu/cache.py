@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def _compile(capability: int, family: str, name: str) -> str:
     return ""
 
 
+def _outcome(kernel: tuple[int, str, str], compiling: concurrent.futures.Future[str]) -> str:
+    """What went wrong, also where the compiler took its process with it, and so those of the kernels after it."""
+    try:
+        return compiling.result()
+    except BrokenProcessPool as error:
+        capability, family, name = kernel
+        return f"sm_{capability} {family} {name}: {error}"
+
+
 def make(archive: Path, kernels: Sequence[tuple[int, str, str]], assemblers: Sequence[str]) -> list[str]:
     """Compiles with each assembler ("": Triton's own) and packs; what did not compile, a line each."""
     failures: list[str] = []
@@ -72,7 +82,7 @@ def make(archive: Path, kernels: Sequence[tuple[int, str, str]], assemblers: Seq
                 concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
             ):
                 running = [pool.submit(_compile, *kernel) for kernel in kernels]
-                failures += [found for future in running if (found := future.result())]
+                failures += [found for each in zip(kernels, running, strict=True) if (found := _outcome(*each))]
         partial = archive.with_suffix(".part")
         with tarfile.open(partial, "w:xz") as packed:
             for path in sorted(Path(folder).rglob("*")):
@@ -95,6 +105,7 @@ def lay(archive: Path, folder: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: some kernels could not be compiled, which are said, and the others are in the archive."""
     parser = argparse.ArgumentParser(prog="python -m pyrepr.benchmarks.gpu.cache", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
@@ -111,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kernels = [kernel for capability in args.architectures for kernel in every_variant(capability)]
     failures = make(args.archive, kernels, args.ptxas)
     made = len(kernels) * len(args.ptxas) - len(failures)
-    print("\n".join([f"cache: {made} kernels, {len(failures)} not made", *failures]))
-    return 0
+    print(f"cache: {made} kernels, {len(failures)} not made", flush=True)
+    print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

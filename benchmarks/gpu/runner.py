@@ -226,7 +226,7 @@ class Run:
 
     def prepare(self, timed: list[tuple[str, str]], seconds: float) -> None:
         """Compiles what is timed, and what its peers tune; what fails here fails again where it is recorded."""
-        if self.dry:
+        if self.dry or seconds <= 0:
             return
         count = min(12, self.processors)
         before = len(self.records)

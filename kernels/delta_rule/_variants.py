@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from pyrepr.kernels._launch import ARCHITECTURES, DTYPE_NAMES, Config, Table, Variant
+from pyrepr.kernels._launch import ARCHITECTURES, DTYPE_NAMES, VERSION, Config, Table, Variant
 from pyrepr.kernels.delta_rule._gradient import gradient_kernel, norm_gradient_kernel
 from pyrepr.kernels.delta_rule._index import index_kernel
 from pyrepr.kernels.delta_rule._kda import (
@@ -30,7 +30,7 @@ from pyrepr.kernels.delta_rule._scan import MAPS, OUT, STATES, merge_kernel, rev
 # Tokens per chunk. float32 tiles are twice as large and take twice the shared memory.
 CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 # The compiler of Triton 3.7 fails on some kernels that 3.9's takes, and keeps more in shared memory.
-OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+OLD_COMPILER = VERSION < (3, 9)
 GATES = (0, 1, 2)  # of the scans: nothing, factors per token, a gate per key
 MODES = (OUT.value, STATES.value, MAPS.value)
 WIDTHS = (64, 128, 256)  # K is padded to one of these
@@ -113,9 +113,11 @@ SCAN = {
     (4, 256, True): _table("SCAN 4 256 per key", *[(16, 8, 1)] * 3, candidates=_SEARCH),
 }
 _narrow = (16, 4, 1) if OLD_COMPILER else (32, 8, 1)
+# Triton 3.6 spills 96 bytes a thread of 128 columns, and 32 of 64 in three stages; so none, and two blocks fit.
+_reverse_128 = (64, 4, 1) if VERSION < (3, 7) else (128, 8, 3)
 REVERSE = {
     (2, 64, False): _table("REVERSE 2 64", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
-    (2, 128, False): _table("REVERSE 2 128", (64, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
+    (2, 128, False): _table("REVERSE 2 128", (64, 8, 1), _reverse_128, (128, 8, 3), candidates=_SEARCH),
     (2, 256, False): _table("REVERSE 2 256", _narrow, (32, 8, 1), (64, 8, 1), candidates=_SEARCH),
     (2, 64, True): _table("REVERSE 2 64 per key", (128, 8, 1), (128, 8, 3), (128, 8, 3), candidates=_SEARCH),
     (2, 128, True): _table("REVERSE 2 128 per key", (64, 8, 1), (128, 8, 2), (128, 8, 2), candidates=_SEARCH),

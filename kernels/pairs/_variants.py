@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyrepr.kernels._launch import BF16, DTYPE_NAMES, F32, FLOATS, Config, Table, Variant
+from pyrepr.kernels._launch import BF16, DTYPE_NAMES, F32, FLOATS, VERSION, Config, Table, Variant
 from pyrepr.kernels.pairs._backward import product_kernel, weights_kernel
 from pyrepr.kernels.pairs._forward import logsumexp_kernel, tags_kernel
 from pyrepr.kernels.pairs._topk import exact_kernel, rescore_kernel, screen_kernel
@@ -30,12 +30,18 @@ def _table(name: str, sm80: Config, sm90: Config, *candidates: Config, sm100: Co
 
 
 # By bytes of an element and room for prefixes. float32 goes as three products of halves, and holds both halves of its
-# operands; more prefixes hold on to a tile's products while its scores are worked on. No row spills.
+# operands; more prefixes hold on to a tile's products while its scores are worked on. With Triton 3.6 sm_90 has smaller
+# tiles than later ones: theirs spill 112 (prefixes) and 168 bytes a thread there.
+_small = _tile(64, 64, 64, 8, 3)
+_large = [_tile(128, 64, 64, 8, s) for s in (2, 3, 4)]
+_wide = [_tile(64, 64, 32, 8, s) for s in (3, 4)]
+if VERSION < (3, 7):
+    _large[1:1], _wide[:0] = [_small], [_tile(64, 32, 32, 8, 3)]
 LOGSUMEXP = {
-    (2, 1): _table("logsumexp 2", *(_tile(128, 64, 64, 8, s) for s in (2, 3, 4)), sm100=_tile(64, 64, 64, 8, 3)),
+    (2, 1): _table("logsumexp 2", *_large, sm100=_small),
     (2, 8): _table("logsumexp 2 prefixes", *(_tile(64, 64, 64, 8, s) for s in (2, 3, 4))),
     (4, 1): _table("logsumexp 4", _tile(64, 32, 32, 8, 2), *(_tile(64, 64, 32, 8, s) for s in (3, 4))),
-    (4, 8): _table("logsumexp 4 prefixes", _tile(64, 32, 32, 8, 2), *(_tile(64, 64, 32, 8, s) for s in (3, 4))),
+    (4, 8): _table("logsumexp 4 prefixes", _tile(64, 32, 32, 8, 2), *_wide),
 }
 WEIGHTS = {
     (2, 1): _table("weights 2", *(_tile(128, 64, 64, 8, s) for s in (2, 3, 4))),
@@ -52,10 +58,11 @@ PRODUCT = {
     2: _table("product 2", _tile(128, 64, 64, 8, 2), _tile(128, 128, 64, 8, 3), _tile(128, 64, 64, 4, 4)),
     4: _table("product 4", _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 3), _tile(64, 64, 32, 4, 3)),
 }
-# The kept keys are 8 bytes each: the more of them, the fewer rows.
+# The kept keys are 8 bytes each: the more of them, the fewer rows. Of 128 columns, compilers before 3.9 spill 40 bytes.
 _square = _tile(64, 64, 64, 4, 3)
+_screen_16 = _square if VERSION < (3, 9) else _tile(64, 128, 64, 4, 3)
 SCREEN = {
-    (2, 16): _table("screen 2 16", _tile(64, 64, 64, 4, 2), _tile(64, 128, 64, 4, 3), _square, sm100=_square),
+    (2, 16): _table("screen 2 16", _tile(64, 64, 64, 4, 2), _screen_16, _tile(64, 128, 64, 8, 3), sm100=_square),
     (2, 64): _table("screen 2 64", _tile(32, 64, 64, 4, 2), _tile(32, 128, 64, 4, 3), _tile(64, 128, 64, 8, 3)),
     (2, 256): _table("screen 2 256", _tile(16, 64, 64, 4, 2), _tile(16, 128, 64, 4, 3)),
     (4, 16): _table("screen 4 16", _tile(32, 64, 32, 4, 2), _tile(64, 64, 32, 4, 3), _tile(64, 128, 32, 8, 3)),
