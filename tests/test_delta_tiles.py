@@ -100,10 +100,25 @@ def test_keys_of_any_size_are_normalised(size):
     assert error(o, truth(wide, l2norm=True)[0], floor=1) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [1e-38, 1e-36, 1e-34, 1e-25, 1e25])
 def test_values_of_any_size(size):
     x = inputs(70)
     x["v"], x["initial_state"] = x["v"] * size, x["initial_state"] * size
+    (o, state), expected = run(x), truth(x)
+    assert error(o, expected[0], floor=0) < TOLERANCE
+    assert error(state, expected[1], floor=0) < STATE_TOLERANCE
+
+
+def test_a_faint_column_among_others_and_faint_keys():
+    """Tiles take subnormal numbers as zero: each is as right as it would be alone."""
+    x = inputs(70)
+    x["v"][..., 5] *= 1e-36
+    x["initial_state"][..., 5] *= 1e-36
+    (o, state), expected = run(x), truth(x)
+    assert error(o[..., 5], expected[0][..., 5], floor=0) < TOLERANCE
+    assert error(state[..., 5], expected[1][..., 5], floor=0) < STATE_TOLERANCE
+    x = inputs(70) | {"initial_state": torch.zeros(1, 4, 64, 32)}
+    x["k"] *= 1e-34
     (o, state), expected = run(x), truth(x)
     assert error(o, expected[0], floor=0) < TOLERANCE
     assert error(state, expected[1], floor=0) < STATE_TOLERANCE

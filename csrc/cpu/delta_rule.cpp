@@ -46,7 +46,7 @@ bool tiled(const Columns& at) { return at.s.length >= kLeastTiled && TiledRule<t
 template <bool erases>
 void walk(const Columns& at, float* scratch, const DeltaRuleStates& states) {
 #if defined(PYREPR_LEVEL_amx)
-  if (tiled(at)) return TiledRule<erases>(at, scratch).run(states);
+  if (tiled(at) && TiledRule<erases>(at, scratch).run(states)) return;
 #endif
   Recurrence<erases>(at, scratch).run(states);
 }
@@ -54,7 +54,7 @@ void walk(const Columns& at, float* scratch, const DeltaRuleStates& states) {
 int64_t forward_size(const DeltaRuleProblem& p, int64_t slice) {
   const int64_t size = larger(step_size(p), Recurrence<true>::size(p, slice));
 #if defined(PYREPR_LEVEL_amx)
-  if (TiledRule<true>::fits(p)) return larger(size, TiledRule<true>::size(p, slice));
+  if (p.total >= kLeastTiled && TiledRule<true>::fits(p)) return larger(size, TiledRule<true>::size(p, slice));
 #endif
   return size;
 }

@@ -168,14 +168,10 @@ inline void store_halves(uint16_t* p, U32 bits) {
 }
 template <>
 inline void store_as<StoreBf16>(uint16_t* p, Vec<float> v) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
-#else
-  U32 u;
+  U32 u;  // not by the instruction for it, which makes zeros of subnormal numbers
   std::memcpy(&u, &v, sizeof u);
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   store_halves(p, (u & 0x7fffffffu) > 0x7f800000u ? (rounded & 0u) + 0x7fc0u : rounded);
-#endif
 }
 // Normal numbers by shifting the mantissa, denormals by letting an addition to 0.5 round at 2^-24.
 template <>
