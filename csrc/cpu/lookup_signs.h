@@ -65,7 +65,9 @@ class Signs {
         memory_(round_up(capacity, lanes_) * width_),
         nan_(capacity) {}
   // Bytes of a token: its features and zeros.
-  static int64_t width(const LookupHash& p) { return round_up(chunks_of(p) * p.bits, int64_t(kVectorBytes)); }
+  static int64_t width(const LookupHash& p) {
+    return larger<int64_t>(round_up(chunks_of(p) * p.bits, kVectorBytes), kVectorBytes);
+  }
   bool ok() const { return memory_.ok() && nan_.ok(); }
   int64_t lanes() const { return lanes_; }
   int64_t tokens() const { return tokens_; }
@@ -178,10 +180,10 @@ class SignProduct {
     auto* const sums = static_cast<int32_t*>(buffer);  // [2, 2, 16, 16]
     const int8_t* weights = row(r);
     int64_t stride = a_.features;
-    if (stride % kVectorBytes || r + kRows > a_.h) {
+    if (stride < width_ || r + kRows > a_.h) {
       int8_t* const panel = reinterpret_cast<int8_t*>(sums + 2 * kRows * kTile);
       std::memset(panel, 0, static_cast<size_t>(kRows * width_));
-      for (int64_t i = 0; i < smaller(kRows, a_.h - r); i++)
+      for (int64_t i = 0; i < smaller(kRows, a_.h - r) && stride; i++)
         std::memcpy(panel + i * width_, row(r + i), static_cast<size_t>(a_.features));
       weights = panel;
       stride = width_;
