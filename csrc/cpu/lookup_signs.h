@@ -131,15 +131,15 @@ class SignProduct {
 
   // What every thread of a team does. Ends with a barrier.
   void share(void* buffer) const {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < a_.h; r += kRows) {
 #if defined(PYREPR_LEVEL_amx)
-      tiles(r, buffer);
+    const Tiles registers(kTile);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < a_.h; r += kRows) tiles(r, buffer);
 #else
-      (void)buffer;
-      signs_.lanes() == 1 ? dots(r) : lanes(r);
+    (void)buffer;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < a_.h; r += kRows) signs_.lanes() == 1 ? dots(r) : lanes(r);
 #endif
-    }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < signs_.tokens(); t++)
       if (signs_.is_nan(t))
@@ -188,7 +188,6 @@ class SignProduct {
       weights = panel;
       stride = width_;
     }
-    const Tiles registers(kTile);
     for (int64_t t = 0; t < signs_.tokens(); t += 2 * kTile) {
       const bool two = t + kTile < signs_.tokens();
       two ? multiply<2>(weights, stride, t, sums) : multiply<1>(weights, stride, t, sums);
