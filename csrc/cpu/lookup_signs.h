@@ -18,15 +18,15 @@
 namespace pyrepr::cpu::PYREPR_LEVEL {
 namespace {
 
-// Multiply-adds that take about 100 us, below which no second thread is woken; of the dense part a 16th.
+// Multiply-adds of signs, and of the dense part, that take about 100 us, below which no second thread is woken.
 #if defined(PYREPR_LEVEL_amx)
-constexpr int64_t kParallelSigns = int64_t(1) << 27;
+constexpr int64_t kParallelSigns = int64_t(1) << 26;
 #elif defined(PYREPR_LEVEL_avx512_bf16)
 constexpr int64_t kParallelSigns = int64_t(1) << 24;
 #else
 constexpr int64_t kParallelSigns = int64_t(1) << 22;
 #endif
-constexpr int64_t kParallelDense = int64_t(1) << 23;
+constexpr int64_t kParallelDense = int64_t(1) << 22;
 
 constexpr int64_t kSignBytes = int64_t(512) << 10;  // of the features of a block of tokens, which stay in L2
 
@@ -121,11 +121,11 @@ class SignProduct {
       : a_(a), signs_(signs), width_(width), bias_(bias), out_(out) {}
 
   // Bytes a thread needs.
-  static int64_t bytes(int64_t tokens) {
+  static int64_t bytes(int64_t width) {
 #if defined(PYREPR_LEVEL_amx)
-    return kRows * kPanelRow + round_up(tokens, 2 * kTile) * kRows * 4;
+    return kRows * width + 2 * kRows * kTile * 4;
 #else
-    return 0 * tokens;
+    return 0 * width;
 #endif
   }
 
@@ -174,77 +174,54 @@ class SignProduct {
 
 #if defined(PYREPR_LEVEL_amx)
   static constexpr int64_t kRows = 2 * kTile;
-  static constexpr int64_t kPart = 1024, kPanelRow = kPart + 64;  // bytes of rows that are copied, so that L1 has them
-  static constexpr int64_t kSums = 4 * kTile * kTile;             // of a block
 
-  // Rows r ... r + 31 for all tokens. For few, tiles are loaded from the weights as they stand, unless rows have to be
-  // filled up.
+  // Rows r ... r + 31 for all tokens; a weight's row is a tile's as it stands, unless it has to be filled up.
   void tiles(int64_t r, void* buffer) const {
-    const bool copied = signs_.tokens() > 4 * kTile || a_.features < width_ || r + kRows > a_.h;
-    auto* const sums = static_cast<int32_t*>(buffer);  // [blocks of tokens, 2, 2, 16, 16]
-    auto* const panel = reinterpret_cast<int8_t*>(sums + ceil_div(signs_.tokens(), 2 * kTile) * kSums);
-    for (int64_t k = 0, count; k < width_; k += count) {
-      count = copied ? smaller(kPart, width_ - k) : width_;
-      if (copied) copy(r, k, count, panel);
-      for (int64_t t = 0; t < signs_.tokens(); t += 2 * kTile) {
-        const bool two = t + kTile < signs_.tokens();
-        int32_t* const of = sums + t / (2 * kTile) * kSums;
-        const int8_t* const weights = copied ? panel : row(r);
-        const int64_t stride = copied ? kPanelRow : a_.features;
-        two ? multiply<2>(weights, stride, t, k, count, of) : multiply<1>(weights, stride, t, k, count, of);
-        if (k + count == width_) finish_block(t, r, two, of);
-      }
+    auto* const sums = static_cast<int32_t*>(buffer);  // [2, 2, 16, 16]
+    const int8_t* weights = row(r);
+    int64_t stride = a_.features;
+    if (stride < width_ || r + kRows > a_.h) {
+      int8_t* const panel = reinterpret_cast<int8_t*>(sums + 2 * kRows * kTile);
+      std::memset(panel, 0, static_cast<size_t>(kRows * width_));
+      for (int64_t i = 0; i < smaller(kRows, a_.h - r) && stride; i++)
+        std::memcpy(panel + i * width_, row(r + i), static_cast<size_t>(a_.features));
+      weights = panel;
+      stride = width_;
+    }
+    for (int64_t t = 0; t < signs_.tokens(); t += 2 * kTile) {
+      const bool two = t + kTile < signs_.tokens();
+      two ? multiply<2>(weights, stride, t, sums) : multiply<1>(weights, stride, t, sums);
+      for (int64_t i = 0; i < 2 && r + i * kTile < a_.h; i++)
+        for (int64_t j = 0; j < 1 + two; j++) {
+          I of[W];
+          std::memcpy(of, sums + (2 * i + j) * kTile * kTile, sizeof of);
+          finish_lanes(t + j * kTile, r + i * kTile, smaller(kTile, a_.h - r - i * kTile), of);
+        }
     }
   }
-  // panel [32, kPanelRow] = rows r ... r + 31 from k on, zeros where there is no row or no feature.
-  void copy(int64_t r, int64_t k, int64_t count, int8_t* panel) const {
-    const int64_t some = larger<int64_t>(smaller(count, a_.features - k), 0);
-    for (int64_t i = 0; i < kRows; i++) {
-      const int64_t from = r + i < a_.h ? some : 0;
-      if (from) std::memcpy(panel + i * kPanelRow, row(r + i) + k, static_cast<size_t>(from));
-      std::memset(panel + i * kPanelRow + from, 0, static_cast<size_t>(count - from));
-    }
-  }
-  void finish_block(int64_t t, int64_t r, bool two, const int32_t* sums) const {
-    for (int64_t i = 0; i < 2 && r + i * kTile < a_.h; i++)
-      for (int64_t j = 0; j < 1 + two; j++) {
-        I of[W];
-        std::memcpy(of, sums + (2 * i + j) * kTile * kTile, sizeof of);
-        finish_lanes(t + j * kTile, r + i * kTile, smaller(kTile, a_.h - r - i * kTile), of);
-      }
-  }
-  // sums (from k = 0 on) of 32 rows and N times 16 tokens over features k ... k + count - 1
+  // Of 32 rows and N times 16 tokens.
   template <int N>
-  void multiply(const int8_t* weights, int64_t stride, int64_t t, int64_t k, int64_t count, int32_t* sums) const {
-    constexpr int64_t size = kTile * kTile;
-    const int8_t *left = signs_.at(t) + k * kTile, *right = N == 2 ? signs_.at(t + kTile) + k * kTile : left;
-    if (k) {
-      tile_load<0>(sums, 64);
-      tile_load<2>(sums + 2 * size, 64);
-      if constexpr (N == 2) {
-        tile_load<1>(sums + size, 64);
-        tile_load<3>(sums + 3 * size, 64);
-      }
-    } else {
-      tile_zero<0>();
-      tile_zero<2>();
-      if constexpr (N == 2) {
-        tile_zero<1>();
-        tile_zero<3>();
-      }
+  void multiply(const int8_t* weights, int64_t stride, int64_t t, int32_t* sums) const {
+    const int8_t *left = signs_.at(t), *right = N == 2 ? signs_.at(t + kTile) : left;
+    tile_zero<0>();
+    tile_zero<2>();
+    if constexpr (N == 2) {
+      tile_zero<1>();
+      tile_zero<3>();
     }
-    for (const int8_t* const end = weights + count; weights < end; weights += 64, left += 1024, right += 1024) {
-      tile_load<4>(weights, stride);
-      tile_load<6>(left, 64);
+    for (int64_t k = 0; k < width_; k += 64) {
+      tile_load<4>(weights + k, stride);
+      tile_load<6>(left + k * kTile, 64);
       tile_dot_bytes<0, 4, 6>();
-      tile_load<5>(weights + kTile * stride, stride);
+      tile_load<5>(weights + kTile * stride + k, stride);
       tile_dot_bytes<2, 5, 6>();
       if constexpr (N == 2) {
-        tile_load<7>(right, 64);
+        tile_load<7>(right + k * kTile, 64);
         tile_dot_bytes<1, 4, 7>();
         tile_dot_bytes<3, 5, 7>();
       }
     }
+    constexpr int64_t size = kTile * kTile;
     tile_store<0>(sums, 64);
     tile_store<2>(sums + 2 * size, 64);
     if constexpr (N == 2) {
@@ -374,7 +351,7 @@ Status linear_of_signs(const LookupSigns& a, const LookupHash& p, const LookupLo
   const int64_t capacity = smaller(tokens, larger<int64_t>(kSignBytes / width / 64 * 64, 64));
   const double work = static_cast<double>(a.features * a.h) / kParallelSigns + double(dense) / kParallelDense;
   const int threads = work * static_cast<double>(tokens) < 1 ? 1 : a.threads;
-  const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), SignProduct::bytes(capacity)), 64);
+  const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), SignProduct::bytes(width)), 64);
   Signs signs(p, capacity);
   const Memory memory(bytes * threads);
   const Inputs<float> inputs(p, low, capacity, a.h);
