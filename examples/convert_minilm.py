@@ -370,6 +370,7 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     colours = {
         "linear": "#3b528b",
+        "signs": "#5ec962",
         "ffn": "#21918c",
         "dense": "0.55",
         "neurons": "#d1495b",
