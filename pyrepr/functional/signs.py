@@ -65,6 +65,12 @@ def sign_linear(
         >>> pyrepr.functional.sign_linear(torch.tensor([[0.5, -2.0]]), torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
         tensor([[-13.]])
     """
+    out = ops.sign_linear_direct(x, weight, scales, bias, (centre, scale, down, up), hash)
+    return _checked(x, weight, bias, hash, centre, scale, scales, down, up) if out is None else out
+
+
+def _checked(x, weight, bias, hash, centre, scale, scales, down, up) -> Tensor:
+    """What :func:`sign_linear` does where arguments have to be looked at, converted or differentiated."""
     x = check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., d], got {shape_of(x)}")

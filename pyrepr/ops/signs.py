@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrepr.ops._differentiable import SHARED, Derivative, Fold
 from pyrepr.ops._leaf import leaf_op
-from pyrepr.ops._native import DTYPE_CODES, matrix, module, optional
+from pyrepr.ops._native import DTYPE_CODES, direct, matrix, module, optional
 from pyrepr.ops.lookup import rows_contiguous, wide
 from pyrepr.reference import signs as reference
 from pyrepr.reference._dtypes import compute_dtype
@@ -79,6 +79,23 @@ sign_op = leaf_op(
     reference=reference.sign_op,
     cpu=_cpu,
 )
+
+
+def sign_linear_direct(
+    x: Tensor,  # [..., d]
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    converted: tuple[Tensor | None, ...],
+    hash: str,
+) -> Tensor | None:
+    """[..., h] of unchecked arguments in one native call, or ``None``: see `direct`."""
+    native = direct()
+    if native is None or scales is None or type(hash) is not str:
+        return None
+    kind, grad, threads = HASHES.get(hash, 0), torch.is_grad_enabled(), torch.get_num_threads()
+    out = native.sign_linear_direct(x, weight, scales, bias, converted, kind, grad, threads)
+    return out if out is None or out.dtype is x.dtype else out.to(x.dtype)
 
 
 def sign_linear(
