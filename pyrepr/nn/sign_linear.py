@@ -198,6 +198,8 @@ class SignLinear(Converted):
         return layer.train(self.training)
 
     def specification(self) -> dict[str, Any]:
+        """What :meth:`specified` makes an empty layer of the same kind from, in types that JSON has: the options, the
+        dtype of each tensor it has, and which of them are trained."""
         return {
             "class": "SignLinear",
             "in_features": self.in_features,
