@@ -458,7 +458,7 @@ def test_signs_are_distilled_as_tables_are():
         truth, before = teacher.eval()(x), relative(student.eval()(x), teacher(x))
     result = distill(student, teacher, epochs=(4, 12), lr=0.02)
     with torch.no_grad():
-        assert relative(student(x), truth) < 0.8 * before
+        assert relative(student(x), truth) < 0.9 * before
     names = layers(student, SignLinear)
     assert result.layers == tuple(names)
     assert set(result.trained) == {f"{name}.{part}" for name in names for part in ("weight", "bias", "down", "up")}

@@ -86,7 +86,7 @@ def test_bfloat16_students_take_steps_smaller_than_their_rounding(form, stored):
     teacher = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16))
     data = [torch.randn(100, 32) for _ in range(8)]
     student = copy.deepcopy(teacher)
-    convert(student, data, form=form)
+    convert(student, data, form=form, rank=4)  # of which signs let gradients through
     rounded, halves = copy.deepcopy(student).bfloat16(), [x.bfloat16() for x in data]
     trained = getattr(rounded[0], stored)
     start = trained.detach().float().clone()
@@ -96,7 +96,7 @@ def test_bfloat16_students_take_steps_smaller_than_their_rounding(form, stored):
     moved, wanted = trained.detach().float() - start, getattr(student[0], stored).detach() - start
     assert trained.dtype == torch.bfloat16 and trained.grad is None
     # Steps that were rounded away one by one would leave the tables where they are.
-    assert torch.corrcoef(torch.stack([moved.flatten(), wanted.flatten()]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([moved.flatten(), wanted.flatten()]))[0, 1] > 0.8
     with pytest.raises(ValueError, match="student must be float32, float64 or bfloat16 to be trained, got float16"):
         pyrepr.distill(rounded.half(), teacher, data, **options)
 

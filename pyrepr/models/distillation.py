@@ -113,6 +113,8 @@ def distill(
         train: ``"lookup"`` (default): tables or weights, biases and low-rank parts of these layers; ``"all"``: every
             parameter; or a function of (name, parameter) that says yes or no.
         epochs: passes over the data for the layers, and for the output.
+            Signs, and tables of two bits, let a gradient through to the layers before them by their low-rank part only:
+            without one (`rank` of :func:`pyrepr.convert`) the second phase trains the last of them alone.
         lr: the largest steps' size relative to a parameter's root mean square. Default 0.01, for students with an error
             of a tenth or more, and some 50 batches. One that is already close to its teacher gets worse at first and
             needs many steps to come back: take 0.001 or less, and compare the losses.

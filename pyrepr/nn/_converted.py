@@ -145,8 +145,6 @@ class Converted(nn.Module):
         }
 
     def specification(self) -> dict[str, Any]:
-        """What :meth:`specified` makes an empty layer of the same kind from, in types that JSON has: the options, the
-        dtype of each tensor it has, and which of them are trained."""
         raise NotImplementedError
 
     @classmethod

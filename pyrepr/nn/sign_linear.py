@@ -54,7 +54,8 @@ class SignLinear(Converted):
             layer; loading into a layer with another `hash`, or of int8 into floating-point or the other way, is an
             error.
 
-    The weight starts as N(0, 1 / F): standard normal input gives output of variance 1.
+    The weight starts as N(0, 1 / F): standard normal input gives output of variance 1. A sign has no derivative: x has
+    a gradient through the low-rank part only, and what comes before a layer without one does not train.
 
     Raises:
         TypeError: for sizes that are no ints, or another dtype. ValueError: for sizes below 1, or an unknown hash.
@@ -153,13 +154,13 @@ class SignLinear(Converted):
             0.1
         """
         x = calibration_rows(calibration, linear.in_features)
-        check_rank(rank, linear.in_features, linear.out_features)
-        options = {"hash": hash, "dtype": linear.weight.dtype, "device": linear.weight.device}
-        layer = cls(linear.in_features, linear.out_features, **options)
+        weight, d, h = linear.weight, linear.in_features, linear.out_features
+        check_rank(rank, d, h)
+        layer = cls(d, h, hash=hash, dtype=weight.dtype, device=weight.device)
         parts, error = fit.of_linear(linear, x, bits=HASHES[hash], weighting="none", hash=hash, rank=rank, ridge=ridge)
         layer.weight.copy_(parts.weights.T)
         layer._take(parts)
-        layer.conversion = fit.Fit(error, None, bytes_of(linear.weight), bytes_of(layer.weight), 0, math.nan)
+        layer.conversion = fit.Fit(error, None, bytes_of(weight), bytes_of(layer.weight), 0, math.nan)
         return layer
 
     @torch.no_grad()
@@ -197,6 +198,8 @@ class SignLinear(Converted):
         return layer.train(self.training)
 
     def specification(self) -> dict[str, Any]:
+        """What :meth:`specified` makes an empty layer of the same kind from, in types that JSON has: the options, the
+        dtype of each tensor it has, and which of them are trained."""
         return {
             "class": "SignLinear",
             "in_features": self.in_features,
