@@ -31,7 +31,7 @@ from torch import Tensor
 
 import pyrepr
 from pyrepr.functional import sign_linear
-from pyrepr.nn import LookupLinear
+from pyrepr.nn import LookupLinear, SignLinear
 from pyrepr.ops.lookup import ROUTES, linear_op, to_huge_pages
 from pyrepr.reference import lookup as reference
 
@@ -301,6 +301,7 @@ def _conversion(rank: int) -> tuple[str, dict[str, Dense], Tensor, Callable[[], 
     layers: dict[str, Dense] = {}
     for name, hash in (("two bits", "two_bit"), ("one bit", "one_bit")):
         layers[f"pyrepr {name}"] = LookupLinear.from_linear(linear, rows, hash=hash, rank=rank).quantize_("int8")
+    layers["pyrepr two bits, as signs"] = SignLinear.from_linear(linear, rows, rank=rank).quantize_("int8")
     layers["nn.Linear fp32"] = linear
     for name, engine in _engines().items():
         int8 = _dynamic_int8(weight, engine)
