@@ -355,6 +355,7 @@ def _signs(count: int, d: int, h: int) -> Workload:
         features = torch.stack([level * weight for level in levels], 2).flatten(1)
         scales = features.abs().amax(1) / 127
         stored = (features / scales[:, None]).round().to(torch.int8)
+        to_huge_pages(stored)
         return lambda x: sign_linear(x, stored, hash=hash, scales=scales)
 
     def bf16(weight: Tensor) -> Dense:
@@ -383,7 +384,7 @@ def _signs(count: int, d: int, h: int) -> Workload:
         flops=4 * count * d * h,
         bytes=2 * d * h,
         calls=8 if count == 1 else 1,
-        data="cold",
+        data="cold, weights of signs in huge pages",
     )
 
 

@@ -123,7 +123,7 @@ class SignProduct {
   // Bytes a thread needs.
   static int64_t bytes(int64_t width) {
 #if defined(PYREPR_LEVEL_amx)
-    return kRows * width + 2 * kRows * kTile * 4;
+    return kRows * (width + 64) + 2 * kRows * kTile * 4;
 #else
     return 0 * width;
 #endif
@@ -173,20 +173,23 @@ class SignProduct {
   }
 
 #if defined(PYREPR_LEVEL_amx)
-  static constexpr int64_t kRows = 2 * kTile;
+  static constexpr int64_t kRows = 2 * kTile, kFar = 2048;
 
-  // Rows r ... r + 31 for all tokens; a weight's row is a tile's as it stands, unless it has to be filled up.
+  // Rows r ... r + 31 for all tokens; a weight's row is a tile's as it stands, unless it has to be filled up, or rows
+  // are so far apart that tiles of them would be read from memory line by line.
   void tiles(int64_t r, void* buffer) const {
     auto* const sums = static_cast<int32_t*>(buffer);  // [2, 2, 16, 16]
     const int8_t* weights = row(r);
     int64_t stride = a_.features;
-    if (stride < width_ || r + kRows > a_.h) {
+    if (stride < width_ || stride >= kFar || r + kRows > a_.h) {
       int8_t* const panel = reinterpret_cast<int8_t*>(sums + 2 * kRows * kTile);
-      std::memset(panel, 0, static_cast<size_t>(kRows * width_));
-      for (int64_t i = 0; i < smaller(kRows, a_.h - r) && stride; i++)
-        std::memcpy(panel + i * width_, row(r + i), static_cast<size_t>(a_.features));
+      stride = width_ + 64;  // rows in places of L1 of their own
+      for (int64_t i = 0; i < kRows; i++) {
+        const int64_t some = r + i < a_.h ? a_.features : 0;
+        if (some) std::memcpy(panel + i * stride, row(r + i), static_cast<size_t>(some));
+        std::memset(panel + i * stride + some, 0, static_cast<size_t>(width_ - some));
+      }
       weights = panel;
-      stride = width_;
     }
     for (int64_t t = 0; t < signs_.tokens(); t += 2 * kTile) {
       const bool two = t + kTile < signs_.tokens();
@@ -349,8 +352,9 @@ Status linear_of_signs(const LookupSigns& a, const LookupHash& p, const LookupLo
                        float* out) {
   const int64_t tokens = p.x.rows, width = Signs::width(p), dense = low.rank * (2 * p.x.cols + a.h);
   const int64_t capacity = smaller(tokens, larger<int64_t>(kSignBytes / width / 64 * 64, 64));
-  const double work = static_cast<double>(a.features * a.h) / kParallelSigns + double(dense) / kParallelDense;
-  const int threads = work * static_cast<double>(tokens) < 1 ? 1 : a.threads;
+  const double each = double(a.features * a.h) / kParallelSigns + double(dense) / kParallelDense;
+  const double work = larger(each * double(tokens), double(a.features * a.h) / kParallelBytes);
+  const int threads = work < 1 ? 1 : a.threads;
   const int64_t bytes = round_up(larger(Inputs<float>::bytes(p, low), SignProduct::bytes(width)), 64);
   Signs signs(p, capacity);
   const Memory memory(bytes * threads);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyrepr._checks import check_tensor, name_of, shape_of, shown
 from pyrepr.nn._lookup_fit import Fit, Parts
+from pyrepr.ops.lookup import to_huge_pages
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 BUFFERS, PARAMETERS = ("centre", "scale"), ("down", "up")  # of a conversion
@@ -41,6 +42,7 @@ class Converted(nn.Module):
         quantized = dtype == torch.int8
         stored = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=not quantized)
         self.register_parameter(self.STORED, stored)
+        to_huge_pages(stored)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         added = nn.Parameter(torch.empty(self.out_features, dtype=wide, device=device)) if bias else None
         self.register_parameter("bias", added)
@@ -69,6 +71,7 @@ class Converted(nn.Module):
         moved = self._buffers["scales"]
         if scales is not None and moved is not None and moved.dtype != scales.dtype:
             self.scales = scales.to(moved.device)  # `.to(dtype)` would round what int8 rows are multiplied with
+        to_huge_pages(getattr(self, self.STORED))
         return self
 
     def _rows(self, x: object) -> Tensor:
@@ -93,6 +96,7 @@ class Converted(nn.Module):
             rounded = (stored.float() / torch.where(scales == 0, 1, scales)[..., None]).round_().to(torch.int8)
             self.scales = scales
         setattr(self, self.STORED, nn.Parameter(rounded, requires_grad=False))
+        to_huge_pages(rounded)
         return self
 
     def _take(self, parts: Parts) -> None:

@@ -22,7 +22,7 @@ from pyrepr.nn import _lookup_fit as fit
 from pyrepr.nn._converted import Converted, bytes_of, calibration_rows, check_dtype, check_rank, check_sizes
 from pyrepr.nn._lookup_fit import Fit
 from pyrepr.nn.linear_plus import LinearPlus, Network, network_of
-from pyrepr.ops.lookup import hash_op, to_huge_pages
+from pyrepr.ops.lookup import hash_op
 from pyrepr.reference.lookup import HASHES, pack, unpack, without_low_rank
 
 # What fits a linear target best, which is what most layers are.
@@ -158,17 +158,11 @@ class LookupLinear(Converted):
         shape = (in_features // width, 1 << bits, out_features)
         _check_memory(shape, table_dtype, device)
         self._make(shape, bias, table_dtype, device)
-        to_huge_pages(self.tables)
         self.reset_parameters()
 
     def _deviation(self) -> float:
         rms = rms_weight(self.bits // HASHES[self.hash], self.weighting, self.temperature)
         return 1 / (rms * math.sqrt(self.tables.shape[0]))
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        to_huge_pages(self.tables)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         # Every attribute that is looked for in a module's dictionaries costs half a µs, a key in one of them nothing.
@@ -194,9 +188,7 @@ class LookupLinear(Converted):
         """Stores the tables as ``"bf16"``, or as ``"int8"`` with a scale a row: for inference, without a gradient."""
         if self.packed:
             raise ValueError("the tables are packed already: quantize first")
-        super().quantize_(kind)
-        to_huge_pages(self.tables)
-        return self
+        return super().quantize_(kind)
 
     @torch.no_grad()
     def pack_(self) -> LookupLinear:

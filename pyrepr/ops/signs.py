@@ -106,6 +106,6 @@ def sign_linear(
     converted: tuple[Tensor | None, ...],  # centre, scale [d], down [r, d], up [r, h]
     hash: str,
 ) -> Tensor:
-    """Checked arguments to [T, h] in the dtype of x; differentiable in weight, bias, down and up, in x through those."""
+    """Checked arguments to [T, h] in the dtype of x; differentiable in weight, bias, down and up, in x by those two."""
     run = sign_op if weight.dtype == torch.int8 else reference.sign_op
     return run(x, weight, scales, bias, *converted, hash)
