@@ -30,7 +30,8 @@ from pyrepr.benchmarks.harness import Case, Workload, relative_error
 from torch import Tensor
 
 import pyrepr
-from pyrepr.nn import LookupLinear
+from pyrepr.functional import sign_linear
+from pyrepr.nn import LookupLinear, SignLinear
 from pyrepr.ops.lookup import ROUTES, linear_op, to_huge_pages
 from pyrepr.reference import lookup as reference
 
@@ -300,6 +301,7 @@ def _conversion(rank: int) -> tuple[str, dict[str, Dense], Tensor, Callable[[], 
     layers: dict[str, Dense] = {}
     for name, hash in (("two bits", "two_bit"), ("one bit", "one_bit")):
         layers[f"pyrepr {name}"] = LookupLinear.from_linear(linear, rows, hash=hash, rank=rank).quantize_("int8")
+    layers["pyrepr two bits, as signs"] = SignLinear.from_linear(linear, rows, rank=rank).quantize_("int8")
     layers["nn.Linear fp32"] = linear
     for name, engine in _engines().items():
         int8 = _dynamic_int8(weight, engine)
@@ -331,6 +333,58 @@ def _converted(count: int, rank: int) -> Workload:
         cached_bytes=count * 384 // 4 * 1536,
         calls=8 if count == 1 else 1,
         data=f"{data}, hot",
+    )
+
+
+def _signs(count: int, d: int, h: int) -> Workload:
+    """A random linear layer of white inputs as a product of signs: two bits an input, the levels that lose least (Max
+    1960), and one. Cold: every call takes another weight. The error is the squared one over the outputs' variance."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(count, d, generator=generator) for _ in range(max(1, min(64, 4096 // count)))]
+    dense = [torch.randn(h, d, generator=generator) for _ in range(COLD_BYTES // (4 * d * h))]
+    unseen = torch.randn(64, d, generator=generator)
+
+    def take(items: list, i: int):
+        return items[i % len(items)]
+
+    def rotating(layers: list[Dense], inputs: list[Tensor] = inputs) -> Callable[[int], Called]:
+        return lambda i: Called(take(layers, i)(take(inputs, i)), layers[0])
+
+    def signs(weight: Tensor, hash: str) -> Dense:
+        levels = {"one_bit": (math.sqrt(2 / math.pi),), "two_bit": ((1.510 + 0.453) / 2, (1.510 - 0.453) / 2)}[hash]
+        features = torch.stack([level * weight for level in levels], 2).flatten(1)
+        scales = features.abs().amax(1) / 127
+        stored = (features / scales[:, None]).round().to(torch.int8)
+        to_huge_pages(stored)
+        return lambda x: sign_linear(x, stored, hash=hash, scales=scales)
+
+    def bf16(weight: Tensor) -> Dense:
+        stored = weight.bfloat16()
+        return lambda x: F.linear(x.bfloat16(), stored)
+
+    copies = dense * 4  # smaller weights need more of them to leave the caches
+    layers = {
+        "pyrepr two bits": [signs(w, "two_bit") for w in dense * 2],
+        "pyrepr one bit": [signs(w, "one_bit") for w in copies],
+        "F.linear fp32": [lambda x, w=w: F.linear(x, w) for w in dense],
+        "F.linear bf16": [bf16(w) for w in dense * 2],
+        **{name: [_dynamic_int8(w, engine) for w in copies] for name, engine in _engines().items()},
+        "int4 weights": [layer for w in dense for layer in _int4(w, 8)],
+    }
+
+    def error(called: Called, exact: Tensor) -> float:
+        off, centred = called.layer(unseen).double() - exact, exact - exact.mean(0)
+        return float(off.square().sum() / centred.square().sum())
+
+    return Workload(
+        {name: torch.no_grad()(_rotating(rotating(layer))) for name, layer in layers.items()},
+        truth=lambda: unseen.double() @ dense[0].double().T,
+        error=torch.no_grad()(error),
+        tolerance=0.4,
+        flops=4 * count * d * h,
+        bytes=2 * d * h,
+        calls=8 if count == 1 else 1,
+        data="cold, weights of signs in huge pages",
     )
 
 
@@ -386,6 +440,10 @@ def cases() -> list[Case]:
         *skewed,
         *(
             Case("lookup converted", f"T={count} 384 to 1536 int8, rank 48", lambda c=count: _converted(c, 48))
+            for count in (1, 8, 64, 1024)
+        ),
+        *(
+            Case("lookup signs", f"T={count} d=h=2048 int8", lambda c=count: _signs(c, 2048, 2048))
             for count in (1, 8, 64, 1024)
         ),
         Case("lookup forward+backward", "T=1024 d=h=1024", lambda: _training(1024, 1024, 1024)),

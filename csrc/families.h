@@ -5,7 +5,7 @@ PYREPR_FAMILY(gram, GramFunctions, avx512_bf16, amx)
 PYREPR_FAMILY(moments, MomentsFunctions, avx512, avx512)
 PYREPR_FAMILY(pairs, PairsFunctions, avx512_bf16, amx)
 PYREPR_FAMILY(delta_rule, DeltaRuleFunctions, avx512, amx)
-PYREPR_FAMILY(lookup, LookupFunctions, avx512_bf16, avx512_bf16)
+PYREPR_FAMILY(lookup, LookupFunctions, avx512_bf16, amx)
 PYREPR_FAMILY(causal_conv1d, CausalConvFunctions, avx512, avx512)
 PYREPR_FAMILY(probe, ProbeFunctions, avx512, avx512)
 #undef PYREPR_FAMILY

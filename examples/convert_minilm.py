@@ -80,6 +80,9 @@ SETTINGS = (
     Setting("dense", rank=384),
     Setting("linear", 8, 48, "two_bit"),
     Setting("linear", 8, 96, "two_bit"),
+    Setting("signs", 1, 48, "two_bit"),
+    Setting("signs", 1, 96, "two_bit"),
+    Setting("signs", 1, 128, "two_bit"),
     Setting("neurons", neurons=48),
     Setting("neurons", neurons=384),
     Setting("neurons", neurons=768),
@@ -193,9 +196,10 @@ def replace_networks(model: nn.Module, batches: list[Any], make: Callable[[nn.Mo
 def converted(original: nn.Module, setting: Setting, batches: list[Any]) -> nn.Module:
     """A copy of the model without dense feed-forward networks."""
     model = copy.deepcopy(original)
-    if setting.kind == "linear":
+    if setting.kind in ("linear", "signs"):
         select = ["encoder.layer.*.intermediate.dense", "encoder.layer.*.output.dense"]
-        options = {"bits": setting.bits, "hash": setting.hash, "rank": setting.rank, "batch_sizes": ()}
+        options = {"hash": setting.hash, "rank": setting.rank, "batch_sizes": ()}
+        options |= {"bits": setting.bits} if setting.kind == "linear" else {"form": "signs"}
         print(pyrepr.convert(model, batches, select=select, **options))
         return model
     if setting.kind == "int8":
@@ -286,7 +290,7 @@ def with_int8(model: nn.Module, setting: Setting) -> nn.Module:
     if setting.neurons:
         return with_dynamic_int8(model)
     for layer in model.modules():
-        if isinstance(layer, pyrepr.nn.LookupLinear):
+        if isinstance(layer, (pyrepr.nn.LookupLinear, pyrepr.nn.SignLinear)):
             layer.quantize_("int8")
     return model
 
@@ -323,7 +327,7 @@ def run(setting: Setting, original: nn.Module, data: Data, truth: Tensor, quick:
         "convert_s": middle - start,
         "distill_s": end - middle,
     }
-    if setting.kind in ("linear", "ffn", "neurons"):
+    if setting.kind in ("linear", "signs", "ffn", "neurons"):
         with_int8(model, setting)
         line["int8"] = {**quality(embed(model, data.test), truth), "speed": speed(model, original, quick)}
     return line
@@ -367,6 +371,7 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     colours = {
         "linear": "#3b528b",
+        "signs": "#5ec962",
         "ffn": "#21918c",
         "dense": "0.55",
         "neurons": "#d1495b",

@@ -13,6 +13,7 @@ from pyrepr.reference import causal_conv1d as plain_conv
 from pyrepr.reference import delta_rule as plain_rule
 from pyrepr.reference import gram as plain_gram
 from pyrepr.reference import lookup as plain_lookup
+from pyrepr.reference import signs as plain_signs
 
 
 class Row:
@@ -431,6 +432,31 @@ ROWS |= {
     ),
     "lookup_linear, tables alone": Row(
         pyrepr.functional.lookup_linear, plain_lookup.lookup_linear, ["x", "bias"], **TABLES
+    ),
+    **{
+        f"sign_linear, {hash}": Row(
+            functools.partial(pyrepr.functional.sign_linear, hash=hash),
+            functools.partial(plain_signs.sign_linear, hash=hash),
+            ["centre", "scale"],
+            x=(3, 4),
+            weight=(2, features),
+            bias=(2,),
+            **STANDARD,
+            **LOW_RANK,
+        )
+        for hash, features in (("one_bit", 4), ("two_bit", 8))
+    },
+    "sign_linear, x alone": Row(
+        pyrepr.functional.sign_linear,
+        plain_signs.sign_linear,
+        ["weight", "centre", "scale", "down", "up"],
+        x=(3, 4),
+        weight=(2, 8),
+        **STANDARD,
+        **LOW_RANK,
+    ),
+    "sign_linear, weight alone": Row(
+        pyrepr.functional.sign_linear, plain_signs.sign_linear, ["x"], x=(3, 4), weight=(2, 8)
     ),
     "lookup_sum": Row(
         functools.partial(pyrepr.functional.lookup_sum, CODES),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyrepr
-from pyrepr.nn import LinearPlus, LookupLinear
+from pyrepr.nn import LinearPlus, LookupLinear, SignLinear
 
 
 def error_of(layer, function, x) -> float:
@@ -139,7 +139,10 @@ def test_a_budget_of_bytes_takes_the_most_accurate_tables_within_it(tmp_path):
     for layer in report.layers:
         tables = [each for each in layer.candidates if each.tables]
         assert {each.name for each in tables} == {
-            f"{hash}, rank {rank}" for hash in ("one bit", "two bits") for rank in ("0", "d/16", "d/8", "d/4")
+            f"{form}{hash}, rank {rank}"
+            for form in ("", "signs, ")
+            for hash in ("one bit", "two bits")
+            for rank in ("0", "d/16", "d/8", "d/4")
         }
         allowed = [each for each in tables if each.bytes <= 9 * layer.bytes_before]
         best = min(allowed, key=lambda each: each.relative_mse)
@@ -147,13 +150,25 @@ def test_a_budget_of_bytes_takes_the_most_accurate_tables_within_it(tmp_path):
         assert (layer.relative_mse, layer.bytes_after) == (best.relative_mse, best.bytes)
         assert {"dense, rank d/8", "dynamic int8"} < {each.name for each in layer.candidates}
     assert model[0].hash == "two_bit" and "two bits" in str(report)
-    tight = convert(smaller, bits=4, budget={"bytes": 5.0}, batch_sizes=())
-    assert smaller[0].hash == "one_bit"
+    tight = convert(smaller, bits=4, budget={"bytes": 1.5}, batch_sizes=())
+    assert isinstance(smaller[0], SignLinear) and smaller[0].hash == "one_bit"
     assert [a.relative_mse > b.relative_mse for a, b in zip(tight.layers, report.layers, strict=True)] == [True, True]
-    assert "each the most accurate tables within 9 times its bytes" in report.describe()
+    assert "each the most accurate tables or signs within 9 times its bytes" in report.describe()
     assert pyrepr.Conversion.load(report.save(tmp_path / "a.json")) == report
     report.to_html(tmp_path / "a.html")
     assert "two bits, rank d/8" in (tmp_path / "a.html").read_text()
+
+
+def test_a_budget_serves_layers_that_no_chunk_divides():
+    model = nn.Sequential(nn.Linear(32, 30), nn.Linear(30, 16))
+    report = convert(model, bits=8, quantize="int8", budget={"bytes": 0.8}, batch_sizes=())
+    assert not report.skipped and "int8 tables and weights" in repr(report)
+    assert all(isinstance(module, SignLinear) and module.weight.dtype == torch.int8 for module in model)
+    names = [{each.name for each in layer.candidates if each.tables} for layer in report.layers]
+    assert "two bits, rank 0" in names[0] and all(name.startswith("signs") for name in names[1])
+    wide = nn.Sequential(nn.Linear(32, 32))
+    report = convert(wide, bits=4, form="signs", rank=3, hash="one_bit", budget={"bytes": 99}, batch_sizes=())
+    assert "signs, one bit, rank 3" in {each.name for each in report.layers[0].candidates}
 
 
 def test_a_budget_of_time_and_the_curve():
@@ -187,7 +202,7 @@ def test_a_budget_of_time_and_the_curve():
         (
             {"budget": {"bytes": 0.5}},
             ValueError,
-            "budget must be met by some tables for every layer, got bytes 0.5 for 0",
+            "budget must be met by some tables or signs for every layer, got bytes 0.5 for 0",
         ),
     ],
 )
@@ -197,5 +212,5 @@ def test_budgets_that_cannot_be(options, error, message):
     with pytest.raises(error, match=message) as caught:
         convert(model, bits=4, batch_sizes=(), **options)
     if "nearest" in str(caught.value):
-        assert re.search(r"nearest: one bit, rank 0 \(bytes 3\.\d+, error 0\.\d+\); one bit", str(caught.value))
+        assert re.search(r"nearest: signs, one bit, rank 0 \(bytes 1\.\d+, error 0\.\d+\); signs", str(caught.value))
     assert dict(model.named_modules()) == before

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pyrepr
-from pyrepr.nn import LookupLinear
+from pyrepr.nn import LookupLinear, SignLinear
 from pyrepr.nn._lookup_fit import hold_out
 
 
@@ -109,6 +109,53 @@ def test_quantized_tables():
     assert model[3].tables.dtype == torch.int8
     assert smaller.bytes_after < 0.45 * layer.bytes_after
     assert smaller.relative_mse == pytest.approx(layer.relative_mse, rel=0.02)
+
+
+def test_signs_take_every_layer_and_the_report_says_so(tmp_path):
+    model, original = network().eval(), network().eval()
+    report = pyrepr.convert(model, batches(8, 1000), form="signs", rank=4, batch_sizes=(1,), progress=False)
+    assert [layer.name for layer in report.layers] == layers(model, SignLinear) and not report.skipped
+    assert len(report.layers) == 6 and all(module.hash == "two_bit" for module in model.modules() if is_signs(module))
+    assert (report.form, report.hash, report.weighting) == ("signs", "two_bit", "none")
+    layer, x = report.layers[0], torch.randn(20000, 20)
+    assert layer.bytes_after == 4 * (32 * 40 + 32 + 2 * 20 + 4 * 20 + 4 * 32) and (layer.rows, layer.dead_rows) == (
+        0,
+        0,
+    )
+    assert math.isnan(layer.entropy) and report.table()[0][-2:] == report.table()[-1][-2:] == ["", ""]
+    with torch.no_grad():
+        assert layer.relative_mse == pytest.approx(relative(model[0](x), original[0](x)), rel=0.05)
+    assert pyrepr.Conversion.load(report.save(tmp_path / "a.json")) == report
+    assert "form='signs', hash='two_bit', rank=4;" in str(report)
+    assert "Signs in Sequential" in report.to_html(tmp_path / "a.html").read_text()
+    old = json.loads((tmp_path / "a.json").read_text())
+    del old["form"]  # as files had none
+    (tmp_path / "b.json").write_text(json.dumps(old))
+    assert pyrepr.Conversion.load(tmp_path / "b.json").form == "tables"
+
+
+def is_signs(module):
+    return isinstance(module, SignLinear)
+
+
+def test_signs_are_the_tables_without_them():
+    signs, tables = network().eval(), network().eval()
+    convert(signs, select=["1.*", "2.*"], form="signs", rank=4)
+    convert(tables, select=["1.*", "2.*"], hash="two_bit", rank=4)
+    x = torch.randn(50, 20)
+    torch.testing.assert_close(signs(x), tables(x), rtol=1e-4, atol=1e-4)
+    small = network()
+    assert "int8 weights" in repr(convert(small, select="3", form="signs", hash="one_bit", quantize="int8"))
+    assert small[3].weight.dtype == torch.int8 and small[3].hash == "one_bit"
+    assert isinstance(small[2].down, nn.Linear)
+
+
+@pytest.mark.parametrize("hash", ["one_bit", "two_bit"])
+def test_a_weight_that_the_model_reads_itself_does_not_become_signs(hash):
+    model = Obstacles()
+    report = convert(model, torch.randint(11, (64, 9)), form="signs", hash=hash)
+    assert [layer.name for layer in report.layers] == ["fine", "asked"] == layers(model, SignLinear)
+    assert "a lookup layer has no dense weight to compute with (linear)" in report.skipped["read"]
 
 
 def test_flags_and_hooks_are_as_before():
@@ -288,6 +335,9 @@ def test_wrapped_models_are_changed_inside():
         ({"rank": -1}, ValueError, "rank must be an int of at least 0, got -1"),
         ({"weighting": "l2"}, ValueError, "weighting must be one of"),
         ({"hash": "x"}, ValueError, "hash must be one of one_bit, two_bit, got 'x'"),
+        ({"form": "x"}, ValueError, "form must be one of tables, signs, got 'x'"),
+        ({"form": "signs", "hash": "x"}, ValueError, "hash must be one of one_bit, two_bit, got 'x'"),
+        ({"form": "signs", "weighting": "l1"}, ValueError, "weighting must be 'none' for signs, got 'l1'"),
         ({"hash": "two_bit", "bits": 3}, ValueError, "bits must be even with the two_bit hash, got 3"),
         ({"quantize": "int4"}, ValueError, "quantize must be None, 'int8' or 'bf16', got 'int4'"),
         ({"batch_sizes": (1, 0)}, ValueError, "batch_sizes must be positive ints, got 0"),
@@ -370,10 +420,10 @@ def test_printed_table_and_page(report, tmp_path):
     assert str(empty).splitlines()[0].startswith("</script><b>model: 0 layers converted")
 
 
-def pair():
+def pair(**options):
     teacher = network()
     student = copy.deepcopy(teacher)
-    convert(student, bits=4)
+    convert(student, **(options or {"bits": 4}))
     return student, teacher
 
 
@@ -398,6 +448,23 @@ def test_distilling_brings_layers_and_output_closer_on_unseen_data():
     assert result.output_losses[-1] < result.output_losses[0]
     assert result.layers == ("0", "1.up", "1.down", "2.up", "2.down", "3")
     assert "layers" in repr(result) and "64 steps" in repr(result)
+
+
+def test_signs_are_distilled_as_tables_are():
+    student, teacher = pair(form="signs", hash="one_bit", rank=2)
+    student[1].up.bias.requires_grad_(False)
+    x = torch.randn(2000, 20)
+    with torch.no_grad():
+        truth, before = teacher.eval()(x), relative(student.eval()(x), teacher(x))
+    result = distill(student, teacher, epochs=(4, 12), lr=0.02)
+    with torch.no_grad():
+        assert relative(student(x), truth) < 0.9 * before
+    names = layers(student, SignLinear)
+    assert result.layers == tuple(names)
+    assert set(result.trained) == {f"{name}.{part}" for name in names for part in ("weight", "bias", "down", "up")}
+    student[3].quantize_("int8")
+    with pytest.raises(ValueError, match=r"to be trained, got int8 3\.weight; quantize afterwards"):
+        distill(student, teacher)
 
 
 def test_only_the_lookup_layers_are_trained_unless_told_otherwise():
@@ -476,7 +543,7 @@ def shared():
         (lambda: {"loss": 3}, TypeError, "loss must be a function of .*, got 3"),
         (lambda: {"lr": "1"}, ValueError, "lr must be a positive and finite number, got '1'"),
         (lambda: {"lr": 0.0}, ValueError, "lr must be a positive and finite number, got 0.0"),
-        (lambda: {"student": network()}, ValueError, "student must hold LookupLinear layers, got none"),
+        (lambda: {"student": network()}, ValueError, "student must hold LookupLinear or SignLinear layers, got none"),
         (lambda: {"layers": "1.upp"}, ValueError, r"layers: the model has no layer '1\.upp'; near matches"),
         (lambda: {"teacher": network()[:2]}, ValueError, r"layers must be names that teacher has too, got 2\.up"),
         (lambda: {"train": "tables"}, ValueError, "train must be 'lookup', 'all' or a function, got 'tables'"),

@@ -26,11 +26,13 @@ from pyrepr.nn import (
     KimiDeltaAttention,
     LookupLinear,
     ShortConvolution,
+    SignLinear,
 )
 from pyrepr.ops import causal_conv1d as conv_ops
 from pyrepr.ops import delta_rule as delta_ops
 from pyrepr.ops import gram as gram_ops
 from pyrepr.ops import lookup as lookup_ops
+from pyrepr.ops import signs as sign_ops
 from pyrepr.reference import gram as plain_gram
 from pyrepr.similarity._hsic import hsic_op
 from pyrepr.similarity.measures import kernel_op
@@ -86,6 +88,7 @@ CHECKED = [
     "lookup_linear, scaled",
     "lookup_linear of two bits, scaled",
     "converted, two_bit",
+    "sign_linear, two_bit",
     "lookup_sum",
     "segment_sum",
     "info_nce, cosine",
@@ -125,6 +128,7 @@ MODULES = {
     "ShortConvolution": (lambda: ShortConvolution(4, 3), (1, 3, 4)),
     "LookupLinear": (lambda: LookupLinear(4, 3, bits=2), (3, 4)),
     "LookupLinear of two bits": (lambda: LookupLinear(4, 3, bits=4, hash="two_bit"), (3, 4)),
+    "SignLinear": (lambda: SignLinear(4, 3), (3, 4)),
     "CKALoss": (lambda: CKALoss(kernel="cosine"), (5, 3)),
 }
 
@@ -282,6 +286,7 @@ GRAPHS = [
     "convolution",
     "lookup_linear, scaled",
     "converted, two_bit",
+    "sign_linear, two_bit",
     "lookup_sum",
     "segment_sum",
     "info_nce, cosine",
@@ -370,10 +375,16 @@ OPS = {
         lookup_ops.converted_op,
         (*(randn(3, 4), randn(2, 16, 3), None, randn(3), *STANDARD.values(), randn(2, 4), randn(2, 3)), *CONVERTED),
     ),
+    "sign_linear": lambda: (
+        sign_ops.sign_op,
+        (randn(3, 4), BYTES, torch.rand(3), randn(3), *STANDARD.values(), randn(2, 4), randn(2, 3), "two_bit"),
+    ),
+    "sign_linear, bare": lambda: (sign_ops.sign_op, (randn(3, 8), BYTES, torch.rand(3), *(None,) * 5, "one_bit")),
     "lookup_sum": lambda: (lookup_ops.sum_op, (CODES, randn(3, 2), randn(2, 4, 3), None, 0, False)),
     "lookup_segments": lambda: (lookup_ops.segments_op, (randn(3, 2), CODES, randn(3, 2), 4)),
 }
 CONVERTED = ("scaled", 1.0, 0, False, "two_bit")
+BYTES = torch.arange(24, dtype=torch.int8).view(3, 8) - 12
 ONES = torch.ones(2, dtype=torch.float64)
 CONSTANTS = gram_ops.constants_of(ONES, "linear")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyrepr
-from pyrepr.nn import CKALoss, DeltaCache, GatedDeltaNet, LookupLinear
+from pyrepr.nn import CKALoss, DeltaCache, GatedDeltaNet, LookupLinear, SignLinear
 
 ROOMS = ("ops", "reference", "functional", "similarity", "stats", "kernels")
 MADE = {
@@ -74,6 +74,7 @@ def decoded(x):
 torch.manual_seed(0)
 LAYER = GatedDeltaNet(16, head_dim=4, num_heads=2, layer_idx=0)
 LOOKUP = LookupLinear(6, 5, bits=2)
+SIGNS, BYTES = SignLinear(6, 5), SignLinear(6, 5).quantize_("int8")
 CALLS = {
     **{
         f"{f.__name__} {kernel}": ((lambda x, y, f=f, kernel=kernel: f(x, y, kernel=kernel)), (X, Y))
@@ -93,6 +94,7 @@ CALLS = {
     "lookup_linear in float16": (lambda x, t: pyrepr.lookup_linear(x.half(), t.half()), (X, numbers(3, 4, 70))),
     "lookup_linear sparse": (lambda x, t: pyrepr.lookup_linear(x, t, sparse=True), (X, numbers(3, 4, 7))),
     "lookup_linear packed": (lambda x: pyrepr.lookup_linear(x, pyrepr.pack_tables(numbers(3, 4, 64))), (X,)),
+    "sign_linear": (pyrepr.functional.sign_linear, (X, numbers(7, 12), numbers(7))),
     "lookup_sum": (lambda w, t: pyrepr.lookup_sum(CODES, w, t), (numbers(20, 2), numbers(2, 4, 7))),
     "segment_sum": (lambda v: pyrepr.segment_sum(v, CODES, 4), (X,)),
     "convolution": (lambda x, w: pyrepr.causal_conv1d_fn(x, w, activation="silu"), (numbers(2, 6, 5), numbers(6, 4))),
@@ -133,6 +135,8 @@ CALLS = {
     "layer": (lambda x: LAYER(x)[0], (numbers(2, 5, 16),)),
     "layer with a cache": (lambda x: decoded(x.detach()), (numbers(2, 6, 16),)),
     "lookup layer": (LOOKUP, (X,)),
+    "layer of signs": (SIGNS, (X,)),
+    "layer of signs in bytes": (BYTES, (X,)),
 }
 
 
@@ -172,5 +176,5 @@ def test_another_default_device_on_the_short_way():
 
 def test_layers_can_be_made_on_another_device():
     with torch.device("meta"):
-        layers = [LookupLinear(6, 5, bits=2), GatedDeltaNet(16, head_dim=4, num_heads=2), CKALoss()]
+        layers = [LookupLinear(6, 5, bits=2), SignLinear(6, 5), GatedDeltaNet(16, head_dim=4, num_heads=2), CKALoss()]
     assert all(parameter.is_meta for layer in layers for parameter in layer.parameters())

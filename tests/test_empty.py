@@ -164,6 +164,12 @@ CASES = {
         lambda s, x, tables, b: pyrepr.lookup_linear(x.expand(-1, 2 * s["C"]), tables, b, sparse=True),
         lambda s, x, tables, b: looked_up(x.expand(-1, 2 * s["C"]), tables, b),
     ),
+    "sign_linear": Case(
+        {"T": 3, "D": 4, "H": 5},
+        {"x": "T D", "w": "H D", "b": "H"},
+        lambda s, x, w, b: functional.sign_linear(x, w, b, hash="one_bit"),
+        lambda s, x, w, b: x.sign() @ w.T + b,
+    ),
     "lookup_sum": Case(
         {"T": 3, "C": 2, "H": 5},
         {"w": "T C", "tables": "C 4 H"},

@@ -241,7 +241,7 @@ def test_tables_of_two_bits_do_not_load_into_one():
     again.load_state_dict(two.state_dict())
     assert torch.equal(again(x), two(x))
     other = pyrepr.nn.LookupLinear(32, 64, bits=4, weighting="none")  # as many tables
-    with pytest.raises(RuntimeError, match="hash must be 'two_bit' for these tables, got 'one_bit'"):
+    with pytest.raises(RuntimeError, match="hash must be 'two_bit' as of the saved tables, got 'one_bit'"):
         other.load_state_dict(two.state_dict())
     specified = pyrepr.nn.LookupLinear.specified(two.quantize_("int8").pack_().specification())
     specified.load_state_dict(two.state_dict())
@@ -369,7 +369,7 @@ def test_int8_layers_of_another_dtype():
 
 def test_options_that_tables_were_made_for():
     layer = pyrepr.nn.LookupLinear.from_linear(torch.nn.Linear(16, 8), torch.randn(99, 16), bits=4, rank=2)
-    with pytest.raises(RuntimeError, match="weighting must be 'l1' for these tables, got 'probability'"):
+    with pytest.raises(RuntimeError, match="weighting must be 'l1' as of the saved tables, got 'probability'"):
         pyrepr.nn.LookupLinear(16, 8, bits=4).load_state_dict(layer.state_dict())
     same = torch.nn.Sequential(pyrepr.nn.LookupLinear(16, 8, bits=4, weighting="l1"))
     same.load_state_dict(torch.nn.Sequential(layer).state_dict())

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyrepr
+from pyrepr import functional
 
 JARGON = ("incompatible function arguments", "pybind", "std::", "INTERNAL ASSERT")
 
@@ -50,6 +51,14 @@ CALLS = {
     "lookup of bytes": (
         pyrepr.lookup_linear,
         {"x": numbers(3, 8), "tables": (numbers(2, 16, 6) * 99).to(torch.int8), "scales": numbers(2, 16).abs()},
+    ),
+    "signs": (
+        functional.sign_linear,
+        {"x": numbers(3, 8), "weight": numbers(6, 16), "bias": numbers(6)},
+    ),
+    "signs of bytes": (
+        functional.sign_linear,
+        {"x": numbers(3, 8), "weight": (numbers(6, 16) * 99).to(torch.int8), "scales": numbers(6).abs()},
     ),
     "lookup_sum": (
         pyrepr.lookup_sum,
@@ -158,6 +167,7 @@ FUNCTIONS = {
     pyrepr.causal_conv1d_update: CALLS["convolution of a token"][1],
     pyrepr.causal_conv1d_fn: CALLS["convolution"][1],
     pyrepr.lookup_linear: CALLS["lookup"][1],
+    functional.sign_linear: CALLS["signs"][1],
     pyrepr.lookup_sum: CALLS["lookup_sum"][1],
     pyrepr.segment_sum: {**CALLS["segment_sum"][1], "num_segments": 4},
     pyrepr.hash_codes: {**CALLS["hash_codes"][1], "bits": 4},

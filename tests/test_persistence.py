@@ -13,7 +13,7 @@ from torch import nn
 
 import pyrepr
 import pyrepr.integrations.transformers
-from pyrepr.nn import LookupLinear
+from pyrepr.nn import LookupLinear, SignLinear
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
 SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -54,13 +54,15 @@ def converted(**options):
     return model
 
 
+@pytest.mark.parametrize("form", ["tables", "signs"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_architectures_come_back_bit_for_bit_in_a_fresh_process(name, tmp_path):
+def test_architectures_come_back_bit_for_bit_in_a_fresh_process(name, form, tmp_path):
     model = pretrained(name)
     data = [tokens(name, seed) for seed in range(2, 10)]
     hash = "one_bit" if name.startswith(("T5", "Llama")) else "two_bit"
-    options = {"batch_sizes": (), "progress": False}
+    options = {"batch_sizes": (), "progress": False, "form": form}
     report = pyrepr.convert(model, data, bits=8, hash=hash, rank=4, quantize="int8", **options)
+    kind = {"tables": "LookupLinear", "signs": "SignLinear"}[form]
     assert len(report.layers) >= 8 and not hasattr(CONFIGS[name], "quantization_config")
     model.save_pretrained(tmp_path / "folder")
     pyrepr.save_converted(model, tmp_path / "model.safetensors")
@@ -71,7 +73,7 @@ def test_architectures_come_back_bit_for_bit_in_a_fresh_process(name, tmp_path):
 import torch, transformers, pyrepr.integrations.transformers
 expected = torch.load("expected.pt")
 model = transformers.{name}.from_pretrained("folder").eval()
-assert sum(type(m) is pyrepr.nn.LookupLinear for m in model.modules()) == {len(report.layers)}
+assert sum(type(m) is pyrepr.nn.{kind} for m in model.modules()) == {len(report.layers)}
 with torch.no_grad():
     assert torch.equal(model(**expected["tokens"])[0], expected["out"])
 """
@@ -143,6 +145,35 @@ def test_every_kind_of_table(quantize, packed, hash, tmp_path):
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
     assert torch.equal(again.eval()(x), model(x))
     assert torch.equal(pyrepr.load_converted(again, tmp_path / "a.safetensors")(x), model(x))
+
+
+@pytest.mark.parametrize("quantize", [None, "bf16", "int8"])
+@pytest.mark.parametrize("hash", ["one_bit", "two_bit"])
+def test_every_kind_of_signs(quantize, hash, tmp_path):
+    model = converted(form="signs", quantize=quantize, hash=hash)
+    path, x = pyrepr.save_converted(model, tmp_path / "a.safetensors"), torch.randn(5, 16)
+    again = pyrepr.load_converted(network(seed=3), path)
+    assert type(again[3]) is SignLinear and again[3].hash == hash and again[3].weight.dtype == model[3].weight.dtype
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    tables = pyrepr.load_converted(converted(), path)  # in the place of other converted layers
+    for each in (again, tables, pyrepr.load_converted(again, path)):
+        assert torch.equal(each(x), model(x))
+    for wrong in (wrong_class, wrong_width, wrong_layer, one_layer_more):
+        with pytest.raises(ValueError, match="path (holds|has)"):
+            pyrepr.load_converted(wrong(), path)
+
+
+def test_signs_in_whole_networks(tmp_path):
+    model, x = Block(nn.ReLU()), torch.randn(7, 16)
+    model.mlp = nn.Sequential(SignLinear(16, 64), nn.ReLU(), SignLinear(64, 64).quantize_("int8"))
+    other = Block(nn.ReLU())
+    other.mlp = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64))
+    path = pyrepr.save_converted(model, tmp_path / "a.safetensors")
+    assert torch.equal(pyrepr.load_converted(other, path)(x), model(x))
+    plus = Block(nn.ReLU())
+    plus.mlp = pyrepr.nn.LinearPlus(nn.Linear(16, 64), SignLinear(16, 64, dtype=torch.bfloat16))
+    path = pyrepr.save_converted(plus, tmp_path / "b.safetensors")
+    assert torch.equal(pyrepr.load_converted(Block(nn.ReLU()), path)(x), plus(x))
 
 
 def test_shared_tensors_are_stored_once_and_stay_shared(tmp_path):
@@ -246,7 +277,7 @@ def test_files_of_something_else(tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"path must end in \.safetensors, got 'a\.pt'"):
         pyrepr.save_converted(converted(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="model must hold at least one LookupLinear, got none in Sequential"):
+    with pytest.raises(ValueError, match="model must hold at least one LookupLinear or SignLinear, got none in"):
         pyrepr.save_converted(network(), tmp_path / "a.safetensors")
     model = converted()
     model[1].to("meta")

@@ -100,59 +100,83 @@ void lookup_linear(uintptr_t data, int type, uintptr_t scales, int64_t K, int64_
   if (!empty) check(current_level().lookup().linear(tables, hash, low, added, way, to));
 }
 
-// The tensors of lookup_linear as users give them: x [..., d], tables [K, n, h] or packed, scales [K, n] or None, bias
-// [h] or None, of converted layers centre and scale [d], and down [rank, d] and up [rank, h] or None.
-struct LookupLinear {
-  Tensor x, tables, scales{}, bias{}, centre{}, scale{}, down{}, up{};
-  bool has_scales, has_bias, converted, low_rank, packed;
-  int64_t K, n, h, bits = 0, rank = 0, rows = 1, sizes[kMostDims];  // sizes of out
+// What lookup_linear and sign_linear take beside their tables or weights, as users give it: x [..., d], bias [h] or
+// None, and as a tuple of four (as one argument it costs a quarter of what four do) what converted layers have: centre
+// and scale [d], and down [rank, d] and up [rank, h], or None.
+struct AroundLookup {
+  Tensor x, bias{}, centre{}, scale{}, down{}, up{};
+  bool has_bias, converted, low_rank;
+  int64_t rank = 0, rows = 1, sizes[kMostDims];  // sizes of out
 
-  LookupLinear(int kind) : kind_(kind) {}
-  // `rest` is a tuple of four: centre, scale, down and up. As one argument it costs a quarter of what four do.
-  bool read(py::handle x_, py::handle tables_, py::handle scales_, py::handle bias_, py::handle rest, bool grad) {
+  bool read(Reader& reader, py::handle x_, py::handle bias_, py::handle rest) {
     if (!PyTuple_CheckExact(rest.ptr()) || PyTuple_GET_SIZE(rest.ptr()) != 4) return false;
     const auto given = [&](int i) { return py::handle(PyTuple_GET_ITEM(rest.ptr(), i)); };
-    Reader reader(grad);
-    has_scales = !scales_.is_none();
     has_bias = !bias_.is_none();
     converted = !given(0).is_none();
     low_rank = !given(2).is_none();
     if (converted == given(1).is_none() || low_rank == given(3).is_none()) return false;
-    return reader.read(x_, x) && reader.read(tables_, tables) && (!has_scales || reader.read(scales_, scales)) &&
-           (!has_bias || reader.read(bias_, bias)) &&
+    return reader.read(x_, x) && (!has_bias || reader.read(bias_, bias)) &&
            (!converted || (reader.read(given(0), centre) && reader.read(given(1), scale))) &&
            (!low_rank || (reader.read(given(2), down) && reader.read(given(3), up)));
   }
   DType sums() const { return x.is(DType::f64) ? DType::f64 : DType::f32; }
-  bool fits() { return layout_fits() && dtypes_fit(); }
+  int64_t d() const { return x.shape[x.dims - 1]; }
+  // Between rows of x.
+  int64_t stride() const { return x.dims == 2 ? x.stride(0) : d(); }
+  bool layout_fits(int64_t h) {
+    if (x.dims < 1 || x.dims > kMostDims || !x.rows_dense() || (x.dims != 2 && !x.dense())) return false;
+    for (int i = 0; i + 1 < x.dims; i++) rows *= sizes[i] = x.shape[i];
+    sizes[x.dims - 1] = h;
+    if (low_rank && down.dims == 2) rank = down.shape[0];
+    return rows * h * d() > 0 && (!has_bias || bias.has_shape({h})) &&
+           (!converted || (centre.has_shape({d()}) && scale.has_shape({d()}))) &&
+           (!low_rank || (down.has_shape({rank, d()}) && up.has_shape({rank, h})));
+  }
+  bool dtypes_fit() const {
+    return x.code() >= 0 && x.code() <= 3 && (!has_bias || added(bias)) &&
+           (!converted || (added(centre) && added(scale))) && (!low_rank || (added(down) && added(up)));
+  }
+  // [..., h] in float32 (float64 for float64), and its address.
+  std::pair<py::object, uintptr_t> new_out(py::handle x_) const {
+    py::object out = new_empty(x_, sizes, x.dims, sums() == DType::f32 && !x.is(DType::f32));
+    Tensor to;
+    return {out, Reader(false).read(out, to) ? address(to) : 0};
+  }
+  static uintptr_t address(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data); }
 
  private:
-  const int kind_;
-  bool layout_fits() {
+  bool added(const Tensor& tensor) const { return tensor.is(sums()) && tensor.dense(); }
+};
+
+// And its tables [K, n, h] or packed, with scales [K, n] or None.
+struct LookupLinear : AroundLookup {
+  Tensor tables, scales{};
+  bool has_scales, packed;
+  int64_t K, n, h, bits = 0;
+
+  LookupLinear(int kind) : kind_(kind) {}
+  bool read(py::handle x_, py::handle tables_, py::handle scales_, py::handle bias_, py::handle rest, bool grad) {
+    Reader reader(grad);
+    has_scales = !scales_.is_none();
+    return AroundLookup::read(reader, x_, bias_, rest) && reader.read(tables_, tables) &&
+           (!has_scales || reader.read(scales_, scales));
+  }
+  bool fits() {
     packed = tables.dims == 4 && tables.shape[3] == cpu::kLookupTile;
-    if (!(packed || tables.dims == 3) || !tables.dense() || !x.rows_dense() || x.dims > kMostDims) return false;
-    if (x.dims != 2 && !x.dense()) return false;
+    if (!(packed || tables.dims == 3) || !tables.dense()) return false;
     K = tables.shape[packed];
     n = tables.shape[packed + 1];
     h = packed ? tables.shape[0] * cpu::kLookupTile : tables.shape[2];
     while (bits < 16 && int64_t(1) << bits < n) bits++;
-    for (int i = 0; i + 1 < x.dims; i++) rows *= sizes[i] = x.shape[i];
-    sizes[x.dims - 1] = h;
-    const int64_t d = x.shape[x.dims - 1];
-    if (low_rank && down.dims == 2) rank = down.shape[0];
-    return bits > 0 && n == int64_t(1) << bits && bits % kind_ == 0 && d == K * (bits / kind_) && rows * h * d > 0 &&
-           (!has_bias || bias.has_shape({h})) && (!has_scales || scales.has_shape({K, n})) &&
-           (!converted || (centre.has_shape({d}) && scale.has_shape({d}))) &&
-           (!low_rank || (down.has_shape({rank, d}) && up.has_shape({rank, h})));
+    const int type = tables.code();
+    return layout_fits(h) && dtypes_fit() && bits > 0 && n == int64_t(1) << bits && bits % kind_ == 0 &&
+           d() == K * (bits / kind_) && type >= 0 && same_precision(sums(), static_cast<cpu::TableType>(type)) &&
+           has_scales == (type == 4) &&
+           (!has_scales || (scales.has_shape({K, n}) && scales.is(DType::f32) && scales.dense()));
   }
-  bool dtypes_fit() const {
-    const int dtype = x.code(), type = tables.code();
-    return dtype >= 0 && dtype <= 3 && type >= 0 && same_precision(sums(), static_cast<cpu::TableType>(type)) &&
-           (!has_bias || added(bias)) && (!converted || (added(centre) && added(scale))) &&
-           (!low_rank || (added(down) && added(up))) && has_scales == (type == 4) &&
-           (!has_scales || (scales.is(DType::f32) && scales.dense()));
-  }
-  bool added(const Tensor& tensor) const { return tensor.is(sums()) && tensor.dense(); }
+
+ private:
+  const int kind_;
 };
 
 // [..., h] in float32 (float64 for float64), or None: see tensor.h.
@@ -164,14 +188,59 @@ py::object lookup_linear_direct(py::handle x, py::handle tables, py::handle scal
   if (weighting < 0 || !PyFloat_Check(temperature.ptr())) return py::none();
   const double t = PyFloat_AS_DOUBLE(temperature.ptr());
   if (!(t > 0 && std::isfinite(t)) || !a.read(x, tables, scales, bias, converted, grad) || !a.fits()) return py::none();
-  Tensor to;
-  const py::object out = new_empty(x, a.sizes, a.x.dims, a.sums() == DType::f32 && !a.x.is(DType::f32));
-  if (!Reader(false).read(out, to)) return py::none();
-  const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data); };
+  const auto [out, to] = a.new_out(x);
+  if (!to) return py::none();
+  const auto address = AroundLookup::address;
   lookup_linear(address(a.tables), a.tables.code(), address(a.scales), a.K, a.n, a.h, a.packed, address(a.x),
-                a.x.code(), a.rows, a.x.dims == 2 ? a.x.stride(0) : a.K * (a.bits / kind), a.bits, weighting, t, kind,
-                address(a.centre), address(a.scale), address(a.down), address(a.up), a.rank, address(a.bias), 0,
-                address(to), threads);
+                a.x.code(), a.rows, a.stride(), a.bits, weighting, t, kind, address(a.centre), address(a.scale),
+                address(a.down), address(a.up), a.rank, address(a.bias), 0, to, threads);
+  return out;
+}
+
+// What a code's chunk may have: as many of 8 bits as are in whole chunks.
+int64_t bits_of_signs(int64_t d, int kind) {
+  int64_t bits = 8;
+  while (d % (bits / kind)) bits /= 2;
+  return bits;
+}
+
+void sign_linear(const MatrixTuple& x, int dtype, uintptr_t weight, int64_t h, uintptr_t scales, uintptr_t bias,
+                 int kind, uintptr_t centre, uintptr_t scale, uintptr_t down, uintptr_t up, int64_t rank, uintptr_t out,
+                 int threads) {
+  if (kind < 1 || kind > 2) throw std::invalid_argument("hash code " + std::to_string(kind) + " is unknown");
+  const int64_t rows = std::get<1>(x), d = std::get<2>(x);
+  if (h < 0 || rank < 0) throw std::invalid_argument("sizes must not be negative");
+  const cpu::LookupHash hash = hash_from(x, dtype, bits_of_signs(d, kind), static_cast<int>(cpu::Weighting::none), 1,
+                                         kind, centre, scale, threads);
+  if (hash.dtype == DType::f64) throw std::invalid_argument("x must not be float64");
+  const bool empty = rows == 0 || h == 0, dense = rank > 0 && !empty;
+  const cpu::LookupSigns signs{pointer<const int8_t>(weight, "weight", empty || d == 0),
+                               pointer<const float>(scales, "scales", empty), h, d * kind, threads};
+  const cpu::LookupLowRank low{rank, pointer<const void>(down, "down", !dense || d == 0),
+                               pointer<const void>(up, "up", !dense)};
+  const float* const added = pointer<const float>(bias, "bias", true);
+  float* const to = pointer<float>(out, "out", empty);
+  py::gil_scoped_release release;
+  if (!empty) check(current_level().lookup().signs(signs, hash, low, added, to));
+}
+
+// The same with tensors as users give them: weight [h, features] of 8-bit integers, scales [h].
+py::object sign_linear_direct(py::handle x, py::handle weight, py::handle scales, py::handle bias, py::handle converted,
+                              int kind, bool grad, int threads) {
+  AroundLookup a;
+  Tensor w, by;
+  Reader reader(grad);
+  if (kind < 1 || kind > 2 || !reader.read(weight, w) || w.code() != 4 || w.dims != 2 || !w.dense() ||
+      !reader.read(scales, by) || !by.has_shape({w.shape[0]}) || !by.is(DType::f32) || !by.dense() ||
+      !a.read(reader, x, bias, converted) || !a.layout_fits(w.shape[0]) || !a.dtypes_fit() || a.x.is(DType::f64) ||
+      w.shape[1] != a.d() * kind)
+    return py::none();
+  const auto [out, to] = a.new_out(x);
+  if (!to) return py::none();
+  const auto address = AroundLookup::address;
+  sign_linear({address(a.x), a.rows, a.d(), a.stride(), 1}, a.x.code(), address(w), w.shape[0], address(by),
+              address(a.bias), kind, address(a.centre), address(a.scale), address(a.down), address(a.up), a.rank, to,
+              threads);
   return out;
 }
 
@@ -251,6 +320,8 @@ void bind_lookup(py::module_& m) {
       .def_static("release", &Block::release);
 #endif
   m.def("lookup_linear", &lookup_linear);
+  m.def("sign_linear", &sign_linear);
+  m.def("sign_linear_direct", &sign_linear_direct);
   m.def("lookup_linear_direct", &lookup_linear_direct);
   m.def("huge_pages", [](uintptr_t address, int64_t bytes) {
     py::gil_scoped_release release;

@@ -18,13 +18,30 @@
 #include "cpu/lookup_registers.h"
 #endif
 #include "cpu/lookup_rows.h"
+#include "cpu/lookup_signs.h"
 #include "cpu/lookup_stream.h"
 
-namespace pyrepr::cpu::avx512 {
+namespace pyrepr::cpu {
+namespace avx512 {
 LookupFunctions lookup_functions();
 }
+namespace avx512_bf16 {
+LookupFunctions lookup_functions();
+}
+}  // namespace pyrepr::cpu
 
 namespace pyrepr::cpu::PYREPR_LEVEL {
+
+#if defined(PYREPR_LEVEL_amx)  // products of tiles are all that it adds
+
+LookupFunctions lookup_functions() {
+  LookupFunctions functions = avx512_bf16::lookup_functions();
+  functions.signs = linear_of_signs;
+  return functions;
+}
+
+#else
+
 namespace {
 
 constexpr int64_t kTokens = 8192;  // tokens hashed at a time
@@ -101,6 +118,7 @@ Status linear(const LookupTables& a, const LookupHash& p, const LookupLowRank& l
 LookupFunctions lookup_functions() {
   LookupFunctions functions = avx512::lookup_functions();
   functions.linear = linear;
+  functions.signs = linear_of_signs;
   return functions;
 }
 
@@ -206,8 +224,9 @@ Status hash_backward(const LookupHash& p, const void* grad_weights, void* grad) 
 
 }  // namespace
 
-LookupFunctions lookup_functions() { return {hash, hash_backward, linear, sum, backward}; }
+LookupFunctions lookup_functions() { return {hash, hash_backward, linear, sum, backward, linear_of_signs}; }
 
+#endif
 #endif
 
 }  // namespace pyrepr::cpu::PYREPR_LEVEL

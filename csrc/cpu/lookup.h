@@ -6,6 +6,7 @@
 // the mean of s_i (l1) or 1.
 //   linear    out[t] = bias + sum over k of w[t, k] table_k[code[t, k]];  with a low-rank part, of x - inner down for
 //   inner = x down^T, plus inner up
+//   signs     out[t] = bias + scales (f weight^T) plus the same low-rank part, for the features f of the codes
 //   backward  segments_k[c] = sum over t with code[t, k] = c of w[t, k] grad[t];  dots[t, k] = <grad[t],
 //   table_k[code[t, k]]>
 //
@@ -60,6 +61,15 @@ struct LookupLowRank {
   const void* up = nullptr;    // [rank, h] of T, contiguous
 };
 
+// What a linear map of signs has: the features are the bits of the codes, 1 or -1, with two bits of an element its sign
+// and sign times whether it is large, 1 or -1.
+struct LookupSigns {
+  const int8_t* weight;  // [h, features], contiguous
+  const float* scales;   // [h]
+  int64_t h, features;
+  int threads;
+};
+
 struct LookupFunctions {
   // codes [T, K], weights [T, K] of T
   Status (*hash)(const LookupHash&, int32_t* codes, void* weights);
@@ -74,6 +84,9 @@ struct LookupFunctions {
   // on. dots [T, K] of T or null, times the scales.
   Status (*backward)(const LookupTables&, const View& grad, const int32_t* codes, const void* weights,
                      const int64_t* first, void* segments, void* dots);
+  // out [T, h] = bias (or null) + scales (features weight^T) + inner up; x of any dtype but f64, at most 8 bits a code,
+  // weighting none. NaN in a token makes its row NaN.
+  Status (*signs)(const LookupSigns&, const LookupHash&, const LookupLowRank&, const float* bias, float* out);
 };
 
 }  // namespace pyrepr::cpu

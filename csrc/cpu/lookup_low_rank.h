@@ -147,9 +147,10 @@ class Inputs {
     return Chunks<T>::bytes(p) + round_up(rest, 64) + LowRank<T>::bytes(low.rank);
   }
 
-  // What every thread of a team does: codes and weights of the plan's tokens, which are those from t0 on. Ends with a
-  // barrier.
-  void hash(const Plan<T>& plan, int64_t t0, void* buffer) const {
+  // What every thread of a team does: puts the tokens from t0 on into the plan, or into what is filled as one. Ends
+  // with a barrier.
+  template <class P>
+  void hash(const P& plan, int64_t t0, void* buffer) const {
     if (!rank_) return by_x([&](auto x) { plan.template hash<decltype(x)>(p_, t0, buffer); });
     T* const panel = static_cast<T*>(buffer);
     char* const behind = static_cast<char*>(buffer) + LowRank<T>::bytes(rank_);
@@ -167,7 +168,8 @@ class Inputs {
     });
   }
   // Likewise, out [tokens, h] += inner up.
-  void raise(const Plan<T>& plan, T* out, void* buffer) const {
+  template <class P>
+  void raise(const P& plan, T* out, void* buffer) const {
     const auto add = [&](int64_t t, int64_t count) {
       low_.raise(count, inner(t), out + t * h_, static_cast<T*>(buffer));
     };

@@ -20,6 +20,7 @@ from pyrepr.functional.mamba import mamba_chunk_scan_combined, selective_state_u
 from pyrepr.functional.norm import rms_norm_gated
 from pyrepr.functional.pairs import info_nce, pairwise_logsumexp, pairwise_topk
 from pyrepr.functional.rows import householder, orthogonal_residual, paired_cosine
+from pyrepr.functional.signs import sign_linear
 
 __all__ = [
     "Clusters",
@@ -58,6 +59,7 @@ __all__ = [
     "rms_norm_gated",
     "segment_sum",
     "selective_state_update",
+    "sign_linear",
     "soft_lookup",
     "unpool_tokens",
 ]

@@ -20,14 +20,21 @@ def _read(rows: Shape, tables: Shape) -> int:
     return 2 * rows[0] * k * h
 
 
+def _dense(x: Shape, down: Shape | None, up: Shape) -> int:
+    """The low-rank part of a converted layer: what it reads of x, takes from it and adds to the result."""
+    return 0 if down is None else 2 * x[0] * down[0] * (2 * down[1] + up[1])
+
+
 def _linear(x: Shape, tables: Shape, *_: Any, **__: Any) -> int:
     return _read(x, tables)
 
 
 def _converted(x: Shape, tables: Shape, *rest: Any, **_: Any) -> int:
-    down, up = rest[4:6]  # after scales, bias, centre and scale
-    dense = 0 if down is None else 2 * x[0] * down[0] * (2 * down[1] + up[1])
-    return _read(x, tables) + dense
+    return _read(x, tables) + _dense(x, *rest[4:6])  # after scales, bias, centre and scale
+
+
+def _signs(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1] + _dense(x, *rest[4:6])
 
 
 def _sum(codes: Shape, weights: Shape, tables: Shape, *_: Any, **__: Any) -> int:
@@ -56,9 +63,9 @@ def _backward(
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas for ``torch.utils.flop_counter.FlopCounterMode``: :func:`pyrepr.lookup_linear`, its kin and its layers.
 
-    A multiply and an add for every table entry that a token reads, and for the dense part of converted layers; hashing
-    is not counted, as activations are not. They are given to the counter by hand, for importing it takes as long as
-    importing PyTorch.
+    A multiply and an add for every table entry that a token reads, for every weight of its signs, and for the dense
+    part of converted layers; hashing is not counted, as activations are not. They are given to the counter by hand, for
+    importing it takes as long as importing PyTorch.
 
     Returns:
         From op to formula, for ``custom_mapping``.
@@ -78,4 +85,5 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ops.lookup_sum: _sum,
         ops.lookup_segments: _segments,
         ops.lookup_backward: _backward,
+        ops.sign_linear: _signs,
     }

@@ -72,7 +72,7 @@ def check_hash(hash: str, bits: int) -> int:
     return bits // HASHES[hash]
 
 
-def _check_converted(
+def check_converted(
     x: Tensor, h: int, centre: Tensor | None, scale: Tensor | None, down: Tensor | None, up: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """What a converted layer has beside its tables."""
@@ -268,7 +268,7 @@ def lookup_linear(
             f"x must have a last axis of K · {of} = {k} · {width} = {k * width} for tables {shape_of(tables)}, "
             f"got {x.shape[-1]}"
         )
-    _check_converted(x, h, *converted)
+    check_converted(x, h, *converted)
     if bias is not None:
         _check_float("bias", bias, 1, "[h]")
         check_shape("bias", bias, "[h]", (h,))

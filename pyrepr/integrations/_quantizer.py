@@ -2,7 +2,7 @@
 
 transformers names what its own modules were replaced by in ``config.json``, under ``quantization_config``, and has
 classes for the method of that name prepare an empty model before weights are read. Those of the method "pyrepr" are
-here: the configuration holds the specification of every lookup layer.
+here: the configuration holds the specification of every layer of tables or signs.
 """
 
 from __future__ import annotations

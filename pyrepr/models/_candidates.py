@@ -1,7 +1,8 @@
-"""What a linear layer could become, measured: tables of several kinds, and what else makes it smaller or faster."""
+"""What a linear layer could become, measured: tables and signs of several kinds, and what else makes it smaller."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from pyrepr.nn._lookup_fit import relative_mse
 from pyrepr.nn.lookup import FITTED_WEIGHTING
 from pyrepr.reference.lookup import HASHES
 
+FORMS = ("tables", "signs")  # what a layer becomes
 BUDGETS = ("time", "bytes")
 PARTS = (16, 8, 4)  # of a layer's in_features: the ranks that are tried
 
@@ -27,10 +29,12 @@ class Candidate:
     """What a layer could become.
 
     Attributes:
-        name: ``"two bits, rank d/8"``, d the layer's in_features; ``"dynamic int8"``; ``"dense, rank d/8"``.
+        name: ``"two bits, rank d/8"``, tables, d the layer's in_features; ``"signs, two bits, rank d/8"``;
+            ``"dynamic int8"``; ``"dense, rank d/8"``.
         relative_mse: squared error over the variance of the output, on rows that nothing was fitted to.
         bytes: of parameters and buffers. ms: median milliseconds of a call for each of the report's ``batch_sizes``.
-        tables: whether it is one that :func:`pyrepr.convert` puts in place; the others are what else one could do.
+        tables: whether it is one that :func:`pyrepr.convert` puts in place, tables or signs; the others are what else
+            one could do.
         chosen: whether the layer became it.
     """
 
@@ -58,26 +62,35 @@ def check_budget(budget: object, batch_sizes: Sequence[int]) -> None:
         raise ValueError("budget of time needs batch_sizes, the first of which it is for, got none")
 
 
-def table_options(d: int, h: int, asked: dict[str, Any], bits: int) -> dict[str, dict[str, Any]]:
-    """Names and options of the tables that are tried for a layer: both hashes, at ranks from none to a quarter of d,
-    and what was asked for."""
+def form_options(d: int, h: int, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Names and options of what is tried for a layer: tables and signs of both hashes, at ranks from none to a quarter
+    of d, and what was asked for; tables where d is a multiple of a chunk's elements."""
     found: dict[str, dict[str, Any]] = {}
-    for hash, per in HASHES.items():
-        if bits % per or d % (bits // per):
-            continue
+    for form, hash in itertools.product(FORMS, HASHES):
+        weighting = FITTED_WEIGHTING[hash] if form == "tables" else "none"
+        options = {**asked, "form": form, "hash": hash, "weighting": weighting}
         for part in (0, *PARTS):
             rank = d // part if part else 0
-            if rank <= min(d, h) and (rank or not part):
-                name = f"{hash.replace('_bit', ' bit')}{'s' * (per > 1)}, rank {f'd/{part}' if part else 0}"
-                found[name] = {**asked, "hash": hash, "rank": rank, "weighting": FITTED_WEIGHTING[hash]}
-    if asked not in found.values():
+            if _fits(d, options) and rank <= min(d, h) and (rank or not part):
+                found[_name(options, f"d/{part}" if part else "0")] = {**options, "rank": rank}
+    if asked not in found.values() and _fits(d, asked):
         found[asked_name(asked)] = asked
     return found
 
 
+def _fits(d: int, options: dict[str, Any]) -> bool:
+    bits, per = options["bits"], HASHES[options["hash"]]
+    return options["form"] == "signs" or (bits % per == 0 and d % (bits // per) == 0)
+
+
 def asked_name(asked: dict[str, Any]) -> str:
-    per = HASHES[asked["hash"]]
-    return f"{asked['hash'].replace('_bit', ' bit')}{'s' * (per > 1)}, rank {asked['rank']}"
+    return _name(asked, str(asked["rank"]))
+
+
+def _name(options: dict[str, Any], rank: str) -> str:
+    signs = "signs, " if options["form"] == "signs" else ""
+    plural = "s" if HASHES[options["hash"]] > 1 else ""
+    return f"{signs}{options['hash'].replace('_bit', ' bit')}{plural}, rank {rank}"
 
 
 def others(linear: nn.Linear, rows: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
@@ -159,7 +172,7 @@ class Measurements:
         return shares | ({"time": candidate.ms[0] / self.before.ms[0]} if candidate.ms else {})
 
     def refusal(self, budget: Mapping[str, float]) -> str:
-        """The sentence for a budget that no tables keep to."""
+        """The sentence for a budget that neither tables nor signs keep to."""
 
         def told(each: Candidate) -> str:
             takes = ", ".join(f"{key} {self._shares(each)[key]:.3g}" for key in budget)
@@ -168,7 +181,7 @@ class Measurements:
         nearest = sorted((each for each in self.found if each.tables), key=lambda each: self.excess(each, budget))[:3]
         asked = ", ".join(f"{key} {share:.3g}" for key, share in budget.items())
         return (
-            f"budget must be met by some tables for every layer, got {asked} for {self.name}; "
+            f"budget must be met by some tables or signs for every layer, got {asked} for {self.name}; "
             f"nearest: {'; '.join(map(told, nearest))}"
         )
 

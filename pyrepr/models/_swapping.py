@@ -18,8 +18,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def choose_linears(model: nn.Module, select: Layers | None, width: int) -> tuple[list[str], dict[str, str]]:
     """Names of the linear layers to replace, and of those left alone with the reason, in the order of definition.
 
-    `select` as of :func:`pyrepr.convert`; `width`: the elements of a chunk. What an adapter wraps is chosen only by its
-    own name, and what it adds never.
+    `select` as of :func:`pyrepr.convert`; `width`: what in_features must be a multiple of. What an adapter wraps is
+    chosen only by its own name, and what it adds never.
 
     Raises:
         ValueError: if it chooses no ``nn.Linear`` at all.
@@ -71,7 +71,9 @@ class Obstacles:
         if not is_linear(module):
             return f"is no nn.Linear but a {type(module).__name__}"
         if name == ROOT:
-            return "is the model itself, which cannot be replaced in place; use LookupLinear.from_linear"
+            return (
+                "is the model itself, which cannot be replaced in place; use from_linear of LookupLinear or SignLinear"
+            )
         if parametrize.is_parametrized(module):
             return "has parametrized tensors"
         if (adapter := self._adapter(name)) is not None:

@@ -1,4 +1,4 @@
-"""Replacing a model's linear layers by lookup tables, and reading what it cost: :func:`convert` and its report."""
+"""Replacing a model's linear layers by lookup tables or signs, and what it cost: :func:`convert` and its report."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrepr._modules import as_linear, evaluating, hooked
+from pyrepr._checks import shown
+from pyrepr._modules import as_linear, evaluating, hooked, restored
 from pyrepr._optional import require
 from pyrepr._reporting import progress_bar, replacing, versions
 from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
 from pyrepr.models._candidates import (
+    FORMS,
     Candidate,
     Measurements,
     asked_name,
     bytes_of,
     check_budget,
+    form_options,
     others,
-    table_options,
 )
 from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, main_output, taken
 from pyrepr.models._layers import Layers, layer_table, unwrap
 from pyrepr.models._recording import plain_execution
 from pyrepr.models._swapping import Swaps, choose_linears
 from pyrepr.nn._lookup_fit import hold_out
-from pyrepr.nn.lookup import FITTED_WEIGHTING, LookupLinear
+from pyrepr.nn.lookup import FITTED_WEIGHTING, Described, LookupLinear
+from pyrepr.nn.sign_linear import SignLinear
 
 __all__ = ["Conversion", "ConvertedLayer", "convert"]
 
@@ -51,12 +54,12 @@ class ConvertedLayer:
     Attributes:
         name: of the layer in the model. in_features, out_features: its widths.
         relative_mse: squared error over the variance of the output, for the input the layer really gets, on an eighth
-            of the calibration rows that the tables were not fitted to; NaN if the output does not vary.
+            of the calibration rows that it was not fitted to; NaN if the output does not vary.
         bytes_before, bytes_after: of parameters and buffers.
         ms_before, ms_after: median milliseconds of a call for each of the report's ``batch_sizes``, measured in turn on
             calibration rows, hot: what fits in the cache is there.
-        entropy: of the codes, in bits, mean over the tables; at most the layer's `bits`.
-        rows, dead_rows: of all tables together, and those that no calibration row reads.
+        entropy: of the codes, in bits, mean over the tables; at most the layer's `bits`. NaN without tables.
+        rows, dead_rows: of all tables together, and those that no calibration row reads. 0 without tables.
         candidates: what else it could have become, and the chosen one, each with its error, bytes and milliseconds
             (:class:`Candidate`); empty where neither times nor a budget were asked for.
     """
@@ -86,10 +89,10 @@ class Conversion:
         output: the model's output that was looked at, by name (``"logits"``, ``"last_hidden_state"``, …); ``""`` for a
             model that puts out a tensor.
         output_mse: of that output over all batches, squared error over variance.
-        bits, hash, rank, weighting, quantize: as asked for.
+        form, bits, hash, rank, weighting, quantize: as asked for.
         batch_sizes: numbers of rows at which times were measured.
         calibration_rows: the most that a layer was converted with.
-        budget: as asked for; hash and rank are then those asked for, not those of every layer.
+        budget: as asked for; form, hash and rank are then those asked for, not those of every layer.
         versions: of pyrepr, torch and Python.
 
     Example:
@@ -112,6 +115,7 @@ class Conversion:
     output: str = ""
     hash: str = "one_bit"
     budget: dict[str, float] | None = None
+    form: str = "tables"
     versions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -121,14 +125,22 @@ class Conversion:
         """What was converted, how, and what it did to the model's output, in a line."""
         count = len(self.layers)
         options = f"bits={self.bits}, hash={self.hash!r}, rank={self.rank}, weighting={self.weighting!r}"
+        stored = "tables"
         if self.budget is not None:
             shares = " and ".join(f"{share:g} times its {key}" for key, share in self.budget.items())
-            options = f"bits={self.bits}, each the most accurate tables within {shares}"
+            options = f"bits={self.bits}, each the most accurate tables or signs within {shares}"
+            stored = "tables and weights"
+        elif self.form == "signs":
+            options = f"form='signs', hash={self.hash!r}, rank={self.rank}"
+            stored = "weights"
         return (
             f"{count} layer{'' if count == 1 else 's'} converted, {len(self.skipped)} left alone; {options}"
-            + (f", {self.quantize} tables" if self.quantize else "")
+            + (f", {self.quantize} {stored}" if self.quantize else "")
             + f"; {self.calibration_rows} calibration rows; relative squared error of the output {self.output_mse:.3g}"
         )
+
+    def _title(self) -> str:
+        return f"{'Signs' if self.form == 'signs' else 'Lookup tables'} in {self.model}"
 
     def columns(self) -> list[str]:
         """Headers of :meth:`table`."""
@@ -156,12 +168,13 @@ class Conversion:
                 f"{layer.in_features} → {layer.out_features}",
                 f"{layer.relative_mse:.4f}",
                 [layer],
-                [f"{layer.entropy:.2f}", f"{layer.dead_rows} of {layer.rows}"],
+                [f"{layer.entropy:.2f}", f"{layer.dead_rows} of {layer.rows}"] if layer.rows else ["", ""],
             )
             for layer in self.layers
         ]
         dead, rows = sum(x.dead_rows for x in self.layers), sum(x.rows for x in self.layers)
-        return [*lines, line("all", "", "", self.layers, ["", f"{dead} of {rows}"])] if lines else []
+        used = f"{dead} of {rows}" if rows else ""
+        return [*lines, line("all", "", "", self.layers, ["", used])] if lines else []
 
     def curve(self, name: str | None = None) -> list[list[str]]:
         """What a layer could have become as cells, headers first: its candidates, the fastest first; all that every
@@ -199,7 +212,7 @@ class Conversion:
         """
         from pyrepr.models._pages import write_page
 
-        title = title or f"Lookup tables in {self.model}"
+        title = title or self._title()
         *lines, total = self.table() or [[]]
         data = {
             "title": title,
@@ -283,7 +296,7 @@ class Conversion:
             [layer.name for layer in self.layers],
             [layer.relative_mse for layer in self.layers],
             label="relative squared error",
-            title=(title or f"Lookup tables in {self.model}") if own else "",
+            title=(title or self._title()) if own else "",
             how=self.describe() if own or title is None else title,
         )
         if target is not None:
@@ -349,8 +362,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def _with_nan(fields: dict[str, Any], *tuples: str) -> dict[str, Any]:
-    errors = {key: math.nan for key in ("relative_mse", "output_mse") if fields.get(key, 0) is None}
-    return {**fields, **errors, **{key: tuple(fields[key]) for key in tuples}}
+    missing = {key: math.nan for key in ("relative_mse", "output_mse", "entropy") if fields.get(key, 0) is None}
+    return {**fields, **missing, **{key: tuple(fields[key]) for key in tuples}}
 
 
 def convert(
@@ -359,8 +372,9 @@ def convert(
     *,
     inputs: Inputs | None = None,
     select: Layers | None = None,
+    form: str = "tables",
     bits: int = 8,
-    hash: str = "one_bit",
+    hash: str | None = None,
     rank: int = 0,
     weighting: str | None = None,
     quantize: str | None = None,
@@ -369,10 +383,11 @@ def convert(
     max_rows: int = 16384,
     progress: bool = True,
 ) -> Conversion:
-    """Replaces linear layers of a model by :class:`pyrepr.nn.LookupLinear`, in place, and reports what it cost.
+    """Replaces linear layers of a model by :class:`pyrepr.nn.LookupLinear` or :class:`pyrepr.nn.SignLinear`, in place,
+    and reports what it cost.
 
-    Layer by layer in the order they run, each fitted by :meth:`pyrepr.nn.LookupLinear.from_linear` to the input it gets
-    from the layers replaced before it. The model runs in eval mode and without gradients; afterwards every submodule
+    Layer by layer in the order they run, each fitted by its class's ``from_linear`` to the input it gets from the
+    layers replaced before it. The model runs in eval mode and without gradients; afterwards every submodule
     has its training flag again, no hook is left, and new parameters are trainable where the layer's were. If anything
     fails, every layer is back in its place. Expect to follow with :func:`pyrepr.distill`; save with
     :func:`pyrepr.save_converted` or, a model of transformers, with its own ``save_pretrained``: its ``from_pretrained``
@@ -387,18 +402,25 @@ def convert(
             (``"encoder.layer.*.intermediate.dense"``); or a function of (name, module) that says yes or no. By default
             every ``nn.Linear`` (and ``Conv1D`` of transformers) but a language model's head. What is chosen and cannot
             be replaced (tied, quantised, offloaded or meta weights, adapters, a subclass, hooks, parametrizations,
-            in_features that is no multiple of a chunk's elements, not called, an expert that saw no token, …) is left
-            alone and in the report with the reason. What an adapter (PEFT) wraps is converted where its own name is
-            among the names; it cannot be merged with the adapter then, which raises NotImplementedError.
-        bits, hash, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``. ``hash="two_bit"``
-            reads twice the tables and loses less than half.
-        quantize: ``"int8"`` or ``"bf16"`` to store the tables so, which ends training them; ``None`` (default) for the
-            dtype of the layer.
+            in_features that is no multiple of a chunk's elements for tables, a weight that the model reads itself, not
+            called, an expert that saw no token, …) is left alone and in the report with the reason. What an adapter
+            (PEFT) wraps is converted to tables where its own name is among the names; it cannot be merged with the
+            adapter then, which raises NotImplementedError. It never becomes signs, which a merge would spoil unseen.
+        form: what a layer becomes: ``"tables"`` (default), :class:`pyrepr.nn.LookupLinear`, the fastest for a token at
+            a time; or ``"signs"``, :class:`pyrepr.nn.SignLinear`, with a thirty-second of the memory of tables of 8
+            bits, faster from a few tokens on, and with fewer parameters to distil.
+        bits, rank, weighting: see :class:`pyrepr.nn.LookupLinear` and its ``from_linear``. Signs have no `bits`, and
+            no `weighting` but ``"none"``.
+        hash: ``"one_bit"`` or ``"two_bit"``; by default the first for tables, and the second for signs. With tables
+            the second reads twice as many and loses less than half.
+        quantize: ``"int8"`` or ``"bf16"`` to store tables or weights so, which ends training them; ``None`` (default)
+            for the dtype of the layer.
         budget: what a layer may take, as multiples of what it takes: ``{"time": 0.8}`` of its milliseconds at the first
-            of `batch_sizes`, ``{"bytes": 2.0}`` of its bytes, or both. Each layer then becomes the most accurate of the
-            tables that keep to it, on unseen rows as measured here and now: both hashes with `bits`, without a dense
-            part and with ranks of a sixteenth, an eighth and a quarter of in_features, and what was asked for. That is
-            nine fits a layer instead of one. ``None`` (default): every layer becomes what was asked for.
+            of `batch_sizes`, ``{"bytes": 2.0}`` of its bytes, or both. Each layer then becomes the most accurate thing
+            that keeps to it, on unseen rows as measured here and now: tables with `bits` or signs, whatever the `form`,
+            of both hashes, without a dense part and with ranks of a sixteenth, an eighth and a quarter of in_features,
+            and what was asked for. That is up to seventeen fits a layer instead of one. ``None`` (default): every layer
+            becomes what was asked for.
         batch_sizes: numbers of rows at which each layer is timed before and after; ``()`` for no timing. Default: a
             token, a small and a large batch. What else one could do is timed beside it, for the report's ``curve``:
             dense maps of low rank, and torch.ao's dynamic int8.
@@ -411,7 +433,7 @@ def convert(
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came; patterns that match
-            nothing come with near matches, and a budget that no tables of a layer keep to with the nearest.
+            nothing come with near matches, and a budget that nothing a layer can become keeps to with the nearest.
             MemoryError: if tables are larger than the machine's memory.
 
     Warns:
@@ -425,18 +447,16 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    width = check_hash(hash, check_bits(bits))
-    weighting = weighting or FITTED_WEIGHTING[hash]
-    check_weighting(weighting, 1.0)
+    hash, weighting, width = _check_form(form, bits, hash, weighting)
     _check_options(rank, quantize, batch_sizes, max_rows)
     check_budget(budget, batch_sizes)
-    names, skipped = choose_linears(model, select, width)
+    names, skipped = choose_linears(model, select, width if budget is None else 1)
     job = _Job(unwrap(model), _batches(data), inputs, max_rows)
     done: list[ConvertedLayer] = []
     try:
         with evaluating([job.model]), plain_execution(), torch.no_grad():
             groups = job.groups(names, skipped)
-            options = {"bits": bits, "hash": hash, "rank": rank, "weighting": weighting}
+            options = {"form": form, "bits": bits, "hash": hash, "rank": rank, "weighting": weighting}
             for name, rows in progress_bar(job.inputs(groups), progress, "convert", "layer", sum(map(len, groups))):
                 layer = job.replace(name, rows, options, quantize, tuple(batch_sizes), budget)
                 if isinstance(layer, str):
@@ -458,6 +478,7 @@ def convert(
                 batch_sizes=tuple(batch_sizes),
                 calibration_rows=job.most_rows,
                 budget=None if budget is None else {key: float(share) for key, share in budget.items()},
+                form=form,
                 versions=versions(),
             )
             _tell_transformers(job.model)
@@ -474,6 +495,24 @@ def _tell_transformers(model: nn.Module) -> None:
         from pyrepr.integrations._quantizer import mark
 
         mark(model)
+
+
+def _check_form(form: str, bits: int, hash: str | None, weighting: str | None) -> tuple[str, str, int]:
+    """Hash and weighting, and what in_features must be a multiple of."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {shown(form)}")
+    check_bits(bits)
+    if form == "signs":
+        hash = hash or "two_bit"
+        check_hash(hash, 2)
+        if weighting not in (None, "none"):
+            raise ValueError(f"weighting must be 'none' for signs, got {shown(weighting)}")
+        return hash, "none", 1
+    hash = hash or "one_bit"
+    width = check_hash(hash, bits)
+    weighting = weighting or FITTED_WEIGHTING[hash]
+    check_weighting(weighting, 1.0)
+    return hash, weighting, width
 
 
 def _check_options(rank: int, quantize: str | None, batch_sizes: Sequence[int], max_rows: int) -> None:
@@ -630,9 +669,13 @@ class _Job:
         if options["rank"] > min(d, h):
             return f"has no rank {options['rank']}: it maps {d} to {h} features"
         held = hold_out(len(rows)).to(rows.device)
-        wanted = {asked_name(options): options} if budget is None else table_options(d, h, options, options["bits"])
+        wanted = {asked_name(options): options} if budget is None else form_options(d, h, options)
+        if name.rpartition(".")[2] == "base_layer":  # a merge adds to a weight of x, which that of signs is not
+            wanted = {key: each for key, each in wanted.items() if each["form"] == "tables"}
+        if not wanted:
+            return "is wrapped by an adapter, whose merge would spoil signs unseen; tables refuse it"
         measured = Measurements(name, linear, rows, held, batch_sizes)
-        best: tuple[Candidate, LookupLinear] | None = None
+        best: tuple[Candidate, LookupLinear | SignLinear] | None = None
         for key, each in wanted.items():
             layer = _fitted(name, linear, rows[~held], each, quantize)
             found = measured.add(key, layer, bytes_of(layer), True)
@@ -656,11 +699,12 @@ class _Job:
         layer.train(self.training[name])
         self.swaps.put(name, layer)
         try:
-            self.call(self.batches[0])
+            with restored([(layer, "__class__", _Unread)] if isinstance(layer, SignLinear) else []):
+                self.call(self.batches[0])
         except (AttributeError, TypeError, NotImplementedError) as error:
             self.swaps.undo([name])
             return f"is used in a way a lookup layer cannot be ({error})"
-        usage = layer.usage(rows)
+        usage = layer.usage(rows) if isinstance(layer, LookupLinear) else None
         return ConvertedLayer(
             name=name,
             in_features=d,
@@ -670,18 +714,34 @@ class _Job:
             bytes_after=chosen.bytes,
             ms_before=measured.before.ms,
             ms_after=chosen.ms,
-            entropy=float(usage.entropy.mean()),
-            rows=usage.counts.numel(),
-            dead_rows=usage.dead_rows,
+            entropy=float(usage.entropy.mean()) if usage else math.nan,
+            rows=usage.counts.numel() if usage else 0,
+            dead_rows=usage.dead_rows if usage else 0,
             candidates=measured.candidates(chosen) if len(measured.found) > 1 else (),
         )
 
 
-def _fitted(name: str, linear: nn.Linear, rows: Tensor, options: dict[str, Any], quantize: str | None) -> LookupLinear:
+class _Unread(SignLinear):
+    """A layer as it is first called, to find models that compute with its weight themselves: it is no weight of x."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return Described.of(self.out_features, self.in_features, stored)
+
+
+def _fitted(
+    name: str, linear: nn.Linear, rows: Tensor, options: dict[str, Any], quantize: str | None
+) -> LookupLinear | SignLinear:
+    layer: LookupLinear | SignLinear
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "calibration has")
-            layer = LookupLinear.from_linear(linear, rows, **options)
+            if options["form"] == "signs":
+                layer = SignLinear.from_linear(linear, rows, hash=options["hash"], rank=options["rank"])
+            else:
+                layer = LookupLinear.from_linear(linear, rows, **{k: v for k, v in options.items() if k != "form"})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return layer.quantize_(quantize) if quantize else layer

@@ -19,6 +19,7 @@ from pyrepr.models._inputs import Inputs, Stream, Streams, call, check_data, den
 from pyrepr.models._layers import Layers, choose_modules, layer_table, unwrap
 from pyrepr.models._recording import plain_execution, watched
 from pyrepr.models.conversion import kept
+from pyrepr.nn._converted import Converted
 from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["Distillation", "distill"]
@@ -93,7 +94,7 @@ def distill(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> Distillation:
-    """Fine-tunes a model converted to lookup tables (:func:`pyrepr.convert`) to do as the original did, in place.
+    """Fine-tunes a model converted to tables or signs (:func:`pyrepr.convert`) to do as the original did, in place.
 
     First all activations at the converted layers together, then the model's output. Both models run in eval mode on
     the same batches; hooks are removed and training flags restored whatever happens. Adam, with steps in units of each
@@ -107,10 +108,13 @@ def distill(
             Padding is left out by the mask of the stream a layer works on.
         inputs: a function from a batch to what both models take, as of :func:`pyrepr.compare`.
         layers: where activations are matched in the first phase; as ``layers_a`` of :func:`pyrepr.compare`, names that
-            both models have. By default the student's lookup layers.
-        train: ``"lookup"`` (default): tables, biases and low-rank parts of the lookup layers; ``"all"``: every
+            both models have. By default the student's converted layers, :class:`pyrepr.nn.LookupLinear` and
+            :class:`pyrepr.nn.SignLinear`.
+        train: ``"lookup"`` (default): tables or weights, biases and low-rank parts of these layers; ``"all"``: every
             parameter; or a function of (name, parameter) that says yes or no.
         epochs: passes over the data for the layers, and for the output.
+            Signs, and tables of two bits, let a gradient through to the layers before them by their low-rank part only:
+            without one (`rank` of :func:`pyrepr.convert`) the second phase trains the last of them alone.
         lr: the largest steps' size relative to a parameter's root mean square. Default 0.01, for students with an error
             of a tenth or more, and some 50 batches. One that is already close to its teacher gets worse at first and
             needs many steps to come back: take 0.001 or less, and compare the losses.
@@ -175,9 +179,9 @@ def _check_options(data: object, epochs: object, lr: object, loss: object) -> No
 def _matched(student: nn.Module, teacher: nn.Module, layers: Layers | None) -> list[str]:
     """The names of `layers`, which both models must have."""
     if layers is None:
-        names = [name for name, module in layer_table(student).items() if isinstance(module, LookupLinear)]
+        names = [name for name, module in layer_table(student).items() if isinstance(module, Converted)]
         if not names:
-            raise ValueError("student must hold LookupLinear layers, got none; see pyrepr.convert")
+            raise ValueError("student must hold LookupLinear or SignLinear layers, got none; see pyrepr.convert")
     else:
         names = choose_modules(student, layers, "layers")
     table = layer_table(teacher)
@@ -196,7 +200,7 @@ def _trained(
     elif train == "all":
         chosen = everything
     elif train == "lookup":
-        own = {id(p) for m in student.modules() if isinstance(m, LookupLinear) for p in m.parameters()}
+        own = {id(p) for m in student.modules() if isinstance(m, Converted) for p in m.parameters()}
         chosen = {name: p for name, p in everything.items() if id(p) in own}
     else:
         raise ValueError(f"train must be 'lookup', 'all' or a function, got {train!r}")

@@ -17,8 +17,8 @@ from pyrepr._optional import require
 from pyrepr._reporting import replacing, versions
 from pyrepr.models._layers import layer_table, unwrap
 from pyrepr.models._swapping import Swaps
+from pyrepr.nn._converted import Converted
 from pyrepr.nn._specification import WHOLE, pack, replacements, sizes, specification, specified
-from pyrepr.nn.lookup import LookupLinear
 
 __all__ = ["load_converted", "save_converted"]
 
@@ -30,7 +30,8 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Writes a model with lookup layers, all of it, to a safetensors file that :func:`load_converted` reads.
 
     In the file are the model's ``state_dict``, each tensor once however many names it has, and, as metadata, the
-    model's class and the specification of every :class:`pyrepr.nn.LookupLinear` and :class:`pyrepr.nn.LinearPlus`.
+    model's class and the specification of every :class:`pyrepr.nn.LookupLinear`, :class:`pyrepr.nn.SignLinear` and
+    :class:`pyrepr.nn.LinearPlus`.
 
     Args:
         model: what :func:`pyrepr.convert` changed, or any module with such layers, also in the place of whole networks
@@ -69,7 +70,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     layers = replacements(layer_table(model).items())
     if not layers or type(model) in WHOLE:
         came = "it is one itself" if layers else f"got none in {type(model).__name__}"
-        raise ValueError(f"model must hold at least one LookupLinear, {came}")
+        raise ValueError(f"model must hold at least one LookupLinear or SignLinear, {came}")
     tensors, aliases = _once(model.state_dict())
     content = {
         "format": FORMAT,
@@ -190,7 +191,7 @@ def _put_layers(model: nn.Module, swaps: Swaps, specifications: dict[str, Any]) 
             wanted, came = (f"{d} → {h}" for d, h in (sizes(layer), sizes(old)))
             raise ValueError(f"model must have {wanted} features in {name}, which path holds converted, got {came}")
         if not _can_become(old, layer):
-            what = "linear layer" if isinstance(layer, LookupLinear) else "network"
+            what = "linear layer" if isinstance(layer, Converted) else "network"
             came = "no such layer" if old is None else f"a {type(old).__name__}"
             raise ValueError(f"model must have a {what} {name}, which path holds converted, got {came}")
         made[name] = layer.train(old.training)
@@ -204,7 +205,7 @@ def _can_become(old: nn.Module | None, layer: nn.Module) -> TypeGuard[nn.Module]
     if old is None or type(old) in WHOLE:
         return old is not None
     if is_linear(old):
-        return isinstance(layer, LookupLinear)
+        return isinstance(layer, Converted)
     inside = [sizes(module) for module in old.modules() if is_linear(module)]
     wanted = sizes(layer)
     return len(inside) > 1 and any(d == wanted[0] for d, _ in inside) and any(h == wanted[1] for _, h in inside)

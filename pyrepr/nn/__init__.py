@@ -11,6 +11,7 @@ from pyrepr.nn.lookup import LookupLinear
 from pyrepr.nn.memory import ProductKeyMemory
 from pyrepr.nn.memoryformer import LookupQKV, MemoryFormerBlock, MemoryFormerMLP
 from pyrepr.nn.norm import FusedRMSNormGated
+from pyrepr.nn.sign_linear import SignLinear
 
 __all__ = [
     "GLA",
@@ -30,4 +31,5 @@ __all__ = [
     "MemoryFormerMLP",
     "ProductKeyMemory",
     "ShortConvolution",
+    "SignLinear",
 ]

@@ -1,4 +1,4 @@
-"""Fitting lookup tables to samples of a function, in float64: the mathematics behind ``LookupLinear.from_…``.
+"""Fitting lookup tables to samples of a function, in float64: the mathematics behind ``from_…`` of lookup layers.
 
 The model of y: b + U V x + Σ_k w(z_k) T_k[h(z_k)], z = (x − Vᵀ V x − centre) · scale. First the dense part U V of rank
 r for the directions that carry most of the output, then the tables for the rest of x, in one or two steps:
@@ -6,7 +6,7 @@ r for the directions that carry most of the output, then the tables for the rest
 sign-linear: the features of an element are s₁ = sign(z_i), and with two bits also s₁ s₂, s₂ = sign(|z_i| − 1): levels
     cut at 0 and at the standard deviation. A ridge regression on w(z_k) times these gives A, and T_k[c] = Σ_j f_j(c)
     A_{kτ+j} for the features f of code c. For a linear target nothing is lost against free tables, and only as many
-    rows as there are features are estimated.
+    rows as there are features are estimated. With w = 1 Aᵀ is the weight of a ``SignLinear``.
 full: what is left of a nonlinear target is fitted by all K·2^τ rows freely, Σ ‖r − Φ T‖² + λ ‖T‖², Φ the weighted
     one-hot matrix. λ shrinks rows that few tokens read towards the sign-linear ones.
 """
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from pyrepr.functional.lookup import lookup_sum, segment_sum
 from pyrepr.reference.lookup import HASHES, hash_codes, standardised, weights, without_low_rank
@@ -35,26 +37,29 @@ class Fit:
     relative_mse: float  # on the calibration data the layer was fitted to
     held_out_mse: float | None  # on calibration data it was not; None if all of it was used
     dense_bytes: int
-    table_bytes: int  # 0 without tables
+    table_bytes: int  # of tables, or of a weight of signs; 0 without
     dead_rows: int  # that no calibration row reads
-    break_even_tokens: float  # in a batch, where gathering rows moves as many bytes as reading the dense weights
+    # In a batch, where gathering rows moves as many bytes as reading the dense weights; NaN where no rows are gathered.
+    break_even_tokens: float
 
 
 @dataclass
 class Parts:
     """A fitted layer, float64. With rank 0 down and up are ``None``."""
 
-    tables: Tensor  # [K, 2^bits, h]
+    weights: Tensor  # [K bits, h], of the features: A
     bias: Tensor  # [h]
     centre: Tensor  # [d]
     scale: Tensor  # [d]
     down: Tensor | None  # [rank, d]
     up: Tensor | None  # [rank, h]
+    tables: Tensor | None = None  # [K, 2^bits, h], where they are more than sums of A
 
     def in_units(self, x: float, y: float) -> Parts:
         """The layer for inputs `x` times as large, and outputs `y` times, as those it was fitted to."""
         up = None if self.up is None else self.up * (y / x)
-        return Parts(self.tables * y, self.bias * y, self.centre * x, self.scale / x, self.down, up)
+        tables = None if self.tables is None else self.tables * y
+        return Parts(self.weights * y, self.bias * y, self.centre * x, self.scale / x, self.down, up, tables)
 
 
 def unit(x: Tensor) -> float:
@@ -111,11 +116,28 @@ def features_of_codes(bits: int, hash: str, like: Tensor) -> Tensor:
     return signs
 
 
+def tables_of(weights: Tensor, bits: int, hash: str) -> Tensor:
+    """[K, 2^bits, h] from weights of features [K bits, h]: for every code the sum of its features' weights."""
+    signs = features_of_codes(bits, hash, weights)
+    return torch.einsum("ci,kih->kch", signs, weights.unflatten(0, (-1, bits)))
+
+
+def of_linear(linear: nn.Linear, x: Tensor, **options: Any) -> tuple[Parts, float]:
+    """The parts for a linear layer with inputs x [N, d], and their error; `options` as of :func:`sign_linear`."""
+    weight = linear.weight.double()
+    x = x.to(weight.device, torch.float64)
+    y = functional.linear(x, weight, None if linear.bias is None else linear.bias.double())
+    units = unit(x), unit(y)
+    near, y, weight = x / units[0], y / units[1], weight * (units[0] / units[1])
+    parts, left = sign_linear(near, y, weight, **options)
+    return parts.in_units(*units), relative_mse(y - left, y)
+
+
 def sign_linear(
     x: Tensor, y: Tensor, weight: Tensor, *, bits: int, weighting: str, hash: str, rank: int, ridge: float
 ) -> tuple[Parts, Tensor]:
-    """Dense part and sign-linear tables for x [N, d], y [N, h], and what is left of y; `weight` [h, d] is its linear
-    part."""
+    """Dense part and weights of features for x [N, d], y [N, h], and what is left of y; `weight` [h, d] is its linear
+    part. Without weights of chunks (``"none"``) `bits` changes nothing."""
     down = up = None
     least = 1e-6 * x.std(0, correction=0).max()  # what a full rank leaves is the products' rounding
     if rank:
@@ -132,13 +154,12 @@ def sign_linear(
     constant, mean = features.mean(0), y.mean(0)
     features = features - constant
     a = _ridge(features, y - mean, ridge)  # [K bits, h]
-    tables = torch.einsum("ci,kih->kch", signs, a.unflatten(0, (-1, bits)))
-    return Parts(tables, mean - constant @ a, centre, scale, down, up), y - mean - features @ a
+    return Parts(a, mean - constant @ a, centre, scale, down, up), y - mean - features @ a
 
 
-def outputs(parts: Parts, rows: Rows, x: Tensor) -> Tensor:
-    """The fitted layer on x [N, d], whose Φ is `rows`: [N, h]."""
-    out = rows.apply(parts.tables.float()) + parts.bias
+def outputs(parts: Parts, tables: Tensor, rows: Rows, x: Tensor) -> Tensor:
+    """The fitted layer with these tables on x [N, d], whose Φ is `rows`: [N, h]."""
+    out = rows.apply(tables.float()) + parts.bias
     return out if parts.down is None or parts.up is None else out + x @ parts.down.T @ parts.up
 
 
@@ -185,18 +206,19 @@ def with_full_tables(
     """`parts` with tables that also explain `residual` [N, h] of x [N, d], for the λ of :data:`SHRINKAGE` that serves
     the held-out `unseen` and `truth` best; unchanged if none serves them."""
     fitted, held = (Rows(parts, t, bits, weighting, hash) for t in (x, unseen))
-    residual, held_residual = residual.float(), (truth - outputs(parts, held, unseen)).float()
+    start = tables_of(parts.weights, bits, hash)
+    residual, held_residual = residual.float(), (truth - outputs(parts, start, held, unseen)).float()
     squares, typical = fitted.squares(), float(fitted.weights.square().mean())
     if not typical:
         return parts  # no table has a weight
-    best, least = parts.tables, float(held_residual.square().sum())
-    added = torch.zeros_like(parts.tables, dtype=torch.float32)
+    best, least = start, float(held_residual.square().sum())
+    added = torch.zeros_like(start, dtype=torch.float32)
     for tokens in SHRINKAGE:
         added, residual = _solve(fitted, added, residual, tokens * typical, squares)
         error = float((held_residual - held.apply(added)).square().sum())
         if not error < least:
             break
-        best, least = parts.tables + added, error
+        best, least = start + added, error
     return replace(parts, tables=best)
 
 

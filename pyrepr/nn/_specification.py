@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyrepr.nn._converted import Converted
 from pyrepr.nn.linear_plus import LinearPlus
 from pyrepr.nn.lookup import LookupLinear
+from pyrepr.nn.sign_linear import SignLinear
 
 Specification = dict[str, Any]
-WHOLE = (LookupLinear, LinearPlus)  # what stands in the place of a layer, or of a network
+WHOLE = (LookupLinear, SignLinear, LinearPlus)  # what stands in the place of a layer, or of a network
 
 
 def replacements(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
@@ -31,7 +33,7 @@ def specification(module: nn.Module) -> Specification:
         ValueError: for a module of another kind than conversions make.
     """
     kind = type(module)
-    if isinstance(module, LookupLinear) and kind is LookupLinear:
+    if isinstance(module, Converted) and kind in WHOLE:
         return module.specification()
     if isinstance(module, LinearPlus) and kind is LinearPlus:
         return {
@@ -68,6 +70,8 @@ def specified(given: Specification, device: torch.device | str | None = None) ->
     """
     if not isinstance(given, dict) or "class" not in given:
         return LookupLinear.specified(given, device)
+    if given["class"] == "SignLinear":
+        return SignLinear.specified(given, device)
     try:
         if given["class"] == "LinearPlus":
             return LinearPlus(specified(given["linear"], device), specified(given["rest"], device))
@@ -97,7 +101,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a replacement, or of a linear layer."""
     if isinstance(module, LinearPlus):
         return sizes(module.linear)
-    if isinstance(module, (nn.Linear, LookupLinear)):
+    if isinstance(module, (nn.Linear, Converted)):
         return module.in_features, module.out_features
     weight = module.weight  # [in, out] in Conv1D of transformers
     assert isinstance(weight, torch.Tensor)

@@ -6,7 +6,6 @@ Ding et al. 2024, "MemoryFormer: Minimize Transformer Computation by Removing Fu
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,22 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrepr._checks import check_tensor, memory, shape_of, shown
+from pyrepr._checks import memory, shown
 from pyrepr._modules import evaluating
 from pyrepr.functional import lookup
 from pyrepr.functional.lookup import check_bits, check_hash, check_weighting
 from pyrepr.nn import _lookup_fit as fit
+from pyrepr.nn._converted import Converted, bytes_of, calibration_rows, check_dtype, check_rank, check_sizes
 from pyrepr.nn._lookup_fit import Fit
 from pyrepr.nn.linear_plus import LinearPlus, Network, network_of
-from pyrepr.ops.lookup import hash_op, to_huge_pages
+from pyrepr.ops.lookup import hash_op
 from pyrepr.reference.lookup import HASHES, pack, unpack, without_low_rank
 
 # What fits a linear target best, which is what most layers are.
 FITTED_WEIGHTING = {"one_bit": "l1", "two_bit": "none"}
-# What tables are made for, beside their sizes.
-OPTIONS = ("hash", "weighting", "temperature")
 KINDS = ("remainder", "tables", "linear+neurons")  # what a whole network can become
-TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,17 @@ def _check_memory(shape: tuple[int, int, int], dtype: torch.dtype, device: torch
         )
 
 
-class _Described(Tensor):
+class Described(Tensor):
     """Shape, dtype and device of a dense weight; it holds no values, and computing with it is refused
     (not by a TypeError, which operators of tensors would take for an operand they do not know)."""
 
     _is_hf_initialized = True  # so that transformers, when it loads a converted model, does not draw values for it
+
+    @classmethod
+    def of(cls, h: int, d: int, stored: Tensor) -> Described:
+        """Of a layer [h, d] that holds `stored`."""
+        dtype = stored.dtype if stored.is_floating_point() else torch.float32
+        return torch.empty((), dtype=dtype, device=stored.device).expand(h, d).as_subclass(cls)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -85,7 +88,7 @@ class _Described(Tensor):
         raise NotImplementedError(f"a lookup layer has no dense weight to compute with ({name}); call the layer")
 
 
-class LookupLinear(nn.Module):
+class LookupLinear(Converted):
     """:func:`pyrepr.lookup_linear` with its tables, in place of ``nn.Linear``.
 
     Args:
@@ -124,12 +127,9 @@ class LookupLinear(nn.Module):
         torch.Size([5, 32])
     """
 
-    bias: Tensor | None
-    scales: Tensor | None
-    centre: Tensor | None
-    scale: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
+    STORED, DTYPE = "tables", "table_dtype"
+    OPTIONS, NOTED = ("hash", "weighting", "temperature"), ("packed",)
+    tables: Tensor
 
     def __init__(
         self,
@@ -148,59 +148,21 @@ class LookupLinear(nn.Module):
         super().__init__()
         width = check_hash(hash, check_bits(bits))
         check_weighting(weighting, temperature)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if in_features < 1 or in_features % width:
+        check_sizes(in_features, out_features)
+        if in_features % width:
             of = "bits" if width == bits else "bits / 2"
-            raise ValueError(f"in_features must be a positive multiple of {of} = {width}, got {in_features}")
-        if out_features < 1:
-            raise ValueError(f"out_features must be positive, got {out_features}")
-        table_dtype = table_dtype or torch.float32
-        if table_dtype not in TABLE_DTYPES:
-            raise TypeError(f"table_dtype must be float32, float64, bfloat16, float16 or int8, got {table_dtype}")
+            raise ValueError(f"in_features must be a multiple of {of} = {width}, got {in_features}")
+        table_dtype = check_dtype("table_dtype", table_dtype)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.hash, self.weighting, self.temperature, self.sparse = hash, weighting, temperature, sparse
-        self.conversion: Fit | None = None
         shape = (in_features // width, 1 << bits, out_features)
         _check_memory(shape, table_dtype, device)
-        quantized = table_dtype == torch.int8
-        self.tables = nn.Parameter(torch.empty(shape, dtype=table_dtype, device=device), requires_grad=not quantized)
-        wide = torch.float64 if table_dtype == torch.float64 else torch.float32
-        added = nn.Parameter(torch.empty(out_features, dtype=wide, device=device)) if bias else None
-        self.register_parameter("bias", added)
-        self.register_buffer("scales", torch.ones(shape[:2], device=device) if quantized else None)
-        for name in ("centre", "scale"):
-            self.register_buffer(name, None)
-        for name in ("down", "up"):
-            self.register_parameter(name, None)
-        to_huge_pages(self.tables)
+        self._make(shape, bias, table_dtype, device)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if self.tables.dtype == torch.int8:
-            self.tables.zero_()
-        elif self.tables.device.type != "meta":
-            rms = rms_weight(self.bits // HASHES[self.hash], self.weighting, self.temperature)
-            nn.init.normal_(self.tables, std=1 / (rms * math.sqrt(self.tables.shape[0])))
-
-    def _apply(self, fn, recurse: bool = True):
-        scales = self._buffers["scales"]
-        super()._apply(fn, recurse)
-        moved = self._buffers["scales"]
-        if scales is not None and moved is not None and moved.dtype != scales.dtype:
-            self.scales = scales.to(moved.device)  # `.to(dtype)` would round what int8 tables are multiplied with
-        to_huge_pages(self.tables)
-        return self
-
-    def _rows(self, x: object) -> Tensor:
-        """x [..., in_features] as [T, in_features], checked."""
-        x = check_tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have a last axis of in_features = {self.in_features}, got shape {shape_of(x)}")
-        return x.reshape(math.prod(x.shape[:-1]), self.in_features)
+    def _deviation(self) -> float:
+        rms = rms_weight(self.bits // HASHES[self.hash], self.weighting, self.temperature)
+        return 1 / (rms * math.sqrt(self.tables.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         # Every attribute that is looked for in a module's dictionaries costs half a µs, a key in one of them nothing.
@@ -222,24 +184,11 @@ class LookupLinear(nn.Module):
             up=parameters["up"],
         )
 
-    @torch.no_grad()
     def quantize_(self, kind: str) -> LookupLinear:
         """Stores the tables as ``"bf16"``, or as ``"int8"`` with a scale a row: for inference, without a gradient."""
-        if kind not in ("int8", "bf16"):
-            raise ValueError(f"kind must be 'int8' or 'bf16', got {shown(kind)}")
-        if not self.tables.is_floating_point():
-            raise ValueError("the tables are int8 already")
         if self.packed:
             raise ValueError("the tables are packed already: quantize first")
-        if kind == "bf16":
-            self.tables = nn.Parameter(self.tables.bfloat16(), requires_grad=False)
-        else:
-            scales = self.tables.abs().amax(-1).float() / 127
-            rounded = (self.tables.float() / torch.where(scales == 0, 1, scales)[..., None]).round_()
-            self.scales = scales
-            self.tables = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
-        to_huge_pages(self.tables)
-        return self
+        return super().quantize_(kind)
 
     @torch.no_grad()
     def pack_(self) -> LookupLinear:
@@ -255,9 +204,7 @@ class LookupLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape, dtype and device of the dense weight it stands for, for code that asks its layers for them."""
-        dtype = self.tables.dtype if self.tables.is_floating_point() else torch.float32
-        nothing = torch.empty((), dtype=dtype, device=self.tables.device)
-        return nothing.expand(self.out_features, self.in_features).as_subclass(_Described)
+        return Described.of(self.out_features, self.in_features, self.tables)
 
     @property
     def packed(self) -> bool:
@@ -266,31 +213,12 @@ class LookupLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None:  # where torch keeps a module's version
-            metadata[prefix[:-1]].update({name: getattr(self, name) for name in OPTIONS})
         if self.packed:
             destination[prefix + "tables"] = unpack(destination[prefix + "tables"])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Makes room for what a converted layer has and a new one has not; packs tables where this layer's are."""
-        for option in OPTIONS:
-            came = local_metadata.get(option, getattr(self, option))
-            if came != getattr(self, option):
-                errors.append(f"{prefix}{option} must be {came!r} for these tables, got {getattr(self, option)!r}")
-        for name in ("centre", "scale", "down", "up"):
-            value = state_dict.get(prefix + name)
-            if value is not None and getattr(self, name) is None:
-                room = torch.empty_like(value, device=self.tables.device)
-                setattr(self, name, nn.Parameter(room) if name in ("down", "up") else room)
         name = prefix + "tables"
-        came = state_dict[name].dtype if name in state_dict else self.tables.dtype
-        if torch.int8 in (came, self.tables.dtype) and came != self.tables.dtype:  # a copy would round, or drop scales
-            errors.append(
-                f"{name} must be {self.tables.dtype} as this layer's, got {came}; make the layer with "
-                f"table_dtype={came}" + (", or quantize_('int8') it" if came == torch.int8 else "")
-            )
-            return
         shape = (self.in_features * HASHES[self.hash] // self.bits, 1 << self.bits, self.out_features)
         if self.packed and name in state_dict and state_dict[name].shape == shape:
             state_dict = {**state_dict, name: pack(state_dict[name])}
@@ -350,10 +278,8 @@ class LookupLinear(nn.Module):
             UserWarning: for fewer calibration rows than features.
         """
         weighting = weighting or FITTED_WEIGHTING.get(hash, "l1")
-        x = _calibration_rows(calibration, linear.in_features)
-        _check_rank(rank, linear.in_features, linear.out_features)
-        weight = linear.weight.double()
-        bias = None if linear.bias is None else linear.bias.double()
+        x = calibration_rows(calibration, linear.in_features)
+        check_rank(rank, linear.in_features, linear.out_features)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -363,14 +289,10 @@ class LookupLinear(nn.Module):
             table_dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        x = x.to(weight.device, torch.float64)
-        y = functional.linear(x, weight, bias)
-        options = {"bits": bits, "weighting": weighting, "hash": hash}
-        units = fit.unit(x), fit.unit(y)
-        near, y, weight = x / units[0], y / units[1], weight * (units[0] / units[1])
-        parts, left = fit.sign_linear(near, y, weight, rank=rank, ridge=ridge, **options)
-        layer._take(parts.in_units(*units))
-        layer._report(x, linear.weight.numel() * linear.weight.element_size(), fit.relative_mse(y - left, y))
+        options = {"bits": bits, "weighting": weighting, "hash": hash, "rank": rank, "ridge": ridge}
+        parts, relative_mse = fit.of_linear(linear, x, **options)
+        layer._take(parts)
+        layer._report(x.to(layer.tables.device), bytes_of(linear.weight), relative_mse)
         return layer
 
     @classmethod
@@ -434,12 +356,12 @@ class LookupLinear(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")
         weighting = weighting or FITTED_WEIGHTING.get(hash, "l1")
-        rows = _calibration_rows(calibration)
+        rows = calibration_rows(calibration)
         if len(rows) < 16:
             raise ValueError(f"calibration must have at least 16 rows, an eighth of which is held out, got {len(rows)}")
         y = _outputs(mlp, rows)
         d, h = rows.shape[1], y.shape[1]
-        _check_rank(rank, d, h)
+        check_rank(rank, d, h)
         if rank and kind != "remainder":
             raise ValueError(f"rank must be 0 for kind {kind!r}, whose dense map is of full rank, got {rank}")
         options = {"bits": bits, "weighting": weighting, "hash": hash}
@@ -465,7 +387,7 @@ class LookupLinear(nn.Module):
             parts, left = fit.sign_linear(x, wanted, weight, rank=rank, ridge=ridge, **options)
             tables._take(fit.with_full_tables(parts, x, left, unseen, truth, **options).in_units(*units))
             layer = tables
-        dense_bytes = sum(p.numel() * p.element_size() for p in mlp.parameters()) if isinstance(mlp, nn.Module) else 0
+        dense_bytes = bytes_of(*mlp.parameters()) if isinstance(mlp, nn.Module) else 0
         errors = [fit.relative_mse(layer(rows[part]), y[part]) for part in (~held, held)]
         if tables is not None:
             tables._report(rows[~held], dense_bytes, *errors)
@@ -477,7 +399,6 @@ class LookupLinear(nn.Module):
     def specification(self) -> dict[str, Any]:
         """What :meth:`specified` makes an empty layer of the same kind from, in types that JSON has: the options, the
         dtype of each tensor it has, which of them are trained, and whether the tables are packed."""
-        tensors = {**self._parameters, **self._buffers}
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -486,52 +407,17 @@ class LookupLinear(nn.Module):
             "weighting": self.weighting,
             "temperature": self.temperature,
             "sparse": self.sparse,
-            "rank": 0 if self.down is None else self.down.shape[0],
-            "dtypes": {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items() if x is not None},
-            "trained": [name for name, x in self._parameters.items() if x is not None and x.requires_grad],
+            **self._tensors(),
             "packed": self.packed,
         }
 
-    @classmethod
-    def specified(cls, specification: dict[str, Any], device: torch.device | str | None = None) -> LookupLinear:
-        """An empty layer with room for every tensor of the one that gave the :meth:`specification`; tables unpacked.
-
-        Raises:
-            ValueError: for anything that is no specification.
-        """
-        try:
-            options = dict(specification)
-            rank, trained, _ = options.pop("rank"), options.pop("trained"), options.pop("packed")
-            dtypes = {name: getattr(torch, dtype) for name, dtype in options.pop("dtypes").items()}
-            layer = cls(bias="bias" in dtypes, table_dtype=dtypes["tables"], device="meta", **options)
-            d, h = layer.in_features, layer.out_features
-            shapes = {"tables": layer.tables.shape, "scales": layer.tables.shape[:2], "bias": (h,)}
-            shapes |= {"centre": (d,), "scale": (d,), "down": (rank, d), "up": (rank, h)}
-            for name, dtype in dtypes.items():
-                tensor = torch.empty(shapes[name], dtype=dtype, device=device)
-                if name in layer._parameters:
-                    setattr(layer, name, nn.Parameter(tensor, requires_grad=name in trained))
-                else:
-                    setattr(layer, name, tensor)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"specification must come from LookupLinear.specification, got {specification!r:.200}: {error}"
-            ) from error
-        return layer
-
     def _take(self, parts: fit.Parts) -> None:
-        """A fit into the parameters, in their dtype."""
-        wide = torch.promote_types(self.tables.dtype, torch.float32)
-        self.tables.copy_(parts.tables)
-        self.bias = nn.Parameter(parts.bias.to(wide))
-        self.centre, self.scale = parts.centre.to(wide), parts.scale.to(wide)
-        if parts.down is not None and parts.up is not None:
-            # Contiguous, since safetensors stores nothing else.
-            self.down = nn.Parameter(parts.down.to(self.tables.dtype).contiguous())
-            self.up = nn.Parameter(parts.up.to(self.tables.dtype).contiguous())
+        tables = parts.tables
+        self.tables.copy_(fit.tables_of(parts.weights, self.bits, self.hash) if tables is None else tables)
+        super()._take(parts)
 
     def _report(self, x: Tensor, dense_bytes: int, relative_mse: float, held_out_mse: float | None = None) -> None:
-        table_bytes = self.tables.numel() * self.tables.element_size()
+        table_bytes = bytes_of(self.tables)
         self.conversion = Fit(
             relative_mse,
             held_out_mse,
@@ -547,30 +433,6 @@ class LookupLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, hash={self.hash!r}, weighting={self.weighting!r}, table_dtype={self.tables.dtype}{low}"
         )
-
-
-def _calibration_rows(calibration: Tensor, d: int | None = None) -> Tensor:
-    """[N, d], checked."""
-    if not isinstance(calibration, Tensor) or not calibration.is_floating_point():
-        came = str(getattr(calibration, "dtype", type(calibration).__name__)).removeprefix("torch.")
-        raise TypeError(f"calibration must be a floating-point tensor, got {came}")
-    if calibration.dim() < 1 or calibration.shape[-1] != (d or calibration.shape[-1] or 1):
-        expected = "[..., d]" if d is None else f"[..., in_features] = [..., {d}]"
-        raise ValueError(f"calibration must have shape {expected}, got {list(calibration.shape)}")
-    d = calibration.shape[-1]
-    rows = calibration.reshape(-1, d)
-    if not len(rows):
-        raise ValueError(f"calibration must have at least one row, got shape {list(calibration.shape)}")
-    if not bool(rows.isfinite().all()):
-        raise ValueError("calibration must be finite, got NaN or infinity")
-    if len(rows) < d:
-        warnings.warn(f"calibration has {len(rows)} rows for {d} features; the fit leans on the ridge", stacklevel=4)
-    return rows
-
-
-def _check_rank(rank: int, d: int, h: int) -> None:
-    if not 0 <= rank <= min(d, h):
-        raise ValueError(f"rank must be from 0 to min(in_features, out_features) = {min(d, h)}, got {rank}")
 
 
 def _check_neurons(neurons: int, most: int) -> None:

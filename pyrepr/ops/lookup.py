@@ -60,7 +60,7 @@ def to_huge_pages(tables: Tensor) -> bool:
     return loaded.huge_pages(tables.data_ptr(), tables.numel() * tables.element_size())
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     """x as it is if its rows are contiguous, whatever lies between them."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
@@ -78,14 +78,14 @@ def _triton(function: str, count: int | None = None):
     return run
 
 
-def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What kernels read as it is: contiguous, in the compute dtype."""
     return x if x is None else x.to(dtype).contiguous()
 
 
 def _hash_arguments(x, bits, weighting, temperature, hash, centre, scale):
     """What the native functions want to know of a hash of x, and the tensors whose addresses are among it."""
-    held = x, centre, scale = (_rows_contiguous(x), *(_wide(t, compute_dtype(x.dtype)) for t in (centre, scale)))
+    held = x, centre, scale = (rows_contiguous(x), *(wide(t, compute_dtype(x.dtype)) for t in (centre, scale)))
     options = (bits, WEIGHTING_CODES[weighting], temperature, HASHES[hash])
     return (matrix(x), DTYPE_CODES[x.dtype], *options, optional("centre", centre), optional("scale", scale)), held
 
@@ -206,14 +206,14 @@ def _converted_cpu(
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     packed = tables.dim() == 4
     k, n, h = sizes(tables) if packed else tables.shape
-    x, tables = _rows_contiguous(x), tables.contiguous()
+    x, tables = rows_contiguous(x), tables.contiguous()
     rows, stride = x.shape[0], x.stride(0)
     out = x.new_empty(rows, h, dtype=compute)
     if bias is not None and (bias.dtype is not compute or not bias.is_contiguous()):
         bias = bias.to(compute).contiguous()
     if scales is not None:
         scales = scales.contiguous()
-    centre, scale, down, up = (_wide(t, compute) for t in (centre, scale, down, up))
+    centre, scale, down, up = (wide(t, compute) for t in (centre, scale, down, up))
     module().lookup_linear(
         tables.data_ptr(),
         TABLE_CODES[tables.dtype],
@@ -252,7 +252,7 @@ def _linear_cuda(x, tables, scales, bias, weighting, temperature, route, sparse=
     if route == ROUTES["stream"] or (forced_backend() is None and x.shape[0] > CUDA_TOKENS):
         raise Unsupported(f"backend 'cuda' is for up to {CUDA_TOKENS} tokens, got {x.shape[0]}")
     tables = (unpack(tables) if tables.dim() == 4 else tables).contiguous()
-    x, out = _rows_contiguous(x), _linear_fake(x, tables)
+    x, out = rows_contiguous(x), _linear_fake(x, tables)
     k, n, h = tables.shape
     scales = scales if scales is None else scales.contiguous()
     bias = bias if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous()
@@ -359,7 +359,7 @@ def _uninitialised(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _backward_cpu(grad, codes, weights, tables, scales, n, rows, want_segments, dtype=None):
-    codes, weights, grad = codes.contiguous(), weights.contiguous(), _rows_contiguous(grad)
+    codes, weights, grad = codes.contiguous(), weights.contiguous(), rows_contiguous(grad)
     count = codes.shape[1] * n if rows is None else rows.shape[0]
     segments = _uninitialised(count if want_segments else 0, grad.shape[1], weights.dtype)
     dots = weights.new_empty((0,) if tables is None else codes.shape)

@@ -152,6 +152,62 @@ def draw_linear(draw: Draw) -> Case:
     return case
 
 
+def features_of(z: np.ndarray, hash: str) -> np.ndarray:
+    sign = np.where(z >= 0, 1.0, -1.0)
+    if hash == "two_bit":
+        sign = np.stack([sign, np.where(np.abs(z) >= 1, sign, -sign)], -1).reshape(*z.shape[:-1], 2 * z.shape[-1])
+    return np.where(np.isnan(z).any(-1, keepdims=True), np.nan, sign)
+
+
+def draw_signs(draw: Draw) -> Case:
+    d, h = draw.size(130 if draw.chance(0.3) else 40), draw.size(130 if draw.chance(0.2) else 40)
+    hash, kind = draw.choice(tuple(HASHES)), draw.choice(("int8", "int8", "float32", "float64", "bfloat16"))
+    dtype = "float64" if kind == "float64" else draw.choice(("float32", "bfloat16", "float16"))
+    shape, features = (*lead(draw), d), d * HASHES[hash]
+    weight = f"randn({draw.seed_()}, {h}, {features})"
+    weight = f"({weight} * 40).clamp(-128, 127)" if kind == "int8" else weight
+    lines = [
+        f"x = {draw.array(shape, dtype, wild=0.15, special=0.1)}",
+        f"weight = {weight}.to(torch.{kind})",
+    ]
+    arguments, names = ["x", "weight"], ["x", "weight"]
+    if draw.chance(0.5):
+        lines.append(f"bias = {draw.array((h,), draw.choice((dtype, 'float32' if dtype != 'float64' else dtype)))}")
+        arguments.append("bias")
+        names.append("bias")
+    if kind == "int8":
+        lines.append(f"scales = randn({draw.seed_()}, {h}).abs().float() * 0.01")
+        arguments.append("scales=scales")
+        names.append("scales")
+    arguments.append(f"hash={hash!r}")
+    converted = draw_converted(draw, d, h, dtype)
+    lines += converted.lines
+    arguments += [f"{name}={name}" for name in converted.names]
+    call = f"pyrepr.functional.sign_linear({', '.join(arguments)})"
+    case = Case("sign_linear", f"out = {call}", "value", lines)
+
+    def check(names: dict[str, Any]) -> str | None:
+        x = f64(names["x"])
+        bias = f64(names["bias"]) if "bias" in names else 0.0
+        weight = f64(names["weight"]) * (f64(names["scales"])[:, None] if kind == "int8" else 1.0)
+        eps = EPS[torch.float64] if dtype == "float64" else EPS[torch.float32]
+        rest, dense, dense_size = converted.parts(names, x)
+        z = converted.standardised(names, rest)
+        truth = features_of(z, hash) @ weight.T + bias + dense
+        size = np.abs(weight).sum(1) + np.abs(bias) + dense_size
+        bound = (2 * features + 16 + converted.steps) * eps * size
+        if converted.names:
+            bound = bound + converted.doubt(names, x, z, eps, "none", hash, np.abs(weight))
+        if converted.names and not np.isfinite(x).all():
+            return None if np.isnan(f64(names["out"])[np.isnan(x).any(-1)]).all() else "NaN in x is not in out"
+        return compare("out", names["out"], truth + np.zeros((*x.shape[:-1], h)), bound, names["x"].dtype)
+
+    case.check = check
+    if draw.chance(0.12):
+        spoil(draw, case, [*names, *converted.names])
+    return case
+
+
 @dataclass
 class Converted:
     """What a converted layer has beside its tables, and what it does to x, in float64."""
@@ -400,4 +456,4 @@ def draw_hash(draw: Draw) -> Case:
 
 
 def draw(draw: Draw) -> Case:
-    return draw.choices((draw_linear, draw_sum, draw_segments, draw_hash), (5, 2, 2, 1))[0](draw)
+    return draw.choices((draw_linear, draw_signs, draw_sum, draw_segments, draw_hash), (5, 2, 2, 2, 1))[0](draw)

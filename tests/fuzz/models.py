@@ -220,6 +220,8 @@ def draw_convert(draw: Draw) -> Case:
         f"hash={draw.choice(('one_bit', 'two_bit'))!r}",
     ]
     if draw.chance(0.3):
+        options.append("form='signs'")
+    if draw.chance(0.3):
         options.append(f"quantize={draw.choice(('int8', 'bf16'))!r}")
     if draw.chance(0.3):
         options.append(
@@ -231,6 +233,7 @@ def draw_convert(draw: Draw) -> Case:
                     "select=lambda n, m: True",
                     "select=3",
                     "weighting='x'",
+                    "form='x'",
                     "hash='x'",
                     "max_rows=3",
                     "max_rows=16",
@@ -257,6 +260,7 @@ def draw_convert(draw: Draw) -> Case:
         "bits",
         "rank",
         "weighting",
+        "form",
         "hash",
         "quantize",
         "max_rows",
@@ -272,13 +276,14 @@ def draw_convert(draw: Draw) -> Case:
         what = difference(names["before"], after, ("hooks",))
         if what:
             return what
+        kinds = (pyrepr.nn.LookupLinear, pyrepr.nn.SignLinear)
         for layer in out.layers:
             module = dict(model.named_modules())[layer.name]
-            if not isinstance(module, pyrepr.nn.LookupLinear):
-                return f"{layer.name} is reported and is no LookupLinear"
+            if not isinstance(module, kinds):
+                return f"{layer.name} is reported and was not converted"
             if not np.isfinite(layer.relative_mse) and not np.isnan(layer.relative_mse):
                 return f"relative_mse is {layer.relative_mse}"
-        count = sum(isinstance(m, pyrepr.nn.LookupLinear) for m in model.modules())
+        count = sum(isinstance(m, kinds) for m in model.modules())
         if count != len(out.layers):
             return f"{count} layers were replaced and {len(out.layers)} are reported"
         if {n: t for n, t in after["training"].items() if n in names["before"]["training"]} != names["before"][

@@ -9,6 +9,7 @@ using pyrepr::cpu::Hash;
 using pyrepr::cpu::LookupHash;
 using pyrepr::cpu::LookupLowRank;
 using pyrepr::cpu::LookupRoute;
+using pyrepr::cpu::LookupSigns;
 using pyrepr::cpu::LookupTables;
 using pyrepr::cpu::TableType;
 using pyrepr::cpu::Weighting;
@@ -78,6 +79,22 @@ void lookup(const pyrepr::cpu::Level& level, Random& random) {
         on(threads);
         return functions.linear(tables, hash, low, with_bias ? bias.at() : nullptr, route, out[0].at());
       });
+  if (wide == DType::f32 && bits <= 8) {
+    std::vector<int8_t> weight;
+    for (int64_t i = 0; i < h * K * bits; i++) weight.push_back(static_cast<int8_t>(random.below(256) - 128));
+    weight.shrink_to_fit();
+    Buffer by(random, h, DType::f32);
+    by.fill(random, DType::f32, 0.1, false);
+    LookupHash plain = hash;
+    plain.weighting = Weighting::none;
+    same_bits(
+        random, "sign linear", [&] { return outputs({{T * h, wide}}); },
+        [&](int threads, std::vector<Buffer>& out) {
+          plain.threads = threads;
+          const LookupSigns signs{weight.data(), by.as<float>(), h, K * bits, threads};
+          return functions.signs(signs, plain, low, with_bias ? bias.as<float>() : nullptr, out[0].as<float>());
+        });
+  }
   std::vector<Buffer> hashed = outputs({{T * K, DType::f32}, {T * K, wide}});
   if (functions.hash(hash, hashed[0].as<int32_t>(), hashed[1].at()) != Status::ok) die("lookup hash", "out of memory");
   const int32_t* const codes = hashed[0].as<int32_t>();
