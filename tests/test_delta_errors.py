@@ -7,15 +7,16 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from pyrepr import _C
 from pyrepr.benchmarks import delta_errors
+
+from pyrepr import _C
 
 
 @pytest.mark.parametrize("kind", delta_errors.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_kind_of_input_is_worse_than_in_transformers(kind, dtype, monkeypatch):
-    """Twice the fallback's error and float32's rounding: β = 2 on repeated keys in bf16 was the worst once. Of tiles the
-    final state, which is float32, has twice what was seen: 1.6e-5, and 2e-4 where the rule damps no error."""
+    """Twice the fallback's error and float32's rounding: β = 2 on repeated keys in bf16 was the worst once. Of tiles
+    the final state, which is float32, has twice what was seen: 1.6e-5, and 2e-4 where the rule damps no error."""
     monkeypatch.setitem(delta_errors.KINDS, kind, (300, *delta_errors.KINDS[kind][1:]))
     functions, given = delta_errors.implementations(), delta_errors.inputs(kind, dtype)
     weights = torch.randn(given[2].shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -159,7 +159,7 @@ def test_every_kind_of_signs(quantize, hash, tmp_path):
     for each in (again, tables, pyrepr.load_converted(again, path)):
         assert torch.equal(each(x), model(x))
     for wrong in (wrong_class, wrong_width, wrong_layer, one_layer_more):
-        with pytest.raises(ValueError, match="path (holds|has)"):
+        with pytest.raises(ValueError, match=r"path (holds|has)"):
             pyrepr.load_converted(wrong(), path)
 
 

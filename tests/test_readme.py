@@ -31,7 +31,9 @@ def test_readme_is_short_and_its_pictures_and_links_exist():
             assert os.path.exists(ROOT / target), target
 
 
-@pytest.mark.parametrize(("folder", "page"), [("", "measured.md"), ("avx2", "measured_avx2.md"), ("amx", "measured_amx.md")])
+@pytest.mark.parametrize(
+    ("folder", "page"), [("", "measured.md"), ("avx2", "measured_avx2.md"), ("amx", "measured_amx.md")]
+)
 def test_tables_of_measurements_are_those_of_the_committed_runs(folder, page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     runs = sorted((ROOT / "benchmarks" / "results" / folder).glob("cpu_*.json"))
