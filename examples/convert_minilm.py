@@ -385,7 +385,7 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot([ratio, ratio], scores, color=colour, linewidth=1, alpha=0.5)
             axes.plot(ratio, scores[0], marker, color=colour, fillstyle="none")
             axes.plot(ratio, scores[1], marker, color=colour, linestyle="none", label=name)
-            if line["kind"] == "neurons" and "int8" in line:  # that of tables is in the table
+            if line["kind"] in ("neurons", "signs") and "int8" in line:  # that of tables is in the table
                 part = line["int8"]
                 ratio = part["speed"][i]["original_ms"] / part["speed"][i]["ms"]
                 axes.plot(ratio, part["spearman"], marker, color=colour, mec=colours["int8"], linestyle="none")

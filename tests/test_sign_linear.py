@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyrepr
 from pyrepr.functional import sign_linear
 from pyrepr.nn import LookupLinear, SignLinear
+from pyrepr.reference.signs import sign_features
 
 HASHES = {"one_bit": 1, "two_bit": 2}
 
@@ -207,6 +208,30 @@ def test_bytes(backend):
             other.quantize_("bf16")
     with pytest.raises(ValueError, match="kind must be 'int8' or 'bf16', got 'int4'"):
         fitted().quantize_("int4")
+
+
+SIZES = [(1, 1, 1), (3, 5, 7), (8, 16, 16), (30, 33, 17), (64, 31, 65), (200, 70, 33), (1100, 40, 3), (32, 5, 8200)]
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("hash", HASHES)
+@pytest.mark.parametrize(("d", "h", "count"), SIZES)
+def test_sums_of_bytes_are_exact(d, h, count, hash):
+    """At every level, for any number of tokens and threads: sums of whole numbers, NaN in its row."""
+    x, weight = torch.randn(count, d), torch.randint(-128, 128, (h, d * HASHES[hash]), dtype=torch.int8)
+    scales = 2.0 ** torch.randint(-3, 3, (h,))
+    truth = (sign_features(x.double(), hash) @ weight.double().T * scales.double()).float()
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            assert torch.equal(sign_linear(x, weight, hash=hash, scales=scales), truth)
+    finally:
+        torch.set_num_threads(threads)
+    for few in range(1, min(count, 9)):
+        assert torch.equal(sign_linear(x[-few:], weight, hash=hash, scales=scales), truth[-few:])
+    x[count // 2, -1], truth[count // 2] = math.nan, math.nan
+    assert_close(sign_linear(x, weight, hash=hash, scales=scales), truth, rtol=0, atol=0, equal_nan=True)
 
 
 def curved(layer, x):
