@@ -339,6 +339,13 @@ def test_bytes_never_load_into_floats_or_the_other_way():
     assert torch.equal(layer.weight, bytes_.weight) and torch.equal(layer.scales, bytes_.scales)
 
 
+def test_the_weight_of_a_linear_layer_is_none_of_signs():
+    layer = SignLinear(8, 4, hash="one_bit")
+    with pytest.raises(RuntimeError, match="hash must be None as of the saved weight, got 'one_bit'"):
+        layer.load_state_dict(nn.Linear(8, 4).state_dict())
+    layer.load_state_dict(dict(SignLinear(8, 4, hash="one_bit").state_dict()))  # without metadata, as of a file
+
+
 def test_another_hash_is_an_error_when_loading():
     one, two = SignLinear(32, 8, hash="one_bit"), SignLinear(16, 8)  # weights of one shape
     with pytest.raises(RuntimeError, match="hash must be 'two_bit' as of the saved weight, got 'one_bit'"):

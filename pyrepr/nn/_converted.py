@@ -119,7 +119,8 @@ class Converted(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Makes room for what a converted layer has and a new one has not."""
         for option in self.OPTIONS:
-            came = local_metadata.get(option, getattr(self, option))
+            # What has metadata and no such option is of another class, as a Linear whose weight has this one's shape.
+            came = local_metadata.get(option, None if local_metadata else getattr(self, option))
             if came != getattr(self, option):
                 errors.append(
                     f"{prefix}{option} must be {came!r} as of the saved {self.STORED}, got {getattr(self, option)!r}"

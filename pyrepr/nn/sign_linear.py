@@ -51,8 +51,9 @@ class SignLinear(Converted):
             scales: [out_features] float32 with an int8 weight, else ``None``. A converted layer (:meth:`from_linear`)
             also has centre and scale [in_features], for it takes signs of (x − centre) · scale, and with a low-rank
             part down [rank, in_features] and up [rank, out_features]. ``load_state_dict`` makes room for them in a new
-            layer; loading into a layer with another `hash`, or of int8 into floating-point or the other way, is an
-            error.
+            layer; loading into a layer with another `hash`, of a state dict of another class, or of int8 into
+            floating-point or the other way, is an error. With one bit and no conversion the names and shapes are those
+            of ``nn.Linear``, which takes such a state dict, and a safetensors file cannot tell which of both it is of.
 
     The weight starts as N(0, 1 / F): standard normal input gives output of variance 1. A sign has no derivative: x has
     a gradient through the low-rank part only, and what comes before a layer without one does not train.
